@@ -1,0 +1,13 @@
+"""Named data sets, held in memory as uint8 tensors.
+
+>>> digits = load("mnist5k")
+>>> digits.train.images.shape, digits.train.images.dtype
+(torch.Size([3500, 1, 28, 28]), torch.uint8)
+>>> for images, labels in digits.batches("train", 64, shuffle=True): ...  # doctest: +SKIP
+"""
+
+from data.batches import Batches, random_shift
+from data.datasets import NAMES, Dataset, Split, load
+from data.idx import DataError
+
+__all__ = ["NAMES", "Batches", "DataError", "Dataset", "Split", "load", "random_shift"]

@@ -1,0 +1,179 @@
+"""Data sets by name, each with its training, validation and test split."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import Augment, Batches
+from data.idx import DataError, read_pair
+from data.sources import DownloadError, download, environment_folder, find_idx
+
+#: 5,000 MNIST training digits; `make_mnist5k.py` beside it says where they come from.
+SUBSET = Path(__file__).parent / "mnist5k.npz"
+SplitName = Literal["train", "validation", "test"]
+
+
+class Split(NamedTuple):
+    """Images (N, C, H, W) uint8 and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: str | torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory. `notice` says what a reader of any figure on it must know."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    mean: float
+    std: float
+    classes: int = 10
+    notice: str = field(default="", compare=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same data on another device."""
+        splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **splits)
+
+    def batches(
+        self, split: SplitName, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None
+    ) -> Batches:
+        """Normalised batches of a split; a shuffled one drops its last, partial batch."""
+        images, labels = getattr(self, split)
+        return Batches(
+            images, labels, batch_size, self.mean, self.std,
+            shuffle=shuffle, drop_last=shuffle, augment=augment,
+        )  # fmt: skip
+
+
+def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False) -> Dataset:
+    """Load a data set by name: one of `NAMES`.
+
+    Args:
+        name: `mnist`, `fashion-mnist` (downloaded into `folder` where absent), `mnist5k`
+            (the embedded subset), or `auto`: MNIST, and where it cannot be had, the subset.
+        folder: where the full sets lie or go, in torchvision's layout. For MNIST the
+            environment variable MNIST_DIR is looked at next.
+        quiet: print no notice on stderr.
+
+    Raises `DataError` for an unknown name, for files that are not what they should be, and
+    where the named data cannot be had.
+    """
+    if name not in NAMES:
+        raise DataError(f"data set {name!r} is unknown; there are: {', '.join(NAMES)}")
+    dataset = _LOADERS[name](Path(folder).expanduser())
+    if dataset.notice and not quiet:
+        print(f"NOTICE: {dataset.notice}", file=sys.stderr, flush=True)
+    return dataset
+
+
+def _auto(folder: Path) -> Dataset:
+    try:
+        return _mnist(folder)
+    except DownloadError as error:
+        subset = _mnist5k(folder)
+        return replace(subset, notice=f"{error}. {subset.notice}")
+
+
+def _mnist(folder: Path) -> Dataset:
+    files = _locate(folder, "MNIST", "MNIST_DIR")
+    # The validation images are those of the embedded subset, so that a net trained here can
+    # be validated there too.
+    with np.load(SUBSET) as subset:
+        validation = subset["train_index"]
+    return _from_idx("mnist", files, 0.1307, 0.3081, validation)
+
+
+def _fashion_mnist(folder: Path) -> Dataset:
+    files = _locate(folder, "FashionMNIST", "FASHION_MNIST_DIR")
+    return _from_idx("fashion-mnist", files, 0.2860, 0.3530, validation=None)
+
+
+def _mnist5k(_: Path) -> Dataset:
+    with np.load(SUBSET) as subset:
+        images, labels = subset["images"], subset["labels"].astype(np.int64)
+    train, validation, test = _per_class(labels, 350, 50, 100)
+    return Dataset(
+        "mnist5k",
+        *(_split(images, labels, index) for index in (train, validation, test)),
+        mean=0.1307,
+        std=0.3081,
+        notice="these are 5,000 of MNIST's 60,000 training digits (3,500 train, 500 validation, "
+        "1,000 test): figures on them are not comparable with figures on MNIST's 10,000 test images",
+    )
+
+
+def _locate(folder: Path, torchvision_name: str, variable: str) -> dict[str, Path]:
+    """The IDX files: in `folder`, else where the environment variable says, else downloaded."""
+    files = find_idx(folder, torchvision_name)
+    if files is None and (elsewhere := environment_folder(variable)):
+        files = find_idx(elsewhere, torchvision_name)
+        if files is None:
+            raise DataError(f"{variable}={elsewhere}: no {torchvision_name} IDX files there")
+    return files or download(folder, torchvision_name)
+
+
+def _from_idx(
+    name: str, files: dict[str, Path], mean: float, std: float, validation: np.ndarray | None
+) -> Dataset:
+    images, labels = read_pair(files["train-images"], files["train-labels"], classes=10)
+    if validation is None:
+        validation, _ = _per_class(labels, 500, len(labels))
+    elif len(labels) <= validation.max():
+        raise DataError(
+            f"{files['train-images']}: {len(labels)} images; MNIST's 60,000 were expected "
+            "(the validation split is drawn from them)"
+        )
+    train = np.setdiff1d(np.arange(len(labels)), validation)
+    test_images, test_labels = read_pair(files["test-images"], files["test-labels"], classes=10)
+    return Dataset(
+        name,
+        _split(images, labels, train),
+        _split(images, labels, validation),
+        _split(test_images, test_labels),
+        mean,
+        std,
+    )
+
+
+def _per_class(labels: np.ndarray, *counts: int) -> list[np.ndarray]:
+    """Consecutive parts with `counts` images of every class each, in the order they come."""
+    places = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
+    bounds = np.cumsum((0, *counts))
+    return [
+        np.sort(np.concatenate([place[start:stop] for place in places]))
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _split(images: np.ndarray, labels: np.ndarray, index: np.ndarray | slice = slice(None)) -> Split:
+    return Split(torch.tensor(images[index]).unsqueeze(1), torch.tensor(labels[index]))
+
+
+_LOADERS: dict[str, Callable[[Path], Dataset]] = {
+    "auto": _auto,
+    "mnist": _mnist,
+    "mnist5k": _mnist5k,
+    "fashion-mnist": _fashion_mnist,
+}
+#: The names that `load` knows.
+NAMES = tuple(_LOADERS)

@@ -1,0 +1,28 @@
+"""Structured pruning for PyTorch: trace, score, plan, apply, train; then save.
+
+>>> from pruning import Budget, prune
+>>> step = prune(model, example_inputs, Budget(macs="50%"), score="l2")    # doctest: +SKIP
+>>> step.model                                        # a smaller model    # doctest: +SKIP
+"""
+
+from pruning.budget import Budget
+from pruning.checkpoint import load, provenance, save
+from pruning.config import SlimConfig, TrainConfig
+from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
+from pruning.errors import CheckpointError, PruningError, TrainingDiverged
+from pruning.finetune import distillation, finetune
+from pruning.graph import Group, Trace, trace
+from pruning.plan import Plan, plan_within
+from pruning.prune import Step, prune
+from pruning.slimming import Run, Slimmed, slim
+from pruning.sparsify import ScalePull, sparsify
+from pruning.surgery import apply, channel_constants, fold_batchnorm, verify
+from pruning.training import accuracy, cross_entropy, fit
+
+__all__ = [
+    "Budget", "CheckpointError", "Cost", "CostModel", "Group", "Latency", "Plan", "PruningError",
+    "Run", "ScalePull", "SlimConfig", "Slimmed", "Step", "Trace", "TrainConfig", "TrainingDiverged",
+    "accuracy", "apply", "channel_constants", "count", "cross_entropy", "distillation", "finetune",
+    "fit", "fold_batchnorm", "load", "plan_within", "provenance", "prune", "save", "slim",
+    "sparsify", "time_forward", "trace", "uncounted", "verify",
+]  # fmt: skip

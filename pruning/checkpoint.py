@@ -1,0 +1,260 @@
+"""Checkpoints: one plain dict, loaded with `weights_only=True`, that rebuilds its network.
+
+    {"format": 1, "class": "models.YourNet:YourNet", "arguments": {...},
+     "layers": {"features.conv1": {"out_channels": 3, ...}, ...}, "folded": [...],
+     "state_dict": {...}, "provenance": {...}}
+
+The network is made by calling the class with the arguments, then every layer is given the
+channel counts in `layers`: so a pruned network loads whether or not its class can build
+narrow widths. Loading needs torch and the class, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruning.errors import CheckpointError
+from pruning.layers import is_depthwise, rule_for
+
+FORMAT = 1
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model so that `load` gives it back with bit-identical outputs.
+
+    The file appears whole or not at all.
+
+    Args:
+        arguments: plain data that the model's class is called with; by default the
+            model's attribute `config`, and without one no argument.
+        provenance: plain data on how the model was made (see `provenance`).
+
+    Raises `CheckpointError` when the file cannot be written, or holds what is not plain data.
+    """
+    kind = type(model)
+    if arguments is None:
+        arguments = getattr(model, "config", {})
+    content = {
+        "format": FORMAT,
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "arguments": dict(arguments),
+        **describe(model),
+        "provenance": dict(provenance or {}),
+    }
+    write(path, content)
+
+
+def load(
+    path: str | Path,
+    factory: Callable[..., nn.Module] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The network of a checkpoint, in eval mode.
+
+    Args:
+        factory: makes the unpruned network when called with the stored arguments; needed
+            where the class cannot be imported or takes other arguments.
+
+    Raises `CheckpointError` for a file that is missing, damaged, foreign or from a newer
+    version, and for a class that is not an importable `nn.Module`. Nothing in the file is
+    executed besides the constructor of that class.
+    """
+    content = read(path)
+    make = factory or _find_class(path, content["class"])
+    try:
+        model = make(**content["arguments"])
+    except Exception as error:  # of the user's class
+        raise CheckpointError(
+            f"{path}: {content['class']} could not be made with {content['arguments']}: "
+            f"{type(error).__name__}: {error}. Give a factory that makes the unpruned network"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{path}: the factory gave a {type(model).__name__}, not an nn.Module")
+    try:
+        restore(model, content)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {error}. Was the class changed since it was saved?"
+        ) from error
+    return model.to(device).eval()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, checked; see `load` for what is raised."""
+    content = read_plain(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of this toolkit: it has no format version")
+    if not isinstance(content["format"], int) or content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']!r}, this version reads up to {FORMAT}: update the toolkit"
+        )
+    missing = {"class", "arguments", "layers", "folded", "state_dict", "provenance"} - content.keys()
+    if missing:
+        raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def read_plain(path: str | Path) -> Any:
+    """Tensors and plain data from a file that `write` wrote; nothing in it is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was refused: it is damaged, or holds objects beyond tensors and plain data "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error or 'it is empty'}") from error
+
+
+def write(path: str | Path, content: Any) -> None:
+    """Write plain data and tensors: to a temporary file that then takes the name."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was not written: only tensors and plain data can be stored ({error})"
+        ) from error
+    replace_file(path, buffer.getvalue())
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Give a file new content, whole or not at all. Raises `CheckpointError` where it cannot."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it has taken the name, or was never made
+            partial.unlink()
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """A model's channel counts, folded norms and weights, as plain data and tensors."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        rule = rule_for(layer)
+        if rule is not None:
+            counts = {rule.out_count: getattr(layer, rule.out_count)}
+            if rule.in_count:
+                counts[rule.in_count] = getattr(layer, rule.in_count)
+            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
+    folded = [name for name, layer in model.named_modules() if type(layer) is nn.Identity]
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return {"layers": layers, "folded": folded, "state_dict": state}
+
+
+def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Give a freshly made model the layers and weights that `describe` noted, in place."""
+    state = description["state_dict"]
+    for name in description["folded"]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    for name, counts in description["layers"].items():
+        layer = model.get_submodule(name)
+        rule = rule_for(layer)
+        if rule is None:
+            raise ValueError(f"layer {name!r} is now a {type(layer).__name__}")
+        if is_depthwise(layer):
+            layer.groups = counts[rule.out_count]
+        for attribute, count in counts.items():
+            setattr(layer, attribute, tuple(count) if isinstance(count, list) else count)
+        for tensor_name in {**rule.out, **rule.into}:
+            _resize(layer, tensor_name, state.get(f"{name}.{tensor_name}"))
+    model.load_state_dict(state)
+
+
+def _resize(layer: nn.Module, name: str, wanted: torch.Tensor | None) -> None:
+    """Make room for a stored tensor: another shape, or a bias that folding has added."""
+    present = getattr(layer, name)
+    if wanted is None or (present is not None and present.shape == wanted.shape):
+        return
+    like = present if present is not None else next(layer.parameters())
+    empty = torch.empty(wanted.shape, dtype=like.dtype, device=like.device)
+    if isinstance(like, nn.Parameter):
+        setattr(layer, name, nn.Parameter(empty, requires_grad=like.requires_grad))
+    else:
+        setattr(layer, name, empty)
+
+
+def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
+    module_name, _, qualified = str(name).partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its class {name!r} cannot be imported ({error}). Run from where it can, or give a factory"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(f"{path} was refused: {name!r} is not a class of networks (nn.Module)")
+    return found
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """How a checkpoint was made: command, commit, versions, and whatever is given besides."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "torch-pruning", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "command": " ".join(["python", *(_relative(part) for part in sys.argv)]),
+        "commit": _commit(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
+
+
+def _relative(argument: str) -> str:
+    """A path below the current folder, as one would type it there; anything else as it is."""
+    path = Path(argument)
+    return path.relative_to(Path.cwd()).as_posix() if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
+
+
+def _commit() -> str:
+    """The commit that is checked out, marked when the tree differs from it; empty outside git."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("-dirty" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,88 @@
+"""Settings of the stages: small frozen dataclasses, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pruning.budget import Budget
+from pruning.errors import PruningError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: SGD with Nesterov momentum.
+
+    Attributes:
+        epochs: passes over the training batches; 0 trains nothing.
+        lr: learning rate; the peak of a one-cycle schedule.
+        momentum: of SGD.
+        weight_decay: L2 factor on weights; norms and biases have none.
+        schedule: `one-cycle` (up over `warmup` of the steps, then down to almost nothing;
+            Smith & Topin, arXiv 1708.07120) or `constant`.
+        warmup: share of the steps in which a one-cycle schedule rises.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "one-cycle"
+    warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
+        _require(self.lr > 0, f"learning rate {self.lr}: above 0")
+        _require(0 <= self.momentum < 1, f"momentum {self.momentum}: at least 0 and below 1")
+        _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}: at least 0")
+        _require(self.schedule in SCHEDULES, f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        _require(0 < self.warmup < 1, f"warmup {self.warmup}: between 0 and 1")
+
+
+SCHEDULES = ("one-cycle", "constant")
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    """The three stages of slimming.
+
+    Attributes:
+        budget: what the result may cost.
+        iterations: pruning steps, each to an equal ratio of the way, a short training after each.
+        strength: λ of the L1 pull on BatchNorm scales in stage 1; 0 trains without it.
+        sparsify: training of stage 1.
+        recover: training after each pruning step.
+        finetune: training of stage 3.
+        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2` or `random`.
+        distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
+    """
+
+    budget: Budget
+    iterations: int
+    strength: float
+    sparsify: TrainConfig
+    recover: TrainConfig
+    finetune: TrainConfig
+    score: str = "taylor"
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        from pruning.importance import NAMES
+
+        _require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
+        _require(self.strength >= 0, f"sparsity strength {self.strength}: at least 0")
+        _require(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")
+        _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages together."""
+        return self.sparsify.epochs + self.iterations * self.recover.epochs + self.finetune.epochs
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PruningError(f"{message} is needed")

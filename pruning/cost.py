@@ -1,0 +1,251 @@
+"""The one place that counts params and MACs, and times a forward pass.
+
+Convention: one multiply-add is one MAC; convolutions and linear layers count, for one
+example; biases, norms (folded when shipped), activations and pooling do not. The count
+with biases is given beside it, because some published figures include them.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.errors import PruningError
+from pruning.graph import Inputs, Trace, call, tensors
+from pruning.layers import is_depthwise, parts, rule_for
+from pruning.modes import eval_mode, thread_count
+
+_COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs: parameters, and MACs for one example."""
+
+    params: int
+    macs: int
+    macs_with_bias: int
+
+    def __str__(self) -> str:
+        return f"{self.params:,} params, {self.macs:,} MACs"
+
+
+def count(model: nn.Module, inputs: Inputs) -> Cost:
+    """Count a model by thop, as it stands (fold its BatchNorm first to count what ships).
+
+    Args:
+        inputs: example inputs with a batch dimension; the MACs are divided by its size.
+
+    thop sees layers, not functional calls; those of a layer type that it does not know
+    count 0 (`uncounted` lists them).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thop imports distutils
+        from thop import profile
+
+    probe = copy.deepcopy(model).eval()
+    quiet = {type(m): _zero for m in probe.modules() if not isinstance(m, _COUNTED)}
+    biases = _BiasCounter(probe)
+    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    with torch.no_grad(), biases:
+        macs, _ = profile(probe, inputs=args, custom_ops=quiet, verbose=False)
+    batch = tensors(args)[0].shape[0]
+    params = sum(p.numel() for p in model.parameters())
+    return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
+
+
+def _zero(layer: nn.Module, args: Any, output: Any) -> None:
+    """thop's rule for a layer that costs no MACs."""
+
+
+class _BiasCounter:
+    """Counts, while open, the additions of biases in convolutions and linear layers."""
+
+    def __init__(self, model: nn.Module):
+        self.total = 0
+        layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
+        self.handles = [m.register_forward_hook(self._add) for m in layers if m.bias is not None]
+
+    def _add(self, layer: nn.Module, args: Any, output: Tensor) -> None:
+        self.total += output.numel()
+
+    def __enter__(self) -> _BiasCounter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def uncounted(model: nn.Module) -> dict[str, str]:
+    """Layers with weights that the count of MACs leaves out: name to type."""
+    counts_nothing = (*_COUNTED, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False)) and not isinstance(module, counts_nothing)
+    }
+
+
+class CostModel:
+    """The cost of a traced model in closed form, at any widths of its groups.
+
+    Widths are given per group as a vector in the order of `groups`. Every weight's size is
+    a product of (input width) and (output width), each a fixed part plus what the groups
+    contribute, so the cost of a plan needs no surgery. BatchNorm counts as folded wherever
+    it can be.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace):
+        self.groups = list(trace.groups)
+        self.full = np.array([trace.groups[g].channels for g in self.groups], dtype=np.float64)
+        position = {name: i for i, name in enumerate(self.groups)}
+        folded = set(trace.foldable.values())
+
+        # For every side of every layer: how many of its positions one channel of each group owns.
+        share: dict[tuple[str, str], np.ndarray] = {}
+        for name, group in trace.groups.items():
+            for member in group.members:
+                owns = share.setdefault((member.layer, member.side), np.zeros(len(self.groups)))
+                owns[position[name]] += len(member.index) / group.channels
+
+        rows: list[tuple[np.ndarray, float, np.ndarray, float, float, float, float, float]] = []
+        nothing = np.zeros(len(self.groups))
+        self.fixed_params = 0.0
+        for name, layer in model.named_modules():
+            numel = sum(p.numel() for p in layer.parameters(recurse=False))
+            rule = rule_for(layer)
+            if rule is None or name in folded:
+                self.fixed_params += 0 if name in folded else numel
+                continue
+            out = share.get((name, "out"), nothing)
+            out_fixed = rule.width(layer, "out") - out @ self.full
+            if rule.in_count and not is_depthwise(layer):
+                into = share.get((name, "in"), nothing)
+                in_fixed = rule.width(layer, "in") - into @ self.full
+            else:
+                into, in_fixed = nothing, 1.0
+            use = trace.uses.get(name)
+            weight = getattr(layer, "weight", None)
+            if use is None:  # a norm or a PReLU: so many parameters per channel
+                per_channel = numel / max(1, rule.width(layer, "out"))
+                rows.append((out, out_fixed, nothing, 1.0, per_channel, 0.0, 0.0, 0.0))
+            else:
+                kernel = weight[0, 0].numel() / (1 if is_depthwise(layer) else parts(layer))
+                bias = float(use.bias)
+                spots = use.positions * bias
+                rows.append((out, out_fixed, into, in_fixed, kernel, kernel * use.uses, bias, spots))
+        columns = list(zip(*rows, strict=True)) if rows else [()] * 8
+        out_m, out_f, in_m, in_f, params, macs, bias, bias_macs = (np.array(c, dtype=np.float64) for c in columns)
+        self._out, self._out_fixed, self._in, self._in_fixed = out_m, out_f, in_m, in_f
+        self._params, self._macs, self._bias, self._bias_macs = params, macs, bias, bias_macs
+
+    def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed
+
+    def __call__(self, widths: np.ndarray | Mapping[str, int]) -> Cost:
+        """The cost at the given widths; groups that a mapping does not name stay full."""
+        if isinstance(widths, Mapping):
+            widths = np.array([widths.get(g, n) for g, n in zip(self.groups, self.full, strict=True)], float)
+        out, into = self._widths(widths)
+        weights = out * into
+        macs = weights @ self._macs
+        params = self.fixed_params + weights @ self._params + out @ self._bias
+        return Cost(round(params), round(macs), round(macs + out @ self._bias_macs))
+
+    def freed(self, widths: np.ndarray, channels: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """(params, MACs) that narrowing each group alone by `channels` frees, both (groups,).
+
+        Exact: a weight that loses on both sides at once is counted once.
+        """
+        out, into = self._widths(widths)
+        lost_out, lost_in = self._out * channels, self._in * channels
+        weights = out[:, None] * lost_in + into[:, None] * lost_out - lost_out * lost_in
+        return self._params @ weights + self._bias @ lost_out, self._macs @ weights
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of a forward pass per example, in milliseconds, over `samples` measurements."""
+
+    median: float
+    p90: float
+    low: float
+    high: float
+    samples: int
+    batch_size: int
+    threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.median:.4f} ms (p90 {self.p90:.4f}, quartiles {self.low:.4f} to {self.high:.4f}; "
+            f"batch {self.batch_size}, {self.threads} thread{'s' if self.threads > 1 else ''})"
+        )
+
+
+def time_forward(
+    models: Mapping[str, nn.Module],
+    inputs: Inputs,
+    *,
+    seconds: float = 3.0,
+    warmup: float = 0.3,
+    threads: int = 1,
+) -> dict[str, Latency]:
+    """Time the forward passes of several models side by side.
+
+    The models take turns, a few passes at a time and in changing order, so that whatever
+    else the machine does meets them alike. Only the forward pass is timed.
+
+    Args:
+        inputs: one batch for all of them, on their device.
+        seconds: how long to measure in all. warmup: seconds before that.
+        threads: of torch's CPU operations; restored afterwards.
+    """
+    if not models:
+        raise PruningError("no model to time")
+    first = tensors(inputs)[0]
+    batch = first.shape[0]
+    synchronise = torch.cuda.synchronize if first.is_cuda else (lambda: None)
+    turns = {name: _timed(model, inputs, synchronise) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
+    with thread_count(threads), eval_mode(*models.values()), torch.inference_mode():
+        passes = {}
+        for name in names:
+            started, runs = time.perf_counter(), 0
+            while time.perf_counter() - started < warmup / len(names) or runs < 3:
+                turns[name](1)
+                runs += 1
+            # A turn of about 2 ms is long against the clock and short against disturbances.
+            passes[name] = max(1, round(0.002 * runs / (time.perf_counter() - started)))
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline or len(times[names[0]]) < 20:
+            for name in names:
+                times[name].append(turns[name](passes[name]))
+            names.reverse()
+
+    result = {}
+    for name, samples in times.items():
+        low, median, high, p90 = np.percentile(np.array(samples) / batch * 1000, (25, 50, 75, 90))
+        result[name] = Latency(median, p90, low, high, len(samples), batch, threads)
+    return result
+
+
+def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) -> Callable[[int], float]:
+    def run(passes: int) -> float:
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(passes):
+            call(model, inputs)
+        synchronise()
+        return (time.perf_counter() - start) / passes
+
+    return run

@@ -1,0 +1,99 @@
+"""Layer knowledge, in one table: which tensors of a layer hold which of its channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Side = Literal["out", "in"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a type of layer keeps its channels.
+
+    Attributes:
+        out: tensors that hold output channels, with the dimension they lie along. A norm's
+            channels go in and out at once; they count as output channels.
+        into: tensors that hold input channels, likewise.
+        out_count, in_count: the attributes that say how many there are.
+    """
+
+    out: dict[str, int]
+    into: dict[str, int]
+    out_count: str
+    in_count: str = ""
+
+    def width(self, layer: nn.Module, side: Side) -> int:
+        """Channels on one side of a layer."""
+        count = getattr(layer, self.out_count if side == "out" else self.in_count)
+        return count[-1] if isinstance(count, tuple) else count
+
+
+_CONV = Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_channels", "in_channels")
+_TRANSPOSED = Rule({"weight": 1, "bias": 0}, {"weight": 0}, "out_channels", "in_channels")
+_STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
+
+#: The first row whose type fits is taken. A new layer type is a row of this table, here.
+TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
+    (nn.modules.conv._ConvTransposeNd, _TRANSPOSED),
+    (nn.modules.conv._ConvNd, _CONV),
+    (nn.Linear, Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_features", "in_features")),
+    (nn.modules.batchnorm._NormBase, Rule(_STATISTICS, {}, "num_features")),  # InstanceNorm too
+    (nn.GroupNorm, Rule({"weight": 0, "bias": 0}, {}, "num_channels")),
+    (nn.LayerNorm, Rule({"weight": -1, "bias": -1}, {}, "normalized_shape")),
+    (nn.PReLU, Rule({"weight": 0}, {}, "num_parameters")),
+    (nn.Embedding, Rule({"weight": 1}, {}, "embedding_dim")),
+)
+
+
+def rule_for(layer: nn.Module) -> Rule | None:
+    """The row of `TABLE` for a layer, or None where there is none."""
+    return next((rule for types, rule in TABLE if isinstance(layer, types)), None)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether each channel is convolved alone, so that it goes in and out at once."""
+    return (
+        isinstance(layer, nn.modules.conv._ConvNd)
+        and 1 < layer.groups == layer.in_channels == layer.out_channels
+    )
+
+
+def parts(layer: nn.Module) -> int:
+    """Into how many equal parts a layer divides its channels; each must lose as many."""
+    if is_depthwise(layer):
+        return 1
+    count = getattr(layer, "groups", getattr(layer, "num_groups", 1))
+    return count if isinstance(count, int) else 1
+
+
+def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
+    """Keep only some channels of one side of a layer, in place.
+
+    Args:
+        keep: positions to keep, sorted; for a layer in several parts, as many in each.
+    """
+    rule, depthwise = rule_for(layer), is_depthwise(layer)
+    assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
+    size = rule.width(layer, side) // parts(layer)
+    for name, dim in (rule.out if side == "out" else rule.into).items():
+        tensor = getattr(layer, name)
+        if tensor is None:
+            continue
+        index, dim = keep, 0 if depthwise else dim
+        if name == "weight" and dim == 1 and parts(layer) > 1:
+            index = keep[keep < size]  # this dimension counts channels within one part
+        kept = tensor.detach().index_select(dim, index.to(tensor.device)).clone()
+        if isinstance(tensor, nn.Parameter):
+            setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        else:
+            setattr(layer, name, kept)
+
+    count = rule.out_count if side == "out" else rule.in_count
+    old = getattr(layer, count)
+    setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
+    if depthwise:
+        layer.in_channels = layer.groups = len(keep)

@@ -1,0 +1,171 @@
+"""A plan: for each group, the channels it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from torch import Tensor
+
+from pruning.budget import Budget
+from pruning.cost import CostModel
+from pruning.errors import PruningError
+from pruning.graph import Trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels each group keeps; frozen, printable, and plain data in JSON.
+
+    >>> plan = Plan(keep={"conv1": (0, 2, 5)})
+    >>> plan.widths
+    {'conv1': 3}
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+
+    Raises `PruningError` for a group that would keep nothing, or a channel twice.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        keep = {}
+        for group, channels in self.keep.items():
+            chosen = tuple(sorted(int(c) for c in channels))
+            if not chosen:
+                raise PruningError(f"group {group!r} would keep no channel; a group is never emptied")
+            if chosen[0] < 0 or len(set(chosen)) != len(chosen):
+                raise PruningError(f"group {group!r} keeps {chosen}: channels count from 0, each once")
+            keep[group] = chosen
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {group: len(channels) for group, channels in self.keep.items()}
+
+    def to_json(self) -> dict[str, list[int]]:
+        return {group: list(channels) for group, channels in self.keep.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, list[int]]) -> Plan:
+        return cls({group: tuple(channels) for group, channels in data.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and dict(self.keep) == dict(other.keep)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.keep.items())))
+
+    def __repr__(self) -> str:
+        return f"Plan(keep={dict(self.keep)!r})"
+
+
+def plan_within(
+    budget: Budget,
+    trace: Trace,
+    cost_model: CostModel,
+    scores: Mapping[str, Tensor],
+    *,
+    per_cost: bool = True,
+    floor: int | Mapping[str, int] = 1,
+    most: float = 1.0,
+    multiple: int = 1,
+) -> Plan:
+    """Choose the channels to keep so that the budget is met, dropping the least important.
+
+    One step after the other, the group whose least important channels matter least gives
+    them up; once the budget is met, the last dropped come back wherever they still fit.
+
+    Args:
+        budget: resolved limits (`Budget.resolve`).
+        scores: per group one score per channel; groups without scores are kept whole.
+        per_cost: weigh a score by what the channel frees under the limits that are not met
+            yet, both as shares; without it the raw scores are ranked over all groups.
+        floor: channels that every group (or each named one) keeps at least.
+        most: largest share of a group's channels dropped in this plan.
+        multiple: widths are multiples of this many channels, or the full width, or the floor.
+
+    Equal scores are told apart by position: the later channel goes first.
+    Raises `PruningError` when the floors make the budget unreachable; it says what is least.
+    """
+    groups = cost_model.groups
+    order = {g: _ascending(g, scores[g], trace.groups[g].channels) for g in groups if g in scores}
+    lowest = np.array([_lowest(g, order, trace.groups[g].channels, floor, most) for g in groups], float)
+    least = cost_model(lowest)
+    if over := budget.excess(least):
+        reached = " and ".join(f"{getattr(least, what):,} {_LABEL[what]}" for what in over)
+        raise PruningError(
+            f"the budget {budget} cannot be reached: at the floor of every group "
+            f"({', '.join(f'{g} {int(w)}' for g, w in zip(groups, lowest, strict=True))}) the network still has "
+            f"{reached}. Raise the budget, lower the floors, or ignore fewer layers"
+        )
+
+    widths = cost_model.full.copy()
+    history: list[tuple[int, int]] = []
+    while over := budget.excess(cost_model(widths)):
+        # Down to the next multiple, or to the floor where that comes first.
+        steps = np.minimum(np.where(widths % multiple, widths % multiple, multiple), widths - lowest)
+        freed = dict(zip(("params", "macs"), cost_model.freed(widths, steps), strict=True))
+        gain = sum(freed[what] / excess for what, excess in over.items())
+        best, best_value = -1, np.inf
+        for i, group in enumerate(groups):
+            if steps[i] <= 0 or gain[i] <= 0:
+                continue
+            ranked = order[group][1]
+            gone = int(cost_model.full[i] - widths[i])
+            loss = float(ranked[gone : gone + int(steps[i])].sum())
+            value = loss / gain[i] if per_cost else loss / steps[i]
+            if value < best_value or best < 0:
+                best, best_value = i, value
+        assert best >= 0, "the floors reach the budget, so some group can still give channels"
+        widths[best] -= steps[best]
+        history.append((best, int(steps[best])))
+
+    settled: set[int] = set()  # groups whose last dropped channels do not fit any more
+    for group_index, step in reversed(history):
+        trial = widths.copy()
+        trial[group_index] += step
+        if group_index in settled or budget.excess(cost_model(trial)):
+            settled.add(group_index)
+        else:
+            widths = trial
+
+    keep = {}
+    for i, group in enumerate(groups):
+        gone = int(cost_model.full[i] - widths[i])
+        kept = order[group][0][gone:] if group in order else range(trace.groups[group].channels)
+        keep[group] = tuple(int(c) for c in kept)
+    return Plan(keep)
+
+
+_LABEL = {"params": "params", "macs": "MACs"}
+
+
+def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Channels from the least important on, with their scores."""
+    values = scores.detach().double().cpu().numpy()
+    if values.shape != (channels,):
+        raise PruningError(f"scores of group {group!r} have shape {values.shape}, expected ({channels},)")
+    if not np.isfinite(values).all():
+        raise PruningError(f"scores of group {group!r} are not all finite numbers: {values}")
+    ascending = np.lexsort((-np.arange(channels), values))
+    return ascending, values[ascending]
+
+
+def _lowest(
+    group: str,
+    order: Mapping[str, object],
+    channels: int,
+    floor: int | Mapping[str, int],
+    most: float,
+) -> int:
+    """The narrowest that a group may get in one plan."""
+    if group not in order:
+        return channels
+    wanted = floor.get(group, 1) if isinstance(floor, Mapping) else floor
+    if wanted < 1:
+        raise PruningError(f"floor {wanted} of group {group!r}: a group keeps at least 1 channel")
+    return min(channels, max(wanted, math.ceil(channels * (1 - most) - 1e-9)))

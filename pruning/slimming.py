@@ -1,0 +1,264 @@
+"""The three stages as one pipeline that can be stopped at any moment and resumed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruning import checkpoint
+from pruning.budget import Budget
+from pruning.config import SlimConfig
+from pruning.cost import Cost, CostModel
+from pruning.errors import PruningError
+from pruning.finetune import distillation, finetune
+from pruning.graph import Ignored, Inputs, trace
+from pruning.plan import plan_within
+from pruning.prune import Step, prune
+from pruning.sparsify import ScalePull, sparsify
+from pruning.training import BatchSource, Epoch, Loss, Validate, cross_entropy, fit
+
+
+class Run:
+    """A folder with what a run was asked for, what happened, and where it stands.
+
+    config.json: the settings. history.jsonl: one line per epoch and per pruning step.
+    state.pth: the stage under way with its weights, optimizer and random state, replaced
+    after every epoch. Other checkpoints are the caller's.
+
+    Raises `PruningError` when the folder holds another run (resume it or choose another
+    folder), when there is none to resume, or when it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], *, resume: bool = False):
+        self.folder = Path(folder)
+        self.history = self.folder / "history.jsonl"
+        settings = json.loads(json.dumps(settings))
+        config = self.folder / "config.json"
+        if resume:
+            self._check_same(config, settings)
+        elif config.exists():
+            raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
+        else:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
+            checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
+        state = self.folder / "state.pth"
+        self.state: dict[str, Any] | None = checkpoint.read_plain(state) if resume and state.exists() else None
+        if self.state is not None:
+            self._cut_history(self.state["lines"])
+        self.lines = self.state["lines"] if self.state is not None else 0
+
+    def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
+        try:
+            before = json.loads(config.read_text())
+        except FileNotFoundError:
+            raise PruningError(f"{self.folder} holds no run to resume") from None
+        except (OSError, ValueError) as error:
+            raise PruningError(f"{config} cannot be read: {error}") from error
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if changed:
+            raise PruningError(
+                f"{self.folder} was started with other settings ({', '.join(sorted(changed))}): "
+                "resume with the same, or choose another folder"
+            )
+
+    def _cut_history(self, lines: int) -> None:
+        """Forget what happened after the state was saved; it will happen again."""
+        kept = self.history.read_text().splitlines(keepends=True)[:lines] if self.history.exists() else []
+        checkpoint.replace_file(self.history, "".join(kept).encode())
+
+    def note(self, **event: Any) -> None:
+        """Append one line to the history."""
+        with open(self.history, "a") as file:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines += 1
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Note where the run stands, whole or not at all."""
+        self.state = {**state, "lines": self.lines}
+        checkpoint.write(self.folder / "state.pth", self.state)
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What `slim` ends with: the small model (BatchNorm in place), and the dense one of stage 1."""
+
+    model: nn.Module
+    dense: nn.Module
+
+
+def slim(
+    model: nn.Module,
+    batches: BatchSource,
+    example_inputs: Inputs,
+    config: SlimConfig,
+    *,
+    validate: Validate,
+    calibration: Sequence[tuple[Any, Any]] = (),
+    teacher: nn.Module | None = None,
+    loss: Loss = cross_entropy,
+    ignored: Iterable[Ignored] = (),
+    run: Run | None = None,
+    log: Callable[[str], None] = print,
+) -> Slimmed:
+    """Network Slimming in three stages (Liu et al., ICCV 2017), under a budget.
+
+    1. Train with an L1 pull on the BatchNorm scales.
+    2. Several times: remove the least important channels, train a little.
+    3. Train what is left, and keep its best epoch on the validation split.
+
+    Args:
+        model: the dense model, trained or not; it is left as it is.
+        batches: training batches. example_inputs: to trace and check with.
+        validate: from a model to its accuracy (or another figure, higher is better).
+        calibration: batches for the scores; the same ones each time.
+        teacher: for `config.distill`; by default the model that stage 1 ends with.
+        ignored: layers whose channels all stay.
+        run: keeps the state after every epoch, and goes on from it.
+        log: receives one line per stage and pruning step.
+
+    Raises `PruningError` before anything is trained when the budget cannot be reached.
+    """
+    ignored = tuple(ignored)
+    target, last = _reachable(model, example_inputs, config.budget, ignored), config.iterations + 1
+    progress = _Progress(run, model)
+    small = progress.network
+    inside = {"batches": batches, "validate": validate}
+
+    if progress.at == 0:
+        label = "stage 1, sparsify"
+        small = sparsify(
+            small, config=config.sparsify, example_inputs=example_inputs, strength=config.strength,
+            ignored=ignored, loss=loss, **inside, **progress.options(0, label, small),
+        )  # fmt: skip
+        pull = ScalePull(small, trace(small, example_inputs, ignored), strength=0)
+        log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
+
+    teacher = (teacher or progress.dense) if config.distill else None
+    soft_loss = distillation(teacher, config.distill, loss=loss) if teacher else loss
+
+    for iteration in range(max(1, progress.at), last):
+        label = f"stage 2, iteration {iteration}/{config.iterations}"
+        line = progress.line
+        if progress.resume(iteration) is None:
+            step = prune(
+                small, example_inputs, target.share(progress.start, iteration, config.iterations),
+                score=config.score, calibration=calibration, loss=loss, ignored=ignored,
+            )  # fmt: skip
+            small = step.model
+            line = progress.note_step(label, step, validate(small))
+        options = progress.options(iteration, label, small)
+        small = fit(small, config=config.recover, loss=soft_loss, **inside, **options)
+        log(f"{label}: {line}, {validate(small):.4f} after training")
+
+    label = "stage 3, fine-tune"
+    small = finetune(
+        small, config=config.finetune, teacher=teacher, distill=config.distill, loss=loss,
+        **inside, **progress.options(last, label, small),
+    )  # fmt: skip
+    log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
+    return Slimmed(small, progress.dense)
+
+
+def _reachable(model: nn.Module, inputs: Inputs, budget: Budget, ignored: Iterable[Ignored]) -> Budget:
+    """The budget in counts; planning with arbitrary scores finds out whether it can be met."""
+    traced = trace(model, inputs, ignored)
+    cost_model = CostModel(model, traced)
+    target = budget.resolve(cost_model(cost_model.full))
+    arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
+    plan_within(target, traced, cost_model, arbitrary)
+    return target
+
+
+class _Progress:
+    """Where a pipeline stands, kept in its run (where it has one) after every epoch.
+
+    Stages count 0 (sparsify), 1 to n (pruning steps, each with its training), n + 1 (fine-tune).
+    """
+
+    def __init__(self, run: Run | None, model: nn.Module):
+        self.run = run
+        self.state: dict[str, Any] = (run.state if run else None) or {"stage": 0, "fit": None}
+        self.network, self.dense = copy.deepcopy(model), copy.deepcopy(model)
+        if self.state["fit"] is not None:
+            checkpoint.restore(self.network, {**self.state["layers"], "state_dict": self.state["fit"]["model"]})
+        if "dense" in self.state:
+            self.dense.load_state_dict(self.state["dense"])
+        self.dense.eval()
+
+    @property
+    def at(self) -> int:
+        """The stage under way."""
+        return self.state["stage"]
+
+    @property
+    def start(self) -> Cost:
+        """What the network costs without the channels that stage 1 has turned off."""
+        return Cost(**self.state["start"])
+
+    def resume(self, stage: int) -> dict[str, Any] | None:
+        """What `fit` goes on from; None for a stage that starts anew."""
+        return self.state["fit"] if stage == self.at else None
+
+    def options(self, stage: int, label: str, model: nn.Module) -> dict[str, Any]:
+        """The arguments of `fit` that make a stage resume and record its epochs."""
+
+        def on_epoch(epoch: Epoch) -> None:
+            self.note(
+                stage=label, epoch=epoch.number, train_loss=epoch.train_loss,
+                validation=epoch.score, lr=epoch.lr,
+            )  # fmt: skip
+            layers = checkpoint.describe(model)
+            del layers["state_dict"]  # the state of `fit` has it
+            self.state = {**self.state, "stage": stage, "layers": layers, "fit": epoch.state()}
+            if self.run is not None:
+                self.run.save(self.state)
+
+        return {"label": label, "on_epoch": on_epoch, "resume": self.resume(stage)}
+
+    def note(self, **event: Any) -> None:
+        if self.run is not None:
+            self.run.note(**event)
+
+    def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
+        """Keep the dense weights and the channels left; returns the line to log."""
+        alive = pull.alive()
+        start = pull.cost_model(alive)
+        self.dense.load_state_dict(small.state_dict())
+        self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
+        self.note(stage="sparsify", alive=alive, **asdict(start), validation=validation)
+        return f"γ ≠ 0 in {_widths(alive)}: {start}; validation {validation:.4f}"
+
+    def note_step(self, label: str, step: Step, validation: float) -> str:
+        """Record a pruning step before the training after it; returns the line to log."""
+        self.note(
+            stage=label, widths=step.plan.widths, asked=step.asked.limits(), **asdict(step.after),
+            validation=validation,
+        )  # fmt: skip
+        line = f"{_widths(step.plan.widths)}: {step.after} (asked {step.asked}); validation {validation:.4f}"
+        self.state = {**self.state, "line": line}
+        return line
+
+    @property
+    def line(self) -> str:
+        """The line of the pruning step under way."""
+        return self.state.get("line", "")
+
+
+def _widths(widths: dict[str, int]) -> str:
+    """Widths in the order of the groups: `3-7-8-12`; of many, how many channels in all."""
+    if len(widths) <= 12:
+        return "-".join(str(w) for w in widths.values())
+    return f"{sum(widths.values()):,} channels in {len(widths)} groups"

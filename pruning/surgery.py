@@ -1,0 +1,290 @@
+"""Surgery: a model and a plan give a smaller model. And the check that it was right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from pruning.errors import PruningError
+from pruning.graph import Inputs, Trace, call, tensors
+from pruning.layers import Side, narrow, parts, rule_for
+from pruning.modes import eval_mode
+from pruning.plan import Plan
+
+#: For consumers of pruned channels, the value each of their input channels is taken to have
+#: once it is gone: layer name to (input channels,).
+Constants = Mapping[str, Tensor]
+
+#: Largest difference, relative to the largest output, that float32 rounding explains.
+TOLERANCE = 1e-4
+
+
+def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | None = None) -> nn.Module:
+    """The model that keeps only the channels of the plan.
+
+    Args:
+        model: left as it is.
+        trace: of this model.
+        plan: what each group keeps; a group it does not name is kept whole.
+        constants: folded into the bias of the consumer, or into the running mean of the
+            BatchNorm behind it, for the channels that go (see `channel_constants`).
+
+    Returns a new model on the same device, in the same mode, without gradients.
+    Raises `PruningError` for a plan that names a group or channel the trace does not have.
+    """
+    dropped = dropped_positions(trace, plan)
+    small = copy.deepcopy(model)
+    # Fold while every layer still has its full width, then narrow.
+    for (name, side), drop in dropped.items():
+        if side == "in" and constants is not None and name in constants:
+            _fold_constants(small, name, trace, drop, constants[name])
+    for (name, side), drop in dropped.items():
+        layer = small.get_submodule(name)
+        rule = rule_for(layer)
+        assert rule is not None
+        keep = torch.ones(rule.width(layer, side), dtype=torch.bool)
+        keep[drop] = False
+        narrow(layer, side, keep.nonzero().flatten())
+    small.zero_grad(set_to_none=True)
+    return small
+
+
+def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
+    """For each side of each layer that loses channels, the positions that go, sorted."""
+    dropped: dict[tuple[str, Side], list[Tensor]] = {}
+    for name, kept in plan.keep.items():
+        group = trace.groups.get(name)
+        if group is None:
+            raise PruningError(
+                f"the plan names group {name!r}, which this model does not have; it has: "
+                f"{', '.join(trace.groups) or 'none'}"
+            )
+        if kept[-1] >= group.channels:
+            raise PruningError(f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels}")
+        gone = torch.ones(group.channels, dtype=torch.bool)
+        gone[list(kept)] = False
+        if not gone.any():
+            continue
+        channels = gone.nonzero().flatten()
+        for member in group.members:
+            dropped.setdefault((member.layer, member.side), []).append(member.positions(channels))
+    return {side: torch.cat(positions).unique() for side, positions in dropped.items()}
+
+
+def channel_constants(
+    model: nn.Module, trace: Trace, batches: Iterable[Inputs], *, exact_only: bool = False
+) -> dict[str, Tensor]:
+    """The mean that each channel has where a layer consumes it, over calibration batches.
+
+    A channel with γ = 0 is constant: its mean is the constant that β leaves behind the
+    activation, and folding it loses nothing. For any other channel the mean is the constant
+    that replaces it with the least squared error.
+
+    Layers that pad with zeros have no entry: near the border the constant would be missing.
+    With `exact_only`, channels that vary count as 0, so that example inputs of any kind do.
+    """
+    sums: dict[str, Tensor] = {}
+    spread: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(name: str, dim: int) -> Callable[[nn.Module, Any], None]:
+        def observe(_: nn.Module, args: Any) -> None:
+            values = args[0].detach().movedim(dim, 0).flatten(1).double()
+            low, high = values.amin(1), values.amax(1)
+            if name in sums:
+                low, high = torch.minimum(low, spread[name][0]), torch.maximum(high, spread[name][1])
+            sums[name] = sums.get(name, 0) + values.sum(1)
+            counts[name] = counts.get(name, 0) + values.shape[1]
+            spread[name] = torch.stack([low, high])
+
+        return observe
+
+    handles = []
+    try:
+        for group in trace.groups.values():
+            for member in group.side("in"):
+                layer = model.get_submodule(member.layer)
+                if _pads_with_zeros(layer) or member.layer in counts:
+                    continue
+                counts[member.layer] = 0
+                dim = -1 if isinstance(layer, nn.Linear) else 1
+                handles.append(layer.register_forward_pre_hook(hook(member.layer, dim)))
+        with torch.no_grad(), eval_mode(model):
+            for inputs in batches:
+                call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    constants = {}
+    for name, total in sums.items():
+        mean = total / counts[name]
+        if exact_only:
+            low, high = spread[name]
+            mean = torch.where(high - low <= 1e-6 * high.abs(), mean, 0)
+        constants[name] = mean
+    return constants
+
+
+def _pads_with_zeros(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return True  # its output positions see different numbers of inputs
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return False
+    pads = layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
+    return pads and layer.padding_mode == "zeros"
+
+
+def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
+    """Add what the dropped inputs of a layer contribute to its bias or the norm behind it."""
+    layer = model.get_submodule(name)
+    weight = layer.weight.detach().double()
+    values = torch.zeros_like(constants, dtype=torch.double)
+    values[drop] = constants.double()[drop]
+    per_input = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    if parts(layer) > 1:
+        inputs = values.view(parts(layer), -1).repeat_interleave(len(weight) // parts(layer), dim=0)
+        shift = (per_input * inputs.to(weight.device)).sum(1)
+    else:
+        shift = per_input @ values.to(weight.device)
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias += shift.to(layer.bias.dtype)
+        elif name in trace.foldable:
+            mean = model.get_submodule(trace.foldable[name]).running_mean
+            mean -= shift.to(mean.dtype)
+
+
+def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
+    """The constants that surgery can put somewhere: a bias, or a BatchNorm directly behind."""
+    return {
+        name: value
+        for name, value in constants.items()
+        if model.get_submodule(name).bias is not None or name in trace.foldable
+    }
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    trace: Trace,
+    plan: Plan,
+    inputs: Inputs,
+    constants: Constants | None = None,
+) -> float:
+    """Check the equivalence law, and return the largest relative difference found.
+
+    The dense model, with every dropped channel set to its constant (zero without one)
+    wherever a layer consumes it, must compute what the small one computes. Norms that mix
+    channels take their statistics over the kept ones.
+
+    Raises `PruningError` when the outputs differ in shape or value; it names the group.
+    """
+    oracle = _outputs(lambda: _run_masked(model, trace, plan, inputs, constants or {}))
+    with eval_mode(small):
+        result = _outputs(lambda: call(small, inputs))
+    problem, difference = _compare(oracle, result)
+    if problem:
+        raise PruningError(f"surgery is not equivalent to the plan: {problem}; nothing was changed")
+    return difference
+
+
+def _outputs(run: Callable[[], Any]) -> list[Tensor] | Exception:
+    try:
+        with torch.no_grad():
+            return tensors(run())
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        return error
+
+
+def _compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception) -> tuple[str, float]:
+    for outputs in (oracle, result):
+        if isinstance(outputs, Exception):
+            return f"the model no longer runs ({outputs})", float("inf")
+    assert not isinstance(oracle, Exception) and not isinstance(result, Exception)
+    shapes = [tuple(t.shape) for t in oracle], [tuple(t.shape) for t in result]
+    if shapes[0] != shapes[1]:
+        return f"outputs of shape {shapes[0]} became {shapes[1]}", float("inf")
+    worst = 0.0
+    for expected, got in zip(oracle, result, strict=True):
+        if not expected.numel():
+            continue
+        scale = expected.abs().max().item() or 1.0
+        difference = (expected - got).abs().max().item() / scale
+        if not difference <= TOLERANCE:  # NaN included
+            return f"outputs differ by {difference:.2g} of their largest value", difference
+        worst = max(worst, difference)
+    return "", worst
+
+
+def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants) -> Any:
+    oracle = copy.deepcopy(model).eval()
+    constants = foldable_constants(trace, model, constants)
+    for (name, side), drop in dropped_positions(trace, plan).items():
+        layer = oracle.get_submodule(name)
+        if side == "in":
+            value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
+            layer.register_forward_pre_hook(_replace_channels(layer, drop, value))
+        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+            layer.register_forward_hook(_norm_over_kept(layer, drop))
+    return call(oracle, inputs)
+
+
+def _replace_channels(layer: nn.Module, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+
+    def replace(_: nn.Module, args: Any) -> Any:
+        x = args[0].movedim(dim, -1).clone()
+        x[..., drop.to(x.device)] = value.to(x)
+        return (x.movedim(-1, dim), *args[1:])
+
+    return replace
+
+
+def _norm_over_kept(layer: nn.Module, drop: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    dim = 1 if isinstance(layer, nn.GroupNorm) else -1
+
+    def normalise(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        x = args[0]
+        kept = torch.ones(x.shape[dim], dtype=torch.bool, device=x.device)
+        kept[drop.to(x.device)] = False
+        inner = x.movedim(dim, -1)[..., kept].movedim(-1, dim)
+        weight = None if layer.weight is None else layer.weight[..., kept]
+        bias = None if layer.bias is None else layer.bias[..., kept]
+        if isinstance(layer, nn.GroupNorm):
+            normed = F.group_norm(inner, layer.num_groups, weight, bias, layer.eps)
+        else:
+            normed = F.layer_norm(inner, (*layer.normalized_shape[:-1], inner.shape[-1]), weight, bias, layer.eps)
+        result = torch.zeros_like(output).movedim(dim, -1)
+        result[..., kept] = normed.movedim(dim, -1)
+        return result.movedim(-1, dim)
+
+    return normalise
+
+
+def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
+    """A copy in eval mode in which every BatchNorm that directly follows a layer is part of it.
+
+    The norm's place is taken by `nn.Identity`. γ, β and the running statistics go into the
+    layer's weight and a bias, which changes nothing in eval mode.
+    """
+    folded = copy.deepcopy(model).eval()
+    for name, norm_name in trace.foldable.items():
+        layer, norm = folded.get_submodule(name), folded.get_submodule(norm_name)
+        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        _replace_module(folded, name, fuse(layer, norm))
+        _replace_module(folded, norm_name, nn.Identity())
+    return folded
+
+
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+

@@ -1,0 +1,212 @@
+"""The only epoch loop, and the evaluation that goes with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from pruning.config import TrainConfig
+from pruning.errors import PruningError, TrainingDiverged
+from pruning.graph import call
+from pruning.modes import eval_mode
+
+#: From a model, its inputs and the targets to the loss of a batch, a scalar.
+Loss = Callable[[nn.Module, Any, Any], Tensor]
+#: From a model to a figure that is better the higher it is, on the validation split.
+Validate = Callable[[nn.Module], float]
+
+
+class BatchSource(Protocol):
+    """Whatever can be iterated many times and gives (inputs, targets): a DataLoader, a list."""
+
+    def __iter__(self) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+class Epoch(NamedTuple):
+    """What an epoch ended with. `state` goes on from here when `fit` is given it."""
+
+    number: int
+    train_loss: float
+    score: float | None
+    lr: float
+    state: Callable[[], dict[str, Any]]
+
+
+def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    """The usual loss of a classifier."""
+    return F.cross_entropy(call(model, inputs), targets)
+
+
+def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
+    """(inputs, targets) with every tensor on the device."""
+    inputs, targets = batch
+    move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
+    return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
+    """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1."""
+    right, count = 0, 0
+    device = next(model.parameters()).device
+    with torch.inference_mode(), eval_mode(model):
+        for batch in batches:
+            inputs, targets = to_device(batch, device)
+            right += int((call(model, inputs).argmax(1) == targets).sum())
+            count += targets.numel()
+    if not count:
+        raise PruningError("there is nothing to evaluate on: the given batches are empty")
+    return right / count
+
+
+def fit(
+    model: nn.Module,
+    batches: BatchSource,
+    config: TrainConfig,
+    *,
+    loss: Loss = cross_entropy,
+    validate: Validate | None = None,
+    keep_best: bool = False,
+    before_epoch: Callable[[], None] | None = None,
+    after_step: Callable[[float], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    label: str = "",
+    resume: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Train a model in place and return it, in eval mode.
+
+    Args:
+        batches: (inputs, targets) pairs; iterated once an epoch, must have a length.
+        validate: asked after every epoch.
+        keep_best: end with the weights of the epoch that `validate` liked best (the later
+            one of equals) instead of the last.
+        before_epoch: called at the start of every epoch.
+        after_step: called after every optimizer step with the learning rate it used.
+        on_epoch: called after every epoch; may keep `epoch.state()`, from which `resume`
+            goes on to exactly the same end.
+        label: text before the progress bar, which shows on a terminal only.
+
+    Raises `TrainingDiverged` when the loss stops being finite; `PruningError` when there
+    is no batch to train on.
+    """
+    steps = len(batches) if isinstance(batches, Sized) else 0
+    if config.epochs and not steps:
+        raise PruningError("there is nothing to train on: the given batches are empty or have no length")
+    if not config.epochs:
+        return model.eval()
+
+    device = next(model.parameters()).device
+    optimizer = _optimizer(model, config, device)
+    schedule = _schedule(optimizer, config, steps)
+    best: dict[str, Any] | None = None
+    best_score, start = float("-inf"), 0
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        schedule.load_state_dict(resume["schedule"])
+        best, best_score, start = resume["best"], resume["best_score"], resume["epoch"]
+        _set_random_state(resume["random"])
+
+    total = config.epochs * steps
+    with tqdm(total=total, initial=start * steps, desc=label, unit="step", disable=None, leave=False) as bar:
+        for number in range(start + 1, config.epochs + 1):
+            if before_epoch is not None:
+                before_epoch()
+            model.train()
+            summed = torch.zeros((), device=device)
+            for step, batch in enumerate(batches, start=1):
+                inputs, targets = to_device(batch, device)
+                value = loss(model, inputs, targets)
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                if after_step is not None:
+                    after_step(lr)
+                schedule.step()
+                summed += value.detach()
+                if step % 50 == 0 or step == steps:
+                    _require_finite(summed, number, step, label)
+                bar.update()
+            score = validate(model) if validate is not None else None
+            if keep_best and score is not None and score >= best_score:
+                best, best_score = copy.deepcopy(model.state_dict()), score
+            if score is not None:
+                bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
+
+            def state(number: int = number) -> dict[str, Any]:
+                return {
+                    "epoch": number,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "best": best,
+                    "best_score": best_score,
+                    "random": _random_state(),
+                }
+
+            if on_epoch is not None:
+                on_epoch(Epoch(number, summed.item() / steps, score, lr, state))
+    if best is not None:
+        model.load_state_dict(best)
+    return model.eval()
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.SGD:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise PruningError("every parameter is frozen; set requires_grad=True on those to train")
+    # The fused update is one call instead of several for every parameter; it takes
+    # floating-point parameters on CPU and CUDA.
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        config.lr,
+        total_steps=config.epochs * steps + 1,
+        pct_start=config.warmup,
+        cycle_momentum=False,
+    )
+
+
+def _require_finite(summed: Tensor, epoch: int, step: int, label: str) -> None:
+    if not torch.isfinite(summed):
+        raise TrainingDiverged(
+            f"the loss is no longer finite ({label or 'training'}, epoch {epoch}, by step {step}); "
+            "lower the learning rate or check the data"
+        )
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
