@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,9 +61,15 @@ class Dataset:
         """Normalised batches of a split; a shuffled one drops its last, partial batch."""
         images, labels = getattr(self, split)
         return Batches(
-            images, labels, batch_size, self.mean, self.std,
-            shuffle=shuffle, drop_last=shuffle, augment=augment,
-        )  # fmt: skip
+            images,
+            labels,
+            batch_size,
+            self.mean,
+            self.std,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            augment=augment,
+        )
 
 
 def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False) -> Dataset:
@@ -114,7 +121,9 @@ def _mnist5k(_: Path) -> Dataset:
     train, validation, test = _per_class(labels, 350, 50, 100)
     return Dataset(
         "mnist5k",
-        *(_split(images, labels, index) for index in (train, validation, test)),
+        _split(images, labels, train),
+        _split(images, labels, validation),
+        _split(images, labels, test),
         mean=0.1307,
         std=0.3081,
         notice="these are 5,000 of MNIST's 60,000 training digits (3,500 train, 500 validation, "
@@ -160,8 +169,7 @@ def _per_class(labels: np.ndarray, *counts: int) -> list[np.ndarray]:
     places = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
     bounds = np.cumsum((0, *counts))
     return [
-        np.sort(np.concatenate([place[start:stop] for place in places]))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        np.sort(np.concatenate([place[start:stop] for place in places])) for start, stop in pairwise(bounds)
     ]
 
 

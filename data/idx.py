@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pruning.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """A data file or folder is not what it should be; the message says which and why."""
 
 

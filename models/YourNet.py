@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from models.LeNet5 import LeNet5
 
 
@@ -20,7 +22,7 @@ class YourNet(LeNet5):
 
         `slimmed` has its BatchNorm layers either all folded or all in place.
         """
-        config = slimmed.config
+        config: dict[str, Any] = dict(slimmed.config)
         convolutions = len(config["conv"])
         batch_norm = any(".bn" in name for name in slimmed.state_dict())
         widths = {"conv": slimmed.widths[:convolutions], "hidden": slimmed.widths[convolutions:]}

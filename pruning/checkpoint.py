@@ -220,7 +220,8 @@ def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: its class {name!r} cannot be imported ({error}). Run from where it can, or give a factory"
+            f"{path}: its class {name!r} cannot be imported ({error}). "
+            "Run from where it can, or give a factory"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise CheckpointError(f"{path} was refused: {name!r} is not a class of networks (nn.Module)")
@@ -245,7 +246,8 @@ def provenance(**facts: Any) -> dict[str, Any]:
 def _relative(argument: str) -> str:
     """A path below the current folder, as one would type it there; anything else as it is."""
     path = Path(argument)
-    return path.relative_to(Path.cwd()).as_posix() if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
+    below = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return path.relative_to(Path.cwd()).as_posix() if below else argument
 
 
 def _commit() -> str:

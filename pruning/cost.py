@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import is_depthwise, parts, rule_for
+from pruning.layers import is_depthwise, rule_for
 from pruning.modes import eval_mode, thread_count
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
@@ -52,18 +52,34 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
         from thop import profile
 
     probe = copy.deepcopy(model).eval()
-    quiet = {type(m): _zero for m in probe.modules() if not isinstance(m, _COUNTED)}
+    rules: dict[type[nn.Module], Callable[..., None]] = {}
+    for layer in probe.modules():
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            rules[type(layer)] = _transposed
+        elif not isinstance(layer, _COUNTED):
+            rules[type(layer)] = _zero
     biases = _BiasCounter(probe)
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    args = _positional(inputs)
     with torch.no_grad(), biases:
-        macs, _ = profile(probe, inputs=args, custom_ops=quiet, verbose=False)
+        macs, _ = profile(probe, inputs=args, custom_ops=rules, verbose=False)
     batch = tensors(args)[0].shape[0]
     params = sum(p.numel() for p in model.parameters())
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
 
 
+def _positional(inputs: Inputs) -> tuple[Any, ...]:
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    return tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)
+
+
 def _zero(layer: nn.Module, args: Any, output: Any) -> None:
     """thop's rule for a layer that costs no MACs."""
+
+
+def _transposed(layer: Any, args: Any, output: Any) -> None:
+    """thop's own rule takes the output's positions; each weight meets every input position."""
+    layer.total_ops += args[0].numel() * layer.weight[0].numel()
 
 
 class _BiasCounter:
@@ -95,6 +111,19 @@ def uncounted(model: nn.Module) -> dict[str, str]:
     }
 
 
+class _Row(NamedTuple):
+    """A layer in the closed form: the widths of its sides, and what their product costs."""
+
+    out: np.ndarray
+    out_fixed: float
+    into: np.ndarray
+    in_fixed: float
+    params: float
+    macs: float
+    bias: float
+    bias_macs: float
+
+
 class CostModel:
     """The cost of a traced model in closed form, at any widths of its groups.
 
@@ -117,7 +146,7 @@ class CostModel:
                 owns = share.setdefault((member.layer, member.side), np.zeros(len(self.groups)))
                 owns[position[name]] += len(member.index) / group.channels
 
-        rows: list[tuple[np.ndarray, float, np.ndarray, float, float, float, float, float]] = []
+        rows: list[_Row] = []
         nothing = np.zeros(len(self.groups))
         self.fixed_params = 0.0
         for name, layer in model.named_modules():
@@ -126,27 +155,33 @@ class CostModel:
             if rule is None or name in folded:
                 self.fixed_params += 0 if name in folded else numel
                 continue
-            out = share.get((name, "out"), nothing)
-            out_fixed = rule.width(layer, "out") - out @ self.full
+            out, into, in_fixed = share.get((name, "out"), nothing), nothing, 1.0
+            out_width = rule.width(layer, "out")
+            out_fixed = float(out_width - out @ self.full)
             if rule.in_count and not is_depthwise(layer):
                 into = share.get((name, "in"), nothing)
-                in_fixed = rule.width(layer, "in") - into @ self.full
-            else:
-                into, in_fixed = nothing, 1.0
+                in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)
-            weight = getattr(layer, "weight", None)
-            if use is None:  # a norm or a PReLU: so many parameters per channel
-                per_channel = numel / max(1, rule.width(layer, "out"))
-                rows.append((out, out_fixed, nothing, 1.0, per_channel, 0.0, 0.0, 0.0))
+            if use is None:  # a norm, a PReLU, a layer that is not run: so much per channel
+                per_product = numel / max(1.0, out_width * (in_fixed + into @ self.full))
+                rows.append(_Row(out, out_fixed, into, in_fixed, per_product, 0.0, 0.0, 0.0))
             else:
-                kernel = weight[0, 0].numel() / (1 if is_depthwise(layer) else parts(layer))
-                bias = float(use.bias)
-                spots = use.positions * bias
-                rows.append((out, out_fixed, into, in_fixed, kernel, kernel * use.uses, bias, spots))
-        columns = list(zip(*rows, strict=True)) if rows else [()] * 8
-        out_m, out_f, in_m, in_f, params, macs, bias, bias_macs = (np.array(c, dtype=np.float64) for c in columns)
-        self._out, self._out_fixed, self._in, self._in_fixed = out_m, out_f, in_m, in_f
-        self._params, self._macs, self._bias, self._bias_macs = params, macs, bias, bias_macs
+                weight: Any = layer.weight
+                kernel, bias = weight.numel() / (out_width * (in_fixed + into @ self.full)), float(use.bias)
+                rows.append(
+                    _Row(
+                        out, out_fixed, into, in_fixed, kernel, kernel * use.uses, bias, use.positions * bias
+                    )
+                )
+
+        def column(name: str, *shape: int) -> np.ndarray:
+            return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+
+        groups = len(self.groups)
+        self._out, self._in = column("out", groups), column("into", groups)
+        self._out_fixed, self._in_fixed = column("out_fixed"), column("in_fixed")
+        self._params, self._macs = column("params"), column("macs")
+        self._bias, self._bias_macs = column("bias"), column("bias_macs")
 
     def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed

@@ -14,7 +14,9 @@ from pruning.graph import call
 from pruning.training import BatchSource, Loss, cross_entropy, fit
 
 
-def distillation(teacher: nn.Module, weight: float, temperature: float = 4.0, loss: Loss = cross_entropy) -> Loss:
+def distillation(
+    teacher: nn.Module, weight: float, temperature: float = 4.0, loss: Loss = cross_entropy
+) -> Loss:
     """A loss that also asks for the teacher's outputs (Hinton et al., arXiv 1503.02531).
 
     (1 − weight) loss + weight T² KL(softmax(teacher / T) ‖ softmax(student / T)), logits

@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -69,7 +69,7 @@ class LayerUse:
 
     uses: float
     positions: float
-    bias: bool
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
     roots = [m for m in graph.module2node if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
     for root in sorted(roots, key=lambda m: list(names).index(m)):
         name = names[root]
-        if name in seen or not name:
+        if name in seen:
             continue
         width = graph.get_out_channels(root)
         pruner = graph.get_pruner_of_module(root)
@@ -148,7 +148,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
 
     foldable = _foldable(graph, names)
     uses = {
-        name: LayerUse(*use, bias=probe.get_submodule(name).bias is not None or name in foldable)  # type: ignore[misc]
+        name: replace(use, bias=probe.get_submodule(name).bias is not None or name in foldable)
         for name, use in uses.items()
     }
     return Trace(groups, skipped, foldable, uses)
@@ -178,21 +178,20 @@ def _build(probe: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
         ) from error
 
 
-def _count_uses(probe: nn.Module, inputs: Inputs) -> dict[str, tuple[float, float]]:
-    """(uses of each weight, output positions) per example, of every conv and linear layer."""
-    uses: dict[str, tuple[float, float]] = {}
+def _count_uses(probe: nn.Module, inputs: Inputs) -> dict[str, LayerUse]:
+    """How often one example uses every convolution and linear layer."""
+    uses: dict[str, LayerUse] = {}
     example = tensors(inputs)
     batch = example[0].shape[0] if example and example[0].ndim else 1
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(layer: nn.Module, args: Any, output: Tensor) -> None:
-            out_channels = output.shape[-1] if isinstance(layer, nn.Linear) else layer.out_channels
-            positions = output.numel() / out_channels / batch
-            weights = positions
+            positions = output.numel() / _width(layer, "out") / batch
+            used = positions
             if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-                weights = args[0].numel() / layer.in_channels / batch
-            before = uses.get(name, (0.0, 0.0))
-            uses[name] = (before[0] + weights, before[1] + positions)
+                used = args[0].numel() / layer.in_channels / batch
+            before = uses.get(name, LayerUse(0.0, 0.0))
+            uses[name] = LayerUse(before.uses + used, before.positions + positions)
 
         return record
 
@@ -295,8 +294,17 @@ def _obstacle(
     """Why a group is left as it is; empty when it can be pruned."""
     if not group.side("in"):
         return "no layer that surgery knows consumes its channels; they may be the model's output"
+    for member in group.members:
+        layer = model.get_submodule(member.layer)
+        # The graph takes any convolution with one output per part for a depthwise one, and
+        # none of the parts of such a layer could be given up.
+        if 1 < parts(layer) == _width(layer, member.side):
+            return (
+                f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
+                "can be given up; list it as ignored or give it fewer groups"
+            )
     if group.channels < 2:
-        return "its channels can only be removed all together"
+        return "its channels can only be removed all together, and a group is never emptied"
     for member in group.members:
         layer = model.get_submodule(member.layer)
         if member.side == "out" and member.layer in keep:
@@ -346,9 +354,9 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
     holders: dict[int, str] = {}
     shared: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if other := holders.setdefault(id(parameter), name):
-            if other != name:
-                shared.update({name: other, other: name})
+        other = holders.setdefault(id(parameter), name)
+        if other != name:
+            shared.update({name: other, other: name})
     return shared
 
 

@@ -89,19 +89,22 @@ def taylor(
             inputs, targets = to_device(batch, device)
             value = loss(model, inputs, targets)
             if not torch.isfinite(value):
-                raise PruningError(f"the loss on calibration batch {count} is {value.item()}: no gradient to score by")
-            gradients = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
+                raise PruningError(
+                    f"the loss on calibration batch {count} is {value.item()}: no gradient to score by"
+                )
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            gradients = dict(zip(parameters, found, strict=True))
             count += 1
             for name, group in groups.items():
                 change = torch.zeros(group.channels)
                 for member in members[name]:
                     for kind in ("weight", "bias"):
-                        key = (member.layer, kind)
-                        if key in parameters:
-                            products = (parameters[key] * gradients[key]).detach()
+                        gradient = gradients.get((member.layer, kind))
+                        if gradient is not None:
+                            products = parameters[member.layer, kind].detach() * gradient
                             dim = _out_dim(model.get_submodule(member.layer), kind)
-                            change += _per_channel(group, member, products.movedim(dim, 0).flatten(1).sum(1)
-                                                   if products.ndim > 1 else products)
+                            per_position = products.movedim(dim, 0).reshape(products.shape[dim], -1).sum(1)
+                            change += _per_channel(group, member, per_position)
                 scores[name] += change.square()
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")

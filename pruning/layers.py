@@ -96,4 +96,5 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     old = getattr(layer, count)
     setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
     if depthwise:
-        layer.in_channels = layer.groups = len(keep)
+        for also in ("in_channels", "groups"):
+            setattr(layer, also, len(keep))

@@ -97,10 +97,10 @@ def plan_within(
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {_LABEL[what]}" for what in over)
+        floors = ", ".join(f"{g} {int(w)}" for g, w in zip(groups, lowest, strict=True))
         raise PruningError(
-            f"the budget {budget} cannot be reached: at the floor of every group "
-            f"({', '.join(f'{g} {int(w)}' for g, w in zip(groups, lowest, strict=True))}) the network still has "
-            f"{reached}. Raise the budget, lower the floors, or ignore fewer layers"
+            f"the budget {budget} cannot be reached: at the floor of every group ({floors}) the network "
+            f"still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
         )
 
     widths = cost_model.full.copy()
@@ -109,7 +109,7 @@ def plan_within(
         # Down to the next multiple, or to the floor where that comes first.
         steps = np.minimum(np.where(widths % multiple, widths % multiple, multiple), widths - lowest)
         freed = dict(zip(("params", "macs"), cost_model.freed(widths, steps), strict=True))
-        gain = sum(freed[what] / excess for what, excess in over.items())
+        gain = np.sum([freed[what] / excess for what, excess in over.items()], axis=0)
         best, best_value = -1, np.inf
         for i, group in enumerate(groups):
             if steps[i] <= 0 or gain[i] <= 0:

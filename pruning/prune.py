@@ -70,8 +70,12 @@ def prune(
     """
     traced = trace(model, example_inputs, ignored)
     if not traced.groups:
-        reasons = "; ".join(f"{layer}: {why}" for layer, why in traced.skipped.items())
-        raise PruningError(f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})")
+        reasons = "; ".join(
+            f"{layer or type(model).__name__}: {why}" for layer, why in traced.skipped.items()
+        )
+        raise PruningError(
+            f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})"
+        )
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget.resolve(before)

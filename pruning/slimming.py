@@ -53,8 +53,9 @@ class Run:
                 raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
             checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
         state = self.folder / "state.pth"
-        self.state: dict[str, Any] | None = checkpoint.read_plain(state) if resume and state.exists() else None
-        if self.state is not None:
+        self.state: dict[str, Any] | None = None
+        if resume and state.exists():
+            self.state = checkpoint.read_plain(state)
             self._cut_history(self.state["lines"])
         self.lines = self.state["lines"] if self.state is not None else 0
 
@@ -135,14 +136,20 @@ def slim(
     target, last = _reachable(model, example_inputs, config.budget, ignored), config.iterations + 1
     progress = _Progress(run, model)
     small = progress.network
-    inside = {"batches": batches, "validate": validate}
+    inside: dict[str, Any] = {"batches": batches, "validate": validate}
 
     if progress.at == 0:
         label = "stage 1, sparsify"
         small = sparsify(
-            small, config=config.sparsify, example_inputs=example_inputs, strength=config.strength,
-            ignored=ignored, loss=loss, **inside, **progress.options(0, label, small),
-        )  # fmt: skip
+            small,
+            config=config.sparsify,
+            example_inputs=example_inputs,
+            strength=config.strength,
+            ignored=ignored,
+            loss=loss,
+            **inside,
+            **progress.options(0, label, small),
+        )
         pull = ScalePull(small, trace(small, example_inputs, ignored), strength=0)
         log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
 
@@ -154,9 +161,14 @@ def slim(
         line = progress.line
         if progress.resume(iteration) is None:
             step = prune(
-                small, example_inputs, target.share(progress.start, iteration, config.iterations),
-                score=config.score, calibration=calibration, loss=loss, ignored=ignored,
-            )  # fmt: skip
+                small,
+                example_inputs,
+                target.share(progress.start, iteration, config.iterations),
+                score=config.score,
+                calibration=calibration,
+                loss=loss,
+                ignored=ignored,
+            )
             small = step.model
             line = progress.note_step(label, step, validate(small))
         options = progress.options(iteration, label, small)
@@ -165,9 +177,14 @@ def slim(
 
     label = "stage 3, fine-tune"
     small = finetune(
-        small, config=config.finetune, teacher=teacher, distill=config.distill, loss=loss,
-        **inside, **progress.options(last, label, small),
-    )  # fmt: skip
+        small,
+        config=config.finetune,
+        teacher=teacher,
+        distill=config.distill,
+        loss=loss,
+        **inside,
+        **progress.options(last, label, small),
+    )
     log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
     return Slimmed(small, progress.dense)
 
@@ -193,7 +210,8 @@ class _Progress:
         self.state: dict[str, Any] = (run.state if run else None) or {"stage": 0, "fit": None}
         self.network, self.dense = copy.deepcopy(model), copy.deepcopy(model)
         if self.state["fit"] is not None:
-            checkpoint.restore(self.network, {**self.state["layers"], "state_dict": self.state["fit"]["model"]})
+            weights = self.state["fit"]["model"]
+            checkpoint.restore(self.network, {**self.state["layers"], "state_dict": weights})
         if "dense" in self.state:
             self.dense.load_state_dict(self.state["dense"])
         self.dense.eval()
@@ -217,9 +235,12 @@ class _Progress:
 
         def on_epoch(epoch: Epoch) -> None:
             self.note(
-                stage=label, epoch=epoch.number, train_loss=epoch.train_loss,
-                validation=epoch.score, lr=epoch.lr,
-            )  # fmt: skip
+                stage=label,
+                epoch=epoch.number,
+                train_loss=epoch.train_loss,
+                validation=epoch.score,
+                lr=epoch.lr,
+            )
             layers = checkpoint.describe(model)
             del layers["state_dict"]  # the state of `fit` has it
             self.state = {**self.state, "stage": stage, "layers": layers, "fit": epoch.state()}
@@ -244,9 +265,12 @@ class _Progress:
     def note_step(self, label: str, step: Step, validation: float) -> str:
         """Record a pruning step before the training after it; returns the line to log."""
         self.note(
-            stage=label, widths=step.plan.widths, asked=step.asked.limits(), **asdict(step.after),
+            stage=label,
+            widths=step.plan.widths,
+            asked=step.asked.limits(),
+            **asdict(step.after),
             validation=validation,
-        )  # fmt: skip
+        )
         line = f"{_widths(step.plan.widths)}: {step.after} (asked {step.asked}); validation {validation:.4f}"
         self.state = {**self.state, "line": line}
         return line

@@ -144,7 +144,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Add what the dropped inputs of a layer contribute to its bias or the norm behind it."""
     layer = model.get_submodule(name)
-    weight = layer.weight.detach().double()
+    weight = layer.get_parameter("weight").detach().double()
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
     per_input = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
@@ -155,10 +155,11 @@ def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, con
         shift = per_input @ values.to(weight.device)
     with torch.no_grad():
         if layer.bias is not None:
-            layer.bias += shift.to(layer.bias.dtype)
+            bias = layer.get_parameter("bias")
+            bias.add_(shift.to(bias.dtype))
         elif name in trace.foldable:
-            mean = model.get_submodule(trace.foldable[name]).running_mean
-            mean -= shift.to(mean.dtype)
+            mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
+            mean.sub_(shift.to(mean.dtype))
 
 
 def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
@@ -247,7 +248,9 @@ def _replace_channels(layer: nn.Module, drop: Tensor, value: Tensor) -> Callable
     return replace
 
 
-def _norm_over_kept(layer: nn.Module, drop: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _norm_over_kept(
+    layer: nn.LayerNorm | nn.GroupNorm, drop: Tensor
+) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     dim = 1 if isinstance(layer, nn.GroupNorm) else -1
 
     def normalise(_: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -255,12 +258,13 @@ def _norm_over_kept(layer: nn.Module, drop: Tensor) -> Callable[[nn.Module, Any,
         kept = torch.ones(x.shape[dim], dtype=torch.bool, device=x.device)
         kept[drop.to(x.device)] = False
         inner = x.movedim(dim, -1)[..., kept].movedim(-1, dim)
-        weight = None if layer.weight is None else layer.weight[..., kept]
-        bias = None if layer.bias is None else layer.bias[..., kept]
+        affine = dict(layer.named_parameters())
+        weight, bias = (affine[key][..., kept] if key in affine else None for key in ("weight", "bias"))
         if isinstance(layer, nn.GroupNorm):
             normed = F.group_norm(inner, layer.num_groups, weight, bias, layer.eps)
         else:
-            normed = F.layer_norm(inner, (*layer.normalized_shape[:-1], inner.shape[-1]), weight, bias, layer.eps)
+            shape = (*layer.normalized_shape[:-1], inner.shape[-1])
+            normed = F.layer_norm(inner, shape, weight, bias, layer.eps)
         result = torch.zeros_like(output).movedim(dim, -1)
         result[..., kept] = normed.movedim(dim, -1)
         return result.movedim(-1, dim)
@@ -276,8 +280,9 @@ def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     for name, norm_name in trace.foldable.items():
-        layer, norm = folded.get_submodule(name), folded.get_submodule(norm_name)
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        layer: Any = folded.get_submodule(name)
+        norm: Any = folded.get_submodule(norm_name)
+        fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         _replace_module(folded, name, fuse(layer, norm))
         _replace_module(folded, norm_name, nn.Identity())
     return folded
@@ -286,5 +291,3 @@ def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
 def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-

@@ -103,20 +103,13 @@ def fit(
         return model.eval()
 
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, config, device)
-    schedule = _schedule(optimizer, config, steps)
-    best: dict[str, Any] | None = None
-    best_score, start = float("-inf"), 0
+    training = _Training(model, config, steps, device)
     if resume is not None:
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        schedule.load_state_dict(resume["schedule"])
-        best, best_score, start = resume["best"], resume["best_score"], resume["epoch"]
-        _set_random_state(resume["random"])
+        training.restore(resume)
 
-    total = config.epochs * steps
-    with tqdm(total=total, initial=start * steps, desc=label, unit="step", disable=None, leave=False) as bar:
-        for number in range(start + 1, config.epochs + 1):
+    total, done = config.epochs * steps, training.epoch * steps
+    with tqdm(total=total, initial=done, desc=label, unit="step", disable=None, leave=False) as bar:
+        for number in range(training.epoch + 1, config.epochs + 1):
             if before_epoch is not None:
                 before_epoch()
             model.train()
@@ -124,39 +117,61 @@ def fit(
             for step, batch in enumerate(batches, start=1):
                 inputs, targets = to_device(batch, device)
                 value = loss(model, inputs, targets)
-                optimizer.zero_grad(set_to_none=True)
+                training.optimizer.zero_grad(set_to_none=True)
                 value.backward()
-                lr = optimizer.param_groups[0]["lr"]
-                optimizer.step()
+                lr = training.optimizer.param_groups[0]["lr"]
+                training.optimizer.step()
                 if after_step is not None:
                     after_step(lr)
-                schedule.step()
+                training.schedule.step()
                 summed += value.detach()
                 if step % 50 == 0 or step == steps:
                     _require_finite(summed, number, step, label)
                 bar.update()
             score = validate(model) if validate is not None else None
-            if keep_best and score is not None and score >= best_score:
-                best, best_score = copy.deepcopy(model.state_dict()), score
+            training.end_epoch(number, score if keep_best else None)
             if score is not None:
                 bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
-
-            def state(number: int = number) -> dict[str, Any]:
-                return {
-                    "epoch": number,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "best": best,
-                    "best_score": best_score,
-                    "random": _random_state(),
-                }
-
             if on_epoch is not None:
-                on_epoch(Epoch(number, summed.item() / steps, score, lr, state))
-    if best is not None:
-        model.load_state_dict(best)
+                on_epoch(Epoch(number, summed.item() / steps, score, lr, training.state))
+    if training.best is not None:
+        model.load_state_dict(training.best)
     return model.eval()
+
+
+class _Training:
+    """What a training consists of between two epochs; all of it goes into its state."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, steps: int, device: torch.device):
+        self.model = model
+        self.optimizer = _optimizer(model, config, device)
+        self.schedule = _schedule(self.optimizer, config, steps)
+        self.epoch = 0
+        self.best: dict[str, Any] | None = None
+        self.best_score = float("-inf")
+
+    def end_epoch(self, number: int, score: float | None) -> None:
+        self.epoch = number
+        if score is not None and score >= self.best_score:
+            self.best, self.best_score = copy.deepcopy(self.model.state_dict()), score
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best,
+            "best_score": self.best_score,
+            "random": _random_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.epoch, self.best, self.best_score = state["epoch"], state["best"], state["best_score"]
+        _set_random_state(state["random"])
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.SGD:

@@ -1,0 +1,120 @@
+"""The assignment's four indicators, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from data import Dataset
+from data.datasets import SplitName
+from pruning import Latency, accuracy, count, time_forward
+
+#: Images per batch when accuracy is measured; it changes nothing but the time that takes.
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Indicators:
+    """What was measured of one network.
+
+    Times are of the forward pass alone, per image, in milliseconds: the median at the asked
+    batch size and at batch 1.
+    """
+
+    model: str
+    dataset: str
+    split: str
+    images: int
+    accuracy: float
+    latency: Latency
+    latency_batch_1: Latency
+    params: int
+    macs: int
+    macs_with_bias: int
+
+    @property
+    def infer_time_ms(self) -> float:
+        return self.latency.median
+
+    def to_json(self) -> dict[str, Any]:
+        flat = {key: value for key, value in asdict(self).items() if not key.startswith("latency")}
+        return {
+            **flat,
+            "infer_time_ms": self.latency.median,
+            "infer_time_ms_p90": self.latency.p90,
+            "infer_time_ms_batch_1": self.latency_batch_1.median,
+            "batch_size": self.latency.batch_size,
+            "threads": self.latency.threads,
+        }
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    dataset: Dataset,
+    *,
+    split: SplitName = "test",
+    batch_size: int = 64,
+    threads: int = 1,
+    seconds: float = 3.0,
+) -> list[Indicators]:
+    """Measure networks side by side on one split; their times are taken in turns.
+
+    Args:
+        models: by the name to print, on the device of the data set.
+        batch_size: of the timed forward passes (batch 1 is timed besides).
+        seconds: how long to time at each batch size.
+    """
+    images, labels = getattr(dataset, split)
+    repeats = -(-batch_size // len(images))  # a batch larger than the split repeats it
+    batch, _ = next(iter(dataset.batches(split, min(batch_size, len(images)))))
+    batch = batch.repeat(repeats, 1, 1, 1)[:batch_size]
+    at_batch = time_forward(models, batch, threads=threads, seconds=seconds)
+    at_one = time_forward(models, batch[:1].clone(), threads=threads, seconds=seconds)
+    results = []
+    for name, model in models.items():
+        cost = count(model, batch[:1])
+        right = accuracy(model, dataset.batches(split, EVALUATION_BATCH))
+        results.append(
+            Indicators(
+                name,
+                dataset.name,
+                split,
+                len(labels),
+                right,
+                at_batch[name],
+                at_one[name],
+                cost.params,
+                cost.macs,
+                cost.macs_with_bias,
+            )
+        )
+    return results
+
+
+def table(rows: Iterable[Indicators]) -> str:
+    """The assignment's table, with params and MACs each under its right name."""
+    rule = "-" * 64
+    lines = [rule, "| Model Name | Accuracy | Infer Time(ms) | Params(M) | MACs(M) |", rule]
+    for row in rows:
+        lines += [
+            f"| {row.model:>10} | {row.accuracy:8.3f} | {row.infer_time_ms:14.3f} "
+            f"| {row.params / 1e6:9.3f} | {row.macs / 1e6:7.3f} |",
+            rule,
+        ]
+    return "\n".join(lines)
+
+
+def details(rows: Iterable[Indicators]) -> str:
+    """What the table rounds or leaves out."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"{row.model}: {row.params:,} params, {row.macs:,} MACs ({row.macs_with_bias:,} with biases), "
+            f"accuracy {row.accuracy:.4f} on the {row.images:,} images of {row.dataset}/{row.split}"
+        )
+        lines.append(f"    time per image: {row.latency}")
+        lines.append(f"    time per image: {row.latency_batch_1}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""What command lines share: argument types, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from pruning.errors import UserError
+
+#: Exit codes: bad usage or input, and Ctrl-C.
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the default of every flag, and the description as it was written."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; end with one line and an exit code when the user's input was at fault."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number that is at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.strip().lstrip("+-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float = float("inf")) -> Callable[[str], float]:
+    """An argument type: a number between two bounds, both allowed."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most or value == float("inf"):
+            bounds = f"from {least:g}" + (f" to {most:g}" if most < float("inf") else "")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {bounds}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """An argument type: a device that torch can use here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else "it is not available"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+    return text

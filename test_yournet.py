@@ -1,0 +1,67 @@
+"""Measure YourNet beside the reference: accuracy, inference time, params, MACs, and the score.
+
+python test_yournet.py
+python test_yournet.py --best-checkpoint checkpoints/YourNet/best.pth --device cpu --batch-size 64
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import data
+from eval.cli import COMMITTED, load_network, test_parser, write_json
+from eval.metrics import details, measure, table
+from eval.score import REFERENCE_ACCURACY, score
+from models import LeNet5, YourNet
+from pruning import cli
+
+
+def main() -> None:
+    parser = test_parser(__doc__ or "", "YourNet")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="LeNet-5 to compare with (default: reference.pth beside the checkpoint, else the committed one)",
+    )
+    args = parser.parse_args()
+    model = load_network(args.best_checkpoint, YourNet, args.device)
+    beside = args.best_checkpoint.with_name("reference.pth")
+    reference_path = args.reference or (beside if beside.exists() else COMMITTED["LeNet5"])
+    reference_model = load_network(reference_path, LeNet5, args.device)
+    dataset = data.load(args.data, args.data_dir).to(args.device)
+
+    networks = {"LeNet-5": reference_model, "YourNet": model}
+    reference, yours = rows = measure(networks, dataset, batch_size=args.batch_size, threads=args.threads)
+    on_mnist = dataset.name == "mnist"
+    reference_accuracy = REFERENCE_ACCURACY if on_mnist else reference.accuracy
+    points = score(yours, reference, reference_accuracy)
+
+    print(table(rows))
+    print(details(rows))
+    source = "the assignment's" if on_mnist else f"LeNet-5's on {dataset.name}"
+    print(f"widths: {'-'.join(map(str, model.widths))}")
+    print(
+        f"score: {points.capped:.1f} of 100, uncapped {points.uncapped:.1f} "
+        f"(reference accuracy {reference_accuracy:.3f}, {source})"
+    )
+    if points.worse:
+        print(f"the score is 0 because YourNet is worse in: {', '.join(points.worse)}")
+    if dataset.notice:
+        print(f"NOTICE: {dataset.notice}")
+    write_json(
+        args.json,
+        {
+            **yours.to_json(),
+            "widths": list(model.widths),
+            "reference": reference.to_json(),
+            "reference_accuracy": reference_accuracy,
+            "score": points.capped,
+            "score_uncapped": points.uncapped,
+            "notice": dataset.notice,
+        },
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,183 @@
+"""Small networks, each with something that surgery must get right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models import LeNet5, YourNet
+
+
+class Residual(nn.Module):
+    """Two blocks on one trunk: a sum ties the trunk's channels across layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 6, 3, padding=1, bias=False),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Conv2d(6, 8, 3, padding=1, bias=False),
+                nn.BatchNorm2d(8),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """Concatenation, then BatchNorm over channels of two groups (DenseNet's order)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)
+        self.norm, self.last = nn.BatchNorm2d(9), nn.Conv2d(9, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.cat([x, self.second(x)], 1)
+        x = torch.relu(self.last(torch.relu(self.norm(x))))
+        return self.head(x.amax((2, 3)))
+
+
+class Inverted(nn.Module):
+    """Expansion, depthwise convolution, projection (MobileNetV2's block)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 12, 1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU6(),
+            nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU6(),
+            nn.Conv2d(12, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+        )
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """Grouped convolution and GroupNorm: every part must lose as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 12, 3, bias=False),
+            nn.GroupNorm(2, 12),
+            nn.ReLU(),
+            nn.Conv2d(12, 8, 3, groups=4),
+            nn.PReLU(8),
+            nn.Conv2d(8, 6, 1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+class UpAndDown(nn.Module):
+    """Transposed convolutions, plain and grouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 4, 2, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Tokens(nn.Module):
+    """Linear layers and LayerNorm over tokens, (N, T, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(3 * 14, 10), nn.LayerNorm(10)
+        self.up, self.down, self.head = nn.Linear(10, 16), nn.Linear(16, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x.permute(0, 2, 1, 3).flatten(2)))
+        return self.head(torch.relu(self.down(nn.functional.gelu(self.up(x)))).mean(1))
+
+
+def plain(bias: bool = True) -> nn.Module:
+    """Convolutions with biases and no BatchNorm, flattened into a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=bias),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, 4, 3, bias=bias),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(64, 9),
+        nn.Tanh(),
+        nn.Linear(9, 4),
+    )
+
+
+def lenet(**options: object) -> nn.Module:
+    return LeNet5((4, 6), (9, 7), image_shape=(3, 14, 14), batch_norm=True, classes=4, **options)  # type: ignore[arg-type]
+
+
+def yournet() -> nn.Module:
+    return YourNet((5,), (8,), image_shape=(3, 14, 14), batch_norm=True, classes=4)
+
+
+#: Every network takes (N, 3, 14, 14) images.
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "lenet": lenet,
+    "yournet": yournet,
+    "residual": Residual,
+    "dense": Dense,
+    "inverted": Inverted,
+    "grouped": Grouped,
+    "up_and_down": UpAndDown,
+    "tokens": Tokens,
+}
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A network whose weights, norms and statistics are all drawn at random, in eval mode."""
+    torch.manual_seed(seed)
+    net = NETS[name]()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return net.eval()
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 14, 14)

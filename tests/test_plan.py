@@ -1,0 +1,175 @@
+"""Law 2: budgets are met exactly or refused; ties, floors, caps and multiples are kept."""
+
+from __future__ import annotations
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pruning import (
+    Budget,
+    Cost,
+    CostModel,
+    Plan,
+    PruningError,
+    apply,
+    count,
+    fold_batchnorm,
+    plan_within,
+    trace,
+)
+
+
+def traced_net(name="lenet"):
+    net = nets.make(name)
+    traced = trace(net, nets.images())
+    return net, traced, CostModel(net, traced)
+
+
+def chain(width=8):
+    """One group of `width` channels; each frees 3 + 2 + 1 params and 5 MACs."""
+    net = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+    traced = trace(net, torch.randn(1, 3))
+    return net, traced, CostModel(net, traced)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("share", [0.8, 0.4])
+def test_the_result_meets_the_budget_and_the_closed_form_counts_it_exactly(name, share):
+    net, traced, cost_model = traced_net(name)
+    scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
+    dense = cost_model(cost_model.full)
+    assert dense == count(fold_batchnorm(net, traced), nets.images())
+    least = cost_model(np.ones(len(traced.groups)))
+    params = round(least.params + share * (dense.params - least.params))
+    macs = round(least.macs + share * (dense.macs - least.macs))
+    budget = Budget(params, macs)
+    plan = plan_within(budget, traced, cost_model, scores)
+    small = apply(net, traced, plan)
+    got = count(fold_batchnorm(small, trace(small, nets.images())), nets.images())
+    assert got == cost_model(plan.widths)
+    assert not budget.excess(got)
+
+
+def test_what_a_channel_frees_is_the_difference_of_two_costs():
+    _, _, cost_model = traced_net("residual")
+    widths = cost_model.full - 1
+    params, macs = cost_model.freed(widths, np.array([2.0, 1.0, 3.0]))
+    for i, channels in enumerate((2, 1, 3)):
+        narrower = widths.copy()
+        narrower[i] -= channels
+        before, after = cost_model(widths), cost_model(narrower)
+        assert (params[i], macs[i]) == (before.params - after.params, before.macs - after.macs)
+
+
+@pytest.mark.parametrize("per_cost", [True, False])
+def test_ties_do_not_remove_more_than_asked(per_cost):
+    _, traced, cost_model = chain(32)
+    scores = {"0": torch.zeros(32)}
+    plan = plan_within(Budget(params=2 + 24 * 6), traced, cost_model, scores, per_cost=per_cost)
+    assert plan.keep == {"0": tuple(range(24))}, "of equals, the later channels go first"
+
+
+def test_the_least_important_channels_go():
+    _, traced, cost_model = chain(5)
+    scores = {"0": torch.tensor([0.5, 0.1, 0.9, 0.2, 0.3])}
+    plan = plan_within(Budget(macs=3 * 5), traced, cost_model, scores)
+    assert plan == Plan({"0": (0, 2, 4)})
+
+
+def test_a_group_wholly_under_the_others_is_narrowed_but_never_emptied():
+    _, traced, cost_model = traced_net("lenet")
+    scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
+    scores["features.conv1"] = torch.zeros(4)
+    dense = cost_model(cost_model.full)
+    plan = plan_within(Budget(macs=round(dense.macs * 0.3)), traced, cost_model, scores, per_cost=False)
+    assert plan.widths["features.conv1"] == 1
+
+
+def test_floor_and_cap_hold():
+    _, traced, cost_model = traced_net("lenet")
+    scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
+    floor = {"features.conv1": 3}
+    plan = plan_within(Budget(params="30%").resolve(cost_model(cost_model.full)), traced, cost_model, scores,
+                       floor=floor)  # fmt: skip
+    assert plan.widths["features.conv1"] >= 3
+    plan = plan_within(Budget(params="50%").resolve(cost_model(cost_model.full)), traced, cost_model, scores,
+                       most=0.5)  # fmt: skip
+    assert all(plan.widths[g] >= group.channels / 2 for g, group in traced.groups.items())
+
+
+@pytest.mark.parametrize("share", [20, 40, 60, 80])
+def test_multiples_are_kept_without_overshooting(share):
+    _, traced, cost_model = chain(30)
+    plan = plan_within(Budget(params=f"{share}%").resolve(cost_model(cost_model.full)), traced, cost_model,
+                       {"0": torch.rand(30)}, multiple=8)  # fmt: skip
+    width = plan.widths["0"]
+    limit = (round((30 * 6 + 2) * share / 100) - 2) // 6
+    assert width == max(w for w in (1, 8, 16, 24, 30) if w <= limit)
+
+
+def test_what_still_fits_comes_back():
+    """The last channel dropped may overshoot the budget; what fits beside it is put back."""
+    _, traced, cost_model = traced_net("lenet")
+    torch.manual_seed(0)
+    for share in (30, 50, 70):
+        budget = Budget(params=f"{share}%").resolve(cost_model(cost_model.full))
+        scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
+        widths = plan_within(budget, traced, cost_model, scores).widths
+        freed_by_last_step = cost_model.freed(np.array(list(widths.values()), float) + 1)[0]
+        slack = budget.params - cost_model(widths).params
+        assert slack < freed_by_last_step.max(), "no channel of any group was dropped for nothing"
+
+
+def test_an_unreachable_budget_names_the_floor():
+    _, traced, cost_model = traced_net("lenet")
+    scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
+    floor = cost_model(dict.fromkeys(traced.groups, 1))
+    with pytest.raises(PruningError, match=rf"cannot be reached.*features.conv1 1.*{floor.params} params"):
+        plan_within(Budget(params=10), traced, cost_model, scores)
+    plan = plan_within(Budget(params=floor.params), traced, cost_model, scores)
+    assert set(plan.widths.values()) == {1}
+
+
+def test_a_generous_budget_keeps_everything():
+    _, traced, cost_model = chain()
+    assert plan_within(Budget(params=10**9), traced, cost_model, {"0": torch.rand(8)}).widths == {"0": 8}
+
+
+@pytest.mark.parametrize("scores", [torch.ones(7), torch.full((8,), float("nan"))])
+def test_scores_that_are_none_are_refused(scores):
+    _, traced, cost_model = chain()
+    with pytest.raises(PruningError, match="scores of group '0'"):
+        plan_within(Budget(params=20), traced, cost_model, {"0": scores})
+
+
+@pytest.mark.parametrize("limit", [0, -5, "0%", "101%", "many", "1.5", "nan", "inf", ""])
+def test_a_budget_that_is_none_is_refused(limit):
+    with pytest.raises(PruningError, match="params budget"):
+        Budget(params=limit)
+
+
+def test_a_budget_without_a_limit_is_refused():
+    with pytest.raises(PruningError, match="params, on MACs, or on both"):
+        Budget()
+
+
+def test_budgets_are_read_as_counts_and_percentages():
+    dense = Cost(params=8000, macs=90_000, macs_with_bias=0)
+    assert Budget("25%", "50k").resolve(dense) == Budget(2000, 50_000)
+    assert Budget("1,485", "1.5M").resolve(dense) == Budget(1485, 1_500_000)
+
+
+def test_shares_go_in_equal_ratios_and_end_exactly():
+    start, budget = Cost(1600, 300, 0), Budget(params=100, macs=500)
+    shares = [budget.share(start, step, 4) for step in (1, 2, 3, 4)]
+    assert [share.params for share in shares] == [800, 400, 200, 100]
+    assert {share.macs for share in shares} == {500}, "a limit that is met already stays as it is"
+
+
+def test_a_plan_survives_json():
+    plan = Plan({"a": (2, 0), "b": (1,)})
+    assert plan.keep["a"] == (0, 2) and Plan.from_json(plan.to_json()) == plan
+    assert hash(plan) == hash(Plan.from_json(plan.to_json()))

@@ -1,0 +1,281 @@
+"""Laws 1 to 3 and 5: equivalence, exactness, purity, nothing silent."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from pruning import (
+    Budget,
+    Plan,
+    PruningError,
+    apply,
+    channel_constants,
+    fold_batchnorm,
+    prune,
+    trace,
+    verify,
+)
+from pruning.surgery import TOLERANCE
+
+
+def some_plan(traced, names=None, seed=0):
+    """Keep a random, non-empty, proper subset of each named group's channels."""
+    draw = random.Random(seed)
+    keep = {}
+    for name in names or traced.groups:
+        channels = traced.groups[name].channels
+        keep[name] = tuple(draw.sample(range(channels), draw.randint(1, channels - 1)))
+    return Plan(keep)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_every_group_alone_and_all_together_are_equivalent(name):
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    assert traced.groups, traced.skipped
+    for groups in [[group] for group in traced.groups] + [list(traced.groups)]:
+        for seed in range(3):
+            plan = some_plan(traced, groups, seed)
+            small = apply(net, traced, plan)
+            assert verify(net, small, traced, plan, images) <= TOLERANCE
+            constants = channel_constants(net, traced, [images])
+            folded = apply(net, traced, plan, constants)
+            assert verify(net, folded, traced, plan, images, constants) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_widths_are_those_of_the_plan_and_a_second_step_composes(name):
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    plan = some_plan(traced, seed=1)
+    small = apply(net, traced, plan)
+    again = trace(small, images)
+    assert all(again.widths[group] == plan.widths[group] for group in again.groups)
+    assert all(plan.widths[g] == 1 or again.skipped[g] for g in traced.groups if g not in again.groups)
+    if again.groups:
+        second = some_plan(again)
+        assert verify(small, apply(small, again, second), again, second, images) <= TOLERANCE
+
+
+def test_a_wrong_surgery_is_found_out():
+    net, images = nets.make("lenet"), nets.images()
+    traced = trace(net, images)
+    plan = some_plan(traced)
+    small = apply(net, traced, plan)
+    with torch.no_grad():
+        small.features.conv1.weight[0, 0, 0, 0] += 1
+    with pytest.raises(PruningError, match="not equivalent"):
+        verify(net, small, traced, plan, images)
+
+
+@pytest.mark.parametrize(("name", "group"), [("lenet", "features.conv1"), ("lenet", "classifier.fc1"),
+                                             ("yournet", "features.conv1")])  # fmt: skip
+def test_the_constant_of_a_dead_channel_is_folded_without_loss(name, group):
+    """γ = 0 leaves relu(β) behind: without zero padding, folding it changes no output."""
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    norm = net.get_submodule(group.replace("conv", "bn").replace("fc", "bn"))
+    with torch.no_grad():
+        norm.weight[1] = 0
+        norm.bias[1] = 0.7
+    plan = Plan({group: tuple(c for c in range(len(norm.weight)) if c != 1)})
+    constants = channel_constants(net, traced, [images], exact_only=True)
+    small, lossy = apply(net, traced, plan, constants), apply(net, traced, plan)
+    expected = net(images)
+    torch.testing.assert_close(small(images), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
+
+
+def test_constants_do_not_go_through_zero_padding():
+    net, images = nets.make("residual"), nets.images()
+    traced = trace(net, images)
+    constants = channel_constants(net, traced, [images])
+    padded = {n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and any(m.padding)}
+    assert padded and not padded & constants.keys()
+
+
+def test_surgery_leaves_the_model_its_mode_and_its_gradients_alone():
+    net, images = nets.make("lenet").train(), nets.images(4)
+    net.features.bn1.eval()
+    net(images).sum().backward()
+    before = copy.deepcopy(net.state_dict())
+    gradients = [p.grad.clone() for p in net.parameters()]
+    modes = [m.training for m in net.modules()]
+    step = prune(net, images, Budget(params="40%"), score="l2")
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, net.parameters(), strict=True))
+    assert [m.training for m in net.modules()] == modes == [m.training for m in step.model.modules()]
+    assert not any(hook for m in net.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
+    assert all(p.grad is None and p.requires_grad for p in step.model.parameters())
+    ours = {p.data_ptr() for p in net.parameters()}
+    assert not any(p.data_ptr() in ours for p in step.model.parameters())
+
+
+def test_dtype_is_kept():
+    net, images = nets.make("residual").double(), nets.images().double()
+    step = prune(net, images, Budget(macs="50%"), score="l1")
+    assert {p.dtype for p in step.model.parameters()} == {torch.float64}
+    assert step.difference < 1e-12
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_folding_batchnorm_changes_nothing(name):
+    net, images = nets.make(name), nets.images()
+    folded = fold_batchnorm(net, trace(net, images))
+    torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
+    if name in ("lenet", "residual", "inverted"):
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+def test_an_output_read_twice_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(self.norm(x) + x)
+
+    net = Twice().eval()
+    nn.init.normal_(net.norm.bias)
+    images = nets.images()
+    traced = trace(net, images)
+    assert traced.foldable == {}
+    assert trace(net, images).groups.keys() == {"conv"}
+
+
+def test_the_output_layer_is_kept_and_named():
+    traced = trace(nets.make("lenet"), nets.images())
+    assert "output" in traced.skipped["classifier.fc3"]
+
+
+def test_features_that_are_an_output_too_are_kept():
+    class TwoOutputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x):
+            features = self.a(x)
+            return {"features": features, "logits": self.c(torch.relu(self.b(features)))}
+
+    traced = trace(TwoOutputs(), nets.images())
+    assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
+    step = prune(TwoOutputs(), nets.images(), Budget(params="80%"), score="l2")
+    assert step.plan.widths["b"] < 5
+
+
+def test_what_cannot_be_pruned_is_named_with_the_reason():
+    net = nets.make("lenet")
+    net.features.conv2.weight.requires_grad_(False)
+    traced = trace(net, nets.images(), ignored=["classifier.fc1"])
+    assert set(traced.groups) == {"classifier.fc2"}
+    assert "features.conv2.weight is frozen" in traced.skipped["features.conv2"]
+    assert "features.conv2.weight is frozen" in traced.skipped["features.conv1"]
+    assert "ignored" in traced.skipped["classifier.fc1"]
+
+
+@pytest.mark.parametrize("ignored", ["classifier.*", nn.Linear])
+def test_ignored_by_pattern_and_by_type(ignored):
+    net = nets.make("lenet")
+    assert set(trace(net, nets.images(), [ignored]).groups) == {"features.conv1", "features.conv2"}
+
+
+def test_ignored_by_instance():
+    net = nets.make("lenet")
+    kept = trace(net, nets.images(), [net.features]).groups
+    assert set(kept) == {"classifier.fc1", "classifier.fc2"}
+
+
+def test_an_ignored_layer_that_is_not_there_is_an_error():
+    with pytest.raises(PruningError, match=r"'clasifier\.\*' matches no layer"):
+        trace(nets.make("lenet"), nets.images(), ["clasifier.*"])
+
+
+def test_a_shared_weight_is_named():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[2].weight = net[0].weight
+    traced = trace(net, torch.randn(2, 4))
+    assert "same tensor" in traced.skipped["0"] and "same tensor" in traced.skipped["2"]
+    assert traced.groups == {}
+
+
+def test_a_parameter_outside_a_layer_is_named():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+            self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            return self.head(self.conv(x) * self.gain)
+
+    traced = trace(Scaled(), nets.images())
+    assert "parameter gain" in traced.skipped["conv"]
+
+
+def test_a_hard_coded_view_is_refused_and_the_model_is_left_as_it_was():
+    class Rigid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4 * 14 * 14, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(-1, 4 * 14 * 14))
+
+    net = Rigid()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(PruningError, match="no longer runs"):
+        prune(net, nets.images(), Budget(params="50%"), score="l2")
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_a_model_without_prunable_groups_says_why():
+    with pytest.raises(PruningError, match=r"no prunable group.*output"):
+        prune(nn.Linear(4, 2), torch.randn(2, 4), Budget(params="50%"), score="l2")
+
+
+def test_a_model_that_does_not_run_on_the_inputs():
+    with pytest.raises(PruningError, match="does not run on the example inputs"):
+        trace(nets.make("lenet"), torch.randn(2, 1, 14, 14))
+
+
+def test_inputs_may_be_a_tuple_or_a_dict():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, left, right):
+            return self.head(torch.relu(self.a(left) + self.b(right)))
+
+    left, right = torch.randn(2, 3), torch.randn(2, 4)
+    for inputs in ((left, right), {"left": left, "right": right}):
+        step = prune(Sum(), inputs, Budget(params="70%"), score="l2")
+        assert step.model.a.out_features == step.model.b.out_features == step.model.head.in_features < 5
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"nowhere": (0,)}, "group 'nowhere'"),
+        ({"features.conv1": (9,)}, "channel 9"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(keep, message):
+    net = nets.make("lenet")
+    with pytest.raises(PruningError, match=message):
+        apply(net, trace(net, nets.images()), Plan(keep))
+
+
+@pytest.mark.parametrize("channels", [(), (0, 0), (-1, 2)])
+def test_a_plan_that_empties_a_group_or_repeats_a_channel_cannot_be_made(channels):
+    with pytest.raises(PruningError):
+        Plan({"conv": channels})

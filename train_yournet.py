@@ -1,0 +1,200 @@
+"""Make YourNet of LeNet-5 by Network Slimming, in three stages under a budget.
+
+    python train_yournet.py
+    python train_yournet.py --max-params 5000 --max-macs 100k --seed 1 --output runs/small
+    python train_yournet.py --resume
+
+The run's folder receives config.json, history.jsonl, reference.pth (LeNet-5 trained by the
+assignment's recipe, to compare with), state.pth (to resume from) and best.pth: YourNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from eval.cli import COMMITTED, ROOT, parser, use_threads
+from eval.metrics import EVALUATION_BATCH
+from models import LeNet5, YourNet
+from pruning import (
+    Budget,
+    PruningError,
+    Run,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    cli,
+    count,
+    fold_batchnorm,
+    load,
+    provenance,
+    save,
+    slim,
+    trace,
+)
+from pruning.checkpoint import replace_file
+from pruning.importance import NAMES as SCORES
+from train_lenet5 import REFERENCE_EPOCHS, train_reference
+
+RUNS = Path("runs")
+CALIBRATION_IMAGES = 2048
+
+
+def main() -> None:
+    args = arguments()
+    config = SlimConfig(
+        budget=Budget(params=args.max_params, macs=args.max_macs),
+        iterations=args.iterations,
+        strength=args.sparsity,
+        sparsify=TrainConfig(args.sparsify_epochs),
+        recover=TrainConfig(args.recover_epochs, lr=0.05),
+        finetune=TrainConfig(args.finetune_epochs),
+        score=args.score,
+        distill=args.distill,
+    )
+    use_threads(args.threads)
+    started = time.monotonic()
+    dataset = data.load(args.data, args.data_dir).to(args.device)
+    run = Run(args.output, settings(args, dataset), resume=args.resume)
+    print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
+
+    reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
+    facts = {"seed": args.seed, "dataset": dataset.name}
+    if not reference_path.exists():
+        torch.manual_seed(args.seed)
+        reference = train_reference(LeNet5().to(args.device), dataset, REFERENCE_EPOCHS, batch_size=64)
+        save(reference_path, reference, provenance=provenance(**facts, epochs=REFERENCE_EPOCHS))
+
+    def validate(model: torch.nn.Module) -> float:
+        return accuracy(model, dataset.batches("validation", EVALUATION_BATCH))
+
+    print(f"LeNet-5, the reference: validation {validate(load(reference_path, device=args.device)):.4f}")
+
+    torch.manual_seed(args.seed)
+    dense = YourNet(batch_norm=True).to(args.device)
+    batches = dataset.batches("train", args.batch_size, shuffle=True)
+    calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
+    example = calibration[0][0][:8]
+
+    slimmed = slim(
+        dense,
+        batches,
+        example,
+        config,
+        validate=validate,
+        calibration=calibration,
+        run=run,
+        log=lambda line: print(line, flush=True),
+    )
+    net = YourNet.like(fold_batchnorm(slimmed.model, trace(slimmed.model, example)))
+
+    validation = validate(net)
+    save(
+        best_path,
+        net,
+        provenance=provenance(**facts, epochs=config.epochs, validation_accuracy=validation),
+    )
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(
+        f"{best_path}: YourNet {'-'.join(map(str, net.widths))}, {count(net, example)}, "
+        f"validation {validation:.4f}, in {minutes}:{seconds:02d} minutes"
+    )
+    if args.publish:
+        replace_file(COMMITTED["YourNet"], best_path.read_bytes())
+        print(f"{COMMITTED['YourNet'].relative_to(ROOT)} is now this network")
+
+
+def arguments() -> argparse.Namespace:
+    flags = parser(__doc__ or "", batch_size="images in a training step")
+    flags.set_defaults(batch_size=128)
+    budget = flags.add_argument_group("budget: a count (2000, 50k) or a percentage of LeNet-5 (25%%)")
+    budget.add_argument(
+        "--max-params", default="1900", metavar="PARAMS", help="most parameters, BatchNorm folded"
+    )
+    budget.add_argument("--max-macs", default="50k", metavar="MACS", help="most multiply-adds for one image")
+    stages = flags.add_argument_group("the three stages")
+    stages.add_argument(
+        "--sparsity",
+        type=cli.number(0),
+        default=1.0,
+        metavar="LAMBDA",
+        help="strength of the L1 pull of stage 1",
+    )
+    stages.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
+    stages.add_argument(
+        "--iterations", type=cli.whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
+    )
+    stages.add_argument(
+        "--distill",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="WEIGHT",
+        help="share of the dense network's outputs in the loss of stages 2 and 3",
+    )
+    epochs = cli.whole_number(0)
+    stages.add_argument("--sparsify-epochs", type=epochs, default=10, metavar="N", help="epochs of stage 1")
+    stages.add_argument(
+        "--recover-epochs",
+        type=epochs,
+        default=2,
+        metavar="N",
+        help="epochs after each pruning step of stage 2",
+    )
+    stages.add_argument("--finetune-epochs", type=epochs, default=30, metavar="N", help="epochs of stage 3")
+    run = flags.add_argument_group("the run")
+    run.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
+    run.add_argument(
+        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+    )
+    run.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output (default: the newest in runs/)"
+    )
+    run.add_argument(
+        "--publish", action="store_true", help=f"make the result {COMMITTED['YourNet'].relative_to(ROOT)}"
+    )
+    args = flags.parse_args()
+    if args.resume:
+        args.output = args.output or newest_run()
+        flags.set_defaults(**saved_arguments(args.output))
+        args = flags.parse_args(namespace=argparse.Namespace(output=args.output))
+    elif args.output is None:
+        args.output = next_run()
+    return args
+
+
+def next_run() -> Path:
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()]
+    return RUNS / str(max(numbers, default=0) + 1)
+
+
+def newest_run() -> Path:
+    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise PruningError(f"{RUNS}/ holds no run to resume")
+    return configs[-1].parent
+
+
+def settings(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, object]:
+    """What config.json keeps: all that the result depends on."""
+    of_this_call = {"output", "resume", "publish", "data_dir", "data"}
+    return {**{k: v for k, v in vars(args).items() if k not in of_this_call}, "data": dataset.name}
+
+
+def saved_arguments(folder: Path) -> dict[str, object]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{folder} holds no run to resume: {error}") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)
