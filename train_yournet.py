@@ -34,6 +34,7 @@ from pruning import (
     fold_batchnorm,
     load,
     provenance,
+    reachable,
     save,
     slim,
     trace,
@@ -61,27 +62,33 @@ def main() -> None:
     use_threads(args.threads)
     started = time.monotonic()
     dataset = data.load(args.data, args.data_dir).to(args.device)
+    calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
+    example = calibration[0][0][:8]
+    torch.manual_seed(args.seed)
+    dense = YourNet(batch_norm=True).to(args.device)
+    reachable(dense, example, config.budget)
+
     run = Run(args.output, settings(args, dataset), resume=args.resume)
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
-
-    reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
-    facts = {"seed": args.seed, "dataset": dataset.name}
-    if not reference_path.exists():
-        torch.manual_seed(args.seed)
-        reference = train_reference(LeNet5().to(args.device), dataset, REFERENCE_EPOCHS, batch_size=64)
-        save(reference_path, reference, provenance=provenance(**facts, epochs=REFERENCE_EPOCHS))
 
     def validate(model: torch.nn.Module) -> float:
         return accuracy(model, dataset.batches("validation", EVALUATION_BATCH))
 
-    print(f"LeNet-5, the reference: validation {validate(load(reference_path, device=args.device)):.4f}")
+    facts = {"seed": args.seed, "dataset": dataset.name}
+    reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
+    if not reference_path.exists():
+        # On a small data set it gets as many steps as six epochs of MNIST are.
+        epochs = REFERENCE_EPOCHS * max(1, round(55_000 / len(dataset.train.labels)))
+        reference = train_reference(LeNet5().to(args.device), dataset, epochs, batch_size=64)
+        save(reference_path, reference, provenance=provenance(**facts, epochs=epochs))
+    reference = load(reference_path, device=args.device)
+    print(
+        f"LeNet-5, the reference: {count(reference, example)}, validation {validate(reference):.4f}",
+        flush=True,
+    )
 
     torch.manual_seed(args.seed)
-    dense = YourNet(batch_norm=True).to(args.device)
     batches = dataset.batches("train", args.batch_size, shuffle=True)
-    calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
-    example = calibration[0][0][:8]
-
     slimmed = slim(
         dense,
         batches,

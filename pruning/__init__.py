@@ -14,7 +14,7 @@ from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
-from pruning.slimming import Run, Slimmed, slim
+from pruning.slimming import Run, Slimmed, reachable, slim
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants, fold_batchnorm, verify
 from pruning.training import accuracy, cross_entropy, fit
@@ -49,6 +49,7 @@ __all__ = [
     "plan_within",
     "provenance",
     "prune",
+    "reachable",
     "save",
     "slim",
     "sparsify",

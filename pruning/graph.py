@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -154,12 +153,19 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
     return Trace(groups, skipped, foldable, uses)
 
 
-def _build(probe: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
+def _build(probe: nn.Module, inputs: Inputs) -> Any:
     def mark_outputs(output: Any) -> list[Tensor]:
         # An operation of its own behind every output makes the graph see it as an output
         # even where a layer gives it directly.
         return [t * 1 for t in tensors(output) if t.requires_grad]
 
+    # Imported here, so that what it finds can be loaded where it is not installed.
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise PruningError(
+            f"tracing needs the package torch-pruning: pip install torch-pruning ({error})"
+        ) from error
     example = inputs if isinstance(inputs, Tensor | Mapping) else list(inputs)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
@@ -213,9 +219,7 @@ def _count_uses(probe: nn.Module, inputs: Inputs) -> dict[str, LayerUse]:
     return uses
 
 
-def _members(
-    graph: torch_pruning.DependencyGraph, found: Any, names: dict[nn.Module, str]
-) -> tuple[list[Member], str]:
+def _members(graph: Any, found: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
     """The parametric layers in a group as the graph found it, or why it cannot be pruned."""
     members: dict[tuple[str, Side], Member] = {}
     reason = ""
@@ -360,7 +364,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _foldable(graph: torch_pruning.DependencyGraph, names: dict[nn.Module, str]) -> dict[str, str]:
+def _foldable(graph: Any, names: dict[nn.Module, str]) -> dict[str, str]:
     """BatchNorm layers that alone consume the output of the layer before them."""
     pairs = {}
     for module, node in graph.module2node.items():

@@ -133,7 +133,7 @@ def slim(
     Raises `PruningError` before anything is trained when the budget cannot be reached.
     """
     ignored = tuple(ignored)
-    target, last = _reachable(model, example_inputs, config.budget, ignored), config.iterations + 1
+    target, last = reachable(model, example_inputs, config.budget, ignored), config.iterations + 1
     progress = _Progress(run, model)
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
@@ -189,9 +189,14 @@ def slim(
     return Slimmed(small, progress.dense)
 
 
-def _reachable(model: nn.Module, inputs: Inputs, budget: Budget, ignored: Iterable[Ignored]) -> Budget:
-    """The budget in counts; planning with arbitrary scores finds out whether it can be met."""
-    traced = trace(model, inputs, ignored)
+def reachable(
+    model: nn.Module, example_inputs: Inputs, budget: Budget, ignored: Iterable[Ignored] = ()
+) -> Budget:
+    """The budget in counts, if some widths of the model meet it.
+
+    Raises `PruningError` when none do; it says what the least is.
+    """
+    traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     target = budget.resolve(cost_model(cost_model.full))
     arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}

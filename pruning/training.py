@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple, Protocol
 
@@ -197,13 +198,16 @@ def _schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     if config.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        config.lr,
-        total_steps=config.epochs * steps + 1,
-        pct_start=config.warmup,
-        cycle_momentum=False,
-    )
+    total = config.epochs * steps
+    rising = config.warmup * total
+
+    def one_cycle(step: int) -> float:
+        """From 1/25 to 1 to almost 0 by half cosines; torch's OneCycleLR fails on very few steps."""
+        if step < rising:
+            return 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * step / rising)) / 2
+        return (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
 
 
 def _require_finite(summed: Tensor, epoch: int, step: int, label: str) -> None:

@@ -1,0 +1,228 @@
+"""The commands, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import LeNet5, YourNet
+from pruning import load, save
+
+ROOT = Path(__file__).resolve().parent.parent
+#: A run that takes seconds.
+SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
+         "--finetune-epochs", "1", "--threads", "1"]  # fmt: skip
+
+
+def command(script, *flags, check=True, **options):
+    """Run a script in a folder that is not the project's, without a terminal."""
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, flags)],
+        capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(script, *flags, **options):
+    """Run a script that must refuse its input; returns the one line it says."""
+    done = command(script, *flags, check=False, **options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished short run."""
+    folder = tmp_path_factory.mktemp("run") / "first"
+    done = command("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
+    return folder, done.stdout
+
+
+def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
+    folder, printed = run
+    net = load(folder / "best.pth")
+    assert type(net) is YourNet
+    assert sum(p.numel() for p in net.parameters()) <= 1990
+    assert printed.count("stage 2, iteration") == 2 and "asked ≤" in printed
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "history.jsonl", "reference.pth", "best.pth", "state.pth",
+    }  # fmt: skip
+    facts = torch.load(folder / "best.pth", weights_only=True)["provenance"]
+    assert facts["dataset"] == "mnist5k" and facts["seed"] == 0 and facts["epochs"] == 4
+    assert facts["command"].startswith("python ") and 0 <= facts["validation_accuracy"] <= 1
+
+
+def test_the_same_seed_trains_the_same_network_and_another_another(run, tmp_path):
+    folder, _ = run
+    command("train_yournet.py", *SHORT, "--output", tmp_path / "again", cwd=tmp_path)
+    command("train_yournet.py", *SHORT, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
+    first, again, other = (
+        load(path / "best.pth").state_dict() for path in (folder, tmp_path / "again", tmp_path / "other")
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(
+        first[key].shape != other[key].shape or not torch.equal(first[key], other[key]) for key in first
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_killed_resumes_to_the_same_network(run, tmp_path, killer):
+    expected, _ = run
+    folder = tmp_path / "runs" / "1"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_yournet.py", *SHORT], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (folder / "state.pth").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(killer)
+    _, said = process.communicate()
+    assert process.returncode == (-9 if killer == signal.SIGKILL else 130)
+    assert "Traceback" not in said
+    torch.load(folder / "state.pth", weights_only=True)  # the last complete state still loads
+    command("train_yournet.py", "--resume", cwd=tmp_path)
+    one, other = load(expected / "best.pth").state_dict(), load(folder / "best.pth").state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_test_yournet_prints_the_table_and_writes_the_figures(run, tmp_path):
+    folder, _ = run
+    report = tmp_path / "figures.json"
+    done = command(
+        "test_yournet.py", "--best-checkpoint", folder / "best.pth", "--data", "mnist5k",
+        "--batch-size", 32, "--json", report, cwd=tmp_path,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[1] == "| Model Name | Accuracy | Infer Time(ms) | Params(M) | MACs(M) |"
+    assert lines[3].startswith("|    LeNet-5 |") and lines[3].endswith("|     0.060 |   0.200 |")
+    assert lines[5].startswith("|    YourNet |")
+    assert all(len(line) == 64 for line in lines[:7])
+    assert "NOTICE" in done.stdout and "NOTICE" in done.stderr
+    figures = json.loads(report.read_text())
+    for entry in (figures, figures["reference"]):
+        assert entry.keys() >= {
+            "model", "dataset", "split", "images", "accuracy", "infer_time_ms", "infer_time_ms_p90",
+            "batch_size", "threads", "params", "macs",
+        }  # fmt: skip
+        assert (entry["dataset"], entry["split"], entry["images"]) == ("mnist5k", "test", 1000)
+        assert entry["batch_size"] == 32 and entry["threads"] == 1 and entry["infer_time_ms"] > 0
+    assert figures["params"] == sum(p.numel() for p in load(folder / "best.pth").parameters())
+    assert (figures["reference"]["params"], figures["reference"]["macs"]) == (60_074, 199_968)
+    assert {"score", "score_uncapped"} <= figures.keys()
+
+
+def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path):
+    done = command("test_yournet.py", "--data", "mnist5k", cwd=tmp_path)
+    assert "YourNet" in done.stdout and "uncapped" in done.stdout
+    assert "LeNet-5" in command("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
+
+
+def test_train_lenet5_saves_each_epoch_and_goes_on_from_one(tmp_path):
+    flags = ["--data", "mnist5k", "--checkpoint-dir", tmp_path / "net", "--threads", 1]
+    command("train_lenet5.py", *flags, "--epoch-end", 2)
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["epoch-1.pth", "epoch-2.pth"]
+    last = ["--last-checkpoint", tmp_path / "net" / "epoch-2.pth"]
+    done = command("train_lenet5.py", *flags, *last, "--epoch-start", 2, "--epoch-end", 3, "--batch-size", 32)
+    assert type(load(tmp_path / "net" / "epoch-3.pth")) is LeNet5 and "epoch-3.pth" in done.stdout
+    message = refused("train_lenet5.py", *flags, "--epoch-end", 3)
+    assert "would be replaced: add --overwrite" in message
+    done = command(
+        "test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", tmp_path / "net" / "epoch-3.pth"
+    )
+    assert "|    LeNet-5 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "script", ["train_lenet5.py", "test_lenet5.py", "train_yournet.py", "test_yournet.py"]
+)
+def test_every_flag_is_explained_and_bad_usage_is_one_line(script, tmp_path):
+    text = command(script, "--help").stdout
+    assert "--device" in text and "(default: cpu)" in text
+    assert "whole number from 1" in refused(script, "--batch-size", 0, cwd=tmp_path)
+    assert "invalid choice: 'mnist6'" in refused(script, "--data", "mnist6", cwd=tmp_path)
+    if not torch.cuda.is_available():
+        assert "'cuda' cannot be used here" in refused(script, "--device", "cuda", cwd=tmp_path)
+    assert "'toaster' cannot be used here" in refused(script, "--device", "toaster", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreachable_budget_names_the_floor_and_leaves_nothing(tmp_path):
+    message = refused(
+        "train_yournet.py", *SHORT, "--max-params", 50, "--output", tmp_path / "run", cwd=tmp_path
+    )
+    assert "cannot be reached" in message and "features.conv1 1" in message and "params" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--max-params", "0"], ["--max-macs", "120%"], ["--max-params", "few"]])
+def test_a_budget_that_is_none(flags, tmp_path):
+    assert "budget" in refused("train_yournet.py", *SHORT, *flags, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("train_yournet.py", *SHORT, "--output", tmp_path / "file" / "run", cwd=tmp_path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_folder_with_a_run_is_not_written_over(run, tmp_path):
+    folder, _ = run
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "holds a run already" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
+    other = refused("train_yournet.py", "--resume", "--seed", 7, "--output", folder, cwd=tmp_path)
+    assert "other settings (seed)" in other
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_nothing_to_resume(tmp_path):
+    assert "no run to resume" in refused("train_yournet.py", "--resume", cwd=tmp_path)
+
+
+def test_a_checkpoint_of_another_network(tmp_path):
+    save(tmp_path / "lenet.pth", LeNet5())
+    save(tmp_path / "yournet.pth", YourNet())
+    assert "holds a LeNet5, a YourNet was expected" in refused(
+        "test_yournet.py", "--best-checkpoint", tmp_path / "lenet.pth", "--data", "mnist5k"
+    )
+    assert "holds a YourNet, a LeNet5 was expected" in refused(
+        "test_lenet5.py", "--best-checkpoint", tmp_path / "yournet.pth", "--data", "mnist5k"
+    )
+    assert "no such file" in refused("test_yournet.py", "--best-checkpoint", tmp_path / "absent.pth")
+
+
+def test_a_data_folder_with_damaged_files(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"not images")
+    environment = {key: value for key, value in os.environ.items() if key != "MNIST_DIR"}
+    message = refused("test_lenet5.py", "--data-dir", tmp_path, "--data", "mnist", env=environment)
+    assert "missing train-labels-idx1-ubyte" in message
+
+
+def test_committed_networks_keep_their_promises():
+    """Committed checkpoints, measured on the full MNIST where it is at hand."""
+    if "MNIST_DIR" not in os.environ:
+        pytest.skip("MNIST_DIR does not name the full MNIST")
+    import data
+    from pruning import accuracy, count
+
+    mnist = data.load("mnist", os.environ["MNIST_DIR"])
+    net = load(ROOT / "checkpoints" / "YourNet" / "best.pth")
+    cost = count(net, mnist.test.images[:1].float())
+    assert cost.params <= 2000 and cost.macs <= 50_000
+    assert accuracy(net, mnist.batches("test", 1000)) >= 0.985
+    reference = load(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")
+    assert accuracy(reference, mnist.batches("test", 1000)) >= 0.975

@@ -1,0 +1,175 @@
+"""Data: files are checked, splits do not overlap, batches are what they say."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import sources
+from data.datasets import SUBSET
+from data.idx import read_idx
+
+
+def idx(array):
+    """The bytes of an IDX file."""
+    return (
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
+
+
+def write_mnist(folder, train=60_000, test=100, packed=False, **changes):
+    """A folder in torchvision's layout with random images of the right counts."""
+    draw = np.random.default_rng(0)
+    content = {}
+    for kind, count in (("train", train), ("t10k", test)):
+        content[f"{kind}-images-idx3-ubyte"] = idx(draw.integers(0, 256, (count, 4, 4)))
+        content[f"{kind}-labels-idx1-ubyte"] = idx(np.arange(count) % 10)
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, written in {**content, **changes}.items():
+        if packed:
+            (raw / f"{name}.gz").write_bytes(gzip.compress(written, 1))
+        else:
+            (raw / name).write_bytes(written)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("MNIST_DIR", raising=False)
+
+
+def test_the_embedded_subset_is_real_and_split_by_class():
+    digits = data.load("mnist5k", quiet=True)
+    assert digits.notice and digits.image_shape == (1, 28, 28)
+    for split, each in (("train", 350), ("validation", 50), ("test", 100)):
+        images, labels = getattr(digits, split)
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+        assert torch.bincount(labels).tolist() == [each] * 10
+    everything = torch.cat([digits.train.images, digits.validation.images, digits.test.images])
+    assert len(everything.flatten(1).unique(dim=0)) == 5000, "no image is in two splits"
+    assert SUBSET.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_is_read_packed_and_unpacked_and_validates_on_the_subset(tmp_path, packed):
+    mnist = data.load("mnist", write_mnist(tmp_path, packed=packed))
+    assert [len(s.labels) for s in (mnist.train, mnist.validation, mnist.test)] == [55_000, 5_000, 100]
+    index = np.load(SUBSET)["train_index"]
+    assert mnist.validation.labels.tolist() == (index % 10).tolist()
+
+
+def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "elsewhere")
+    monkeypatch.setenv("MNIST_DIR", str(tmp_path / "elsewhere"))
+    assert data.load("auto", tmp_path / "nothing").name == "mnist"
+    monkeypatch.setenv("MNIST_DIR", str(tmp_path / "empty"))
+    with pytest.raises(data.DataError, match="MNIST_DIR="):
+        data.load("auto", tmp_path / "nothing")
+
+
+def test_without_the_full_set_auto_takes_the_subset_and_says_why(tmp_path, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise OSError("the network is down")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", unreachable)
+    digits = data.load("auto", tmp_path / "data")
+    assert digits.name == "mnist5k" and "the network is down" in digits.notice
+    assert "NOTICE: MNIST could not be downloaded" in capsys.readouterr().err
+    assert list((tmp_path / "data").iterdir()) == [], "a failed download leaves nothing"
+    with pytest.raises(data.DataError, match="the network is down"):
+        data.load("mnist", tmp_path / "data")
+
+
+def test_a_download_is_kept_whole(tmp_path, monkeypatch):
+    def fetch(root, train, download):
+        write_mnist(type(tmp_path)(root))
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fetch)
+    assert data.load("auto", tmp_path / "data").name == "mnist"
+    monkeypatch.setattr(sources, "download", None)  # the second time it is there
+    assert data.load("mnist", tmp_path / "data").name == "mnist"
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train-images-idx3-ubyte": idx(np.zeros((60_000, 4, 4)))[:-7]}, "train-images.*truncated: 960009"),
+        ({"train-images-idx3-ubyte": idx(np.zeros((60_000, 4, 4))) + b"x"}, "too long"),
+        ({"train-labels-idx1-ubyte": b"\x89PNG\r\n"}, "train-labels.*89504e47, expected 00000801"),
+        ({"train-labels-idx1-ubyte": b""}, "starts with nothing"),
+        ({"train-labels-idx1-ubyte": idx(np.arange(59_999) % 10)}, "60000 images.*59999 labels"),
+        ({"t10k-labels-idx1-ubyte": idx(np.full(100, 10))}, "label 10 is out of range 0 to 9"),
+        ({"t10k-images-idx3-ubyte": b"\x00\x00\x08\x03\x00"}, "truncated inside its header"),
+        ({"t10k-images-idx3-ubyte": b"\x1f\x8bnot gzip"}, "t10k-images.*cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, changes, message):
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", write_mnist(tmp_path, **changes))
+
+
+def test_a_foreign_set_with_too_few_images(tmp_path):
+    with pytest.raises(data.DataError, match="60,000 were expected"):
+        data.load("mnist", write_mnist(tmp_path, train=1000))
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(
+        data.DataError, match="'mnits' is unknown; there are: auto, mnist, mnist5k, fashion-mnist"
+    ):
+        data.load("mnits")
+
+
+def test_a_wrong_rank_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(idx(np.zeros((2, 3))))
+    with pytest.raises(data.DataError, match="with 3 dimension"):
+        read_idx(tmp_path / "x", 3)
+
+
+def test_batches_are_normalised_and_whole():
+    digits = data.load("mnist5k", quiet=True)
+    seen = list(digits.batches("validation", 128))
+    assert [len(labels) for _, labels in seen] == [128, 128, 128, 116]
+    pixels = torch.cat([images for images, _ in seen])
+    expected = (digits.validation.images.float() / 255 - digits.mean) / digits.std
+    torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shuffled_batches_follow_the_seed_and_drop_what_is_left():
+    digits = data.load("mnist5k", quiet=True)
+    batches = digits.batches("train", 128, shuffle=True)
+
+    def epoch():
+        return torch.cat([labels for _, labels in batches])
+
+    torch.manual_seed(0)
+    first, second = epoch(), epoch()
+    torch.manual_seed(0)
+    assert torch.equal(first, epoch()) and not torch.equal(first, second)
+    assert len(batches) == 27 and len(first) == 27 * 128
+
+
+def test_a_set_smaller_than_a_batch_is_kept():
+    digits = data.load("mnist5k", quiet=True)
+    assert [len(labels) for _, labels in digits.batches("validation", 1000, shuffle=True)] == [500]
+
+
+def test_random_shift_moves_each_image_and_brings_in_nothing():
+    images = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).repeat(200, 2, 1, 1)
+    torch.manual_seed(0)
+    moved = data.random_shift(1)(images)
+    assert moved.shape == images.shape and moved.dtype == torch.uint8
+    padded = torch.nn.functional.pad(images[0], (1, 1, 1, 1))
+    windows = {
+        (dy, dx): padded[:, dy : dy + 5, dx : dx + 5] for dy in range(3) for dx in range(3)
+    }  # fmt: skip
+    matches = [[key for key, window in windows.items() if torch.equal(image, window)] for image in moved]
+    assert all(len(match) == 1 for match in matches) and len({match[0] for match in matches}) == 9

@@ -1,0 +1,45 @@
+"""How the project is laid out: the toolkit stands alone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def imports(folder):
+    """(file, top-level package) of every import below a folder."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path.name, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield path.name, (node.module or "").split(".")[0]
+
+
+def test_the_toolkit_imports_nothing_else_of_this_repository():
+    allowed = {
+        "pruning",
+        "torch",
+        "torch_pruning",
+        "thop",
+        "numpy",
+        "tqdm",
+        "matplotlib",
+        *sys.stdlib_module_names,
+    }
+    assert {name for _, name in imports("pruning")} <= allowed
+
+
+def test_the_dependency_graph_and_thop_each_have_one_door():
+    found = list(imports("pruning"))
+    assert {file for file, name in found if name == "torch_pruning"} == {"graph.py"}
+    assert {file for file, name in found if name == "thop"} == {"cost.py"}
+    assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
+
+
+def test_models_and_data_know_nothing_of_each_other():
+    assert not {"models", "eval"} & {name for _, name in imports("data")}
+    assert not {"data", "eval"} & {name for _, name in imports("models")}
