@@ -1,4 +1,4 @@
-"""Train the reference network, LeNet-5, by the recipe of the assignment: plain SGD, rate 0.01.
+"""Train the reference network, LeNet-5, by the recipe of the assignment: plain SGD, rate 0.015.
 
     python train_lenet5.py --epoch-end 6
     python train_lenet5.py --last-checkpoint runs/LeNet5/epoch-3.pth --epoch-start 3 --epoch-end 6
@@ -22,7 +22,7 @@ from pruning.training import Epoch
 
 #: Epochs and settings of the reference network.
 REFERENCE_EPOCHS = 6
-RECIPE = {"lr": 0.01, "momentum": 0.0, "schedule": "constant"}
+RECIPE = {"lr": 0.015, "momentum": 0.0, "schedule": "constant"}
 
 
 def train_reference(

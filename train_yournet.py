@@ -55,7 +55,7 @@ def main() -> None:
         strength=args.sparsity,
         sparsify=TrainConfig(args.sparsify_epochs),
         recover=TrainConfig(args.recover_epochs, lr=0.05),
-        finetune=TrainConfig(args.finetune_epochs),
+        finetune=TrainConfig(args.finetune_epochs, lr=0.2),
         score=args.score,
         distill=args.distill,
     )
@@ -119,10 +119,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     flags = parser(__doc__ or "", batch_size="images in a training step")
-    flags.set_defaults(batch_size=128)
     budget = flags.add_argument_group("budget: a count (2000, 50k) or a percentage of LeNet-5 (25%%)")
     budget.add_argument(
-        "--max-params", default="1900", metavar="PARAMS", help="most parameters, BatchNorm folded"
+        "--max-params", default="2000", metavar="PARAMS", help="most parameters, BatchNorm folded"
     )
     budget.add_argument("--max-macs", default="50k", metavar="MACS", help="most multiply-adds for one image")
     stages = flags.add_argument_group("the three stages")
@@ -145,7 +144,7 @@ def arguments() -> argparse.Namespace:
         help="share of the dense network's outputs in the loss of stages 2 and 3",
     )
     epochs = cli.whole_number(0)
-    stages.add_argument("--sparsify-epochs", type=epochs, default=10, metavar="N", help="epochs of stage 1")
+    stages.add_argument("--sparsify-epochs", type=epochs, default=8, metavar="N", help="epochs of stage 1")
     stages.add_argument(
         "--recover-epochs",
         type=epochs,
@@ -153,7 +152,7 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="epochs after each pruning step of stage 2",
     )
-    stages.add_argument("--finetune-epochs", type=epochs, default=30, metavar="N", help="epochs of stage 3")
+    stages.add_argument("--finetune-epochs", type=epochs, default=40, metavar="N", help="epochs of stage 3")
     run = flags.add_argument_group("the run")
     run.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
     run.add_argument(
