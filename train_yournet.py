@@ -79,8 +79,8 @@ def main() -> None:
     if not reference_path.exists():
         # On a small data set it gets as many steps as six epochs of MNIST are.
         epochs = REFERENCE_EPOCHS * max(1, round(55_000 / len(dataset.train.labels)))
-        reference = train_reference(LeNet5().to(args.device), dataset, epochs, batch_size=64)
-        save(reference_path, reference, provenance=provenance(**facts, epochs=epochs))
+        trained = train_reference(LeNet5().to(args.device), dataset, epochs, batch_size=64)
+        save(reference_path, trained, provenance=provenance(**facts, epochs=epochs))
     reference = load(reference_path, device=args.device)
     print(
         f"LeNet-5, the reference: {count(reference, example)}, validation {validate(reference):.4f}",

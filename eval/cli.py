@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ import data
 from pruning import CheckpointError, cli, load
 from pruning.checkpoint import replace_file
 
+Network = TypeVar("Network", bound=nn.Module)
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = {
     "LeNet5": ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth",
@@ -59,10 +60,10 @@ def test_parser(description: str, network: str) -> argparse.ArgumentParser:
     return made
 
 
-def load_network(path: Path, kind: type[nn.Module], device: str) -> nn.Module:
+def load_network(path: Path, kind: type[Network], device: str) -> Network:
     """The network of a checkpoint, which must be of exactly this kind."""
     model = load(path, device=device)
-    if type(model) is not kind:
+    if not isinstance(model, kind) or type(model) is not kind:
         raise CheckpointError(f"{path} holds a {type(model).__name__}, a {kind.__name__} was expected")
     return model
 

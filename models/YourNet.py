@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from models.LeNet5 import LeNet5
 
 
@@ -17,11 +19,14 @@ class YourNet(LeNet5):
     pool_before_activation = True
 
     @classmethod
-    def like(cls, slimmed: LeNet5) -> YourNet:
-        """A YourNet built from the widths of a pruned network, with its weights.
+    def like(cls, slimmed: nn.Module) -> YourNet:
+        """A YourNet built from the widths of a pruned LeNet-5, with its weights.
 
-        `slimmed` has its BatchNorm layers either all folded or all in place.
+        `slimmed` has its BatchNorm layers either all folded or all in place. Raises TypeError
+        for another kind of network.
         """
+        if not isinstance(slimmed, LeNet5):
+            raise TypeError(f"a {type(slimmed).__name__} cannot become a YourNet, only a LeNet5 can")
         config: dict[str, Any] = dict(slimmed.config)
         convolutions = len(config["conv"])
         batch_norm = any(".bn" in name for name in slimmed.state_dict())
