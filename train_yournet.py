@@ -53,9 +53,9 @@ def main() -> None:
         budget=Budget(params=args.max_params, macs=args.max_macs),
         iterations=args.iterations,
         strength=args.sparsity,
-        sparsify=TrainConfig(args.sparsify_epochs),
-        recover=TrainConfig(args.recover_epochs, lr=0.05),
-        finetune=TrainConfig(args.finetune_epochs, lr=0.2),
+        sparsify=TrainConfig(args.sparsify_epochs, lr=0.1, weight_decay=args.weight_decay),
+        recover=TrainConfig(args.recover_epochs, lr=0.05, weight_decay=args.weight_decay),
+        finetune=TrainConfig(args.finetune_epochs, lr=0.2, weight_decay=args.weight_decay),
         score=args.score,
         distill=args.distill,
     )
@@ -88,7 +88,8 @@ def main() -> None:
     )
 
     torch.manual_seed(args.seed)
-    batches = dataset.batches("train", args.batch_size, shuffle=True)
+    augment = data.random_shift(args.shift) if args.shift else None
+    batches = dataset.batches("train", args.batch_size, shuffle=True, augment=augment)
     slimmed = slim(
         dense,
         batches,
@@ -153,6 +154,16 @@ def arguments() -> argparse.Namespace:
         help="epochs after each pruning step of stage 2",
     )
     stages.add_argument("--finetune-epochs", type=epochs, default=40, metavar="N", help="epochs of stage 3")
+    stages.add_argument(
+        "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
+    )
+    stages.add_argument(
+        "--shift",
+        type=cli.whole_number(0),
+        default=0,
+        metavar="PIXELS",
+        help="training images are moved at random by up to so many",
+    )
     run = flags.add_argument_group("the run")
     run.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
     run.add_argument(
@@ -203,4 +214,4 @@ def saved_arguments(folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, interrupted="interrupted; go on with: python train_yournet.py --resume")

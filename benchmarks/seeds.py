@@ -95,7 +95,7 @@ def train_control(path: Path, slimmed: Path, seed: int, dataset: data.Dataset) -
     fit(
         net,
         dataset.batches("train", 64, shuffle=True),
-        TrainConfig(epochs, lr=0.2),
+        TrainConfig(epochs, lr=0.2, weight_decay=1e-3),
         validate=lambda model: accuracy(model, validation),
         keep_best=True,
         label=f"control {seed}",

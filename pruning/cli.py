@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -18,15 +19,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Help with the default of every flag, and the description as it was written."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; end with one line and an exit code when the user's input was at fault."""
+def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Call `main`; end with one line and an exit code when the user's input was at fault.
+
+    `interrupted` is said after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks γ or ≤ shows a ? for it
+            stream.reconfigure(errors="replace")
     try:
         main()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -56,8 +56,9 @@ class Run:
         self.state: dict[str, Any] | None = None
         if resume and state.exists():
             self.state = checkpoint.read_plain(state)
-            self._cut_history(self.state["lines"])
         self.lines = self.state["lines"] if self.state is not None else 0
+        if resume:
+            self._cut_history(self.lines)
 
     def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
         try:
@@ -75,13 +76,14 @@ class Run:
 
     def _cut_history(self, lines: int) -> None:
         """Forget what happened after the state was saved; it will happen again."""
-        kept = self.history.read_text().splitlines(keepends=True)[:lines] if self.history.exists() else []
-        checkpoint.replace_file(self.history, "".join(kept).encode())
+        if self.history.exists():
+            kept = self.history.read_bytes().splitlines(keepends=True)[:lines]
+            checkpoint.replace_file(self.history, b"".join(kept))
 
     def note(self, **event: Any) -> None:
         """Append one line to the history."""
-        with open(self.history, "a") as file:
-            file.write(json.dumps(event) + "\n")
+        with open(self.history, "ab") as file:
+            file.write((json.dumps(event) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         self.lines += 1

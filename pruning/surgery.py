@@ -95,11 +95,11 @@ def channel_constants(
 
     def hook(name: str, dim: int) -> Callable[[nn.Module, Any], None]:
         def observe(_: nn.Module, args: Any) -> None:
-            values = args[0].detach().movedim(dim, 0).flatten(1).double()
-            low, high = values.amin(1), values.amax(1)
+            values = args[0].detach().movedim(dim, 0).flatten(1)
+            low, high = values.amin(1).cpu(), values.amax(1).cpu()
             if name in sums:
                 low, high = torch.minimum(low, spread[name][0]), torch.maximum(high, spread[name][1])
-            sums[name] = sums.get(name, 0) + values.sum(1)
+            sums[name] = sums.get(name, 0) + values.sum(1).double().cpu()
             counts[name] = counts.get(name, 0) + values.shape[1]
             spread[name] = torch.stack([low, high])
 
@@ -144,22 +144,22 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Add what the dropped inputs of a layer contribute to its bias or the norm behind it."""
     layer = model.get_submodule(name)
-    weight = layer.get_parameter("weight").detach().double()
+    weight = layer.get_parameter("weight").detach().cpu().double()
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
     per_input = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
     if parts(layer) > 1:
         inputs = values.view(parts(layer), -1).repeat_interleave(len(weight) // parts(layer), dim=0)
-        shift = (per_input * inputs.to(weight.device)).sum(1)
+        shift = (per_input * inputs).sum(1)
     else:
-        shift = per_input @ values.to(weight.device)
+        shift = per_input @ values
     with torch.no_grad():
         if layer.bias is not None:
             bias = layer.get_parameter("bias")
-            bias.add_(shift.to(bias.dtype))
+            bias.add_(shift.to(bias))
         elif name in trace.foldable:
             mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
-            mean.sub_(shift.to(mean.dtype))
+            mean.sub_(shift.to(mean))
 
 
 def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
