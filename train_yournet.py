@@ -120,7 +120,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     flags = parser(__doc__ or "", batch_size="images in a training step")
-    budget = flags.add_argument_group("budget: a count (2000, 50k) or a percentage of LeNet-5 (25%%)")
+    budget = flags.add_argument_group("budget: a count (2000, 50k) or a percentage of LeNet-5 (25%)")
     budget.add_argument(
         "--max-params", default="2000", metavar="PARAMS", help="most parameters, BatchNorm folded"
     )

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from pruning.errors import CheckpointError
-from pruning.layers import is_depthwise, rule_for
+from pruning.layers import rule_for
 
 FORMAT = 1
 
@@ -171,8 +171,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         rule = rule_for(layer)
         if rule is not None:
             counts = {rule.out_count: getattr(layer, rule.out_count)}
-            if rule.in_count:
-                counts[rule.in_count] = getattr(layer, rule.in_count)
+            for attribute in filter(None, (rule.in_count, rule.parts)):
+                counts[attribute] = getattr(layer, attribute)
             layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
     folded = [name for name, layer in model.named_modules() if type(layer) is nn.Identity]
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -190,8 +190,6 @@ def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
         rule = rule_for(layer)
         if rule is None:
             raise ValueError(f"layer {name!r} is now a {type(layer).__name__}")
-        if is_depthwise(layer):
-            layer.groups = counts[rule.out_count]
         for attribute, count in counts.items():
             setattr(layer, attribute, tuple(count) if isinstance(count, list) else count)
         for tensor_name in {**rule.out, **rule.into}:

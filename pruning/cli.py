@@ -16,7 +16,12 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every flag, and the description as it was written."""
+    """Help with the default of every flag that has one, and the description as it was written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:

@@ -127,8 +127,10 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
 
     groups, skipped = {}, {}
     seen: set[str] = set()
-    roots = [m for m in graph.module2node if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
-    for root in sorted(roots, key=lambda m: list(names).index(m)):
+    roots = [
+        m for m in names if m in graph.module2node and isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    ]
+    for root in roots:
         name = names[root]
         if name in seen:
             continue

@@ -19,12 +19,14 @@ class Rule:
             channels go in and out at once; they count as output channels.
         into: tensors that hold input channels, likewise.
         out_count, in_count: the attributes that say how many there are.
+        parts: the attribute that says into how many equal parts they are divided.
     """
 
     out: dict[str, int]
     into: dict[str, int]
     out_count: str
     in_count: str = ""
+    parts: str = ""
 
     def width(self, layer: nn.Module, side: Side) -> int:
         """Channels on one side of a layer."""
@@ -32,8 +34,8 @@ class Rule:
         return count[-1] if isinstance(count, tuple) else count
 
 
-_CONV = Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_channels", "in_channels")
-_TRANSPOSED = Rule({"weight": 1, "bias": 0}, {"weight": 0}, "out_channels", "in_channels")
+_CONV = Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_channels", "in_channels", "groups")
+_TRANSPOSED = Rule({"weight": 1, "bias": 0}, {"weight": 0}, "out_channels", "in_channels", "groups")
 _STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 
 #: The first row whose type fits is taken. A new layer type is a row of this table, here.
@@ -42,7 +44,7 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
     (nn.modules.conv._ConvNd, _CONV),
     (nn.Linear, Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_features", "in_features")),
     (nn.modules.batchnorm._NormBase, Rule(_STATISTICS, {}, "num_features")),  # InstanceNorm too
-    (nn.GroupNorm, Rule({"weight": 0, "bias": 0}, {}, "num_channels")),
+    (nn.GroupNorm, Rule({"weight": 0, "bias": 0}, {}, "num_channels", parts="num_groups")),
     (nn.LayerNorm, Rule({"weight": -1, "bias": -1}, {}, "normalized_shape")),
     (nn.PReLU, Rule({"weight": 0}, {}, "num_parameters")),
     (nn.Embedding, Rule({"weight": 1}, {}, "embedding_dim")),
@@ -52,6 +54,16 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
 def rule_for(layer: nn.Module) -> Rule | None:
     """The row of `TABLE` for a layer, or None where there is none."""
     return next((rule for types, rule in TABLE if isinstance(layer, types)), None)
+
+
+def channels_stand_alone(layer: nn.Module) -> bool:
+    """Whether a layer in parts has one channel in each, as a depthwise convolution does.
+
+    Then channels need not go in equal numbers from every part: the parts go with them.
+    """
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_groups == layer.num_channels
+    return is_depthwise(layer)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -64,10 +76,10 @@ def is_depthwise(layer: nn.Module) -> bool:
 
 def parts(layer: nn.Module) -> int:
     """Into how many equal parts a layer divides its channels; each must lose as many."""
-    if is_depthwise(layer):
+    rule = rule_for(layer)
+    if rule is None or not rule.parts or channels_stand_alone(layer):
         return 1
-    count = getattr(layer, "groups", getattr(layer, "num_groups", 1))
-    return count if isinstance(count, int) else 1
+    return getattr(layer, rule.parts)
 
 
 def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
@@ -76,7 +88,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     Args:
         keep: positions to keep, sorted; for a layer in several parts, as many in each.
     """
-    rule, depthwise = rule_for(layer), is_depthwise(layer)
+    rule, depthwise, alone = rule_for(layer), is_depthwise(layer), channels_stand_alone(layer)
     assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
     size = rule.width(layer, side) // parts(layer)
     for name, dim in (rule.out if side == "out" else rule.into).items():
@@ -96,5 +108,6 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     old = getattr(layer, count)
     setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
     if depthwise:
-        for also in ("in_channels", "groups"):
-            setattr(layer, also, len(keep))
+        setattr(layer, rule.in_count, len(keep))
+    if alone:
+        setattr(layer, rule.parts, len(keep))

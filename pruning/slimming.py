@@ -147,6 +147,7 @@ def slim(
             config=config.sparsify,
             example_inputs=example_inputs,
             strength=config.strength,
+            budget=target,
             ignored=ignored,
             loss=loss,
             **inside,

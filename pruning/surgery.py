@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import Side, narrow, parts, rule_for
+from pruning.layers import Side, channels_stand_alone, narrow, parts, rule_for
 from pruning.modes import eval_mode
 from pruning.plan import Plan
 
@@ -87,7 +88,8 @@ def channel_constants(
     that replaces it with the least squared error.
 
     Layers that pad with zeros have no entry: near the border the constant would be missing.
-    With `exact_only`, channels that vary count as 0, so that example inputs of any kind do.
+    With `exact_only`, channels that vary count as 0, so that example inputs of any kind do;
+    noise of their shape is run besides, because a single example varies nowhere.
     """
     sums: dict[str, Tensor] = {}
     spread: dict[str, Tensor] = {}
@@ -117,7 +119,8 @@ def channel_constants(
                 handles.append(layer.register_forward_pre_hook(hook(member.layer, dim)))
         with torch.no_grad(), eval_mode(model):
             for inputs in batches:
-                call(model, inputs)
+                for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
+                    call(model, variant)
     finally:
         for handle in handles:
             handle.remove()
@@ -130,6 +133,18 @@ def channel_constants(
             mean = torch.where(high - low <= 1e-6 * high.abs(), mean, 0)
         constants[name] = mean
     return constants
+
+
+def _noise_like(inputs: Inputs) -> list[Any]:
+    """Two inputs in which every floating-point tensor is replaced by noise, always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return [pytree.tree_map(noise, inputs) for _ in range(2)]
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
@@ -187,13 +202,34 @@ def verify(
 
     Raises `PruningError` when the outputs differ in shape or value; it names the group.
     """
-    oracle = _outputs(lambda: _run_masked(model, trace, plan, inputs, constants or {}))
+    problem, difference = _difference(model, small, trace, plan, inputs, constants or {})
+    if problem:
+        raise PruningError(
+            f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
+            "nothing was changed. List these layers as ignored, or mend what ties the model to its widths"
+        )
+    return difference
+
+
+def _difference(
+    model: nn.Module, small: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
+) -> tuple[str, float]:
+    oracle = _outputs(lambda: _run_masked(model, trace, plan, inputs, constants))
     with eval_mode(small):
         result = _outputs(lambda: call(small, inputs))
-    problem, difference = _compare(oracle, result)
-    if problem:
-        raise PruningError(f"surgery is not equivalent to the plan: {problem}; nothing was changed")
-    return difference
+    return _compare(oracle, result)
+
+
+def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
+    """The groups that are at fault when narrowed alone."""
+    alone = {group: Plan({group: kept}) for group, kept in plan.keep.items()}
+    culprits = [
+        group
+        for group, part in alone.items()
+        if len(part.keep[group]) < trace.groups[group].channels
+        and _difference(model, apply(model, trace, part), trace, part, inputs, {})[0]
+    ]
+    return f", at fault: {', '.join(culprits)}" if culprits else ""
 
 
 def _outputs(run: Callable[[], Any]) -> list[Tensor] | Exception:
@@ -261,7 +297,8 @@ def _norm_over_kept(
         affine = dict(layer.named_parameters())
         weight, bias = (affine[key][..., kept] if key in affine else None for key in ("weight", "bias"))
         if isinstance(layer, nn.GroupNorm):
-            normed = F.group_norm(inner, layer.num_groups, weight, bias, layer.eps)
+            groups = inner.shape[1] if channels_stand_alone(layer) else layer.num_groups
+            normed = F.group_norm(inner, groups, weight, bias, layer.eps)
         else:
             shape = (*layer.normalized_shape[:-1], inner.shape[-1])
             normed = F.layer_norm(inner, shape, weight, bias, layer.eps)

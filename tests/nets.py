@@ -86,7 +86,8 @@ class Grouped(nn.Module):
             nn.Conv2d(12, 8, 3, groups=4),
             nn.PReLU(8),
             nn.Conv2d(8, 6, 1),
-            nn.ReLU(),
+            nn.GroupNorm(6, 6),
+            nn.PReLU(),
         )
         self.head = nn.Linear(6, 4)
 

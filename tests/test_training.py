@@ -165,6 +165,18 @@ def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
         torch.testing.assert_close(norm.weight.detach(), nn.functional.softshrink(old, by))
 
 
+def test_a_pull_under_a_budget_weighs_what_is_over_it():
+    net = nets.make("lenet")
+    traced = trace(net, nets.images())
+    dense = ScalePull(net, traced, 1.0).dense
+    # Twice over the limit on params, four times over that on MACs: excesses of 1 and 3.
+    budget = Budget(params=dense.params // 2, macs=dense.macs // 4)
+    weights = ScalePull(net, traced, 1.0, budget).weights
+    assert weights["params"] == pytest.approx(0.5, rel=0.02)
+    assert weights["macs"] == pytest.approx(1.5, rel=0.02)
+    assert ScalePull(net, traced, 1.0, Budget(params=10**9)).weights == {"params": 1.0, "macs": 1.0}
+
+
 def test_a_pull_strong_enough_gives_exact_zeros_and_then_pulls_by_what_is_left():
     net = nets.make("lenet")
     pull = ScalePull(net, trace(net, nets.images()), strength=1.0)
