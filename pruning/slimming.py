@@ -264,7 +264,7 @@ class _Progress:
     def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
         """Keep the dense weights and the channels left; returns the line to log."""
         alive = pull.alive()
-        start = pull.cost_model(alive)
+        start = pull.cost_model({group: max(1, width) for group, width in alive.items()})
         self.dense.load_state_dict(small.state_dict())
         self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
         self.note(stage="sparsify", alive=alive, **asdict(start), validation=validation)

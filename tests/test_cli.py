@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from models import LeNet5, YourNet
-from pruning import load, save
+from pruning import count, load, save
+from pruning.checkpoint import read
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A run that takes seconds.
@@ -212,17 +213,21 @@ def test_a_data_folder_with_damaged_files(tmp_path):
     assert "missing train-labels-idx1-ubyte" in message
 
 
-def test_committed_networks_keep_their_promises():
-    """Committed checkpoints, measured on the full MNIST where it is at hand."""
-    if "MNIST_DIR" not in os.environ:
-        pytest.skip("MNIST_DIR does not name the full MNIST")
-    import data
-    from pruning import accuracy, count
-
-    mnist = data.load("mnist", os.environ["MNIST_DIR"])
+def test_the_committed_networks_are_as_small_as_the_readme_says():
     net = load(ROOT / "checkpoints" / "YourNet" / "best.pth")
-    cost = count(net, mnist.test.images[:1].float())
-    assert cost.params <= 2000 and cost.macs <= 50_000
-    assert accuracy(net, mnist.batches("test", 1000)) >= 0.985
+    cost = count(net, torch.zeros(1, 1, 28, 28))
+    assert type(net) is YourNet and cost.params <= 2000 and cost.macs <= 50_000
+    facts = read(ROOT / "checkpoints" / "YourNet" / "best.pth")["provenance"]
+    assert facts.keys() >= {"command", "commit", "versions", "seed", "dataset", "validation_accuracy"}
+    assert facts["dataset"] == "mnist"
     reference = load(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")
-    assert accuracy(reference, mnist.batches("test", 1000)) >= 0.975
+    assert type(reference) is LeNet5 and count(reference, torch.zeros(1, 1, 28, 28)).params == 60_074
+
+
+@pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR does not name the full MNIST")
+def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
+    command("test_yournet.py", "--data", "mnist", "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["dataset"], figures["split"], figures["images"]) == ("mnist", "test", 10_000)
+    assert figures["accuracy"] >= 0.985 and figures["reference"]["accuracy"] >= 0.975
+    assert figures["score_uncapped"] >= 140 and figures["score"] == 100
