@@ -68,7 +68,7 @@ def main() -> None:
     dense = YourNet(batch_norm=True).to(args.device)
     reachable(dense, example, config.budget)
 
-    run = Run(args.output, settings(args, dataset), resume=args.resume)
+    run = Run(args.output, settings(args, dataset, config), resume=args.resume)
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
 
     def validate(model: torch.nn.Module) -> float:
@@ -200,15 +200,18 @@ def newest_run() -> Path:
     return configs[-1].parent
 
 
-def settings(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, object]:
+def settings(args: argparse.Namespace, dataset: data.Dataset, config: SlimConfig) -> dict[str, object]:
     """What config.json keeps: all that the result depends on."""
     of_this_call = {"output", "resume", "publish", "data_dir", "data"}
-    return {**{k: v for k, v in vars(args).items() if k not in of_this_call}, "data": dataset.name}
+    flags = {key: value for key, value in vars(args).items() if key not in of_this_call}
+    return {**flags, "data": dataset.name, "stages": config.to_json()}
 
 
 def saved_arguments(folder: Path) -> dict[str, object]:
+    """The flags that a run was started with."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text())
+        return {key: value for key, value in saved.items() if key != "stages"}
     except (OSError, ValueError) as error:
         raise PruningError(f"{folder} holds no run to resume: {error}") from error
 

@@ -80,6 +80,7 @@ class SlimConfig:
         return self.sparsify.epochs + self.iterations * self.recover.epochs + self.finetune.epochs
 
     def to_json(self) -> dict[str, Any]:
+        """The settings as plain data."""
         return asdict(self)
 
 

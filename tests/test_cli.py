@@ -185,6 +185,8 @@ def test_a_folder_with_a_run_is_not_written_over(run, tmp_path):
     assert "holds a run already" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
     other = refused("train_yournet.py", "--resume", "--seed", 7, "--output", folder, cwd=tmp_path)
     assert "other settings (seed)" in other
+    fewer = refused("train_yournet.py", "--resume", "--iterations", 1, "--output", folder, cwd=tmp_path)
+    assert "other settings (iterations, stages)" in fewer
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
