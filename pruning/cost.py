@@ -56,8 +56,8 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
     for layer in probe.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
             rules[type(layer)] = _transposed
-        elif not isinstance(layer, _COUNTED):
-            rules[type(layer)] = _zero
+        elif not isinstance(layer, _COUNTED) and not list(layer.children()):
+            rules[type(layer)] = _zero  # of a layer: thop skips whatever is inside one with a rule
     biases = _BiasCounter(probe)
     args = _positional(inputs)
     with torch.no_grad(), biases:

@@ -28,7 +28,7 @@ def test_bn_scale_is_the_absolute_scale():
 def test_bn_scale_of_a_residual_trunk_is_the_mean_over_its_norms():
     net = nets.make("residual")
     groups = trace(net, nets.images()).groups
-    norms = [net.stem[1], net.blocks[0][4], net.blocks[1][4]]
+    norms = [net.stem[1], net.blocks[0].inner[4], net.blocks[1].inner[4]]
     expected = torch.stack([n.weight.detach().abs() for n in norms]).mean(0)
     torch.testing.assert_close(bn_scale(net, groups)["stem.0"], expected)
 
