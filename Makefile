@@ -24,7 +24,7 @@ result: $(VENV)/.installed
 	$(BIN)/python -m eval.result
 
 $(VENV)/.installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" * (sys.version_info < (3, 10)))'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
