@@ -134,6 +134,7 @@ def test_a_class_that_is_no_network_is_refused(tmp_path, name):
         load(written(tmp_path, **{"class": name}))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, of a file that torch did not write
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     class Malicious:
         def __reduce__(self):
