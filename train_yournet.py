@@ -67,6 +67,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     dense = YourNet(batch_norm=True).to(args.device)
     reachable(dense, example, config.budget)
+    teacher = load(args.teacher, device=args.device) if args.teacher else None
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume)
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
@@ -97,6 +98,7 @@ def main() -> None:
         config,
         validate=validate,
         calibration=calibration,
+        teacher=teacher,
         run=run,
         log=lambda line: print(line, flush=True),
     )
@@ -142,7 +144,10 @@ def arguments() -> argparse.Namespace:
         type=cli.number(0, 1),
         default=0.0,
         metavar="WEIGHT",
-        help="share of the dense network's outputs in the loss of stages 2 and 3",
+        help="share of the teacher's outputs in the loss of stages 2 and 3",
+    )
+    stages.add_argument(
+        "--teacher", metavar="PATH", help="checkpoint of the teacher (default: the dense network of stage 1)"
     )
     epochs = cli.whole_number(0)
     stages.add_argument("--sparsify-epochs", type=epochs, default=8, metavar="N", help="epochs of stage 1")

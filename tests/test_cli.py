@@ -173,6 +173,11 @@ def test_a_budget_that_is_none(flags, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_teacher_that_is_not_there(tmp_path):
+    assert "no such file" in refused("train_yournet.py", *SHORT, "--teacher", "absent.pth", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("train_yournet.py", *SHORT, "--output", tmp_path / "file" / "run", cwd=tmp_path)

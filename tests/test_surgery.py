@@ -130,11 +130,12 @@ def test_surgery_leaves_the_model_its_mode_and_its_gradients_alone():
     assert not any(p.data_ptr() in ours for p in step.model.parameters())
 
 
-def test_dtype_is_kept():
-    net, images = nets.make("residual").double(), nets.images().double()
+@pytest.mark.parametrize(("dtype", "difference"), [(torch.float64, 1e-12), (torch.bfloat16, 0.125)])
+def test_dtype_is_kept(dtype, difference):
+    net, images = nets.make("residual").to(dtype), nets.images().to(dtype)
     step = prune(net, images, Budget(macs="50%"), score="l1")
-    assert {p.dtype for p in step.model.parameters()} == {torch.float64}
-    assert step.difference < 1e-12
+    assert {p.dtype for p in step.model.parameters()} == {dtype}
+    assert step.difference < difference
 
 
 @pytest.mark.parametrize("name", nets.NETS)
