@@ -242,7 +242,9 @@ class _Progress:
         """The arguments of `fit` that make a stage resume and record its epochs."""
 
         def on_epoch(epoch: Epoch) -> None:
-            self.note(
+            if self.run is None:
+                return
+            self.run.note(
                 stage=label,
                 epoch=epoch.number,
                 train_loss=epoch.train_loss,
@@ -252,8 +254,7 @@ class _Progress:
             layers = checkpoint.describe(model)
             del layers["state_dict"]  # the state of `fit` has it
             self.state = {**self.state, "stage": stage, "layers": layers, "fit": epoch.state()}
-            if self.run is not None:
-                self.run.save(self.state)
+            self.run.save(self.state)
 
         return {"label": label, "on_epoch": on_epoch, "resume": self.resume(stage)}
 
