@@ -2,6 +2,7 @@
 
     python train_yournet.py
     python train_yournet.py --max-params 5000 --max-macs 100k --seed 1 --output runs/small
+    python train_yournet.py --recipe checkpoints/compact/recipe.toml
     python train_yournet.py --resume
 
 The run's folder receives config.json, history.jsonl, reference.pth (LeNet-5 trained by the
@@ -19,11 +20,13 @@ from pathlib import Path
 import torch
 
 import data
-from eval.cli import COMMITTED, ROOT, parser, use_threads
+import models
+from eval.cli import COMMITTED, ROOT, load_network, parser, use_threads
 from eval.metrics import EVALUATION_BATCH
-from models import LeNet5, YourNet
+from models import LeNet5
 from pruning import (
     Budget,
+    PruneConfig,
     PruningError,
     Run,
     SlimConfig,
@@ -44,29 +47,21 @@ from pruning.importance import NAMES as SCORES
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
 RUNS = Path("runs")
+RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
 CALIBRATION_IMAGES = 2048
 
 
 def main() -> None:
     args = arguments()
-    config = SlimConfig(
-        budget=Budget(params=args.max_params, macs=args.max_macs),
-        iterations=args.iterations,
-        strength=args.sparsity,
-        sparsify=TrainConfig(args.sparsify_epochs, lr=0.1, weight_decay=args.weight_decay),
-        recover=TrainConfig(args.recover_epochs, lr=0.05, weight_decay=args.weight_decay),
-        finetune=TrainConfig(args.finetune_epochs, lr=0.2, weight_decay=args.weight_decay),
-        score=args.score,
-        distill=args.distill,
-    )
+    config = stages(args)
     use_threads(args.threads)
     started = time.monotonic()
     dataset = data.load(args.data, args.data_dir).to(args.device)
     calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
-    dense = YourNet(batch_norm=True).to(args.device)
-    reachable(dense, example, config.budget)
+    dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)
+    reachable(dense, example, config.budget, layers=config.prune.layers)
     teacher = load(args.teacher, device=args.device) if args.teacher else None
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume)
@@ -77,10 +72,14 @@ def main() -> None:
 
     facts = {"seed": args.seed, "dataset": dataset.name}
     reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
+    if args.reference and not reference_path.exists():
+        load_network(args.reference, LeNet5, args.device)
+        replace_file(reference_path, args.reference.read_bytes())
     if not reference_path.exists():
         # On a small data set it gets as many steps as six epochs of MNIST are.
         epochs = REFERENCE_EPOCHS * max(1, round(55_000 / len(dataset.train.labels)))
-        trained = train_reference(LeNet5().to(args.device), dataset, epochs, batch_size=64)
+        untrained = LeNet5(image_shape=dataset.image_shape, classes=dataset.classes)
+        trained = train_reference(untrained.to(args.device), dataset, epochs, batch_size=64)
         save(reference_path, trained, provenance=provenance(**facts, epochs=epochs))
     reference = load(reference_path, device=args.device)
     print(
@@ -89,7 +88,7 @@ def main() -> None:
     )
 
     torch.manual_seed(args.seed)
-    augment = data.random_shift(args.shift) if args.shift else None
+    augment = data.augmentation(args.augment)
     batches = dataset.batches("train", args.batch_size, shuffle=True, augment=augment)
     slimmed = slim(
         dense,
@@ -102,7 +101,7 @@ def main() -> None:
         run=run,
         log=lambda line: print(line, flush=True),
     )
-    net = YourNet.like(fold_batchnorm(slimmed.model, trace(slimmed.model, example)))
+    net = type(dense).like(fold_batchnorm(slimmed.model, trace(slimmed.model, example)))
 
     validation = validate(net)
     save(
@@ -112,7 +111,7 @@ def main() -> None:
     )
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(
-        f"{best_path}: YourNet {'-'.join(map(str, net.widths))}, {count(net, example)}, "
+        f"{best_path}: {type(net).__name__} {'-'.join(map(str, net.widths))}, {count(net, example)}, "
         f"validation {validation:.4f}, in {minutes}:{seconds:02d} minutes"
     )
     if args.publish:
@@ -120,59 +119,104 @@ def main() -> None:
         print(f"{COMMITTED['YourNet'].relative_to(ROOT)} is now this network")
 
 
+def stages(args: argparse.Namespace) -> SlimConfig:
+    """The settings of the three stages."""
+    decay = {"weight_decay": args.weight_decay}
+    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **decay)
+    return SlimConfig(
+        budget=Budget(params=args.max_params, macs=args.max_macs),
+        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **decay),
+        prune=PruneConfig(args.iterations, recover, args.score, args.layers),
+        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **decay),
+        strength=args.sparsity,
+        distill=args.distill,
+    )
+
+
 def arguments() -> argparse.Namespace:
     flags = parser(__doc__ or "", batch_size="images in a training step")
-    budget = flags.add_argument_group("budget: a count (2000, 50k) or a percentage of LeNet-5 (25%)")
-    budget.add_argument(
-        "--max-params", default="2000", metavar="PARAMS", help="most parameters, BatchNorm folded"
+    flags.add_argument(
+        "--recipe",
+        type=Path,
+        default=RECIPE,
+        metavar="FILE",
+        help="TOML file with flags of this command; those given here go before it",
     )
-    budget.add_argument("--max-macs", default="50k", metavar="MACS", help="most multiply-adds for one image")
-    stages = flags.add_argument_group("the three stages")
-    stages.add_argument(
+    flags.add_argument("--start", choices=models.STARTS, default="lenet5", help="the dense network to slim")
+    budget = flags.add_argument_group(
+        "budget: a count (2000, 50k) or a percentage of the dense network (25%)"
+    )
+    budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
+    budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one image")
+    group = flags.add_argument_group("the three stages")
+    group.add_argument(
         "--sparsity",
-        type=cli.number(0),
-        default=1.0,
+        type=strength,
         metavar="LAMBDA",
-        help="strength of the L1 pull of stage 1",
+        help="strength of the L1 pull of stage 1; auto finds it from the budget (default)",
     )
-    stages.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
-    stages.add_argument(
+    group.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
+    group.add_argument(
+        "--layers",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also remove whole layers without which a trial is better",
+    )
+    group.add_argument(
         "--iterations", type=cli.whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
     )
-    stages.add_argument(
+    for stage, (epochs, rate, when) in {
+        "sparsify": (8, 0.1, "stage 1"),
+        "recover": (2, 0.05, "each pruning step of stage 2"),
+        "finetune": (40, 0.2, "stage 3"),
+    }.items():
+        group.add_argument(
+            f"--{stage}-epochs", type=cli.whole_number(0), default=epochs, metavar="N", help=f"of {when}"
+        )
+        group.add_argument(
+            f"--{stage}-rate",
+            type=cli.number(0),
+            default=rate,
+            metavar="RATE",
+            help=f"highest learning rate of {when}",
+        )
+    group.add_argument(
+        "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
+    )
+    group.add_argument(
+        "--ema",
+        type=cli.number(0, 0.99999),
+        default=0.0,
+        metavar="DECAY",
+        help="of a moving average of the weights in stage 3; 0 keeps none",
+    )
+    group.add_argument(
+        "--augment",
+        type=cli.number(0),
+        default=0.0,
+        metavar="STRENGTH",
+        help="1 rotates, moves and scales half of the images by up to 10 degrees, 1 pixel, 10 %%",
+    )
+    group.add_argument(
         "--distill",
         type=cli.number(0, 1),
         default=0.0,
         metavar="WEIGHT",
         help="share of the teacher's outputs in the loss of stages 2 and 3",
     )
-    stages.add_argument(
+    group.add_argument(
         "--teacher", metavar="PATH", help="checkpoint of the teacher (default: the dense network of stage 1)"
-    )
-    epochs = cli.whole_number(0)
-    stages.add_argument("--sparsify-epochs", type=epochs, default=8, metavar="N", help="epochs of stage 1")
-    stages.add_argument(
-        "--recover-epochs",
-        type=epochs,
-        default=2,
-        metavar="N",
-        help="epochs after each pruning step of stage 2",
-    )
-    stages.add_argument("--finetune-epochs", type=epochs, default=40, metavar="N", help="epochs of stage 3")
-    stages.add_argument(
-        "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
-    )
-    stages.add_argument(
-        "--shift",
-        type=cli.whole_number(0),
-        default=0,
-        metavar="PIXELS",
-        help="training images are moved at random by up to so many",
     )
     run = flags.add_argument_group("the run")
     run.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
     run.add_argument(
         "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+    )
+    run.add_argument(
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="LeNet-5 to compare with (default: one is trained in this run)",
     )
     run.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
@@ -183,6 +227,11 @@ def arguments() -> argparse.Namespace:
     run.add_argument(
         "--publish", action="store_true", help=f"make the result {COMMITTED['YourNet'].relative_to(ROOT)}"
     )
+
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", type=Path, default=RECIPE)
+    recipe = first.parse_known_args()[0].recipe
+    flags.set_defaults(**vars(flags.parse_args(cli.read_recipe(recipe))))
     args = flags.parse_args()
     if args.resume:
         args.output = args.output or newest_run()
@@ -191,6 +240,11 @@ def arguments() -> argparse.Namespace:
     elif args.output is None:
         args.output = next_run()
     return args
+
+
+def strength(text: str) -> float | None:
+    """An argument type: λ, or `auto`, which is None."""
+    return None if text == "auto" else cli.number(0)(text)
 
 
 def next_run() -> Path:
@@ -207,7 +261,7 @@ def newest_run() -> Path:
 
 def settings(args: argparse.Namespace, dataset: data.Dataset, config: SlimConfig) -> dict[str, object]:
     """What config.json keeps: all that the result depends on."""
-    of_this_call = {"output", "resume", "publish", "data_dir", "data"}
+    of_this_call = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference"}
     flags = {key: value for key, value in vars(args).items() if key not in of_this_call}
     return {**flags, "data": dataset.name, "stages": config.to_json()}
 

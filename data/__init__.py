@@ -6,8 +6,8 @@
 >>> for images, labels in digits.batches("train", 64, shuffle=True): ...  # doctest: +SKIP
 """
 
-from data.batches import Batches, random_shift
+from data.batches import Batches, augmentation, random_affine
 from data.datasets import NAMES, Dataset, Split, load
 from data.idx import DataError
 
-__all__ = ["NAMES", "Batches", "DataError", "Dataset", "Split", "load", "random_shift"]
+__all__ = ["NAMES", "Batches", "DataError", "Dataset", "Split", "augmentation", "load", "random_affine"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Augment = Callable[[Tensor], Tensor]
@@ -61,17 +63,34 @@ class Batches:
             yield images.float().mul_(self.scale).sub_(self.shift), self.labels[index]
 
 
-def random_shift(pixels: int) -> Augment:
-    """Move each image of a batch by up to `pixels` in both directions; what enters is 0."""
+def random_affine(
+    degrees: float = 0.0, pixels: float = 0.0, scale: float = 0.0, share: float = 1.0
+) -> Augment:
+    """Rotate, move and scale each image of a batch at random; what enters is 0.
 
-    def shift(images: Tensor) -> Tensor:
+    Args:
+        degrees, pixels, scale: at most so far, either way; a scale of 0.1 is from 0.9 to 1.1.
+        share: of the images that are changed at all.
+    """
+
+    def warp(images: Tensor) -> Tensor:
         count, _, height, width = images.shape
-        padded = torch.nn.functional.pad(images, (pixels,) * 4)
-        offsets = torch.randint(0, 2 * pixels + 1, (2, count, 1), device="cpu").to(images.device)
-        rows = offsets[0] + torch.arange(height, device=images.device)
-        columns = offsets[1] + torch.arange(width, device=images.device)
-        image = torch.arange(count, device=images.device)[:, None, None]
-        # Indexing around a slice puts the channel last; bring it back to its place.
-        return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        angle, right, down, stretch = (torch.rand(4, count) * 2 - 1) * (torch.rand(count) < share)
+        angle, stretch = angle * math.radians(degrees), 1 / (1 + stretch * scale)
+        cos, sin = torch.cos(angle) * stretch, torch.sin(angle) * stretch
+        # In coordinates from -1 to 1, which an image that is not square has of two sizes.
+        rows = [cos, -sin * height / width, right * 2 * pixels / width]
+        rows += [sin * width / height, cos, down * 2 * pixels / height]
+        matrix = torch.stack(rows, 1).view(count, 2, 3).to(images.device)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images.float(), grid, align_corners=False)
 
-    return shift
+    return warp
+
+
+def augmentation(strength: float) -> Augment | None:
+    """Half of the images rotated by up to 10°, moved by a pixel and scaled by 10 %, times `strength`.
+
+    A strength of 0 changes nothing. Small networks have no capacity for much of it.
+    """
+    return random_affine(10 * strength, strength, 0.1 * strength, share=0.5) if strength else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from models.LeNet5 import LeNet5
+from models.rebuild import rebuilt
 
 
 class YourNet(LeNet5):
@@ -22,15 +21,11 @@ class YourNet(LeNet5):
     def like(cls, slimmed: nn.Module) -> YourNet:
         """A YourNet built from the widths of a pruned LeNet-5, with its weights.
 
-        `slimmed` has its BatchNorm layers either all folded or all in place. Raises TypeError
-        for another kind of network.
+        `slimmed` has its BatchNorm layers either all folded or all in place; hidden layers may
+        have been removed. Raises TypeError for another kind of network.
         """
         if not isinstance(slimmed, LeNet5):
             raise TypeError(f"a {type(slimmed).__name__} cannot become a YourNet, only a LeNet5 can")
-        config: dict[str, Any] = dict(slimmed.config)
-        convolutions = len(config["conv"])
-        batch_norm = any(".bn" in name for name in slimmed.state_dict())
+        convolutions = sum(isinstance(layer, nn.Conv2d) for layer in slimmed.features)
         widths = {"conv": slimmed.widths[:convolutions], "hidden": slimmed.widths[convolutions:]}
-        net = cls(**{**config, **widths, "batch_norm": batch_norm})
-        net.load_state_dict(slimmed.state_dict())
-        return net.train(slimmed.training)
+        return rebuilt(cls, slimmed, **{**slimmed.config, **widths})

@@ -1,6 +1,28 @@
-"""The networks: the assignment's reference and what slimming makes of it."""
+"""The networks: the assignment's reference, what slimming makes of it, and other starts."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from models.CompactNet import CompactNet
 from models.LeNet5 import LeNet5
 from models.YourNet import YourNet
 
-__all__ = ["LeNet5", "YourNet"]
+#: The dense networks that the main job can start from, by name. Each takes `image_shape`
+#: and `classes`; all have BatchNorm, on whose scales stage 1 pulls.
+STARTS: dict[str, Callable[..., YourNet | CompactNet]] = {
+    "lenet5": lambda **data: YourNet(batch_norm=True, **data),
+    "lenet5-wide": lambda **data: YourNet((12, 32), batch_norm=True, **data),
+    "lenet5-caffe": lambda **data: YourNet((20, 50), (500,), kernel_size=5, batch_norm=True, **data),
+    "mlp": lambda **data: YourNet((), (500, 300), batch_norm=True, **data),
+    "compact": lambda **data: CompactNet(((16,), (16, 16, 16)), batch_norm=True, **data),
+    "separable": lambda **data: CompactNet(((8,), (12, 12, 12, 12)), separable=True, batch_norm=True, **data),
+}
+
+
+def start(name: str, image_shape: Sequence[int] = (1, 28, 28), classes: int = 10) -> YourNet | CompactNet:
+    """A dense network to slim, by its name in `STARTS`."""
+    return STARTS[name](image_shape=image_shape, classes=classes)
+
+
+__all__ = ["STARTS", "CompactNet", "LeNet5", "YourNet", "start"]

@@ -7,8 +7,9 @@
 
 from pruning.budget import Budget
 from pruning.checkpoint import load, provenance, save
-from pruning.config import SlimConfig, TrainConfig
+from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
+from pruning.depth import Removable, removable, without_layer
 from pruning.errors import CheckpointError, PruningError, TrainingDiverged
 from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
@@ -16,7 +17,7 @@ from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.slimming import Run, Slimmed, reachable, slim
 from pruning.sparsify import ScalePull, sparsify
-from pruning.surgery import apply, channel_constants, fold_batchnorm, verify
+from pruning.surgery import apply, channel_constants, fold_batchnorm, recalibrate, verify
 from pruning.training import accuracy, cross_entropy, fit
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Group",
     "Latency",
     "Plan",
+    "PruneConfig",
     "PruningError",
+    "Removable",
     "Run",
     "ScalePull",
     "SlimConfig",
@@ -50,6 +53,8 @@ __all__ = [
     "provenance",
     "prune",
     "reachable",
+    "recalibrate",
+    "removable",
     "save",
     "slim",
     "sparsify",
@@ -57,4 +62,5 @@ __all__ = [
     "trace",
     "uncounted",
     "verify",
+    "without_layer",
 ]

@@ -1,4 +1,4 @@
-"""What the user asks for: limits on the params and MACs of the result."""
+"""What the user asks for: limits on the params, MACs and channels of the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pruning.cost import Cost
 from pruning.errors import PruningError
 
+#: What a budget can limit, as a `Cost` names it, and as it is printed.
+LABELS = {"params": "params", "macs": "MACs", "channels": "channels"}
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -15,36 +17,37 @@ class Budget:
     """Limits on a network; None does not limit.
 
     A whole number is a count; text may be a count with k, M or G behind it, or a percentage
-    of the dense network's cost, BatchNorm folded.
+    of the dense network's cost, BatchNorm folded. Channels are those of all prunable groups.
 
     >>> Budget(params="25%", macs="50k").resolve(Cost(params=8000, macs=90000, macs_with_bias=0))
-    Budget(params=2000, macs=50000)
+    Budget(params=2000, macs=50000, channels=None)
 
     Raises `PruningError` for a limit that is not one, is not positive, or is over 100 %.
     """
 
     params: int | str | None = None
     macs: int | str | None = None
+    channels: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.params is None and self.macs is None:
-            raise PruningError("a budget needs a limit on params, on MACs, or on both")
-        for what in ("params", "macs"):
-            limit = getattr(self, what)
-            if limit is not None:
-                _parse(what, limit, dense=1)
+        if not self._given():
+            raise PruningError("a budget needs at least one limit: on params, on MACs, or on channels")
+        for what, limit in self._given().items():
+            _parse(what, limit, dense=1)
+
+    def _given(self) -> dict[str, int | str]:
+        limits = {what: getattr(self, what) for what in LABELS}
+        return {what: limit for what, limit in limits.items() if limit is not None}
 
     def resolve(self, dense: Cost) -> Budget:
         """The same limits as counts, given what the dense network costs."""
         return Budget(
-            None if self.params is None else _parse("params", self.params, dense.params),
-            None if self.macs is None else _parse("macs", self.macs, dense.macs),
+            **{what: _parse(what, limit, getattr(dense, what)) for what, limit in self._given().items()}
         )
 
     def limits(self) -> dict[str, int]:
         """The limits in force, as counts; of a resolved budget."""
-        limits = {"params": self.params, "macs": self.macs}
-        return {what: limit for what, limit in limits.items() if isinstance(limit, int)}
+        return {what: limit for what, limit in self._given().items() if isinstance(limit, int)}
 
     def excess(self, cost: Cost) -> dict[str, int]:
         """By how much a cost is over each limit that it breaks; empty when the budget is met."""
@@ -63,12 +66,9 @@ class Budget:
         return Budget(**partial)
 
     def __str__(self) -> str:
-        names = {"params": "params", "macs": "MACs"}
-        given = [(getattr(self, what), name) for what, name in names.items()]
         return ", ".join(
-            f"≤ {limit:,} {name}" if isinstance(limit, int) else f"≤ {limit} {name}"
-            for limit, name in given
-            if limit is not None
+            f"≤ {limit:,} {LABELS[what]}" if isinstance(limit, int) else f"≤ {limit} {LABELS[what]}"
+            for what, limit in self._given().items()
         )
 
 

@@ -6,10 +6,16 @@ import argparse
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from pruning.errors import UserError
+from pruning.errors import PruningError, UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 #: Exit codes: bad usage or input, and Ctrl-C.
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -22,6 +28,27 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+
+def read_recipe(path: Path) -> list[str]:
+    """The flags that a TOML file holds: `max-params = 2000` is --max-params 2000.
+
+    `true` and `false` stand for a flag and its --no- form. Raises `PruningError` for a file
+    that cannot be read or holds something else than names with plain values.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{path} cannot be read as a recipe: {error}") from error
+    flags = []
+    for name, value in content.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, str | int | float):
+            flags += [f"--{name}", str(value)]
+        else:
+            raise PruningError(f"{path}: {name} is a {type(value).__name__}, a plain value was expected")
+    return flags
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ class TrainConfig:
         schedule: `one-cycle` (up over `warmup` of the steps, then down to almost nothing;
             Smith & Topin, arXiv 1708.07120) or `constant`.
         warmup: share of the steps in which a one-cycle schedule rises.
+        ema: decay of an exponential moving average of the weights after every step, which
+            then are the weights that are validated and kept; 0 keeps none.
     """
 
     epochs: int
@@ -29,6 +32,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     schedule: str = "one-cycle"
     warmup: float = 0.2
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
@@ -37,9 +41,45 @@ class TrainConfig:
         _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}: at least 0")
         _require(self.schedule in SCHEDULES, f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
         _require(0 < self.warmup < 1, f"warmup {self.warmup}: between 0 and 1")
+        _require(0 <= self.ema < 1, f"decay of the moving average {self.ema}: at least 0 and below 1")
+
+    def rate(self, progress: float) -> float:
+        """The learning rate after `progress`, 0 to 1, of all steps, as a share of `lr`.
+
+        One cycle goes from 1/25 to 1 to almost 0 by half cosines.
+        """
+        if self.schedule == "constant":
+            return 1.0
+        if progress < self.warmup:
+            return 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * progress / self.warmup)) / 2
+        return (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))) / 2
 
 
 SCHEDULES = ("one-cycle", "constant")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Stage 2: removing channels, in several iterations.
+
+    Attributes:
+        iterations: pruning steps, each to an equal ratio of the way.
+        recover: training after each step.
+        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2` or `random`.
+        layers: also remove whole layers, where a trial shows that the network is better
+            without them within the same budget.
+    """
+
+    iterations: int
+    recover: TrainConfig
+    score: str = "taylor"
+    layers: bool = False
+
+    def __post_init__(self) -> None:
+        from pruning.importance import NAMES
+
+        _require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
+        _require(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")
 
 
 @dataclass(frozen=True)
@@ -48,36 +88,33 @@ class SlimConfig:
 
     Attributes:
         budget: what the result may cost.
-        iterations: pruning steps, each to an equal ratio of the way, a short training after each.
-        strength: λ of the L1 pull on BatchNorm scales in stage 1; 0 trains without it.
         sparsify: training of stage 1.
-        recover: training after each pruning step.
+        prune: stage 2.
         finetune: training of stage 3.
-        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2` or `random`.
+        strength: λ of the L1 pull on BatchNorm scales in stage 1; None finds it from the
+            budget, 0 trains without it.
         distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
     """
 
     budget: Budget
-    iterations: int
-    strength: float
     sparsify: TrainConfig
-    recover: TrainConfig
+    prune: PruneConfig
     finetune: TrainConfig
-    score: str = "taylor"
+    strength: float | None = None
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        from pruning.importance import NAMES
-
-        _require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
-        _require(self.strength >= 0, f"sparsity strength {self.strength}: at least 0")
-        _require(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")
+        _require((self.strength or 0) >= 0, f"sparsity strength {self.strength}: at least 0")
+        _require(
+            not self.sparsify.ema,
+            f"decay of the moving average {self.sparsify.ema} in stage 1: 0 (an average has no exact zeros)",
+        )
         _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
 
     @property
     def epochs(self) -> int:
         """Epochs of all stages together."""
-        return self.sparsify.epochs + self.iterations * self.recover.epochs + self.finetune.epochs
+        return self.sparsify.epochs + self.prune.iterations * self.prune.recover.epochs + self.finetune.epochs
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain data."""

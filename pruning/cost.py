@@ -11,7 +11,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,16 @@ _COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs: parameters, and MACs for one example."""
+    """What a network costs: parameters, MACs for one example, channels of its prunable groups.
+
+    `channels` is known where the groups are, from a `CostModel`; elsewhere it is 0, and
+    comparisons leave it out.
+    """
 
     params: int
     macs: int
     macs_with_bias: int
+    channels: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.params:,} params, {self.macs:,} MACs"
@@ -194,17 +199,22 @@ class CostModel:
         weights = out * into
         macs = weights @ self._macs
         params = self.fixed_params + weights @ self._params + out @ self._bias
-        return Cost(round(params), round(macs), round(macs + out @ self._bias_macs))
+        with_bias = macs + out @ self._bias_macs
+        return Cost(round(params), round(macs), round(with_bias), round(widths.sum()))
 
-    def freed(self, widths: np.ndarray, channels: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """(params, MACs) that narrowing each group alone by `channels` frees, both (groups,).
+    def freed(self, widths: np.ndarray, channels: np.ndarray | float = 1.0) -> dict[str, np.ndarray]:
+        """What narrowing each group alone by `channels` frees of each cost, (groups,) each.
 
         Exact: a weight that loses on both sides at once is counted once.
         """
         out, into = self._widths(widths)
         lost_out, lost_in = self._out * channels, self._in * channels
         weights = out[:, None] * lost_in + into[:, None] * lost_out - lost_out * lost_in
-        return self._params @ weights + self._bias @ lost_out, self._macs @ weights
+        return {
+            "params": self._params @ weights + self._bias @ lost_out,
+            "macs": self._macs @ weights,
+            "channels": np.broadcast_to(channels, widths.shape),
+        }
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,14 @@ class Trace:
         skipped: layers whose outputs cannot be pruned, with the reason and the cure.
         foldable: BatchNorm layers that directly follow a layer: layer name to norm name.
         uses: for every convolution and linear layer, how often it is used.
+        ignored: the layers that were asked to stay as they are, those inside them included.
     """
 
     groups: dict[str, Group]
     skipped: dict[str, str]
     foldable: dict[str, str]
     uses: dict[str, LayerUse] = field(repr=False)
+    ignored: frozenset[str] = frozenset()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -152,7 +154,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         name: replace(use, bias=probe.get_submodule(name).bias is not None or name in foldable)
         for name, use in uses.items()
     }
-    return Trace(groups, skipped, foldable, uses)
+    return Trace(groups, skipped, foldable, uses, frozenset(keep))
 
 
 def _build(probe: nn.Module, inputs: Inputs) -> Any:

@@ -82,6 +82,8 @@ def taylor(
         if (parameter := getattr(model.get_submodule(member.layer), kind)) is not None
     }
     scores = {name: torch.zeros(group.channels) for name, group in groups.items()}
+    if not scores:
+        return scores
     count = 0
     device = next(model.parameters()).device
     with eval_mode(model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""A plan: for each group, the channels it keeps."""
+"""A plan: for each group, the channels it keeps; and the layers that go as a whole."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pruning.budget import Budget
+from pruning.budget import LABELS, Budget
 from pruning.cost import CostModel
 from pruning.errors import PruningError
 from pruning.graph import Trace
@@ -26,10 +27,14 @@ class Plan:
     >>> Plan.from_json(plan.to_json()) == plan
     True
 
+    `removed` names layers that were removed as a whole before (`pruning.depth`): the groups
+    are those of the model without them.
+
     Raises `PruningError` for a group that would keep nothing, or a channel twice.
     """
 
     keep: Mapping[str, tuple[int, ...]]
+    removed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         keep = {}
@@ -41,26 +46,32 @@ class Plan:
                 raise PruningError(f"group {group!r} keeps {chosen}: channels count from 0, each once")
             keep[group] = chosen
         object.__setattr__(self, "keep", MappingProxyType(keep))
+        object.__setattr__(self, "removed", tuple(self.removed))
 
     @property
     def widths(self) -> dict[str, int]:
         return {group: len(channels) for group, channels in self.keep.items()}
 
-    def to_json(self) -> dict[str, list[int]]:
-        return {group: list(channels) for group, channels in self.keep.items()}
+    def to_json(self) -> dict[str, Any]:
+        keep = {group: list(channels) for group, channels in self.keep.items()}
+        return {"keep": keep, "removed": list(self.removed)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, list[int]]) -> Plan:
-        return cls({group: tuple(channels) for group, channels in data.items()})
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        keep = {group: tuple(channels) for group, channels in data["keep"].items()}
+        return cls(keep, tuple(data.get("removed", ())))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and dict(self.keep) == dict(other.keep)
+        if not isinstance(other, Plan):
+            return False
+        return dict(self.keep) == dict(other.keep) and self.removed == other.removed
 
     def __hash__(self) -> int:
-        return hash(tuple(sorted(self.keep.items())))
+        return hash((tuple(sorted(self.keep.items())), self.removed))
 
     def __repr__(self) -> str:
-        return f"Plan(keep={dict(self.keep)!r})"
+        removed = f", removed={self.removed!r}" if self.removed else ""
+        return f"Plan(keep={dict(self.keep)!r}{removed})"
 
 
 def plan_within(
@@ -96,7 +107,7 @@ def plan_within(
     lowest = np.array([_lowest(g, order, trace.groups[g].channels, floor, most) for g in groups], float)
     least = cost_model(lowest)
     if over := budget.excess(least):
-        reached = " and ".join(f"{getattr(least, what):,} {_LABEL[what]}" for what in over)
+        reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
         floors = ", ".join(f"{g} {int(w)}" for g, w in zip(groups, lowest, strict=True))
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({floors}) the network "
@@ -108,7 +119,7 @@ def plan_within(
     while over := budget.excess(cost_model(widths)):
         # Down to the next multiple, or to the floor where that comes first.
         steps = np.minimum(np.where(widths % multiple, widths % multiple, multiple), widths - lowest)
-        freed = dict(zip(("params", "macs"), cost_model.freed(widths, steps), strict=True))
+        freed = cost_model.freed(widths, steps)
         gain = np.sum([freed[what] / excess for what, excess in over.items()], axis=0)
         best, best_value = -1, np.inf
         for i, group in enumerate(groups):
@@ -139,9 +150,6 @@ def plan_within(
         kept = order[group][0][gone:] if group in order else range(trace.groups[group].channels)
         keep[group] = tuple(int(c) for c in kept)
     return Plan(keep)
-
-
-_LABEL = {"params": "params", "macs": "MACs"}
 
 
 def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:

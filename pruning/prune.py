@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 from pruning import importance
 from pruning.budget import Budget
 from pruning.cost import Cost, CostModel
+from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.importance import Groups, Scores
 from pruning.plan import Plan, plan_within
-from pruning.surgery import apply, channel_constants, verify
+from pruning.surgery import apply, channel_constants, recalibrate, verify
 from pruning.training import Loss, cross_entropy, to_device
 
 #: A score by name, or a function (model, groups) -> one tensor (channels,) per group.
@@ -28,7 +29,8 @@ class Step:
     """What one pruning step did.
 
     Attributes:
-        model: the smaller model. plan: what each group kept. trace: of the model before.
+        model: the smaller model. plan: the whole layers that went, and what each group kept.
+        trace: of the model before, without those layers.
         asked: the budget, in counts. before, after: the costs, BatchNorm folded.
         difference: largest relative difference found by the equivalence check.
     """
@@ -51,9 +53,13 @@ def prune(
     calibration: Sequence[tuple[Any, Any]] = (),
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
+    remove: Iterable[str] = (),
     **limits: Any,
 ) -> Step:
     """Remove channels until the budget is met; the given model is left as it is.
+
+    Before that, whole layers go where `remove` names them; the running statistics of
+    BatchNorm are taken anew afterwards, where there is calibration data.
 
     Args:
         example_inputs: to trace and to check with; a batch dimension first.
@@ -63,34 +69,51 @@ def prune(
             channel that goes: it is folded into the layer behind it. Without them only
             what is constant on the example inputs is folded.
         ignored: layers whose channels all stay, by name pattern, type or instance.
+        remove: names of whole layers to remove first (see `pruning.depth.removable`).
         limits: `per_cost`, `floor`, `most` and `multiple` of `plan_within`.
 
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
     """
     traced = trace(model, example_inputs, ignored)
-    if not traced.groups:
+    cost_model = CostModel(model, traced)
+    before = cost_model(cost_model.full)
+    asked = budget.resolve(before)
+
+    device = next(model.parameters()).device
+    batches = [to_device(batch, device)[0] for batch in calibration]
+    removed = []
+    for name in remove:
+        candidates = removable(model, traced, example_inputs)
+        if name not in candidates:
+            raise PruningError(
+                f"layer {name!r} cannot be removed from {type(model).__name__}; those that can: "
+                f"{', '.join(candidates) or 'none'}"
+            )
+        model = without_layer(model, traced, candidates[name], batches)
+        traced = trace(model, example_inputs, ignored)
+        removed.append(name)
+    if removed:
+        recalibrate(model, batches)
+        cost_model = CostModel(model, traced)
+
+    if not traced.groups and not (removed and not asked.excess(cost_model(cost_model.full))):
         reasons = "; ".join(
             f"{layer or type(model).__name__}: {why}" for layer, why in traced.skipped.items()
         )
         raise PruningError(
             f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})"
         )
-    cost_model = CostModel(model, traced)
-    before = cost_model(cost_model.full)
-    asked = budget.resolve(before)
-
     scores = _scores(model, traced, score, calibration, loss)
-    plan = plan_within(asked, traced, cost_model, scores, **limits)
+    plan = replace(plan_within(asked, traced, cost_model, scores, **limits), removed=tuple(removed))
 
-    device = next(model.parameters()).device
-    if calibration:
-        batches = (to_device(batch, device)[0] for batch in calibration)
+    if batches:
         constants = channel_constants(model, traced, batches)
     else:
         constants = channel_constants(model, traced, [example_inputs], exact_only=True)
     small = apply(model, traced, plan, constants)
     difference = verify(model, small, traced, plan, example_inputs, constants)
+    recalibrate(small, batches)
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from pruning import checkpoint
 from pruning.budget import Budget
 from pruning.config import SlimConfig
 from pruning.cost import Cost, CostModel
+from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
 from pruning.graph import Ignored, Inputs, trace
+from pruning.modes import eval_mode
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.sparsify import ScalePull, sparsify
-from pruning.training import BatchSource, Epoch, Loss, Validate, cross_entropy, fit
+from pruning.surgery import recalibrate
+from pruning.training import BatchSource, Epoch, Loss, Validate, cross_entropy, fit, to_device
 
 
 class Run:
@@ -119,7 +123,8 @@ def slim(
     """Network Slimming in three stages (Liu et al., ICCV 2017), under a budget.
 
     1. Train with an L1 pull on the BatchNorm scales.
-    2. Several times: remove the least important channels, train a little.
+    2. Several times: remove the least important channels, train a little. Before that,
+       where asked for, whole layers go that the network is better without.
     3. Train what is left, and keep its best epoch on the validation split.
 
     Args:
@@ -135,7 +140,8 @@ def slim(
     Raises `PruningError` before anything is trained when the budget cannot be reached.
     """
     ignored = tuple(ignored)
-    target, last = reachable(model, example_inputs, config.budget, ignored), config.iterations + 1
+    target = reachable(model, example_inputs, config.budget, ignored, layers=config.prune.layers)
+    last = config.prune.iterations + 1
     progress = _Progress(run, model)
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
@@ -153,29 +159,34 @@ def slim(
             **inside,
             **progress.options(0, label, small),
         )
-        pull = ScalePull(small, trace(small, example_inputs, ignored), strength=0)
-        log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
+        left = _left(small, example_inputs, ignored)
+        log(f"{label}: {progress.end_sparsify(small, *left, validate(small))}")
 
     teacher = (teacher or progress.dense) if config.distill else None
     soft_loss = distillation(teacher, config.distill, loss=loss) if teacher else loss
 
+    step_options: dict[str, Any] = {
+        "score": config.prune.score,
+        "calibration": calibration,
+        "loss": loss,
+        "ignored": ignored,
+    }
+    train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
+    removed: tuple[str, ...] = ()
+    if config.prune.layers and progress.at == 0:
+        trial = _Trial(small, example_inputs, target, train, validate, step_options)
+        removed, rest = _superfluous_layers(trial, progress, log)
+        progress.state["start"] = asdict(_left(rest, example_inputs, ignored)[1])
+
     for iteration in range(max(1, progress.at), last):
-        label = f"stage 2, iteration {iteration}/{config.iterations}"
+        label = f"stage 2, iteration {iteration}/{config.prune.iterations}"
         line = progress.line
         if progress.resume(iteration) is None:
-            step = prune(
-                small,
-                example_inputs,
-                target.share(progress.start, iteration, config.iterations),
-                score=config.score,
-                calibration=calibration,
-                loss=loss,
-                ignored=ignored,
-            )
-            small = step.model
+            share = target.share(progress.start, iteration, config.prune.iterations)
+            step = prune(small, example_inputs, share, remove=removed, **step_options)
+            small, removed = step.model, ()
             line = progress.note_step(label, step, validate(small))
-        options = progress.options(iteration, label, small)
-        small = fit(small, config=config.recover, loss=soft_loss, **inside, **options)
+        small = train(small, **progress.options(iteration, label, small))
         log(f"{label}: {line}, {validate(small):.4f} after training")
 
     label = "stage 3, fine-tune"
@@ -192,19 +203,110 @@ def slim(
     return Slimmed(small, progress.dense)
 
 
+#: Of many layers that could go, the trials see these first few: without them the loss on
+#: the calibration data is lowest.
+TRIALS = 3
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a model is worth within the budget: pruned in one step and trained a little.
+
+    `train` trains as long as after any pruning step; `options` are those of `prune`.
+    """
+
+    model: nn.Module
+    example_inputs: Inputs
+    target: Budget
+    train: Callable[..., nn.Module]
+    validate: Validate
+    options: dict[str, Any]
+
+    def __call__(self, remove: tuple[str, ...], label: str) -> float:
+        """The validation figure without these layers; −∞ where the budget is out of reach."""
+        try:
+            step = prune(self.model, self.example_inputs, self.target, remove=remove, **self.options)
+        except PruningError:
+            return float("-inf")
+        return self.validate(self.train(step.model, label=label))
+
+    def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model without each layer it can do without, from the least calibration loss on."""
+        traced = trace(model, self.example_inputs, self.options["ignored"])
+        device = next(model.parameters()).device
+        batches = [to_device(batch, device) for batch in self.options["calibration"]]
+        losses, models = {}, {}
+        for name, layer in removable(model, traced, self.example_inputs).items():
+            models[name] = without_layer(model, traced, layer, [inputs for inputs, _ in batches])
+            recalibrate(models[name], [inputs for inputs, _ in batches])
+            with torch.no_grad(), eval_mode(models[name]):
+                losses[name] = sum(self.options["loss"](models[name], *batch).item() for batch in batches)
+        return {name: models[name] for name in sorted(models, key=losses.__getitem__)}
+
+
+def _superfluous_layers(
+    trial: _Trial, progress: _Progress, log: Callable[[str], None]
+) -> tuple[tuple[str, ...], nn.Module]:
+    """The whole layers without which the network is better within the budget, and the rest.
+
+    One layer after the other goes, the best each time, as long as the validation figure rises.
+    """
+    label = "stage 2, whole layers"
+    removed: tuple[str, ...] = ()
+    rest, best = trial.model, trial(removed, label)
+    progress.note(stage=label, removed=removed, validation=best)
+    while True:
+        candidates = trial.cheapest_first(rest)
+        scores = {}
+        for name in list(candidates)[:TRIALS]:
+            scores[name] = trial((*removed, name), f"{label}: {name}")
+            progress.note(stage=label, removed=(*removed, name), validation=scores[name])
+        name = max(scores, key=scores.__getitem__, default="")
+        if not name or scores[name] <= best:
+            break
+        log(f"{label}: {name} goes, validation {scores[name]:.4f} without it, {best:.4f} with it")
+        best, removed, rest = scores[name], (*removed, name), candidates[name]
+    if not removed:
+        log(f"{label}: all stay, validation {best:.4f} with them")
+    return removed, rest
+
+
+def _left(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored]) -> tuple[dict[str, int], Cost]:
+    """The widths that stage 1 has left, those of scales other than 0, and what they cost."""
+    pull = ScalePull(model, trace(model, inputs, ignored), strength=0.0)
+    alive = pull.alive()
+    return alive, pull.cost_model({group: max(1, width) for group, width in alive.items()})
+
+
 def reachable(
-    model: nn.Module, example_inputs: Inputs, budget: Budget, ignored: Iterable[Ignored] = ()
+    model: nn.Module,
+    example_inputs: Inputs,
+    budget: Budget,
+    ignored: Iterable[Ignored] = (),
+    *,
+    layers: bool = False,
 ) -> Budget:
     """The budget in counts, if some widths of the model meet it.
+
+    With `layers`, also if it would be met without all the layers that can go.
 
     Raises `PruningError` when none do; it says what the least is.
     """
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     target = budget.resolve(cost_model(cost_model.full))
-    arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
-    plan_within(target, traced, cost_model, arbitrary)
-    return target
+    while True:
+        arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
+        try:
+            plan_within(target, traced, cost_model, arbitrary)
+            return target
+        except PruningError:
+            candidates = list(removable(model, traced, example_inputs).values()) if layers else []
+            if not candidates:
+                raise
+        model = without_layer(model, traced, candidates[-1], [example_inputs])
+        traced = trace(model, example_inputs, ignored)
+        cost_model = CostModel(model, traced)
 
 
 class _Progress:
@@ -262,10 +364,8 @@ class _Progress:
         if self.run is not None:
             self.run.note(**event)
 
-    def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
+    def end_sparsify(self, small: nn.Module, alive: dict[str, int], start: Cost, validation: float) -> str:
         """Keep the dense weights and the channels left; returns the line to log."""
-        alive = pull.alive()
-        start = pull.cost_model({group: max(1, width) for group, width in alive.items()})
         self.dense.load_state_dict(small.state_dict())
         self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
         self.note(stage="sparsify", alive=alive, **asdict(start), validation=validation)
@@ -276,11 +376,16 @@ class _Progress:
         self.note(
             stage=label,
             widths=step.plan.widths,
+            removed=step.plan.removed,
             asked=step.asked.limits(),
             **asdict(step.after),
             validation=validation,
         )
-        line = f"{_widths(step.plan.widths)}: {step.after} (asked {step.asked}); validation {validation:.4f}"
+        without = f" without {', '.join(step.plan.removed)}" if step.plan.removed else ""
+        line = (
+            f"{_widths(step.plan.widths)}{without}: {step.after} (asked {step.asked}); "
+            f"validation {validation:.4f}"
+        )
         self.state = {**self.state, "line": line}
         return line
 

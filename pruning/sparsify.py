@@ -25,21 +25,29 @@ class ScalePull:
     optimizer. The weight w of a group is the share of the network's params plus that of its
     MACs that one of its channels frees (MorphNet, Gordon et al., CVPR 2018), so the pull is
     strongest where a zero pays most; `refresh` follows it as channels die. Under a budget
-    the two shares are weighed by how many times over each limit the dense network is.
+    the shares are weighed by how many times over each limit the dense network is. The
+    channel with the largest scales of each group is spared, so no group dies.
 
     >>> pull = ScalePull(model, traced, strength=1.0)             # doctest: +SKIP
     >>> loss.backward(); optimizer.step(); pull.step(lr)          # doctest: +SKIP
 
     Args:
         model: the model in training. traced: what `trace` gave for it.
-        strength: λ; 0 pulls nothing.
+        strength: λ; 0 pulls nothing. None finds it: at every `refresh(way)`, where `way` is
+            the sum of the learning rates of the steps left, λ is such that over this way
+            just enough channels would come to 0 to meet the budget, given how much of the
+            pull training has resisted so far.
         budget: limits in counts; without them params and MACs weigh alike.
 
-    Raises `PruningError` when no prunable group has a BatchNorm with a scale.
+    Raises `PruningError` when no prunable group has a BatchNorm with a scale, or when there
+    is neither a strength nor a budget.
     """
 
-    def __init__(self, model: nn.Module, traced: Trace, strength: float, budget: Budget | None = None):
-        self.strength = strength
+    def __init__(self, model: nn.Module, traced: Trace, strength: float | None, budget: Budget | None = None):
+        if strength is None and budget is None:
+            raise PruningError("the strength of the pull is found from a budget, and none was given")
+        self.strength = strength or 0.0
+        self.budget = budget if strength is None else None
         self.trace = traced
         self.cost_model = CostModel(model, traced)
         self.dense = self.cost_model(self.cost_model.full)
@@ -52,41 +60,91 @@ class ScalePull:
                     device = layer.weight.device
                     entry = (layer.weight, member.index.to(device), member.channel.to(device))
                     self.scales.setdefault(name, []).append(entry)
-        if not self.scales and strength:
+        if not self.scales and strength != 0:
             raise PruningError(
                 "no prunable group of this model has a BatchNorm with a scale, on which stage 1 pulls; "
                 "train without it (strength 0) and score by taylor, l1 or l2"
             )
         self.thresholds: list[tuple[Tensor, Tensor]] = []
+        #: How many times its length a way must be pulled, the gradients resisting; and where
+        #: the search for λ stood at the last refresh.
+        self.resistance, self.distance, self.way = 1.0, 0.0, 0.0
         self.refresh()
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """The largest |γ| of each channel, by group, on the CPU; groups without scales have no entry."""
+        found = {}
+        for name, entries in self.scales.items():
+            largest = torch.zeros(self.trace.groups[name].channels)
+            for weight, index, channel in entries:
+                values = weight.detach().abs()[index].float().cpu()
+                largest.scatter_reduce_(0, channel.cpu(), values, "amax")
+            found[name] = largest
+        return found
 
     def alive(self) -> dict[str, int]:
         """Channels of each group that have a scale other than 0; groups without one are whole."""
-        alive = {}
-        for name, group in self.trace.groups.items():
-            if name not in self.scales:
-                alive[name] = group.channels
-                continue
-            living = torch.zeros(group.channels, dtype=torch.bool, device=self.scales[name][0][0].device)
-            for weight, index, channel in self.scales[name]:
-                living[channel[weight.detach()[index] != 0]] = True
-            alive[name] = int(living.sum())
-        return alive
+        living = {name: int((largest > 0).sum()) for name, largest in self.magnitudes().items()}
+        return {name: living.get(name, group.channels) for name, group in self.trace.groups.items()}
 
-    def refresh(self) -> None:
+    def refresh(self, way: float = 0.0) -> None:
         """Weigh each group anew by what one of its channels frees; call it once an epoch."""
+        magnitudes = self.magnitudes()
         alive = self.alive()
         widths = np.array([max(1, alive[g]) for g in self.cost_model.groups], dtype=float)
-        freed = dict(zip(("params", "macs"), self.cost_model.freed(widths), strict=True))
+        freed = self.cost_model.freed(widths)
         shares = np.zeros(len(widths))
         for what, factor in self.weights.items():
             shares += factor * freed[what] / max(1, getattr(self.dense, what))
+        share = dict(zip(self.cost_model.groups, shares.tolist(), strict=True))
+        if self.budget is not None:
+            self._search(self._distance(magnitudes, share), way)
         self.thresholds = []
-        for group, share in zip(self.cost_model.groups, shares, strict=True):
-            for weight, index, _ in self.scales.get(group, ()):
+        for group, entries in self.scales.items():
+            spared = int(magnitudes[group].argmax())
+            for weight, index, channel in entries:
                 pull = torch.zeros_like(weight, requires_grad=False)
-                pull[index] = self.strength * float(share)
+                pull[index] = torch.where(channel == spared, 0.0, self.strength * share[group])
                 self.thresholds.append((weight, pull))
+
+    def _search(self, distance: float, way: float) -> None:
+        """Find λ from the distance to go and the way left."""
+        pulled, gained = self.strength * (self.way - way), self.distance - distance
+        if pulled > 0:
+            # One epoch's figure is noisy: it changes what was believed by a factor of 4 at most.
+            seen = pulled / gained if gained > 0 else float("inf")
+            self.resistance = max(1.0, min(max(seen, self.resistance / 4), self.resistance * 4))
+        self.strength = self.resistance * distance / way if way > 0 else 0.0
+        self.distance, self.way = distance, way
+
+    def state_dict(self) -> dict[str, float]:
+        """Where the search for λ stands; the scales are in the model."""
+        return {key: getattr(self, key) for key in ("strength", "resistance", "distance", "way")}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for key in self.state_dict():
+            setattr(self, key, state[key])
+
+    def _distance(self, magnitudes: dict[str, Tensor], share: dict[str, float]) -> float:
+        """The least Σ lr λ that, without resistance, leaves channels that meet the budget."""
+        assert self.budget is not None
+        reach = {  # how far each channel is from 0, in units of Σ lr λ; the spared one never gets there
+            group: np.sort(largest.numpy() / max(share[group], 1e-12))[:-1]
+            for group, largest in magnitudes.items()
+        }
+        distances = np.unique(np.concatenate([np.zeros(1), *reach.values()]))
+        groups = self.trace.groups
+
+        def over(distance: float) -> bool:
+            widths = {g: groups[g].channels - int((far <= distance).sum()) for g, far in reach.items()}
+            assert self.budget is not None
+            return bool(self.budget.excess(self.cost_model(widths)))
+
+        low, high = 0, len(distances) - 1  # the more channels go, the less is left
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if over(distances[middle]) else (low, middle)
+        return float(distances[low])
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -96,7 +154,7 @@ class ScalePull:
 
 
 def _resource_weights(dense: Cost, budget: Budget | None) -> dict[str, float]:
-    """How much params and MACs weigh in the pull; 2 together."""
+    """How much each cost weighs in the pull; 2 together."""
     limits = budget.limits() if budget is not None else {}
     excess = {what: max(0.0, getattr(dense, what) / limit - 1) for what, limit in limits.items()}
     total = sum(excess.values())
@@ -111,7 +169,7 @@ def sparsify(
     config: TrainConfig,
     example_inputs: Inputs,
     *,
-    strength: float,
+    strength: float | None = None,
     budget: Budget | None = None,
     ignored: Iterable[Ignored] = (),
     **options: Any,
@@ -120,12 +178,31 @@ def sparsify(
 
     Args:
         batches, config: as `fit` takes them. example_inputs: as `trace` takes them.
-        strength: λ of `ScalePull`; useful values lie around 1.
-        budget: what the result is to cost, as `ScalePull` takes it.
+        strength: λ of `ScalePull`; None finds it from the budget anew every epoch, such that
+            stage 1 comes half of the way, in ratios, from the dense network to the budget:
+            the other half is left to scores that see the loss.
+        budget: what the result is to cost; percentages are of this model.
         ignored: layers on which nothing pulls, as `trace` takes them.
         options: further arguments of `fit`.
 
     Returns the model in eval mode. Raises what `ScalePull` and `fit` raise.
     """
-    pull = ScalePull(model, trace(model, example_inputs, ignored), strength, budget)
-    return fit(model, batches, config, before_epoch=pull.refresh, after_step=pull.step, **options)
+    traced = trace(model, example_inputs, ignored)
+    if budget is not None:
+        cost_model = CostModel(model, traced)
+        dense = cost_model(cost_model.full)
+        budget = budget.resolve(dense)
+        if strength is None:
+            budget = budget.share(dense, 1, 2)
+    pull = ScalePull(model, traced, strength, budget)
+    steps = len(batches)
+
+    def refresh(epoch: int) -> None:
+        total = config.epochs * steps
+        ahead = range((epoch - 1) * steps, total)
+        # On the last twentieth of the way nothing is made up for: λ would grow without bound.
+        way = sum(config.rate(step / total) for step in ahead)
+        whole = sum(config.rate(step / total) for step in range(total))
+        pull.refresh(config.lr * max(way, whole / 20))
+
+    return fit(model, batches, config, before_epoch=refresh, after_step=pull.step, extra=pull, **options)

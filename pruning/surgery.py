@@ -322,11 +322,41 @@ def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
         layer: Any = folded.get_submodule(name)
         norm: Any = folded.get_submodule(norm_name)
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        _replace_module(folded, name, fuse(layer, norm))
-        _replace_module(folded, norm_name, nn.Identity())
+        replace_module(folded, name, fuse(layer, norm))
+        replace_module(folded, norm_name, nn.Identity())
     return folded
 
 
-def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
+    """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
+
+    After surgery they still are those of the wider network. Batches of one example have no
+    variance and are left out; without others, for frozen norms and for those that keep no
+    statistics, nothing changes. Returns the model, in the mode it had.
+    """
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        if m.weight is None or m.weight.requires_grad
+    ]
+    batches = [inputs for inputs in batches if len(tensors(inputs)[0]) > 1]
+    if not norms or not batches:
+        return model
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch then takes the plain mean over all batches
+            norm.train()
+        for inputs in batches:
+            call(model, inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a submodule's place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -29,6 +29,13 @@ class BatchSource(Protocol):
 
     def __iter__(self) -> Any: ...
     def __len__(self) -> int: ...
+
+
+class Stateful(Protocol):
+    """Whatever can give and take its state as plain data and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 class Epoch(NamedTuple):
@@ -75,9 +82,10 @@ def fit(
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
-    before_epoch: Callable[[], None] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    extra: Stateful | None = None,
     label: str = "",
     resume: dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -88,10 +96,11 @@ def fit(
         validate: asked after every epoch.
         keep_best: end with the weights of the epoch that `validate` liked best (the later
             one of equals) instead of the last.
-        before_epoch: called at the start of every epoch.
+        before_epoch: called at the start of every epoch with its number, from 1.
         after_step: called after every optimizer step with the learning rate it used.
         on_epoch: called after every epoch; may keep `epoch.state()`, from which `resume`
             goes on to exactly the same end.
+        extra: something besides the model that changes in training, kept in `epoch.state()`.
         label: text before the progress bar, which shows on a terminal only.
 
     Raises `TrainingDiverged` when the loss stops being finite; `PruningError` when there
@@ -104,7 +113,7 @@ def fit(
         return model.eval()
 
     device = next(model.parameters()).device
-    training = _Training(model, config, steps, device)
+    training = _Training(model, config, steps, device, extra)
     if resume is not None:
         training.restore(resume)
 
@@ -112,7 +121,7 @@ def fit(
     with tqdm(total=total, initial=done, desc=label, unit="step", disable=None, leave=False) as bar:
         for number in range(training.epoch + 1, config.epochs + 1):
             if before_epoch is not None:
-                before_epoch()
+                before_epoch(number)
             model.train()
             summed = torch.zeros((), device=device)
             for step, batch in enumerate(batches, start=1):
@@ -125,53 +134,77 @@ def fit(
                 if after_step is not None:
                     after_step(lr)
                 training.schedule.step()
+                if training.average is not None:
+                    training.average.update_parameters(model)
                 summed += value.detach()
                 if step % 50 == 0 or step == steps:
                     _require_finite(summed, number, step, label)
                 bar.update()
-            score = validate(model) if validate is not None else None
+            score = validate(training.shown) if validate is not None else None
             training.end_epoch(number, score if keep_best else None)
             if score is not None:
                 bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
             if on_epoch is not None:
                 on_epoch(Epoch(number, summed.item() / steps, score, lr, training.state))
-    if training.best is not None:
-        model.load_state_dict(training.best)
+    model.load_state_dict(training.best or training.shown.state_dict())
     return model.eval()
 
 
 class _Training:
     """What a training consists of between two epochs; all of it goes into its state."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, steps: int, device: torch.device):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        steps: int,
+        device: torch.device,
+        extra: Stateful | None,
+    ):
+        self.model, self.extra = model, extra
         self.optimizer = _optimizer(model, config, device)
         self.schedule = _schedule(self.optimizer, config, steps)
+        self.average: AveragedModel | None = None
+        if config.ema:
+            self.average = AveragedModel(
+                model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+            )
         self.epoch = 0
         self.best: dict[str, Any] | None = None
         self.best_score = float("-inf")
 
+    @property
+    def shown(self) -> nn.Module:
+        """The model to validate and to keep: the trained one, or its moving average."""
+        return self.model if self.average is None else self.average.module
+
     def end_epoch(self, number: int, score: float | None) -> None:
         self.epoch = number
         if score is not None and score >= self.best_score:
-            self.best, self.best_score = copy.deepcopy(self.model.state_dict()), score
+            self.best, self.best_score = copy.deepcopy(self.shown.state_dict()), score
 
     def state(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_score": self.best_score,
+            "extra": self.extra.state_dict() if self.extra is not None else None,
             "random": _random_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.best, self.best_score = state["epoch"], state["best"], state["best_score"]
+        if self.extra is not None:
+            self.extra.load_state_dict(state["extra"])
         _set_random_state(state["random"])
 
 
@@ -196,18 +229,9 @@ def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> t
 def _schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     total = config.epochs * steps
-    rising = config.warmup * total
-
-    def one_cycle(step: int) -> float:
-        """From 1/25 to 1 to almost 0 by half cosines; torch's OneCycleLR fails on very few steps."""
-        if step < rising:
-            return 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * step / rising)) / 2
-        return (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
+    # torch's OneCycleLR fails on very few steps.
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.rate(step / total))
 
 
 def _require_finite(summed: Tensor, epoch: int, step: int, label: str) -> None:

@@ -190,3 +190,8 @@ def make(name: str, seed: int = 0) -> nn.Module:
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 14, 14)
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    """Its state as it is now, not to change with it."""
+    return {key: value.clone() for key, value in net.state_dict().items()}

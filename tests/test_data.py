@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 
 import numpy as np
@@ -162,14 +163,44 @@ def test_a_set_smaller_than_a_batch_is_kept():
     assert [len(labels) for _, labels in digits.batches("validation", 1000, shuffle=True)] == [500]
 
 
-def test_random_shift_moves_each_image_and_brings_in_nothing():
-    images = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).repeat(200, 2, 1, 1)
+def disc(row, column, size=28, radius=3.0):
+    """A disc on black, uint8, of shape (size, size)."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    inside = (rows - row).square() + (columns - column).square() <= radius**2
+    return (inside * 255).to(torch.uint8)
+
+
+def centre(image):
+    """Centre of gravity, (row, column)."""
+    total = image.sum()
+    places = torch.arange(image.shape[-1], dtype=image.dtype)
+    return float((image.sum(1) * places).sum() / total), float((image.sum(0) * places).sum() / total)
+
+
+def test_random_affine_does_as_much_as_it_says():
     torch.manual_seed(0)
-    moved = data.random_shift(1)(images)
-    assert moved.shape == images.shape and moved.dtype == torch.uint8
-    padded = torch.nn.functional.pad(images[0], (1, 1, 1, 1))
-    windows = {
-        (dy, dx): padded[:, dy : dy + 5, dx : dx + 5] for dy in range(3) for dx in range(3)
-    }  # fmt: skip
-    matches = [[key for key, window in windows.items() if torch.equal(image, window)] for image in moved]
-    assert all(len(match) == 1 for match in matches) and len({match[0] for match in matches}) == 9
+    images = disc(13.5, 20.0).repeat(400, 1, 1, 1)
+    still = data.random_affine()(images)
+    torch.testing.assert_close(still, images.float(), atol=1e-2, rtol=0)
+
+    moved = [centre(image[0]) for image in data.random_affine(pixels=3)(images)]
+    rows, columns = (torch.tensor(axis) for axis in zip(*moved, strict=True))
+    for offsets in (rows - 13.5, columns - 20.0):
+        assert -3.05 < offsets.min() < -2.5 and 2.5 < offsets.max() < 3.05
+
+    turned = [centre(image[0]) for image in data.random_affine(degrees=30)(images)]
+    angles = [math.degrees(math.atan2(row - 13.5, column - 13.5)) for row, column in turned]
+    distances = [math.hypot(row - 13.5, column - 13.5) for row, column in turned]
+    assert -31 < min(angles) < -25 and 25 < max(angles) < 31
+    assert max(abs(distance - 6.5) for distance in distances) < 0.2
+
+    areas = data.random_affine(scale=0.2)(images).sum((1, 2, 3)) / images[0].sum()
+    assert 0.6 < areas.min() < 0.72 and 1.32 < areas.max() < 1.5
+
+
+def test_an_augmentation_leaves_half_of_the_images_alone():
+    torch.manual_seed(0)
+    images = disc(10, 10).repeat(400, 1, 1, 1)
+    changed = (data.augmentation(1.0)(images) - images).abs().amax((1, 2, 3)) > 1
+    assert 150 < int(changed.sum()) < 250
+    assert data.augmentation(0.0) is None

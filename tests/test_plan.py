@@ -56,12 +56,13 @@ def test_the_result_meets_the_budget_and_the_closed_form_counts_it_exactly(name,
 def test_what_a_channel_frees_is_the_difference_of_two_costs():
     _, _, cost_model = traced_net("residual")
     widths = cost_model.full - 1
-    params, macs = cost_model.freed(widths, np.array([2.0, 1.0, 3.0]))
+    freed = cost_model.freed(widths, np.array([2.0, 1.0, 3.0]))
     for i, channels in enumerate((2, 1, 3)):
         narrower = widths.copy()
         narrower[i] -= channels
         before, after = cost_model(widths), cost_model(narrower)
-        assert (params[i], macs[i]) == (before.params - after.params, before.macs - after.macs)
+        for what, values in freed.items():
+            assert values[i] == getattr(before, what) - getattr(after, what)
 
 
 @pytest.mark.parametrize("per_cost", [True, False])
@@ -118,7 +119,7 @@ def test_what_still_fits_comes_back():
         budget = Budget(params=f"{share}%").resolve(cost_model(cost_model.full))
         scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
         widths = plan_within(budget, traced, cost_model, scores).widths
-        freed_by_last_step = cost_model.freed(np.array(list(widths.values()), float) + 1)[0]
+        freed_by_last_step = cost_model.freed(np.array(list(widths.values()), float) + 1)["params"]
         slack = budget.params - cost_model(widths).params
         assert slack < freed_by_last_step.max(), "no channel of any group was dropped for nothing"
 
@@ -152,7 +153,7 @@ def test_a_budget_that_is_none_is_refused(limit):
 
 
 def test_a_budget_without_a_limit_is_refused():
-    with pytest.raises(PruningError, match="params, on MACs, or on both"):
+    with pytest.raises(PruningError, match="on params, on MACs, or on channels"):
         Budget()
 
 
@@ -160,6 +161,19 @@ def test_budgets_are_read_as_counts_and_percentages():
     dense = Cost(params=8000, macs=90_000, macs_with_bias=0)
     assert Budget("25%", "50k").resolve(dense) == Budget(2000, 50_000)
     assert Budget("1,485", "1.5M").resolve(dense) == Budget(1485, 1_500_000)
+
+
+@pytest.mark.parametrize("per_cost", [True, False])
+def test_a_budget_on_channels_is_met_exactly_and_beside_others(per_cost):
+    _, traced, cost_model = traced_net("residual")
+    scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
+    dense = cost_model(cost_model.full)
+    assert dense.channels == sum(traced.widths.values())
+    half = Budget(channels="50%").resolve(dense)
+    plan = plan_within(half, traced, cost_model, scores, per_cost=per_cost)
+    assert sum(plan.widths.values()) == half.channels == cost_model(plan.widths).channels
+    both = Budget(channels="50%", params="20%").resolve(dense)
+    assert not both.excess(cost_model(plan_within(both, traced, cost_model, scores).widths))
 
 
 def test_shares_go_in_equal_ratios_and_end_exactly():

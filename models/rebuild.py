@@ -1,0 +1,26 @@
+"""Build a pruned network anew from its widths, so that its class says what it is."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def rebuilt(make: type[Network], slimmed: nn.Module, **arguments: Any) -> Network:
+    """`make(**arguments)` with the weights of a network of the same layers in the same order.
+
+    Layers that pruning has removed, which are identities now, are left out of the new one.
+    """
+    batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d)
+    arguments["batch_norm"] = any(isinstance(layer, batch_norm) for layer in slimmed.modules())
+    net = make(**arguments)
+    for mine, theirs in zip(_with_weights(net), _with_weights(slimmed), strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    return net.train(slimmed.training)
+
+
+def _with_weights(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if not list(m.children()) and m.state_dict()]
