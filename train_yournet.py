@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def main() -> None:
     save(
         best_path,
         net,
-        provenance=provenance(**facts, epochs=config.epochs, validation_accuracy=validation),
+        provenance=provenance(**facts, epochs=slimmed.epochs, validation_accuracy=validation),
     )
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(
@@ -121,19 +122,20 @@ def main() -> None:
 
 def stages(args: argparse.Namespace) -> SlimConfig:
     """The settings of the three stages."""
-    decay = {"weight_decay": args.weight_decay}
-    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **decay)
+    both = {"weight_decay": args.weight_decay, "channels_last": args.channels_last}
+    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **both)
     return SlimConfig(
         budget=Budget(params=args.max_params, macs=args.max_macs),
-        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **decay),
+        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **both),
         prune=PruneConfig(args.iterations, recover, args.score, args.layers),
-        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **decay),
+        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
         strength=args.sparsity,
         distill=args.distill,
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line, or of `argv`, over those of the recipe."""
     flags = parser(__doc__ or "", batch_size="images in a training step")
     flags.add_argument(
         "--recipe",
@@ -184,6 +186,12 @@ def arguments() -> argparse.Namespace:
         "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
     )
     group.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train with the channels of convolutions last in memory: faster on small networks",
+    )
+    group.add_argument(
         "--ema",
         type=cli.number(0, 0.99999),
         default=0.0,
@@ -230,13 +238,13 @@ def arguments() -> argparse.Namespace:
 
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", type=Path, default=RECIPE)
-    recipe = first.parse_known_args()[0].recipe
+    recipe = first.parse_known_args(argv)[0].recipe
     flags.set_defaults(**vars(flags.parse_args(cli.read_recipe(recipe))))
-    args = flags.parse_args()
+    args = flags.parse_args(argv)
     if args.resume:
         args.output = args.output or newest_run()
         flags.set_defaults(**saved_arguments(args.output))
-        args = flags.parse_args(namespace=argparse.Namespace(output=args.output))
+        args = flags.parse_args(argv, argparse.Namespace(output=args.output))
     elif args.output is None:
         args.output = next_run()
     return args

@@ -17,7 +17,7 @@ from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.slimming import Run, Slimmed, reachable, slim
 from pruning.sparsify import ScalePull, sparsify
-from pruning.surgery import apply, channel_constants, fold_batchnorm, recalibrate, verify
+from pruning.surgery import apply, channel_constants, equalize, fold_batchnorm, recalibrate, verify
 from pruning.training import accuracy, cross_entropy, fit
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "count",
     "cross_entropy",
     "distillation",
+    "equalize",
     "finetune",
     "fit",
     "fold_batchnorm",

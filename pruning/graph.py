@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
-from pruning.layers import Side, parts, rule_for
+from pruning.layers import Side, layer_width, parts, rule_for
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
@@ -196,7 +196,7 @@ def _count_uses(probe: nn.Module, inputs: Inputs) -> dict[str, LayerUse]:
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(layer: nn.Module, args: Any, output: Tensor) -> None:
-            positions = output.numel() / _width(layer, "out") / batch
+            positions = output.numel() / layer_width(layer, "out") / batch
             used = positions
             if isinstance(layer, nn.modules.conv._ConvTransposeNd):
                 used = args[0].numel() / layer.in_channels / batch
@@ -274,7 +274,7 @@ def _group(name: str, width: int, members: list[Member], probe: nn.Module) -> Gr
 
     for member in members:
         layer = probe.get_submodule(member.layer)
-        place = member.index % (_width(layer, member.side) // parts(layer))
+        place = member.index % (layer_width(layer, member.side) // parts(layer))
         first: dict[int, int] = {}
         for spot, channel in zip(place.tolist(), member.channel.tolist(), strict=True):
             other = first.setdefault(spot, channel)
@@ -290,12 +290,6 @@ def _group(name: str, width: int, members: list[Member], probe: nn.Module) -> Gr
     return Group(name, len(distinct), tuple(merged))
 
 
-def _width(layer: nn.Module, side: Side) -> int:
-    rule = rule_for(layer)
-    assert rule is not None, "a member without a row in the table was let into a group"
-    return rule.width(layer, side)
-
-
 def _obstacle(
     group: Group, model: nn.Module, keep: dict[str, str], frozen: set[str], shared: dict[str, str]
 ) -> str:
@@ -306,7 +300,7 @@ def _obstacle(
         layer = model.get_submodule(member.layer)
         # The graph takes any convolution with one output per part for a depthwise one, and
         # none of the parts of such a layer could be given up.
-        if 1 < parts(layer) == _width(layer, member.side):
+        if 1 < parts(layer) == layer_width(layer, member.side):
             return (
                 f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
                 "can be given up; list it as ignored or give it fewer groups"
@@ -326,7 +320,7 @@ def _obstacle(
         if nn.utils.parametrize.is_parametrized(layer):
             return f"{member.layer} is parametrized; remove the parametrization to let it be pruned"
         produces = isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) and member.side == "out"
-        if produces and len(member.index) != _width(layer, "out"):
+        if produces and len(member.index) != layer_width(layer, "out"):
             return (
                 f"only {len(member.index)} of the channels of {member.layer} are coupled to it, which "
                 "tracing cannot take apart; list it as ignored or split that layer"

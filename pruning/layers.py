@@ -56,6 +56,13 @@ def rule_for(layer: nn.Module) -> Rule | None:
     return next((rule for types, rule in TABLE if isinstance(layer, types)), None)
 
 
+def layer_width(layer: nn.Module, side: Side) -> int:
+    """Channels on one side of a layer that has a row in the table."""
+    rule = rule_for(layer)
+    assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
+    return rule.width(layer, side)
+
+
 def channels_stand_alone(layer: nn.Module) -> bool:
     """Whether a layer in parts has one channel in each, as a depthwise convolution does.
 

@@ -31,3 +31,15 @@ def thread_count(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The weights of a model's 2-d convolutions with their channels last in memory, if wanted."""
+    if wanted:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if wanted:
+            model.to(memory_format=torch.contiguous_format)

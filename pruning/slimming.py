@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pruning.modes import eval_mode
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.sparsify import ScalePull, sparsify
-from pruning.surgery import recalibrate
+from pruning.surgery import equalize, recalibrate
 from pruning.training import BatchSource, Epoch, Loss, Validate, cross_entropy, fit, to_device
 
 
@@ -100,10 +100,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What `slim` ends with: the small model (BatchNorm in place), and the dense one of stage 1."""
+    """What `slim` ends with.
+
+    Attributes:
+        model: the small model, BatchNorm in place. dense: the model that stage 1 ended with.
+        epochs: trained in all, those of trials included.
+    """
 
     model: nn.Module
     dense: nn.Module
+    epochs: int
 
 
 def slim(
@@ -174,9 +180,12 @@ def slim(
     train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
     removed: tuple[str, ...] = ()
     if config.prune.layers and progress.at == 0:
-        trial = _Trial(small, example_inputs, target, train, validate, step_options)
-        removed, rest = _superfluous_layers(trial, progress, log)
+        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 10), ema=0.0)
+        try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
+        trial = _Trial(small, example_inputs, target, try_out, validate, step_options)
+        removed, rest, trials = _superfluous_layers(trial, progress, log)
         progress.state["start"] = asdict(_left(rest, example_inputs, ignored)[1])
+        progress.state["trial_epochs"] = brief.epochs * trials
 
     for iteration in range(max(1, progress.at), last):
         label = f"stage 2, iteration {iteration}/{config.prune.iterations}"
@@ -184,12 +193,14 @@ def slim(
         if progress.resume(iteration) is None:
             share = target.share(progress.start, iteration, config.prune.iterations)
             step = prune(small, example_inputs, share, remove=removed, **step_options)
-            small, removed = step.model, ()
+            small, removed = _ready(step.model, example_inputs, config.prune.score), ()
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))
         log(f"{label}: {line}, {validate(small):.4f} after training")
 
     label = "stage 3, fine-tune"
+    if progress.resume(last) is None:
+        small = equalize(small, trace(small, example_inputs), example_inputs)
     small = finetune(
         small,
         config=config.finetune,
@@ -200,7 +211,7 @@ def slim(
         **progress.options(last, label, small),
     )
     log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
-    return Slimmed(small, progress.dense)
+    return Slimmed(small, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
 
 
 #: Of many layers that could go, the trials see these first few: without them the loss on
@@ -208,11 +219,17 @@ def slim(
 TRIALS = 3
 
 
+def _ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
+    """A pruned model with scales of ±1, unless they are what scores the next step."""
+    return model if score == "bn_scale" else equalize(model, trace(model, inputs), inputs)
+
+
 @dataclass(frozen=True)
 class _Trial:
     """What a model is worth within the budget: pruned in one step and trained a little.
 
-    `train` trains as long as after any pruning step; `options` are those of `prune`.
+    `train` is the fine-tuning of stage 3 in a tenth of its epochs; `options` are those of
+    `prune`.
     """
 
     model: nn.Module
@@ -228,7 +245,9 @@ class _Trial:
             step = prune(self.model, self.example_inputs, self.target, remove=remove, **self.options)
         except PruningError:
             return float("-inf")
-        return self.validate(self.train(step.model, label=label))
+        return self.validate(
+            self.train(_ready(step.model, self.example_inputs, self.options["score"]), label=label)
+        )
 
     def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model without each layer it can do without, from the least calibration loss on."""
@@ -246,14 +265,16 @@ class _Trial:
 
 def _superfluous_layers(
     trial: _Trial, progress: _Progress, log: Callable[[str], None]
-) -> tuple[tuple[str, ...], nn.Module]:
+) -> tuple[tuple[str, ...], nn.Module, int]:
     """The whole layers without which the network is better within the budget, and the rest.
+
+    Also how many trials that took.
 
     One layer after the other goes, the best each time, as long as the validation figure rises.
     """
     label = "stage 2, whole layers"
     removed: tuple[str, ...] = ()
-    rest, best = trial.model, trial(removed, label)
+    rest, best, trials = trial.model, trial(removed, label), 1
     progress.note(stage=label, removed=removed, validation=best)
     while True:
         candidates = trial.cheapest_first(rest)
@@ -261,6 +282,7 @@ def _superfluous_layers(
         for name in list(candidates)[:TRIALS]:
             scores[name] = trial((*removed, name), f"{label}: {name}")
             progress.note(stage=label, removed=(*removed, name), validation=scores[name])
+            trials += 1
         name = max(scores, key=scores.__getitem__, default="")
         if not name or scores[name] <= best:
             break
@@ -268,7 +290,7 @@ def _superfluous_layers(
         best, removed, rest = scores[name], (*removed, name), candidates[name]
     if not removed:
         log(f"{label}: all stay, validation {best:.4f} with them")
-    return removed, rest
+    return removed, rest, trials
 
 
 def _left(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored]) -> tuple[dict[str, int], Cost]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import Side, channels_stand_alone, narrow, parts, rule_for
+from pruning.layers import Side, channels_stand_alone, layer_width, narrow, parts, rule_for
 from pruning.modes import eval_mode
 from pruning.plan import Plan
 
@@ -354,6 +354,52 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model
+
+
+def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
+    """A model that computes the same with BatchNorm scales of ±1, where that can be had.
+
+    Stage 1 leaves small scales, and with them large weights in the layers that follow, which
+    do not train well at the learning rates of a fresh network. Where ReLU-like operations
+    lie between (f(sx) = s f(x) for s > 0) a channel's γ and β can be divided by |γ| and the
+    weights that consume it multiplied by it (Nagel et al., Data-Free Quantization Through
+    Weight Equalization and Bias Correction, ICCV 2019). A group for which the outputs on
+    `inputs` then differ is left as it is, and so are scales of 0.
+    """
+    equal = copy.deepcopy(model)
+    expected = _outputs(lambda: _run_masked(model, trace, Plan({}), inputs, {}))
+    for group in trace.groups.values():
+        norms = [m for m in group.side("out") if _scaled_norm(equal.get_submodule(m.layer))]
+        consumers = [(m, equal.get_submodule(m.layer)) for m in group.side("in")]
+        if len(norms) != 1 or any(parts(layer) > 1 for _, layer in consumers):
+            continue
+        if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
+            continue  # a norm over several groups
+        before = {m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members}
+        norm: Any = equal.get_submodule(norms[0].layer)
+        with torch.no_grad():
+            size = norm.weight.abs()
+            size = torch.where(size > 1e-4 * size.max(), size, torch.ones_like(size))
+            by_channel = torch.ones(group.channels).to(size)
+            by_channel[norms[0].channel] = size[norms[0].index]
+            norm.weight.div_(size)
+            norm.bias.div_(size)
+            for member, layer in consumers:
+                factors = torch.ones(layer_width(layer, "in")).to(size)
+                factors[member.index] = by_channel[member.channel]
+                dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+                weight = layer.get_parameter("weight")
+                weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
+        with eval_mode(equal):
+            got = _outputs(lambda: call(equal, inputs))
+        if _compare(expected, got)[0]:
+            for name, layer in before.items():
+                replace_module(equal, name, layer)
+    return equal
+
+
+def _scaled_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.weight is not None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

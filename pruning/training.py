@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pruning.config import TrainConfig
 from pruning.errors import PruningError, TrainingDiverged
 from pruning.graph import call
-from pruning.modes import eval_mode
+from pruning.modes import channels_last, eval_mode
 
 #: From a model, its inputs and the targets to the loss of a batch, a scalar.
 Loss = Callable[[nn.Module, Any, Any], Tensor]
@@ -112,41 +112,42 @@ def fit(
     if not config.epochs:
         return model.eval()
 
-    device = next(model.parameters()).device
-    training = _Training(model, config, steps, device, extra)
-    if resume is not None:
-        training.restore(resume)
+    with channels_last(model, config.channels_last):
+        device = next(model.parameters()).device
+        training = _Training(model, config, steps, device, extra)
+        if resume is not None:
+            training.restore(resume)
 
-    total, done = config.epochs * steps, training.epoch * steps
-    with tqdm(total=total, initial=done, desc=label, unit="step", disable=None, leave=False) as bar:
-        for number in range(training.epoch + 1, config.epochs + 1):
-            if before_epoch is not None:
-                before_epoch(number)
-            model.train()
-            summed = torch.zeros((), device=device)
-            for step, batch in enumerate(batches, start=1):
-                inputs, targets = to_device(batch, device)
-                value = loss(model, inputs, targets)
-                training.optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                lr = training.optimizer.param_groups[0]["lr"]
-                training.optimizer.step()
-                if after_step is not None:
-                    after_step(lr)
-                training.schedule.step()
-                if training.average is not None:
-                    training.average.update_parameters(model)
-                summed += value.detach()
-                if step % 50 == 0 or step == steps:
-                    _require_finite(summed, number, step, label)
-                bar.update()
-            score = validate(training.shown) if validate is not None else None
-            training.end_epoch(number, score if keep_best else None)
-            if score is not None:
-                bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
-            if on_epoch is not None:
-                on_epoch(Epoch(number, summed.item() / steps, score, lr, training.state))
-    model.load_state_dict(training.best or training.shown.state_dict())
+        total, done = config.epochs * steps, training.epoch * steps
+        with tqdm(total=total, initial=done, desc=label, unit="step", disable=None, leave=False) as bar:
+            for number in range(training.epoch + 1, config.epochs + 1):
+                if before_epoch is not None:
+                    before_epoch(number)
+                model.train()
+                summed = torch.zeros((), device=device)
+                for step, batch in enumerate(batches, start=1):
+                    inputs, targets = to_device(batch, device)
+                    value = loss(model, inputs, targets)
+                    training.optimizer.zero_grad(set_to_none=True)
+                    value.backward()
+                    lr = training.optimizer.param_groups[0]["lr"]
+                    training.optimizer.step()
+                    if after_step is not None:
+                        after_step(lr)
+                    training.schedule.step()
+                    if training.average is not None:
+                        training.average.update_parameters(model)
+                    summed += value.detach()
+                    if step % 50 == 0 or step == steps:
+                        _require_finite(summed, number, step, label)
+                    bar.update()
+                score = validate(training.shown) if validate is not None else None
+                training.end_epoch(number, score if keep_best else None)
+                if score is not None:
+                    bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
+                if on_epoch is not None:
+                    on_epoch(Epoch(number, summed.item() / steps, score, lr, training.state))
+        model.load_state_dict(training.best or training.shown.state_dict())
     return model.eval()
 
 

@@ -28,6 +28,7 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "numpy",
         "tqdm",
         "matplotlib",
+        "tomli",
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed

@@ -16,6 +16,7 @@ from pruning import (
     PruningError,
     apply,
     channel_constants,
+    equalize,
     fold_batchnorm,
     prune,
     trace,
@@ -293,3 +294,26 @@ def test_a_plan_for_another_model_is_refused(keep, message):
 def test_a_plan_that_empties_a_group_or_repeats_a_channel_cannot_be_made(channels):
     with pytest.raises(PruningError):
         Plan({"conv": channels})
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_equalized_networks_compute_the_same(name):
+    net, x = nets.make(name), nets.images()
+    before = nets.snapshot(net)
+    equal = equalize(net, trace(net, x), x)
+    fresh = nets.images(8)
+    torch.testing.assert_close(equal(fresh), net(fresh), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_equalized_scales_are_one_behind_relu_and_as_they_were_behind_others():
+    net = nets.make("lenet")
+    net.features.bn1.weight.data[0] = 0
+    equal = equalize(net, trace(net, nets.images()), nets.images())
+    assert equal.features.bn1.weight.abs().tolist() == [0] + [1] * (len(equal.features.bn1.weight) - 1)
+    assert (equal.features.bn1.weight.sign() == net.features.bn1.weight.sign()).all()
+    assert (equal.classifier.bn1.weight.abs() == 1).all()
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Sigmoid(), nn.Linear(5, 2)).eval()
+    nn.init.normal_(net[1].weight)
+    x = torch.randn(8, 4)
+    assert torch.equal(equalize(net, trace(net, x), x)[1].weight, net[1].weight)

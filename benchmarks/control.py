@@ -1,0 +1,214 @@
+"""Is pruning worth it? Rows of the table against training from scratch and other pruners.
+
+    python -m benchmarks.control --rows nano --seeds 0 1 2
+    python -m benchmarks.control --print
+
+For a row that `benchmarks.table` has filled, with the same data and seeds:
+
+- `scratch`: the widths that slimming found, from random weights, for as many epochs in all;
+- `uniform`: the start scaled down uniformly to the same budget, likewise;
+- `half`: slimming with half of those epochs after stage 1;
+- `bn-scale`, `magnitude`, `taylor`: torch-pruning's own pruners, iterated, trained the same.
+
+Results go into `checkpoints/results.json`; what it holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import data
+import models
+import train_yournet
+from benchmarks.peers import KINDS, Peer, cost, regularized
+from benchmarks.table import CHECKPOINTS, RESULTS, fingerprint, known_runs, measured, read_results, train
+from eval.cli import ROOT, use_threads
+from eval.metrics import EVALUATION_BATCH
+from pruning import PruningError, SlimConfig, TrainConfig, accuracy, cli, cross_entropy, fit, load
+from pruning.checkpoint import replace_file
+
+FROM_SCRATCH = ("scratch", "uniform")
+ALL = ("half", *FROM_SCRATCH, *KINDS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="+", default=["nano", "small", "caffe"], metavar="ROW", help="of the table"
+    )
+    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="to run")
+    parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="of control")
+    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    if not args.print:
+        use_threads(args.threads)
+        for row, seed, kind in itertools.product(args.rows, args.seeds, args.kinds):
+            fill(args.results, row, seed, kind, args.data, args.threads)
+    print(markdown(read_results(args.results)))
+
+
+def fill(results: Path, row: str, seed: int, kind: str, dataset: str, threads: int) -> None:
+    """Run one control and note its result, unless it is there."""
+    recipe = fingerprint(CHECKPOINTS / row / "recipe.toml")
+    content = read_results(results)
+    ours = known_runs(content, row, dataset, recipe)
+    if not ours:
+        raise PruningError(f"row {row!r} is not filled: python -m benchmarks.table --rows {row} comes first")
+    entry = {"row": row, "kind": kind, "seed": seed, "dataset": dataset, "recipe": recipe}
+    if any(entry.items() <= old.items() for old in content["controls"]):
+        return
+    print(f"{row}, {kind}, seed {seed}", flush=True)
+    epochs = max(run["epochs"] for run in ours)
+    found = (half if kind == "half" else trained)(row, seed, kind, dataset, epochs, threads)
+    content = read_results(results)  # another process may have added to it
+    content["controls"].append({**entry, **found})
+    replace_file(results, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def half(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: int) -> dict[str, Any]:
+    """Slimming that has, after stage 1, half of the epochs that training from scratch has."""
+    recipe = CHECKPOINTS / row / "recipe.toml"
+    config = train_yournet.stages(train_yournet.arguments(["--recipe", str(recipe)]))
+    rest = epochs // 2 - config.prune.iterations * config.prune.recover.epochs
+    folder = ROOT / "runs" / "control" / row / f"half-{seed}"
+    flags = ["--recipe", str(recipe), "--seed", str(seed), "--data", dataset, "--finetune-epochs", str(rest)]
+    train(folder, flags, threads)
+    return measured(folder / "best.pth", dataset)
+
+
+def trained(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: int) -> dict[str, Any]:
+    """A network made by other means within the same budget and epochs, and what it reaches."""
+    args = train_yournet.arguments(["--recipe", str(CHECKPOINTS / row / "recipe.toml"), "--data", dataset])
+    config = train_yournet.stages(args)
+    splits = data.load(dataset, ROOT / "data", quiet=True)
+    calibration = list(itertools.islice(splits.batches("train", 256), 8))
+    example = calibration[0][0][:8]
+    augment = data.augmentation(args.augment)
+    batches = splits.batches("train", args.batch_size, shuffle=True, augment=augment)
+    validation = splits.batches("validation", EVALUATION_BATCH)
+
+    def learn(net: nn.Module, how: TrainConfig, **options: Any) -> nn.Module:
+        return fit(
+            net, batches, how, validate=lambda m: accuracy(m, validation), label=f"{row}, {kind}", **options
+        )
+
+    torch.manual_seed(seed)
+    dense = models.start(args.start, splits.image_shape, splits.classes)
+    asked = config.budget.resolve(cost(dense, example))
+    try:
+        if kind in FROM_SCRATCH:
+            if kind == "scratch":
+                config_found: dict[str, Any] = load(CHECKPOINTS / row / "best.pth").config  # type: ignore[assignment]
+                net = type(dense)(**{**config_found, "batch_norm": True})
+            else:
+                net = scaled_down(dense, lambda m: not asked.excess(cost(m, example)))
+            learn(net, replace(config.finetune, epochs=epochs), keep_best=True)
+        else:
+            net = dense
+            with_peer(net, kind, config, example, calibration, learn, epochs)
+    except PruningError as error:
+        return {"refused": str(error)}
+    costs = cost(net, example)
+    return {
+        "accuracy": accuracy(net, splits.batches("test", EVALUATION_BATCH)),
+        "validation": accuracy(net, validation),
+        "params": costs.params,
+        "macs": costs.macs,
+        "macs_with_bias": costs.macs_with_bias,
+        "widths": list(net.widths),
+        "epochs": epochs,
+    }
+
+
+def with_peer(
+    net: nn.Module,
+    kind: str,
+    config: SlimConfig,
+    example: torch.Tensor,
+    calibration: list[Any],
+    learn: Callable[..., nn.Module],
+    epochs: int,
+) -> None:
+    """Train, prune in iterations, and fine-tune a network in place, with another's pruner."""
+    loss = regularized(cross_entropy) if kind == "bn-scale" else cross_entropy
+    learn(net, config.sparsify, loss=loss)
+    dense = cost(net, example)
+    asked = config.budget.resolve(dense)
+    peer = Peer(kind, net, example, calibration)
+    steps = config.prune.iterations
+    for step in range(1, steps + 1):
+        peer.reach(asked.share(dense, step, steps))
+        learn(net, config.prune.recover)
+    spent = config.sparsify.epochs + steps * config.prune.recover.epochs
+    learn(net, replace(config.finetune, epochs=epochs - spent), keep_best=True)
+
+
+def scaled_down(start: Any, fits: Callable[[nn.Module], bool]) -> Any:
+    """The network with all widths of the start times the largest factor that fits the budget."""
+
+    def made(thousandths: int) -> Any:
+        def scale(value: Any) -> Any:
+            if isinstance(value, list):
+                return [scale(item) for item in value]
+            return max(1, round(value * thousandths / 1000))
+
+        widths = {
+            key: scale(start.config[key]) for key in ("conv", "hidden", "stages") if key in start.config
+        }
+        return type(start)(**{**start.config, **widths})
+
+    for thousandths in range(1000, 0, -1):
+        if fits(net := made(thousandths)):
+            return net
+    raise PruningError("even one channel in every layer is over the budget")
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Controls beside the rows they belong to."""
+    lines = [
+        "| row | network | widths | params | MACs | accuracy % | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = {row["row"]: row for row in content["rows"]}
+    for name in dict.fromkeys(entry["row"] for entry in content["controls"]):
+        current = rows[name]["recipe"]
+        lines.append(_line(name, "ours", rows[name]["runs"]))
+        for kind in ALL:
+            runs = [
+                entry
+                for entry in content["controls"]
+                if (entry["row"], entry["kind"], entry["recipe"]) == (name, kind, current)
+            ]
+            reached = [run for run in runs if "refused" not in run]
+            if reached:
+                lines.append(_line(name, kind, reached))
+            elif runs:
+                lines.append(f"| {name} | {kind} | – | – | – | budget not reached | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def _line(row: str, kind: str, runs: list[dict[str, Any]]) -> str:
+    percent = [100 * run["accuracy"] for run in runs]
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    widths = "-".join(map(str, runs[0]["widths"]))
+    return (
+        f"| {row} | {kind} | {widths} | {runs[0]['params']:,} | {runs[0]['macs']:,} | "
+        f"{statistics.mean(percent):.2f}{spread} | {len(runs)} |"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

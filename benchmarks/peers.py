@@ -1,0 +1,89 @@
+"""Pruning as torch-pruning's own high-level pruners do it, to compare with.
+
+Stage 1 and the iterations are trained by the same loop, on the same data, for as many epochs
+as ours; what differs is who chooses the channels. torch-pruning takes a share of channels,
+not a budget, so its pruner goes in small steps until the costs are within the budget.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pruning import Budget, CostModel, PruningError, cross_entropy, trace
+
+#: How a pruner of torch-pruning is made: its importance, its class, and the L1 factor on γ.
+KINDS = ("bn-scale", "magnitude", "taylor")
+#: `reg` of BNScalePruner, as it is documented.
+REGULARIZATION = 1e-5
+#: Small steps of a pruner from nothing to all channels.
+STEPS = 200
+
+
+class Peer:
+    """A pruner of torch-pruning over a model, which it changes in place.
+
+    Args:
+        kind: `bn-scale` (BNScalePruner with BNScaleImportance), `magnitude`
+            (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance); all with global
+            ranking and otherwise the documented defaults.
+        calibration: batches for the gradients of `taylor`.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, example: Tensor, calibration: Iterable[tuple[Any, Any]]):
+        import torch_pruning as tp
+
+        self.kind, self.model, self.example = kind, model, example
+        self.calibration = list(calibration)
+        outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        common: dict[str, Any] = {
+            "global_pruning": True,
+            "pruning_ratio": 1.0,
+            "iterative_steps": STEPS,
+            "ignored_layers": outputs,
+        }
+        if kind == "bn-scale":
+            importance = tp.importance.BNScaleImportance()
+            self.pruner = tp.pruner.BNScalePruner(model, example, importance, reg=REGULARIZATION, **common)
+        else:
+            make = {
+                "magnitude": tp.importance.GroupMagnitudeImportance,
+                "taylor": tp.importance.GroupTaylorImportance,
+            }
+            self.pruner = tp.pruner.BasePruner(model, example, make[kind](), **common)
+
+    def reach(self, budget: Budget) -> None:
+        """Step until the model is within the budget; raises `PruningError` when that does not come."""
+        for _ in range(STEPS):
+            if not budget.excess(cost(self.model, self.example)):
+                return
+            if self.kind == "taylor":
+                self.model.zero_grad()
+                for inputs, targets in self.calibration:
+                    cross_entropy(self.model, inputs, targets).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.pruner.step()
+        if budget.excess(cost(self.model, self.example)):
+            raise PruningError(
+                f"torch-pruning's {self.kind} pruner ends at {cost(self.model, self.example)}, over {budget}"
+            )
+
+
+def regularized(loss: Callable[..., Tensor], strength: float = REGULARIZATION) -> Callable[..., Tensor]:
+    """A loss with strength · Σ|γ|, whose gradient is what `BNScalePruner.regularize` adds."""
+
+    def total(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        norms = [m.weight for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return loss(model, inputs, targets) + strength * sum(weight.abs().sum() for weight in norms)
+
+    return total
+
+
+def cost(model: nn.Module, example: Tensor) -> Any:
+    """Params and MACs with BatchNorm folded."""
+    cost_model = CostModel(model, trace(model, example))
+    return cost_model(cost_model.full)

@@ -1,0 +1,170 @@
+"""The table of results: each row is a recipe, run over several seeds.
+
+    python -m benchmarks.table                      # all rows: hours on 2 cores
+    python -m benchmarks.table --rows nano --seeds 0 1
+    python -m benchmarks.table --print              # what is there, as Markdown
+
+A row is a folder `checkpoints/ROW` with `recipe.toml`, the flags of `train_yournet.py`. Each
+seed's run is measured on the test split once it is finished; the seed that is best on the
+validation split gives `checkpoints/ROW/best.pth`. `checkpoints/results.json` receives each
+result as it is there, and what it holds is not computed again unless the recipe has changed.
+A run that was interrupted is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import data
+from eval.cli import COMMITTED, ROOT
+from eval.metrics import EVALUATION_BATCH
+from pruning import accuracy, cli, count, load
+from pruning.checkpoint import read, replace_file
+
+CHECKPOINTS = ROOT / "checkpoints"
+RESULTS = CHECKPOINTS / "results.json"
+WRITING = threading.Lock()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    names = sorted(path.parent.name for path in CHECKPOINTS.glob("*/recipe.toml"))
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="to fill")
+    parser.add_argument(
+        "--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2, 3, 4], help="to run"
+    )
+    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table", help="where the runs go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
+    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    if not args.print:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            waiting = [
+                pool.submit(
+                    fill, args.results, row, seed, args.data, args.folder / row / str(seed), args.threads
+                )
+                for row in args.rows
+                for seed in args.seeds
+            ]
+        for job in waiting:
+            job.result()
+    print(markdown(read_results(args.results)))
+
+
+def fill(results: Path, row: str, seed: int, dataset: str, folder: Path, threads: int) -> None:
+    """Run one seed of a row and note its result, unless it is there."""
+    recipe = CHECKPOINTS / row / "recipe.toml"
+    print(f"{row}, seed {seed}", flush=True)
+    if known(results, row, dataset, fingerprint(recipe), seed):
+        return
+    flags = ["--recipe", str(recipe), "--seed", str(seed), "--data", dataset]
+    train(folder, flags, threads)
+    entry = {"seed": seed, **measured(folder / "best.pth", dataset)}
+    with WRITING:
+        content = read_results(results)
+        runs = [*known_runs(content, row, dataset, fingerprint(recipe)), entry]
+        content["rows"] = [old for old in content["rows"] if old["row"] != row]
+        content["rows"].append(summary(row, dataset, fingerprint(recipe), runs))
+        replace_file(results, (json.dumps(content, indent=1) + "\n").encode())
+    best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
+    if best["seed"] == seed and results == RESULTS:
+        replace_file(CHECKPOINTS / row / "best.pth", (folder / "best.pth").read_bytes())
+
+
+def train(folder: Path, flags: list[str], threads: int) -> None:
+    """Run the main job in a folder, or go on with it."""
+    if (folder / "best.pth").exists():
+        return
+    resume = ["--resume"] if (folder / "config.json").exists() else []
+    command = [sys.executable, str(ROOT / "train_yournet.py"), *flags, "--threads", str(threads)]
+    reference = ["--reference", str(COMMITTED["LeNet5"])]
+    subprocess.run([*command, *reference, "--output", str(folder), *resume], check=True)
+
+
+def measured(checkpoint: Path, dataset: str) -> dict[str, Any]:
+    """What a trained network costs, and its accuracy on the test split."""
+    net = load(checkpoint)
+    splits = data.load(dataset, ROOT / "data", quiet=True)
+    cost = count(net, next(iter(splits.batches("test", 1)))[0])
+    facts = read(checkpoint)["provenance"]
+    return {
+        "accuracy": accuracy(net, splits.batches("test", EVALUATION_BATCH)),
+        "validation": facts["validation_accuracy"],
+        "params": cost.params,
+        "macs": cost.macs,
+        "macs_with_bias": cost.macs_with_bias,
+        "widths": list(getattr(net, "widths", ())),
+        "epochs": facts["epochs"],
+        "commit": facts["commit"],
+    }
+
+
+def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the file: the network that is best on validation, and every seed."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
+    return {
+        "row": row,
+        "checkpoint": f"checkpoints/{row}/best.pth",
+        "command": f"python train_yournet.py --recipe checkpoints/{row}/recipe.toml --seed {best['seed']}",
+        "dataset": dataset,
+        "recipe": recipe,
+        "seeds": [run["seed"] for run in runs],
+        "accuracy": [run["accuracy"] for run in runs],
+        **{key: best[key] for key in ("params", "macs", "macs_with_bias", "widths")},
+        "runs": runs,
+    }
+
+
+def fingerprint(recipe: Path) -> str:
+    """Tells one state of a recipe from another."""
+    return hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]
+
+
+def known(results: Path, row: str, dataset: str, recipe: str, seed: int) -> bool:
+    runs = known_runs(read_results(results), row, dataset, recipe)
+    return any(run["seed"] == seed for run in runs)
+
+
+def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> list[dict[str, Any]]:
+    """The results of a row that were made by the same recipe on the same data."""
+    for old in content["rows"]:
+        if (old["row"], old["dataset"], old["recipe"]) == (row, dataset, recipe):
+            return old["runs"]
+    return []
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"rows": [], "controls": []}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The rows as a table: accuracy as mean ± σ over seeds, costs of the committed network."""
+    lines = [
+        "| row | widths | params | MACs | with biases | accuracy % | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        percent = [100 * value for value in row["accuracy"]]
+        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+        lines.append(
+            f"| {row['row']} | {'-'.join(map(str, row['widths']))} | {row['params']:,} | {row['macs']:,} | "
+            f"{row['macs_with_bias']:,} | {statistics.mean(percent):.2f}{spread} | {len(percent)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
