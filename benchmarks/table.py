@@ -90,7 +90,15 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
     resume = ["--resume"] if (folder / "config.json").exists() else []
     command = [sys.executable, str(ROOT / "train_yournet.py"), *flags, "--threads", str(threads)]
     reference = ["--reference", str(COMMITTED["LeNet5"])]
-    subprocess.run([*command, *reference, "--output", str(folder), *resume], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        subprocess.run(
+            [*command, *reference, "--output", str(folder), *resume],
+            check=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
 
 
 def measured(checkpoint: Path, dataset: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def slim(
     train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
     removed: tuple[str, ...] = ()
     if config.prune.layers and progress.at == 0:
-        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 10), ema=0.0)
+        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 20), ema=0.0)
         try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
         trial = _Trial(small, example_inputs, target, try_out, validate, step_options)
         removed, rest, trials = _superfluous_layers(trial, progress, log)
@@ -228,7 +228,7 @@ def _ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
 class _Trial:
     """What a model is worth within the budget: pruned in one step and trained a little.
 
-    `train` is the fine-tuning of stage 3 in a tenth of its epochs; `options` are those of
+    `train` is the fine-tuning of stage 3 in a twentieth of its epochs; `options` are those of
     `prune`.
     """
 
