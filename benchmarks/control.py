@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,67 +30,67 @@ import data
 import models
 import train_yournet
 from benchmarks.peers import KINDS, Peer, cost, regularized
-from benchmarks.table import CHECKPOINTS, RESULTS, fingerprint, known_runs, measured, read_results, train
+from benchmarks.table import (
+    arguments,
+    fingerprint,
+    known_runs,
+    measured,
+    read_results,
+    recipe,
+    train,
+    write_results,
+)
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, SlimConfig, TrainConfig, accuracy, cli, cross_entropy, fit, load
-from pruning.checkpoint import replace_file
 
 FROM_SCRATCH = ("scratch", "uniform")
 ALL = ("half", *FROM_SCRATCH, *KINDS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
-        "--rows", nargs="+", default=["nano", "small", "caffe"], metavar="ROW", help="of the table"
-    )
-    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="to run")
+    parser = arguments(__doc__ or "", [0, 1, 2])
+    parser.set_defaults(rows=["nano", "small", "caffe"])
     parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="of control")
-    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
     args = parser.parse_args()
     if not args.print:
         use_threads(args.threads)
         for row, seed, kind in itertools.product(args.rows, args.seeds, args.kinds):
-            fill(args.results, row, seed, kind, args.data, args.threads)
-    print(markdown(read_results(args.results)))
+            fill(args, row, seed, kind)
+    print(markdown(read_results(args.checkpoints)))
 
 
-def fill(results: Path, row: str, seed: int, kind: str, dataset: str, threads: int) -> None:
+def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
     """Run one control and note its result, unless it is there."""
-    recipe = fingerprint(CHECKPOINTS / row / "recipe.toml")
-    content = read_results(results)
-    ours = known_runs(content, row, dataset, recipe)
+    path = recipe(args.checkpoints, row)
+    content = read_results(args.checkpoints)
+    ours = known_runs(content, row, args.data, fingerprint(path))
     if not ours:
         raise PruningError(f"row {row!r} is not filled: python -m benchmarks.table --rows {row} comes first")
-    entry = {"row": row, "kind": kind, "seed": seed, "dataset": dataset, "recipe": recipe}
+    entry = {"row": row, "kind": kind, "seed": seed, "dataset": args.data, "recipe": fingerprint(path)}
     if any(entry.items() <= old.items() for old in content["controls"]):
         return
     print(f"{row}, {kind}, seed {seed}", flush=True)
     epochs = max(run["epochs"] for run in ours)
-    found = (half if kind == "half" else trained)(row, seed, kind, dataset, epochs, threads)
-    content = read_results(results)  # another process may have added to it
+    found = half(args, path, seed, epochs) if kind == "half" else trained(path, seed, kind, args.data, epochs)
+    content = read_results(args.checkpoints)  # another process may have added to it
     content["controls"].append({**entry, **found})
-    replace_file(results, (json.dumps(content, indent=1) + "\n").encode())
+    write_results(args.checkpoints, content)
 
 
-def half(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: int) -> dict[str, Any]:
+def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Slimming that has, after stage 1, half of the epochs that training from scratch has."""
-    recipe = CHECKPOINTS / row / "recipe.toml"
-    config = train_yournet.stages(train_yournet.arguments(["--recipe", str(recipe)]))
-    rest = epochs // 2 - config.prune.iterations * config.prune.recover.epochs
-    folder = ROOT / "runs" / "control" / row / f"half-{seed}"
-    flags = ["--recipe", str(recipe), "--seed", str(seed), "--data", dataset, "--finetune-epochs", str(rest)]
-    train(folder, flags, threads)
-    return measured(folder / "best.pth", dataset)
+    config = train_yournet.stages(train_yournet.arguments(["--recipe", str(path)]))
+    rest = max(1, epochs // 2 - config.prune.iterations * config.prune.recover.epochs)
+    folder = args.runs / "control" / path.parent.name / f"half-{seed}"
+    flags = ["--recipe", str(path), "--seed", str(seed), "--data", args.data, "--finetune-epochs", str(rest)]
+    train(folder, flags, args.threads)
+    return measured(folder / "best.pth", args.data)
 
 
-def trained(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: int) -> dict[str, Any]:
+def trained(path: Path, seed: int, kind: str, dataset: str, epochs: int) -> dict[str, Any]:
     """A network made by other means within the same budget and epochs, and what it reaches."""
-    args = train_yournet.arguments(["--recipe", str(CHECKPOINTS / row / "recipe.toml"), "--data", dataset])
+    args = train_yournet.arguments(["--recipe", str(path), "--data", dataset])
     config = train_yournet.stages(args)
     splits = data.load(dataset, ROOT / "data", quiet=True)
     calibration = list(itertools.islice(splits.batches("train", 256), 8))
@@ -101,9 +100,7 @@ def trained(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: 
     validation = splits.batches("validation", EVALUATION_BATCH)
 
     def learn(net: nn.Module, how: TrainConfig, **options: Any) -> nn.Module:
-        return fit(
-            net, batches, how, validate=lambda m: accuracy(m, validation), label=f"{row}, {kind}", **options
-        )
+        return fit(net, batches, how, validate=lambda m: accuracy(m, validation), label=kind, **options)
 
     torch.manual_seed(seed)
     dense = models.start(args.start, splits.image_shape, splits.classes)
@@ -111,7 +108,7 @@ def trained(row: str, seed: int, kind: str, dataset: str, epochs: int, threads: 
     try:
         if kind in FROM_SCRATCH:
             if kind == "scratch":
-                config_found: dict[str, Any] = load(CHECKPOINTS / row / "best.pth").config  # type: ignore[assignment]
+                config_found: dict[str, Any] = load(path.with_name("best.pth")).config  # type: ignore[assignment]
                 net = type(dense)(**{**config_found, "batch_norm": True})
             else:
                 net = scaled_down(dense, lambda m: not asked.excess(cost(m, example)))
@@ -153,7 +150,7 @@ def with_peer(
         peer.reach(asked.share(dense, step, steps))
         learn(net, config.prune.recover)
     spent = config.sparsify.epochs + steps * config.prune.recover.epochs
-    learn(net, replace(config.finetune, epochs=epochs - spent), keep_best=True)
+    learn(net, replace(config.finetune, epochs=max(0, epochs - spent)), keep_best=True)
 
 
 def scaled_down(start: Any, fits: Callable[[nn.Module], bool]) -> Any:

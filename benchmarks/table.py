@@ -4,7 +4,7 @@
     python -m benchmarks.table --rows nano --seeds 0 1
     python -m benchmarks.table --print              # what is there, as Markdown
 
-A row is a folder `checkpoints/ROW` with `recipe.toml`, the flags of `train_yournet.py`. Each
+A row is a folder `checkpoints/ROW` with a `recipe.toml`, the flags of `train_yournet.py`. Each
 seed's run is measured on the test split once it is finished; the seed that is best on the
 validation split gives `checkpoints/ROW/best.pth`. `checkpoints/results.json` receives each
 result as it is there, and what it holds is not computed again unless the recipe has changed.
@@ -27,60 +27,70 @@ from typing import Any
 import data
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
-from pruning import accuracy, cli, count, load
+from pruning import PruningError, accuracy, cli, count, load
 from pruning.checkpoint import read, replace_file
 
 CHECKPOINTS = ROOT / "checkpoints"
-RESULTS = CHECKPOINTS / "results.json"
 WRITING = threading.Lock()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    names = sorted(path.parent.name for path in CHECKPOINTS.glob("*/recipe.toml"))
-    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="to fill")
-    parser.add_argument(
-        "--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2, 3, 4], help="to run"
-    )
-    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table", help="where the runs go")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
-    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
+    parser = arguments(__doc__ or "", [0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
     args = parser.parse_args()
+    rows = args.rows or sorted(path.parent.name for path in args.checkpoints.glob("*/recipe.toml"))
     if not args.print:
         with ThreadPoolExecutor(args.jobs) as pool:
-            waiting = [
-                pool.submit(
-                    fill, args.results, row, seed, args.data, args.folder / row / str(seed), args.threads
-                )
-                for row in args.rows
-                for seed in args.seeds
-            ]
+            waiting = [pool.submit(fill, args, row, seed) for row in rows for seed in args.seeds]
         for job in waiting:
             job.result()
-    print(markdown(read_results(args.results)))
+    print(markdown(read_results(args.checkpoints)))
 
 
-def fill(results: Path, row: str, seed: int, dataset: str, folder: Path, threads: int) -> None:
+def arguments(description: str, seeds: list[int]) -> argparse.ArgumentParser:
+    """A parser with the flags of everything that fills `results.json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="to fill (default: all)")
+    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=seeds, help="to run")
+    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=CHECKPOINTS, metavar="FOLDER", help="with the recipe of each row"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="where the runs go"
+    )
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    return parser
+
+
+def fill(args: argparse.Namespace, row: str, seed: int) -> None:
     """Run one seed of a row and note its result, unless it is there."""
-    recipe = CHECKPOINTS / row / "recipe.toml"
+    path = recipe(args.checkpoints, row)
     print(f"{row}, seed {seed}", flush=True)
-    if known(results, row, dataset, fingerprint(recipe), seed):
+    key = (row, args.data, fingerprint(path))
+    if any(run["seed"] == seed for run in known_runs(read_results(args.checkpoints), *key)):
         return
-    flags = ["--recipe", str(recipe), "--seed", str(seed), "--data", dataset]
-    train(folder, flags, threads)
-    entry = {"seed": seed, **measured(folder / "best.pth", dataset)}
+    folder = args.runs / "table" / row / str(seed)
+    train(folder, ["--recipe", str(path), "--seed", str(seed), "--data", args.data], args.threads)
+    entry = {"seed": seed, **measured(folder / "best.pth", args.data)}
     with WRITING:
-        content = read_results(results)
-        runs = [*known_runs(content, row, dataset, fingerprint(recipe)), entry]
+        content = read_results(args.checkpoints)
+        runs = [*known_runs(content, *key), entry]
         content["rows"] = [old for old in content["rows"] if old["row"] != row]
-        content["rows"].append(summary(row, dataset, fingerprint(recipe), runs))
-        replace_file(results, (json.dumps(content, indent=1) + "\n").encode())
-    best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
-    if best["seed"] == seed and results == RESULTS:
-        replace_file(CHECKPOINTS / row / "best.pth", (folder / "best.pth").read_bytes())
+        content["rows"].append(summary(*key, runs))
+        write_results(args.checkpoints, content)
+        best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
+        if best["seed"] == seed:
+            replace_file(path.with_name("best.pth"), (folder / "best.pth").read_bytes())
+
+
+def recipe(checkpoints: Path, row: str) -> Path:
+    """The recipe of a row; raises `PruningError` where there is none."""
+    path = checkpoints.resolve() / row / "recipe.toml"
+    if not path.exists():
+        raise PruningError(f"row {row!r} has no recipe: {path} is not there")
+    return path
 
 
 def train(folder: Path, flags: list[str], threads: int) -> None:
@@ -141,11 +151,6 @@ def fingerprint(recipe: Path) -> str:
     return hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]
 
 
-def known(results: Path, row: str, dataset: str, recipe: str, seed: int) -> bool:
-    runs = known_runs(read_results(results), row, dataset, recipe)
-    return any(run["seed"] == seed for run in runs)
-
-
 def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> list[dict[str, Any]]:
     """The results of a row that were made by the same recipe on the same data."""
     for old in content["rows"]:
@@ -154,8 +159,14 @@ def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> 
     return []
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(checkpoints: Path) -> dict[str, Any]:
+    path = checkpoints / "results.json"
     return json.loads(path.read_text()) if path.exists() else {"rows": [], "controls": []}
+
+
+def write_results(checkpoints: Path, content: dict[str, Any]) -> None:
+    content["rows"].sort(key=lambda row: row["row"])
+    replace_file(checkpoints / "results.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -100,11 +100,14 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write a figure as PATH.png and PATH.svg, the same bytes for the same figure."""
+    import matplotlib
+
     stem = Path(path).with_suffix("")
     written = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
         target = stem.with_suffix(f".{kind}")
         replace_file(target, buffer.getvalue())
         written.append(target)

@@ -1,0 +1,160 @@
+"""What accuracy costs: the pipeline over a ladder of budgets and seeds, and its Pareto front.
+
+    python -m benchmarks.search                               # hours on 2 cores
+    python -m benchmarks.search --budgets 1000:40k 5000:100k --seeds 0
+    python -m benchmarks.search --draw                        # only draw what is there
+
+A budget is PARAMS:MACS, either left empty where it is not limited. Everything else is the
+recipe's. Results go into `benchmarks/search.json` as they are there, and are not computed
+again while the recipe is the same. The front is chosen by the validation split alone; the
+figures, `docs/pareto-params` and `docs/pareto-macs`, show the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import data
+from benchmarks.table import CHECKPOINTS, fingerprint, measured, read_results, train
+from eval.cli import ROOT
+from pruning import Budget, cli
+from pruning.checkpoint import replace_file
+from pruning.plots import Point, front, pareto, save
+
+LADDER = ("700:30k", "1000:36k", "1485:47.4k", "2500:60k", "5000:100k", "10000:150k", "20000:200k")
+#: Published networks (params, MACs, accuracy on test, mostly of the best run or epoch).
+ANCHORS: tuple[tuple[str, int, int, float], ...] = (
+    ("lhwzds", 1485, 50_700, 0.985),
+    ("z1V-Chan", 2705, 36_400, 0.983),
+    ("RachelSunHanxi", 2510, 95_800, 0.988),
+    ("deepoceansame", 13_930, 50_800, 0.989),
+    ("BC-GHS", 2792, 153_000, 0.990),
+    ("BC-GNJ", 4118, 283_000, 0.990),
+    ("JoshWarn", 697, 80_600, 0.9903),
+    ("ruslangrimov", 1936, 413_000, 0.9910),
+    ("woolly-of-cv", 3762, 621_000, 0.9952),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument(
+        "--budgets", nargs="+", type=budget, default=LADDER, metavar="PARAMS:MACS", help="ladder"
+    )
+    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="to run")
+    parser.add_argument(
+        "--recipe", type=Path, default=CHECKPOINTS / "nano" / "recipe.toml", help="of all but the budget"
+    )
+    parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="where the runs go"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "search.json", help="the file of results"
+    )
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs", help="where the figures go")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
+    parser.add_argument("--draw", action="store_true", help="only draw what is there")
+    args = parser.parse_args()
+    if not args.draw:
+        for limits, seed in itertools.product(args.budgets, args.seeds):
+            fill(args, limits, seed)
+    runs = read(args.results)["runs"]
+    rows = read_results(CHECKPOINTS)["rows"]
+    for axis, name in (("params", "params"), ("macs", "MACs")):
+        series = {"slimmed LeNet-5": points(runs, axis), "rows of the table": row_points(rows, axis)}
+        anchors = [
+            Point(params if axis == "params" else macs, accuracy, who)
+            for who, params, macs, accuracy in ANCHORS
+        ]
+        figure = pareto({key: value for key, value in series.items() if value}, anchors, cost=name)
+        for path in save(figure, args.figures / f"pareto-{axis}"):
+            print(path)
+    print(markdown(runs))
+
+
+def budget(text: str) -> str:
+    """An argument type: PARAMS:MACS."""
+    params, separator, macs = text.partition(":")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected PARAMS:MACS, for example 1485:47.4k")
+    Budget(params or None, macs or None)
+    return text
+
+
+def fill(args: argparse.Namespace, limits: str, seed: int) -> None:
+    """Run one budget and seed and note the result, unless it is there."""
+    key = {"budget": limits, "seed": seed, "dataset": args.data, "recipe": fingerprint(args.recipe)}
+    if any(key.items() <= run.items() for run in read(args.results)["runs"]):
+        return
+    print(f"{limits}, seed {seed}", flush=True)
+    folder = args.runs / "search" / f"{limits.replace(':', '-').replace('%', 'pc')}-{seed}"
+    flags = ["--recipe", str(args.recipe.resolve()), "--seed", str(seed), "--data", args.data]
+    for flag, limit in zip(("--max-params", "--max-macs"), limits.split(":"), strict=True):
+        flags += [flag, limit] if limit else []
+    train(folder, flags, args.threads)
+    content = read(args.results)
+    content["runs"].append({**key, **measured(folder / "best.pth", args.data)})
+    replace_file(args.results, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def by_budget(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each budget that is on the front: no cheaper one validates better."""
+    groups = {limits: [r for r in runs if r["budget"] == limits] for limits in {r["budget"] for r in runs}}
+    kept: set[str] = set()
+    for axis in ("params", "macs"):
+        places = [
+            Point(mean(group, axis), mean(group, "validation"), limits) for limits, group in groups.items()
+        ]
+        kept |= {point.label for point in front(places)}
+    return {limits: groups[limits] for limits in sorted(kept, key=lambda key: mean(groups[key], "params"))}
+
+
+def points(runs: list[dict[str, Any]], axis: str) -> list[Point]:
+    found = []
+    for group in by_budget(runs).values():
+        accuracies = [run["accuracy"] for run in group]
+        spread = statistics.stdev(accuracies) if len(group) > 1 else 0.0
+        found.append(Point(mean(group, axis), statistics.mean(accuracies), "", spread))
+    return found
+
+
+def row_points(rows: list[dict[str, Any]], axis: str) -> list[Point]:
+    return [
+        Point(
+            row[axis],
+            statistics.mean(row["accuracy"]),
+            row["row"],
+            statistics.stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0.0,
+        )
+        for row in rows
+    ]
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    lines = ["| budget | params | MACs | accuracy % | seeds |", "|---|---|---|---|---|"]
+    for limits, group in by_budget(runs).items():
+        percent = [100 * run["accuracy"] for run in group]
+        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+        lines.append(
+            f"| {limits} | {mean(group, 'params'):,.0f} | {mean(group, 'macs'):,.0f} | "
+            f"{statistics.mean(percent):.2f}{spread} | {len(group)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
