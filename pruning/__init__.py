@@ -15,6 +15,7 @@ from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
+from pruning.sensitivity import Sensitivity, joint, sensitivity
 from pruning.slimming import Run, Slimmed, reachable, slim
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants, equalize, fold_batchnorm, recalibrate, verify
@@ -33,6 +34,7 @@ __all__ = [
     "Removable",
     "Run",
     "ScalePull",
+    "Sensitivity",
     "SlimConfig",
     "Slimmed",
     "Step",
@@ -49,6 +51,7 @@ __all__ = [
     "finetune",
     "fit",
     "fold_batchnorm",
+    "joint",
     "load",
     "plan_within",
     "provenance",
@@ -57,6 +60,7 @@ __all__ = [
     "recalibrate",
     "removable",
     "save",
+    "sensitivity",
     "slim",
     "sparsify",
     "time_forward",

@@ -104,7 +104,7 @@ def prune(
         raise PruningError(
             f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})"
         )
-    scores = _scores(model, traced, score, calibration, loss)
+    scores = score_channels(model, traced, score, calibration, loss)
     plan = replace(plan_within(asked, traced, cost_model, scores, **limits), removed=tuple(removed))
 
     if batches:
@@ -117,9 +117,10 @@ def prune(
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference)
 
 
-def _scores(
+def score_channels(
     model: nn.Module, traced: Trace, score: Score, calibration: Sequence[tuple[Any, Any]], loss: Loss
 ) -> Scores:
+    """The importance of every channel, by a score's name or function, as `prune` takes it."""
     if callable(score):
         return score(model, traced.groups)
     if score == "taylor":

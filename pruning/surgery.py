@@ -327,16 +327,19 @@ def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
     return folded
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
+def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
     """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
 
     After surgery they still are those of the wider network. Batches of one example have no
     variance and are left out; without others, for frozen norms and for those that keep no
-    statistics, nothing changes. Returns the model, in the mode it had.
+    statistics, nothing changes. `keep` names modules whose norms stay as they are. Returns
+    the model, in the mode it had.
     """
+    inside = tuple(f"{name}." for name in keep)
     norms = [
         m
-        for m in model.modules()
+        for name, m in model.named_modules()
+        if not f"{name}.".startswith(inside)
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         if m.weight is None or m.weight.requires_grad
     ]
