@@ -44,7 +44,7 @@ from pruning import (
     trace,
 )
 from pruning.checkpoint import replace_file
-from pruning.importance import NAMES as SCORES
+from pruning.prune import NAMES as SCORES
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
 RUNS = Path("runs")

@@ -68,7 +68,8 @@ class PruneConfig:
     Attributes:
         iterations: pruning steps, each to an equal ratio of the way.
         recover: training after each step.
-        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2` or `random`.
+        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2`, `random` or
+            `sensitivity`.
         layers: also remove whole layers, where a trial shows that the network is better
             without them within the same budget.
     """
@@ -79,7 +80,7 @@ class PruneConfig:
     layers: bool = False
 
     def __post_init__(self) -> None:
-        from pruning.importance import NAMES
+        from pruning.prune import NAMES
 
         _require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
         _require(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")

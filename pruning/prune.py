@@ -20,8 +20,14 @@ from pruning.plan import Plan, plan_within
 from pruning.surgery import apply, channel_constants, recalibrate, verify
 from pruning.training import Loss, cross_entropy, to_device
 
+#: Widths of each group that a plan by sensitivity tries.
+SENSITIVITY_WIDTHS = 12
 #: A score by name, or a function (model, groups) -> one tensor (channels,) per group.
 Score = str | Callable[[nn.Module, Groups], Scores]
+
+
+#: The scores that have a name.
+NAMES = (*importance.NAMES, "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ def prune(
     Args:
         example_inputs: to trace and to check with; a batch dimension first.
         budget: limits on the result; percentages are of this model.
-        score: importance of a channel, by name or as a function.
+        score: importance of a channel, by name or as a function; `sensitivity` measures on the
+            calibration data, of a classifier, what each group loses at several widths.
         calibration: (inputs, targets) batches for `taylor`, and for the mean of every
             channel that goes: it is folded into the layer behind it. Without them only
             what is constant on the example inputs is folded.
@@ -75,6 +82,7 @@ def prune(
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
     """
+    ignored = tuple(ignored)
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
@@ -104,6 +112,19 @@ def prune(
         raise PruningError(
             f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})"
         )
+    if score == "sensitivity":
+        from pruning.sensitivity import sensitivity  # which is made of the steps that are here
+
+        curves = sensitivity(
+            model,
+            example_inputs,
+            calibration,
+            calibration=calibration,
+            score="taylor",
+            widths=SENSITIVITY_WIDTHS,
+            ignored=ignored,
+        )
+        score = curves.scores
     scores = score_channels(model, traced, score, calibration, loss)
     plan = replace(plan_within(asked, traced, cost_model, scores, **limits), removed=tuple(removed))
 
@@ -126,6 +147,6 @@ def score_channels(
     if score == "taylor":
         return importance.taylor(model, traced.groups, calibration, loss)
     if score not in importance.BY_NAME:
-        raise PruningError(f"score {score!r} is unknown; there are: {', '.join(importance.NAMES)}")
+        raise PruningError(f"score {score!r} is unknown; there are: {', '.join(NAMES)}")
     with torch.no_grad():
         return importance.BY_NAME[score](model, traced.groups)

@@ -218,6 +218,8 @@ def sensitivity(
     Raises `PruningError` for a model without a prunable group, an empty validation split or
     one in which a class is missing, and for a file of another analysis.
     """
+    if score == "sensitivity":
+        raise PruningError("the channels of a group cannot be ordered by sensitivity; choose another score")
     traced = trace(model, example_inputs, ignored)
     if not traced.groups:
         reasons = "; ".join(f"{layer}: {why}" for layer, why in traced.skipped.items())

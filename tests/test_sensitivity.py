@@ -207,3 +207,15 @@ def test_results_survive_json_and_csv():
     lines = found.to_csv().splitlines()
     assert lines[0].startswith("group,channels,width,params_freed,macs_freed,stage,loss")
     assert len(lines) == 1 + sum(len(p.readings) for p in found.points)
+
+
+def test_prune_measures_sensitivity_where_that_is_the_score():
+    net, batches = nets.make("lenet"), data()
+    by_name = prune(net, nets.images(), Budget(params="40%"), score="sensitivity", calibration=batches)
+    found = sensitivity(net, nets.images(), batches, calibration=batches, score="taylor", widths=12)
+    by_curves = prune(net, nets.images(), Budget(params="40%"), score=found.scores, calibration=batches)
+    assert by_name.plan == by_curves.plan
+    with pytest.raises(PruningError, match="validation split is empty"):
+        prune(net, nets.images(), Budget(params="40%"), score="sensitivity")
+    with pytest.raises(PruningError, match="choose another score"):
+        sensitivity(net, nets.images(), batches, score="sensitivity")
