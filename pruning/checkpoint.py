@@ -2,7 +2,7 @@
 
     {"format": 1, "class": "models.YourNet:YourNet", "arguments": {...},
      "layers": {"features.conv1": {"out_channels": 3, ...}, ...}, "folded": [...],
-     "state_dict": {...}, "provenance": {...}}
+     "not_in_place": [...], "state_dict": {...}, "provenance": {...}}
 
 The network is made by calling the class with the arguments, then every layer is given the
 channel counts in `layers`: so a pruned network loads whether or not its class can build
@@ -175,8 +175,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
                 counts[attribute] = getattr(layer, attribute)
             layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
     folded = [name for name, layer in model.named_modules() if type(layer) is nn.Identity]
+    not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return {"layers": layers, "folded": folded, "state_dict": state}
+    return {"layers": layers, "folded": folded, "not_in_place": not_in_place, "state_dict": state}
 
 
 def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
@@ -185,6 +186,8 @@ def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
     for name in description["folded"]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity())
+    for name in description.get("not_in_place", ()):
+        model.get_submodule(name).inplace = False  # type: ignore[assignment]
     for name, counts in description["layers"].items():
         layer = model.get_submodule(name)
         rule = rule_for(layer)

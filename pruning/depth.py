@@ -83,9 +83,7 @@ def without_layer(
 
     Raises `PruningError` when a layer must be fitted and there is no calibration data.
     """
-    smaller = copy.deepcopy(model)
-    for name in layer.bypassed:
-        replace_module(smaller, name, nn.Identity())
+    smaller = _bypassed(model, layer)
     if layer.joined:
         _fit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))
     smaller.zero_grad(set_to_none=True)
@@ -199,22 +197,60 @@ def _input_of(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
     return received[0]
 
 
+def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
+    """A copy with identities in place of the bypassed modules.
+
+    The activation behind them now sees the tensor that they received, which others may use,
+    too: it must not write into it.
+    """
+    smaller = copy.deepcopy(model)
+    for name in layer.bypassed:
+        replace_module(smaller, name, nn.Identity())
+    for module in smaller.modules():
+        if getattr(module, "inplace", False) is True:
+            setattr(module, "inplace", False)  # noqa: B010 - nn.Module declares no such attribute
+    return smaller
+
+
 def _runs(model: nn.Module, layer: Removable, inputs: Inputs) -> bool:
-    """Whether the model still fits together without the layer."""
-    probe = copy.deepcopy(model)
+    """Whether the model still fits together without the layer, and can be trained."""
+    probe = _bypassed(model, layer)
     try:
-        for name in layer.bypassed:
-            replace_module(probe, name, nn.Identity())
-        with torch.no_grad(), eval_mode(model, probe):
-            if not layer.joined:
-                shapes = [[t.shape for t in tensors(call(m, inputs))] for m in (model, probe)]
-                return shapes[0] == shapes[1]
-            before, after = (_input_of(m, layer.joined, inputs) for m in (model, probe))
-            if isinstance(model.get_submodule(layer.joined), nn.Linear):
-                return before.shape[:-1] == after.shape[:-1]
-            return before.shape[2:] == after.shape[2:]
+        if not layer.joined:
+            with torch.no_grad(), eval_mode(model):
+                shapes = [t.shape for t in tensors(call(model, inputs))]
+            return shapes == [t.shape for t in _trainable_outputs(probe, inputs)]
+        before, after = (_input_of(m, layer.joined, inputs) for m in (model, probe))
+        joined = model.get_submodule(layer.joined)
+        if isinstance(joined, nn.Linear):
+            fits = before.shape[:-1] == after.shape[:-1]
+        else:
+            fits = before.shape[2:] == after.shape[2:]
+        if fits:
+            channels = after.shape[-1 if isinstance(joined, nn.Linear) else 1]
+            fitted: Any = probe.get_submodule(layer.joined)
+            _replace_weights(fitted, fitted.weight.new_zeros(len(fitted.weight), _per_row(fitted, channels)))
+            _trainable_outputs(probe, inputs)
+        return fits
     except (RuntimeError, ValueError, AttributeError, TypeError, IndexError):
         return False
+
+
+def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs of a forward pass that a backward pass could follow; raises RuntimeError if not.
+
+    An operation that writes into a tensor which the backward pass needs is found here.
+    """
+    with torch.enable_grad(), eval_mode(model):
+        outputs = tensors(call(model, inputs))
+        total = torch.stack([t.float().sum() for t in outputs if t.requires_grad]).sum()
+        total.backward()
+    return outputs
+
+
+def _per_row(layer: nn.Module, channels: int) -> int:
+    """Weights of one output of a layer with so many input channels."""
+    return channels * math.prod(getattr(layer, "kernel_size", ()))
 
 
 def _fit(

@@ -227,7 +227,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     axes.margins(x=0.12)
     axes.set_xlabel("channels")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     return figure
 
 
@@ -237,9 +237,11 @@ def history(events: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (upper, lower) = _new(6.8, 5.0, 2, 1)
     upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLOURS[0], lw=1.2)
     upper.set_ylabel("validation, %")
-    if epochs:
-        best = 100 * max(e["validation"] for e in epochs)
-        upper.set_ylim(max(0.0, best - 12), best + 0.6)
+    if epochs:  # what falls far below right after a cut would flatten all the rest
+        seen = np.array([100 * e["validation"] for e in epochs])
+        low, high = np.quantile(seen, 0.15), seen.max()
+        room = 0.25 * (high - low) + 0.1
+        upper.set_ylim(max(0.0, low - 2 * room), high + room)
     stages = list(dict.fromkeys(e["stage"] for e in epochs))
     for stage in stages[1:]:
         start = next(i for i, e in enumerate(epochs) if e["stage"] == stage) + 0.5
@@ -251,8 +253,8 @@ def history(events: Sequence[Mapping[str, Any]]) -> Figure:
         if values and values[0]:
             lower.plot([100 * v / values[0] for v in values], color=colour, marker=marker, ms=4, label=label)
     lower.set_yscale("log")
-    lower.set_ylabel("% of after stage 1")
-    lower.set_xlabel("pruning step")
+    lower.set_ylabel("% of the first")
+    lower.set_xlabel("dense, after stage 1 and after every pruning step")
     lower.legend(frameon=False)
     return figure
 
@@ -314,18 +316,29 @@ def examples(images: Any, captions: Sequence[str], columns: int = 10) -> Figure:
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write a figure as PATH.png and PATH.svg, the same bytes for the same figure."""
-    import matplotlib
-
-    stem = Path(path).with_suffix("")
+    stem = Path(path)
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
     written = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
-            figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
-        target = stem.with_suffix(f".{kind}")
-        replace_file(target, buffer.getvalue())
+    for kind in ("png", "svg"):
+        target = stem.with_name(f"{stem.name}.{kind}")
+        replace_file(target, _rendered(figure, kind))
         written.append(target)
     return written
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG."""
+    return _rendered(figure, "svg")
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    import matplotlib
+
+    metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def _new(

@@ -21,7 +21,7 @@ from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
-from pruning.graph import Ignored, Inputs, trace
+from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.modes import eval_mode
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
@@ -154,6 +154,8 @@ def slim(
 
     if progress.at == 0:
         label = "stage 1, sparsify"
+        if progress.resume(0) is None:
+            progress.begin(trace(small, example_inputs, ignored), target)
         small = sparsify(
             small,
             config=config.sparsify,
@@ -165,8 +167,8 @@ def slim(
             **inside,
             **progress.options(0, label, small),
         )
-        left = _left(small, example_inputs, ignored)
-        log(f"{label}: {progress.end_sparsify(small, *left, validate(small))}")
+        pull = ScalePull(small, trace(small, example_inputs, ignored), strength=0.0)
+        log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
 
     teacher = (teacher or progress.dense) if config.distill else None
     soft_loss = distillation(teacher, config.distill, loss=loss) if teacher else loss
@@ -184,7 +186,8 @@ def slim(
         try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
         trial = _Trial(small, example_inputs, target, try_out, validate, step_options)
         removed, rest, trials = _superfluous_layers(trial, progress, log)
-        progress.state["start"] = asdict(_left(rest, example_inputs, ignored)[1])
+        left = ScalePull(rest, trace(rest, example_inputs, ignored), strength=0.0).left()
+        progress.state["start"] = asdict(left)
         progress.state["trial_epochs"] = brief.epochs * trials
 
     for iteration in range(max(1, progress.at), last):
@@ -293,13 +296,6 @@ def _superfluous_layers(
     return removed, rest, trials
 
 
-def _left(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored]) -> tuple[dict[str, int], Cost]:
-    """The widths that stage 1 has left, those of scales other than 0, and what they cost."""
-    pull = ScalePull(model, trace(model, inputs, ignored), strength=0.0)
-    alive = pull.alive()
-    return alive, pull.cost_model({group: max(1, width) for group, width in alive.items()})
-
-
 def reachable(
     model: nn.Module,
     example_inputs: Inputs,
@@ -386,11 +382,20 @@ class _Progress:
         if self.run is not None:
             self.run.note(**event)
 
-    def end_sparsify(self, small: nn.Module, alive: dict[str, int], start: Cost, validation: float) -> str:
+    def begin(self, traced: Trace, asked: Budget) -> None:
+        """Record what is asked of the dense network."""
+        cost_model = CostModel(self.network, traced)
+        dense = cost_model(cost_model.full)
+        limits, skipped = asked.limits(), dict(traced.skipped)
+        self.note(stage="dense", widths=traced.widths, asked=limits, skipped=skipped, **asdict(dense))
+
+    def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
         """Keep the dense weights and the channels left; returns the line to log."""
+        alive, start = pull.alive(), pull.left()
+        scales = {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in pull.magnitudes().items()}
         self.dense.load_state_dict(small.state_dict())
         self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
-        self.note(stage="sparsify", alive=alive, **asdict(start), validation=validation)
+        self.note(stage="sparsify", alive=alive, scales=scales, **asdict(start), validation=validation)
         return f"γ ≠ 0 in {_widths(alive)}: {start}; validation {validation:.4f}"
 
     def note_step(self, label: str, step: Step, validation: float) -> str:

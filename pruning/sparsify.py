@@ -87,6 +87,10 @@ class ScalePull:
         living = {name: int((largest > 0).sum()) for name, largest in self.magnitudes().items()}
         return {name: living.get(name, group.channels) for name, group in self.trace.groups.items()}
 
+    def left(self) -> Cost:
+        """What the network costs without the channels whose scales are 0."""
+        return self.cost_model({group: max(1, width) for group, width in self.alive().items()})
+
     def refresh(self, way: float = 0.0) -> None:
         """Weigh each group anew by what one of its channels frees; call it once an epoch."""
         magnitudes = self.magnitudes()

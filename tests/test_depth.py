@@ -182,3 +182,20 @@ def test_frozen_norms_keep_their_statistics():
     recalibrate(net, [nets.images(16)])
     assert torch.equal(net.stem[1].running_mean, frozen)
     assert not torch.equal(net.blocks[0].inner[1].running_mean, others)
+
+
+def test_an_activation_that_writes_in_place_does_not_spoil_a_skip_connection(tmp_path):
+    """Without its convolution, the ReLU inside a block sees the tensor that the skip adds."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=4).eval()
+    x = torch.randn(4, 3, 32, 32)
+    found = candidates(net, x)
+    assert "layer1.0" in found and "layer1.0.conv1" in found
+    for name in ("layer1.0", "layer1.0.conv1", "layer3.1.conv1"):
+        small = without(net, name, x).train()
+        small(x).sum().backward()
+        save(tmp_path / "small.pth", small.eval())
+        again = load(tmp_path / "small.pth", lambda: torchvision.models.resnet18(num_classes=4))
+        torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+        again.train()(x).sum().backward()

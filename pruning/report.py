@@ -1,0 +1,293 @@
+"""One HTML file that shows a run: what was asked and got, figures, layers, steps, settings.
+
+It needs no network and no build step, opens from disk, prints, and follows the reader's
+light or dark setting.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruning import plots
+from pruning.budget import LABELS
+from pruning.checkpoint import read, replace_file
+from pruning.errors import PruningError
+from pruning.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Event = Mapping[str, Any]
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dae1; --soft: #f3f5f8;
+  --accent: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --paper: #14181e; --line: #353c47; --soft: #1e242d; --accent: #56b4e9; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h1, h2 { line-height: 1.25; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid var(--line); }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; } figcaption { font-size: .9rem; margin-top: .3rem; }
+figure img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px;
+  padding: .4rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; }
+.card { background: var(--soft); border-radius: 8px; padding: .7rem 1rem; min-width: 9rem; }
+.card b { display: block; font-size: 1.35rem; color: var(--accent); }
+.card span { font-size: .85rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
+@media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the report of a run, by default as `report.html` into its folder.
+
+    Besides `config.json` and `history.jsonl`, which every run has, it shows what it finds:
+    `best.pth` (how it was made), `indicators.json` (what a test script measured) and
+    `sensitivity.json`.
+
+    Raises `PruningError` for a folder that holds no run, or one in which nothing has
+    happened yet.
+    """
+    folder = Path(folder)
+    settings, events = _read_run(folder)
+    sections = [
+        _heading(folder, settings),
+        _asked_and_got(events),
+        _before_and_after(folder, events),
+        _figures(folder, events),
+        _layers(events),
+        _steps(events),
+        _epochs(events),
+        _provenance(folder, settings),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(folder.name)}: pruning report</title><style>{_CSS}</style></head><body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body></html>\n"
+    )
+    path = Path(output) if output is not None else folder / "report.html"
+    replace_file(path, page.encode())
+    return path
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        lines = (folder / "history.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+    except FileNotFoundError as error:
+        raise PruningError(f"{folder} holds no run: {Path(error.filename).name} is not there") from error
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{folder} holds no run that can be read: {error}") from error
+    if not events or "stage" not in events[0]:
+        raise PruningError(
+            f"{folder}: nothing has happened in this run yet, or its history is another tool's"
+        )
+    return settings, events
+
+
+def _heading(folder: Path, settings: Mapping[str, Any]) -> str:
+    facts = [str(settings[key]) for key in ("start", "data") if key in settings]
+    if "seed" in settings:
+        facts.append(f"seed {settings['seed']}")
+    return f"<h1>Run {_text(folder.name)}</h1><p>{_text(', '.join(facts))}</p>"
+
+
+def _costs(events: Sequence[Event]) -> list[Event]:
+    """The events that say what the network cost: dense, after stage 1, after every step."""
+    return [event for event in events if "params" in event and "macs" in event]
+
+
+def _steps_of(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if "asked" in event and event["stage"] != "dense"]
+
+
+def _best(events: Sequence[Event]) -> float | None:
+    scores = [e["validation"] for e in events if "epoch" in e and e["validation"] is not None]
+    last = next((e["stage"] for e in reversed(events) if "epoch" in e), None)
+    final = [
+        e["validation"] for e in events if "epoch" in e and e["stage"] == last and e["validation"] is not None
+    ]
+    return max(final or scores, default=None)
+
+
+def _asked_and_got(events: Sequence[Event]) -> str:
+    steps = _steps_of(events)
+    if not steps:
+        return "<h2>Asked and got</h2><p>No pruning step has been made yet.</p>"
+    last = steps[-1]
+    rows = [
+        [LABELS[what], f"≤ {limit:,}", f"{last[what]:,}", "met" if last[what] <= limit else "not yet met"]
+        for what, limit in (events[0].get("asked") or last["asked"]).items()
+    ]
+    return "<h2>Asked and got</h2>" + _table(["limit", "asked", "got", ""], rows)
+
+
+def _before_and_after(folder: Path, events: Sequence[Event]) -> str:
+    costs = _costs(events)
+    if not costs:
+        return ""
+    first, last = costs[0], costs[-1]
+    cards = [
+        (f"÷ {first[what] / max(1, last[what]):.1f}", f"{LABELS[what]}: {first[what]:,} → {last[what]:,}")
+        for what in ("params", "macs", "channels")
+        if first.get(what)
+    ]
+    best = _best(events)
+    if best is not None:
+        cards.append((f"{100 * best:.2f} %", "best validation of the last stage"))
+    measured = folder / "indicators.json"
+    if measured.exists():
+        content = json.loads(measured.read_text())
+        cards.append(
+            (f"{100 * content['accuracy']:.2f} %", f"accuracy on {content['dataset']}/{content['split']}")
+        )
+        cards.append((f"{content['infer_time_ms']:.4f} ms", f"per image at batch {content['batch_size']}"))
+    inner = "".join(
+        f'<div class="card"><b>{_text(big)}</b><span>{_text(small)}</span></div>' for big, small in cards
+    )
+    return f'<h2>Before and after</h2><div class="cards">{inner}</div>'
+
+
+def _figures(folder: Path, events: Sequence[Event]) -> str:
+    figures: list[tuple[Figure, str]] = []
+    if any("epoch" in event for event in events):
+        figures.append(
+            (plots.history(events), "Validation over all epochs, and costs after every pruning step.")
+        )
+    widths = _widths(events)
+    if widths:
+        figures.append(
+            (plots.widths(*widths), "Channels of every group in the dense network and in the result.")
+        )
+    scales = next((e["scales"] for e in events if e.get("scales")), None)
+    if scales:
+        before = {name: [1.0] * len(values) for name, values in scales.items()}
+        shown = dict(list(scales.items())[:16])
+        note = "" if len(shown) == len(scales) else f" The first 16 of {len(scales)} groups."
+        figures.append(
+            (plots.scale_histograms({n: before[n] for n in shown}, shown),
+             f"Scales γ of BatchNorm, which start at 1, after stage 1; the largest of each channel.{note}")
+        )  # fmt: skip
+    analysis = folder / "sensitivity.json"
+    if analysis.exists():
+        found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
+        figures += [
+            (plots.sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
+            (plots.sensitivity_map(found), "The same at a glance."),
+            (plots.lost_per_cost(found), "What the MACs cost that each group can give."),
+        ]
+    inner = "".join(
+        f'<figure><img alt="{_text(caption)}" src="{_embedded(figure)}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        for figure, caption in figures
+    )
+    return f'<h2>Figures</h2><div class="figures">{inner}</div>' if inner else ""
+
+
+def _widths(events: Sequence[Event]) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Widths of the dense network, and of the network after the last pruning step."""
+    dense = next((e["widths"] for e in events if e["stage"] == "dense"), None)
+    steps = _steps_of(events)
+    if not steps:
+        return None
+    return dict(dense or steps[0]["widths"]), dict(steps[-1]["widths"])
+
+
+def _layers(events: Sequence[Event]) -> str:
+    widths = _widths(events)
+    if widths is None:
+        return ""
+    before, after = widths
+    rows = [
+        [name, full, after.get(name, "layer removed"), f"{after[name] / full:.0%}" if name in after else ""]
+        for name, full in before.items()
+    ]
+    table = _table(["group", "dense", "kept", "share"], rows)
+    skipped: dict[str, str] = next((e["skipped"] for e in events if e["stage"] == "dense"), {})
+    reasons = "".join(f"<li><b>{_text(layer)}</b>: {_text(why)}</li>" for layer, why in skipped.items())
+    kept_whole = (
+        f"<details><summary>Layers kept whole, and why: {len(skipped)}</summary><ul>{reasons}</ul></details>"
+    )
+    return f"<h2>Layers</h2>{table}{kept_whole if skipped else ''}"
+
+
+def _steps(events: Sequence[Event]) -> str:
+    rows = []
+    for event in _steps_of(events):
+        asked = ", ".join(f"≤ {limit:,} {LABELS[what]}" for what, limit in event["asked"].items())
+        removed = ", ".join(event.get("removed", ())) or "–"
+        after = [e["validation"] for e in events if e["stage"] == event["stage"] and "epoch" in e]
+        rows.append(
+            [event["stage"], asked, f"{event['params']:,}", f"{event['macs']:,}", removed,
+             f"{event['validation']:.4f}", f"{after[-1]:.4f}" if after and after[-1] is not None else "–"]
+        )  # fmt: skip
+    trials = [[", ".join(e["removed"]) or "none", f"{e['validation']:.4f}"]
+              for e in events if e["stage"].endswith("whole layers")]  # fmt: skip
+    if not rows:
+        return ""
+    heads = ["step", "asked", "params", "MACs", "whole layers removed", "validation", "after training"]
+    tried = "<p>Trials of whole layers, each pruned to the budget and trained a little:</p>" + _table(
+        ["without", "validation"], trials
+    )
+    return f"<h2>Pruning steps</h2>{_table(heads, rows)}{tried if trials else ''}"
+
+
+def _epochs(events: Sequence[Event]) -> str:
+    rows = [
+        [
+            e["stage"],
+            e["epoch"],
+            f"{e['train_loss']:.4f}",
+            "–" if e["validation"] is None else f"{e['validation']:.4f}",
+        ]
+        for e in events
+        if "epoch" in e
+    ]
+    table = _table(["stage", "epoch", "training loss", "validation"], rows)
+    return f"<h2>History</h2><details><summary>{len(rows)} epochs</summary>{table}</details>" if rows else ""
+
+
+def _provenance(folder: Path, settings: Mapping[str, Any]) -> str:
+    made = ""
+    if (folder / "best.pth").exists():
+        facts = read(folder / "best.pth").get("provenance", {})
+        made = f"<p>How best.pth was made:</p><pre>{_text(json.dumps(facts, indent=2))}</pre>"
+    return (
+        f"<h2>Settings and provenance</h2>{made}<details><summary>config.json</summary>"
+        f"<pre>{_text(json.dumps(settings, indent=2))}</pre></details>"
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _embedded(figure: Figure) -> str:
+    """A figure as a data address."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(plots.svg(figure)).decode()}"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
