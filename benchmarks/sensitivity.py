@@ -1,0 +1,93 @@
+"""Sensitivity of LeNet-5 at every width, what it foretells of whole plans, and its pictures.
+
+    python -m benchmarks.sensitivity
+
+Trains LeNet-5 through stage 1 by the recipe of the main job, analyses all its groups on the
+validation split, and compares, at several budgets and before any training, the plan that the
+curves suggest with the Taylor plan. Writes benchmarks/sensitivity.json and the figures
+docs/sensitivity*.png and .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+import models
+import train_yournet
+from eval.cli import ROOT, use_threads
+from pruning import Budget, accuracy, cli, joint, plots, prune, sensitivity, sparsify
+from pruning.checkpoint import replace_file
+
+BUDGETS = ("75%", "50%", "35%", "25%")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
+    parser.add_argument("--widths", type=cli.whole_number(1), help="of each group (default: every one)")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT, metavar="FOLDER", help="the project, or elsewhere"
+    )
+    args = parser.parse_args()
+    use_threads(args.threads)
+    dataset = data.load(args.data, ROOT / "data")
+    calibration = list(itertools.islice(dataset.batches("train", 256), 8))
+    validation = list(dataset.batches("validation", 500))
+    example = calibration[0][0][:8]
+    config = train_yournet.stages(train_yournet.arguments([]))
+    torch.manual_seed(args.seed)
+    net = models.start("lenet5", dataset.image_shape, dataset.classes)
+    batches = dataset.batches("train", 64, shuffle=True)
+    sparsify(net, batches, config.sparsify, example, budget=config.budget, label="stage 1")
+
+    started = time.perf_counter()
+    found = sensitivity(net, example, validation, calibration=calibration, widths=args.widths, score="taylor")
+    seconds = time.perf_counter() - started
+    plans: list[dict[str, Any]] = []
+    for share in BUDGETS:
+        budget = Budget(params=share, macs=share)
+        whole = joint(net, example, budget, found, validation, calibration=calibration)
+        taylor = prune(net, example, budget, calibration=calibration)
+        plans.append(
+            {
+                "budget": str(budget),
+                "predicted_loss": whole.predicted_loss,
+                "measured_loss": whole.measured["recalibrated"].loss,
+                "accuracy": whole.measured["recalibrated"].accuracy,
+                "widths": whole.plan.widths,
+                "taylor_accuracy": accuracy(taylor.model, validation),
+                "taylor_widths": taylor.plan.widths,
+            }
+        )
+    result = {
+        "dataset": dataset.name,
+        "images": len(dataset.validation.labels),
+        "points": len(found.points),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "dense": {"loss": found.dense.loss, "accuracy": found.dense.accuracy},
+        "plans": plans,
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    replace_file(args.output / "benchmarks" / "sensitivity.json", text.encode())
+    print(text, end="")
+    for name, figure in {
+        "sensitivity": plots.sensitivity_curves(found),
+        "sensitivity-map": plots.sensitivity_map(found),
+        "sensitivity-cost": plots.lost_per_cost(found),
+    }.items():
+        plots.save(figure, args.output / "docs" / name)
+
+
+if __name__ == "__main__":
+    cli.run(main)
