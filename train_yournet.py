@@ -188,8 +188,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train with the channels of convolutions last in memory: faster on small networks",
+        default=False,
+        help="train with the channels of convolutions last in memory: may pay on one thread",
     )
     group.add_argument(
         "--ema",
