@@ -49,15 +49,19 @@ from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
 RUNS = Path("runs")
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
+#: Used in its place where only the embedded digits can be had, or are asked for.
+RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 CALIBRATION_IMAGES = 2048
 
 
 def main() -> None:
     args = arguments()
-    config = stages(args)
     use_threads(args.threads)
     started = time.monotonic()
     dataset = data.load(args.data, args.data_dir).to(args.device)
+    if dataset.name == "mnist5k" and args.recipe == RECIPE:
+        args = arguments(recipe=RECIPE_MNIST5K)
+    config = stages(args)
     calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
@@ -134,13 +138,13 @@ def stages(args: argparse.Namespace) -> SlimConfig:
     )
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of the command line, or of `argv`, over those of the recipe."""
+def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argparse.Namespace:
+    """The flags of the command line, or of `argv`, over those of the recipe that they name."""
     flags = parser(__doc__ or "", batch_size="images in a training step")
     flags.add_argument(
         "--recipe",
         type=Path,
-        default=RECIPE,
+        default=recipe,
         metavar="FILE",
         help="TOML file with flags of this command; those given here go before it",
     )
@@ -237,9 +241,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--recipe", type=Path, default=RECIPE)
-    recipe = first.parse_known_args(argv)[0].recipe
-    flags.set_defaults(**vars(flags.parse_args(cli.read_recipe(recipe))))
+    first.add_argument("--recipe", type=Path, default=recipe)
+    chosen = first.parse_known_args(argv)[0].recipe
+    flags.set_defaults(**vars(flags.parse_args(["--recipe", str(chosen), *cli.read_recipe(chosen)])))
     args = flags.parse_args(argv)
     if args.resume:
         args.output = args.output or newest_run()

@@ -175,7 +175,8 @@ def lost_per_cost(found: Sensitivity, cost: str = "macs", stage: str = "recalibr
     axes.set_xlabel(f"{_COSTS[cost]} freed, % of the whole network")
     axes.set_ylabel("accuracy lost, points")
     axes.set_yscale("symlog", linthresh=1)
-    axes.legend(frameon=False, fontsize=7, ncols=max(1, len(found.channels) // 14), loc="upper left")
+    columns = -(-len(found.channels) // 25)
+    figure.legend(frameon=False, fontsize=7, ncols=columns, loc="outside right upper")
     return figure
 
 

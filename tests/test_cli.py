@@ -241,3 +241,28 @@ def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
     assert (figures["dataset"], figures["split"], figures["images"]) == ("mnist", "test", 10_000)
     assert figures["accuracy"] >= 0.985 and figures["reference"]["accuracy"] >= 0.975
     assert figures["score_uncapped"] >= 140 and figures["score"] == 100
+
+
+def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('start = "mlp"\nmax-params = "30%"\nlayers = false\nfinetune-epochs = 7\n')
+    done = command("train_yournet.py", *SHORT, "--recipe", recipe, "--output", tmp_path / "run", cwd=tmp_path)
+    assert "YourNet" in done.stdout
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["start"] == "mlp" and settings["layers"] is False
+    assert settings["finetune_epochs"] == 1, "SHORT says so"
+    assert len(load(tmp_path / "run" / "best.pth").widths) == 2
+
+    recipe.write_text("finetune-epoch = 7\n")
+    said = refused("train_yournet.py", "--recipe", recipe, "--start", "nonsense")
+    assert "nonsense" in said or "finetune-epoch" in said
+    recipe.write_text("finetune-epochs = [7]\n")
+    assert "a plain value was expected" in refused("train_yournet.py", "--recipe", recipe)
+    recipe.write_text("finetune-epochs = \n")
+    assert "cannot be read as a recipe" in refused("train_yournet.py", "--recipe", recipe)
+    assert "cannot be read as a recipe" in refused("train_yournet.py", "--recipe", tmp_path / "none.toml")
+
+
+def test_the_embedded_digits_have_a_recipe_of_their_own(run):
+    folder, _ = run
+    assert json.loads((folder / "config.json").read_text())["augment"] == 1.0
