@@ -11,16 +11,13 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pruning import plots
 from pruning.budget import LABELS
 from pruning.checkpoint import read, replace_file
 from pruning.errors import PruningError
 from pruning.sensitivity import Sensitivity
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Event = Mapping[str, Any]
 
@@ -169,7 +166,7 @@ def _before_and_after(folder: Path, events: Sequence[Event]) -> str:
 
 
 def _figures(folder: Path, events: Sequence[Event]) -> str:
-    figures: list[tuple[Figure, str]] = []
+    figures: list[tuple[Any, str]] = []
     if any("epoch" in event for event in events):
         figures.append(
             (plots.history(events), "Validation over all epochs, and costs after every pruning step.")
@@ -284,7 +281,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _embedded(figure: Figure) -> str:
+def _embedded(figure: Any) -> str:
     """A figure as a data address."""
     return f"data:image/svg+xml;base64,{base64.b64encode(plots.svg(figure)).decode()}"
 
