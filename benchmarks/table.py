@@ -73,7 +73,7 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
         return
     folder = args.runs / "table" / row / str(seed)
     train(folder, ["--recipe", str(path), "--seed", str(seed), "--data", args.data], args.threads)
-    entry = {"seed": seed, **measured(folder / "best.pth", args.data)}
+    entry = {"seed": seed, "threads": threads, **measured(folder / "best.pth", args.data)}
     with WRITING:
         content = read_results(args.checkpoints)
         runs = [*known_runs(content, *key), entry]
@@ -136,7 +136,8 @@ def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> 
     return {
         "row": row,
         "checkpoint": f"checkpoints/{row}/best.pth",
-        "command": f"python train_yournet.py --recipe checkpoints/{row}/recipe.toml --seed {best['seed']}",
+        "command": f"python train_yournet.py --recipe checkpoints/{row}/recipe.toml --seed {best['seed']} "
+        f"--threads {best['threads']}",
         "dataset": dataset,
         "recipe": recipe,
         "seeds": [run["seed"] for run in runs],
