@@ -73,7 +73,7 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
         return
     folder = args.runs / "table" / row / str(seed)
     train(folder, ["--recipe", str(path), "--seed", str(seed), "--data", args.data], args.threads)
-    entry = {"seed": seed, "threads": threads, **measured(folder / "best.pth", args.data)}
+    entry = {"seed": seed, "threads": args.threads, **measured(folder / "best.pth", args.data)}
     with WRITING:
         content = read_results(args.checkpoints)
         runs = [*known_runs(content, *key), entry]

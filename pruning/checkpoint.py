@@ -197,6 +197,11 @@ def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
             setattr(layer, attribute, tuple(count) if isinstance(count, list) else count)
         for tensor_name in {**rule.out, **rule.into}:
             _resize(layer, tensor_name, state.get(f"{name}.{tensor_name}"))
+    present = model.state_dict()
+    for name, wanted in state.items():  # parameters and buffers outside those layers
+        if name in present and present[name].shape != wanted.shape:
+            owner, _, tensor_name = name.rpartition(".")
+            _resize(model.get_submodule(owner), tensor_name, wanted)
     model.load_state_dict(state)
 
 

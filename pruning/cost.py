@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
 from pruning.layers import is_depthwise, rule_for
 from pruning.modes import eval_mode, thread_count
+from pruning.tracing import on_meta, to_meta
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
 
@@ -49,26 +52,37 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
     Args:
         inputs: example inputs with a batch dimension; the MACs are divided by its size.
 
-    thop sees layers, not functional calls; those of a layer type that it does not know
-    count 0 (`uncounted` lists them).
+    thop sees layers, not functional calls such as attention, for which PyTorch's flop counter
+    is asked besides, and the larger count is given; a layer type that neither knows counts 0
+    (`uncounted` lists them). Nothing is computed where the model runs on the meta device.
     """
+    try:
+        return _counted(on_meta(model), pytree.tree_map(to_meta, inputs))
+    except Exception:
+        return _counted(copy.deepcopy(model), inputs)
+
+
+def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # thop imports distutils
         from thop import profile
 
-    probe = copy.deepcopy(model).eval()
+    params = sum(p.numel() for p in probe.parameters())
+    probe.eval()
     rules: dict[type[nn.Module], Callable[..., None]] = {}
     for layer in probe.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
             rules[type(layer)] = _transposed
         elif not isinstance(layer, _COUNTED) and not list(layer.children()):
             rules[type(layer)] = _zero  # of a layer: thop skips whatever is inside one with a rule
-    biases = _BiasCounter(probe)
     args = _positional(inputs)
-    with torch.no_grad(), biases:
-        macs, _ = profile(probe, inputs=args, custom_ops=rules, verbose=False)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            call(probe, inputs)
+        with _BiasCounter(probe) as biases:
+            macs, _ = profile(probe, inputs=args, custom_ops=rules, verbose=False)
+    macs = max(macs, flops.get_total_flops() / 2)
     batch = tensors(args)[0].shape[0]
-    params = sum(p.numel() for p in model.parameters())
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
 
 
@@ -146,16 +160,26 @@ class CostModel:
 
         # For every side of every layer: how many of its positions one channel of each group owns.
         share: dict[tuple[str, str], np.ndarray] = {}
+        lies: dict[str, int] = {}
         for name, group in trace.groups.items():
             for member in group.members:
+                lies[member.layer] = member.dim
                 owns = share.setdefault((member.layer, member.side), np.zeros(len(self.groups)))
                 owns[position[name]] += len(member.index) / group.channels
 
         rows: list[_Row] = []
         nothing = np.zeros(len(self.groups))
-        self.fixed_params = 0.0
+        self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
+        loose: dict[str, Tensor] = dict(model.named_parameters())
+        for (name, side), owns in share.items():
+            if side == "self" and name in loose:  # a parameter outside the layers of the table
+                size = loose[name].shape[lies[name]]
+                per_position = loose.pop(name).numel() / size
+                fixed = float(size - owns @ self.full)
+                rows.append(_Row(owns, fixed, nothing, 1.0, per_position, 0.0, 0.0, 0.0))
         for name, layer in model.named_modules():
-            numel = sum(p.numel() for p in layer.parameters(recurse=False))
+            own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
+            numel = sum(loose[key].numel() for key in own if key in loose)  # shared ones count once
             rule = rule_for(layer)
             if rule is None or name in folded:
                 self.fixed_params += 0 if name in folded else numel
@@ -168,11 +192,12 @@ class CostModel:
                 in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)
             if use is None:  # a norm, a PReLU, a layer that is not run: so much per channel
-                per_product = numel / max(1.0, out_width * (in_fixed + into @ self.full))
+                per_product = numel / max(1.0, float(out_width * (in_fixed + into @ self.full)))
                 rows.append(_Row(out, out_fixed, into, in_fixed, per_product, 0.0, 0.0, 0.0))
             else:
                 weight: Any = layer.weight
-                kernel, bias = weight.numel() / (out_width * (in_fixed + into @ self.full)), float(use.bias)
+                kernel = float(weight.numel() / (out_width * (in_fixed + into @ self.full)))
+                bias = float(use.bias)
                 rows.append(
                     _Row(
                         out, out_fixed, into, in_fixed, kernel, kernel * use.uses, bias, use.positions * bias
@@ -197,7 +222,7 @@ class CostModel:
             widths = np.array([widths.get(g, n) for g, n in zip(self.groups, self.full, strict=True)], float)
         out, into = self._widths(widths)
         weights = out * into
-        macs = weights @ self._macs
+        macs = self.fixed_macs + weights @ self._macs
         params = self.fixed_params + weights @ self._params + out @ self._bias
         with_bias = macs + out @ self._bias_macs
         return Cost(round(params), round(macs), round(with_bias), round(widths.sum()))

@@ -133,7 +133,7 @@ def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Remo
     makers = [m.layer for m in group.side("out")]
     weighted = [m for m in makers if isinstance(model.get_submodule(m), nn.modules.conv._ConvNd | nn.Linear)]
     consumers = group.side("in")
-    if len(weighted) != 1 or len(consumers) != 1:
+    if len(weighted) != 1 or len(consumers) != 1 or group.side("self"):
         return None
     layer, consumer = model.get_submodule(weighted[0]), model.get_submodule(consumers[0].layer)
     if len(consumers[0].index) != group.channels or len(seen.get(consumers[0].layer, ())) != 1:

@@ -1,30 +1,31 @@
 """Which slices of which layers must be removed together: channel groups, by tracing.
 
-`torch_pruning.DependencyGraph` follows the computation and finds the coupled slices; this
-module is the only one that knows it. What comes out is plain data, with the reason for
-every layer that is left out.
+`pruning.tracing` follows the channels through the model; here what is tied becomes groups:
+plain data, with the reason for every layer that is left out.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
-from pruning.layers import Side, layer_width, parts, rule_for
+from pruning.layers import Side, layer_width, parts
+from pruning.tracing import Flow, SideUse, Ties, flow, on_meta, to_meta
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
 Ignored = str | type[nn.Module] | nn.Module
+#: Layers that make channels.
+_MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Member:
     """One side of one layer in a group.
 
     `index[i]`, a position along that side of the layer, belongs to channel `channel[i]` of
-    the group: after a flatten, several positions belong to one channel.
+    the group: after a flatten, several positions belong to one channel. `dim` is the
+    dimension of the layer's input (or output, on that side) along which they lie.
+
+    On the side `self`, `layer` is the full name of a parameter or buffer that the model uses
+    without a layer of `pruning.layers.TABLE` around it, and `dim` one of its own dimensions.
     """
 
     layer: str
     side: Side
     index: Tensor
     channel: Tensor
+    dim: int
 
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along this side that the given channels of the group own, sorted."""
@@ -81,6 +87,7 @@ class Trace:
         foldable: BatchNorm layers that directly follow a layer: layer name to norm name.
         uses: for every convolution and linear layer, how often it is used.
         ignored: the layers that were asked to stay as they are, those inside them included.
+        other_macs: of products outside such layers (attention), for one example.
     """
 
     groups: dict[str, Group]
@@ -88,6 +95,7 @@ class Trace:
     foldable: dict[str, str]
     uses: dict[str, LayerUse] = field(repr=False)
     ignored: frozenset[str] = frozenset()
+    other_macs: float = 0.0
 
     @property
     def widths(self) -> dict[str, int]:
@@ -115,179 +123,184 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         ignored: layers whose outputs are to stay as they are; a pattern, type or instance
             that matches no layer is an error.
 
-    Raises `PruningError` when the model cannot be traced.
+    Raises `PruningError` when the model does not run on the inputs.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     keep = _match(model, ignored)
-    probe = copy.deepcopy(model).eval().requires_grad_(True)
-    names = {module: name for name, module in probe.named_modules()}
-    inputs = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
-
-    uses = _count_uses(probe, inputs)
-    graph = _build(probe, inputs)
     shared = _shared_parameters(model)
+    found = flow(model, call, inputs)
 
-    groups, skipped = {}, {}
-    seen: set[str] = set()
-    roots = [
-        m for m in names if m in graph.module2node and isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
-    ]
-    for root in roots:
-        name = names[root]
-        if name in seen:
-            continue
-        width = graph.get_out_channels(root)
-        pruner = graph.get_pruner_of_module(root)
-        found = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(width)))
-        members, reason = _members(graph, found, names)
-        group = _group(name, width, members, probe)
-        producers = [m.layer for m in group.side("out")]
-        seen.update(producers)
-        reason = reason or _obstacle(group, probe, keep, frozen, shared)
+    groups: dict[str, Group] = {}
+    skipped: dict[str, str] = {}
+    sized = set(found.ties.root(np.concatenate([np.arange(0), *found.rigid])).tolist())
+    suspect = []
+    for group, numbers, reason in _groups(model, found):
+        producers = [m.layer for m in group.side("out") if m.layer in found.uses]
+        reason = reason or _obstacle(group, model, keep, frozen, shared)
         if reason:
-            skipped.update({p: reason for p in producers if p in uses})
-        else:
-            groups[name] = group
+            skipped.update(dict.fromkeys(producers, reason))
+            continue
+        groups[group.name] = group
+        if sized.intersection(numbers.tolist()):
+            suspect.append(group.name)
+    for name, error in _rigid(model, inputs, groups, suspect).items():
+        for member in groups.pop(name).side("out"):
+            skipped[member.layer] = (
+                f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
+                "views and splits from those of their inputs to let it be pruned"
+            )
+    makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
+    skipped = {layer: why for layer, why in skipped.items() if layer in found.uses and layer not in makers}
 
-    foldable = _foldable(graph, names)
+    foldable = _foldable(model, found)
     uses = {
-        name: replace(use, bias=probe.get_submodule(name).bias is not None or name in foldable)
-        for name, use in uses.items()
+        name: LayerUse(used, positions, model.get_submodule(name).bias is not None or name in foldable)
+        for name, (used, positions) in found.uses.items()
     }
-    return Trace(groups, skipped, foldable, uses, frozenset(keep))
+    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs)
 
 
-def _build(probe: nn.Module, inputs: Inputs) -> Any:
-    def mark_outputs(output: Any) -> list[Tensor]:
-        # An operation of its own behind every output makes the graph see it as an output
-        # even where a layer gives it directly.
-        return [t * 1 for t in tensors(output) if t.requires_grad]
+def _rigid(model: nn.Module, inputs: Inputs, groups: dict[str, Group], suspect: list[str]) -> dict[str, str]:
+    """Of the suspect groups those that cannot lose a channel, because the model then fails.
 
-    # Imported here, so that what it finds can be loaded where it is not installed.
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise PruningError(
-            f"tracing needs the package torch-pruning: pip install torch-pruning ({error})"
-        ) from error
-    example = inputs if isinstance(inputs, Tensor | Mapping) else list(inputs)
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch_pruning: we name what it cannot prune
-            return torch_pruning.DependencyGraph().build_dependency(
-                probe,
-                example,
-                forward_fn=call,
-                output_transform=mark_outputs,
-                verbose=False,
-            )
-    except Exception as error:  # whatever a foreign model or the graph raises on it
-        raise PruningError(
-            f"{type(probe).__name__} cannot be traced: {type(error).__name__}: {error}. Check that it "
-            "runs on the example inputs and is differentiable end to end"
-        ) from error
-
-
-def _count_uses(probe: nn.Module, inputs: Inputs) -> dict[str, LayerUse]:
-    """How often one example uses every convolution and linear layer."""
-    uses: dict[str, LayerUse] = {}
-    example = tensors(inputs)
-    batch = example[0].shape[0] if example and example[0].ndim else 1
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def record(layer: nn.Module, args: Any, output: Tensor) -> None:
-            positions = output.numel() / layer_width(layer, "out") / batch
-            used = positions
-            if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-                used = args[0].numel() / layer.in_channels / batch
-            before = uses.get(name, LayerUse(0.0, 0.0))
-            uses[name] = LayerUse(before.uses + used, before.positions + positions)
-
-        return record
-
-    hooks = [
-        module.register_forward_hook(hook(name))
-        for name, module in probe.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            call(probe, inputs)
-    except Exception as error:
-        raise PruningError(
-            f"{type(probe).__name__} does not run on the example inputs: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return uses
-
-
-def _members(graph: Any, found: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
-    """The parametric layers in a group as the graph found it, or why it cannot be pruned."""
-    members: dict[tuple[str, Side], Member] = {}
-    reason = ""
-    for item in found:
-        module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
-            parameter = graph._param_to_name[module]
-            reason = (
-                f"the parameter {parameter} is used directly, outside a layer that surgery knows; "
-                "put it into a module of its own or list this layer as ignored"
-            )
-        elif type(module).__name__ == "_OutputOp":
-            reason = reason or "its channels are the model's output, whose size is kept"
-        elif module in names:
-            if rule_for(module) is None:
-                reason = (
-                    f"{names[module]} is a {type(module).__name__}, which surgery does not know; "
-                    "add a row to pruning.layers.TABLE or list this layer as ignored"
-                )
-                continue
-            if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-                continue  # one slope for all channels
-            consumes = graph.is_in_channel_pruning_fn(item.dep.handler)
-            produces = graph.is_out_channel_pruning_fn(item.dep.handler)
-            side: Side = "in" if consumes and not produces else "out"
-            pairs = torch.tensor([list(item.idxs), list(item.root_idxs)])
-            old = members.get((names[module], side))
-            if old is not None:
-                pairs = torch.cat([torch.stack([old.index, old.channel]), pairs], dim=1).unique(dim=1)
-            members[names[module], side] = Member(names[module], side, *pairs)
-    return list(members.values()), reason
-
-
-def _group(name: str, width: int, members: list[Member], probe: nn.Module) -> Group:
-    """Merge channels that must go together, and number what is left from 0.
-
-    A position reached from two channels ties them. A layer that divides its channels into
-    g equal parts (grouped convolution, GroupNorm) must lose as many from each: the channels
-    in the same place of every part are tied, and one number stands for them all.
+    Sizes of a view or a split may have been computed from those of its input or be written
+    in the code; which, shows when the model runs with a channel less in each such group.
     """
-    parent = list(range(width))
+    if not suspect:
+        return {}
+    from pruning.plan import Plan  # which, like surgery, takes groups as they are found here
+    from pruning.surgery import apply
 
-    def find(channel: int) -> int:
-        while parent[channel] != channel:
-            parent[channel] = parent[parent[channel]]
-            channel = parent[channel]
-        return channel
+    with torch.no_grad():
+        try:
+            probe, example = on_meta(model).eval(), pytree.tree_map(to_meta, inputs)
+            wanted = [t.shape for t in tensors(call(probe, example))]
+        except Exception:  # a model that looks at values runs on its own device only
+            probe, example = copy.deepcopy(model).eval(), inputs
+            wanted = [t.shape for t in tensors(call(probe, example))]
 
-    for member in members:
-        layer = probe.get_submodule(member.layer)
-        place = member.index % (layer_width(layer, member.side) // parts(layer))
-        first: dict[int, int] = {}
-        for spot, channel in zip(place.tolist(), member.channel.tolist(), strict=True):
-            other = first.setdefault(spot, channel)
-            if find(other) != find(channel):
-                parent[max(find(other), find(channel))] = min(find(other), find(channel))
+        def failure(names: list[str]) -> str:
+            plan = Plan({name: tuple(range(groups[name].channels - 1)) for name in names})
+            try:
+                got = [t.shape for t in tensors(call(apply(probe, Trace(groups, {}, {}, {}), plan), example))]
+            except Exception as error:  # of a model that no longer fits together
+                return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return "" if got == wanted else f"its outputs change from {wanted} to {got}"
 
-    roots = torch.tensor([find(c) for c in range(width)])
-    distinct, number = roots.unique(return_inverse=True)
-    merged = []
-    for member in members:
-        pairs = torch.stack([member.index, number[member.channel]]).unique(dim=1)
-        merged.append(Member(member.layer, member.side, *pairs))
-    return Group(name, len(distinct), tuple(merged))
+        found = {}
+        waiting = [suspect]
+        while waiting:
+            names = waiting.pop()
+            error = failure(names)
+            if error and len(names) == 1:
+                found[names[0]] = error
+            elif error:
+                waiting += [names[: len(names) // 2], names[len(names) // 2 :]]
+    return found
+
+
+def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:
+    """Channels that are tied, by the layers that make them: each group with its labels.
+
+    Layers one of whose channels are tied to those of another make channels of one group.
+    Within it channels that own different numbers of positions (some take part in a sum,
+    others do not) are groups apart, so that every channel of a group costs the same; and
+    so are those that must stay, which come with the reason.
+    """
+    made = [found.ties.root(use.labels) for (_, side), use in found.sides.items() if side == "out"]
+    known = np.unique(np.concatenate([np.arange(0), *made]))  # of layers; others do not matter
+    reasons: dict[int, str] = {}
+    for labels, reason in found.fixed:
+        for number in np.intersect1d(found.ties.root(labels), known).tolist():
+            reasons.setdefault(number, reason)
+    sides = _settled_sides(found, known, reasons)
+
+    # Components: channels that one layer makes belong together.
+    together = Ties()
+    together.new(1 + max((int(side.labels.max()) for side in sides.values() if len(side.labels)), default=0))
+    makers = [
+        (name, side.labels)
+        for (name, which), side in sides.items()
+        if which == "out" and isinstance(model.get_submodule(name), _MAKERS)
+    ]
+    for _, labels in makers:
+        together.tie(labels[:-1], labels[1:])
+
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    keys = list(sides)
+    component_of: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for i, key in enumerate(keys):
+        components = together.root(sides[key].labels)
+        by_component = np.argsort(components, kind="stable")
+        bounds = np.flatnonzero(np.diff(components[by_component], prepend=-2))
+        for place in np.split(by_component, bounds[1:]):
+            component_of.setdefault(int(components[place[0]]), []).append((i, np.sort(place)))
+
+    roots: dict[int, str] = {}
+    for name, labels in sorted(makers, key=lambda maker: order[maker[0]]):
+        roots.setdefault(int(together.root(labels[:1])[0]), name)
+    for component, root in roots.items():
+        places = component_of[component]
+        channels = _in_order(sides[root, "out"].labels, [sides[keys[i]].labels[at] for i, at in places])
+        number = {int(label): c for c, label in enumerate(channels)}
+        owned = np.zeros((len(channels), len(places) + 1), dtype=np.int64)
+        members = []
+        for column, (i, at) in enumerate(places):
+            channel = np.array([number[int(label)] for label in sides[keys[i]].labels[at]])
+            np.add.at(owned[:, column], channel, 1)
+            members.append((keys[i], at, channel, sides[keys[i]].dim))
+        owned[:, -1] = [int(label) in reasons for label in channels]
+        _, kind, first = _unique_rows(owned)
+        for count, which in enumerate(np.argsort(first)):
+            chosen = np.flatnonzero(kind == which)
+            renumber = np.full(len(channels), -1)
+            renumber[chosen] = np.arange(len(chosen))
+            parts_of = []
+            for (layer, side), at, channel, dim in members:
+                inside = renumber[channel] >= 0
+                if inside.any():
+                    index = torch.from_numpy(at[inside])
+                    parts_of.append(
+                        Member(layer, side, index, torch.from_numpy(renumber[channel[inside]]), dim)
+                    )
+            name = root if not count else f"{root}/{count + 1}"
+            reason = next((reasons[int(x)] for x in channels[chosen] if int(x) in reasons), "")
+            yield Group(name, len(chosen), tuple(parts_of)), channels[chosen], reason
+
+
+def _settled_sides(
+    found: Flow, known: np.ndarray, reasons: dict[int, str]
+) -> dict[tuple[str, Side], SideUse]:
+    """Every side with its final labels, a vector; tensors of their own where channels touch them."""
+    sides = {}
+    for (name, side), use in found.sides.items():
+        labels, dim = found.ties.root(use.labels), use.dim
+        if side == "self":
+            if not np.isin(labels, known).any():
+                continue
+            rows = [d for d, size in enumerate(labels.shape) if size > 1]
+            lying = [d for d in rows if (labels != labels.take([0], axis=d)).any()]
+            if len(lying) > 1:
+                for number in np.intersect1d(labels, known).tolist():
+                    reasons.setdefault(number, f"the parameter {name} holds it along several dimensions")
+                continue
+            dim = lying[0] if lying else (rows[0] if rows else 0)
+            labels = np.moveaxis(labels, dim, 0).reshape(labels.shape[dim] if labels.ndim else 1, -1)[:, 0]
+        sides[name, side] = SideUse(labels, dim)
+    return sides
+
+
+def _in_order(first: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """All labels, each once, by their first place in the vectors."""
+    everything = np.concatenate([first, *others])
+    labels, place = np.unique(everything, return_index=True)
+    return labels[np.argsort(place)]
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct rows, the number of each row's, and where each is first."""
+    distinct, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return distinct, kind.reshape(-1), first
 
 
 def _obstacle(
@@ -297,34 +310,32 @@ def _obstacle(
     if not group.side("in"):
         return "no layer that surgery knows consumes its channels; they may be the model's output"
     for member in group.members:
+        if member.side == "self":
+            continue
         layer = model.get_submodule(member.layer)
-        # The graph takes any convolution with one output per part for a depthwise one, and
-        # none of the parts of such a layer could be given up.
+        # None of the parts of such a layer could be given up.
         if 1 < parts(layer) == layer_width(layer, member.side):
             return (
                 f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
                 "can be given up; list it as ignored or give it fewer groups"
             )
     if group.channels < 2:
-        return "its channels can only be removed all together, and a group is never emptied"
+        return "its channels can only be removed all together (tied in parts), and a group is never emptied"
     for member in group.members:
-        layer = model.get_submodule(member.layer)
-        if member.side == "out" and member.layer in keep:
-            return f"ignored, as asked by {keep[member.layer]}"
-        for parameter, _ in layer.named_parameters(recurse=False):
-            full = f"{member.layer}.{parameter}"
+        owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
+        if member.side != "in" and owner in keep:
+            return f"ignored, as asked by {keep[owner]}"
+        if member.side == "self":
+            names = [member.layer]
+        else:
+            names = [f"{owner}.{p}" for p, _ in model.get_submodule(owner).named_parameters(recurse=False)]
+        for full in names:
             if full in frozen:
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared:
                 return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
-        if nn.utils.parametrize.is_parametrized(layer):
-            return f"{member.layer} is parametrized; remove the parametrization to let it be pruned"
-        produces = isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) and member.side == "out"
-        if produces and len(member.index) != layer_width(layer, "out"):
-            return (
-                f"only {len(member.index)} of the channels of {member.layer} are coupled to it, which "
-                "tracing cannot take apart; list it as ignored or split that layer"
-            )
+        if nn.utils.parametrize.is_parametrized(model.get_submodule(owner)):
+            return f"{owner} is parametrized; remove the parametrization to let it be pruned"
     return ""
 
 
@@ -362,16 +373,20 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _foldable(graph: Any, names: dict[nn.Module, str]) -> dict[str, str]:
-    """BatchNorm layers that alone consume the output of the layer before them."""
+def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
+    """BatchNorm layers that alone read the output of the layer before them."""
     pairs = {}
-    for module, node in graph.module2node.items():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and len(node.outputs) == 1:
-            norm = node.outputs[0].module
-            if (
-                isinstance(norm, nn.modules.batchnorm._BatchNorm)
-                and norm.running_mean is not None
-                and math.prod(norm.running_mean.shape) == graph.get_out_channels(module)
-            ):
-                pairs[names[module]] = names[norm]
+    for name, readers in found.follows.items():
+        norm_name = readers[0] if readers else ""
+        if not norm_name or set(readers) != {norm_name}:
+            continue
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        if (
+            isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.running_mean is not None
+            and found.calls[name] == found.calls[norm_name] == len(readers)
+            and norm.num_features == layer_width(layer, "out")
+        ):
+            pairs[name] = norm_name
     return pairs

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-Side = Literal["out", "in"]
+#: Of a layer, or `self` for a tensor that a model uses without a layer of the table around it.
+Side = Literal["out", "in", "self"]
 
 
 @dataclass(frozen=True)

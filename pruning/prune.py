@@ -17,7 +17,7 @@ from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.importance import Groups, Scores
 from pruning.plan import Plan, plan_within
-from pruning.surgery import apply, channel_constants, recalibrate, verify
+from pruning.surgery import apply, channel_constants, enliven, recalibrate, verify
 from pruning.training import Loss, cross_entropy, to_device
 
 #: Widths of each group that a plan by sensitivity tries.
@@ -134,6 +134,9 @@ def prune(
         constants = channel_constants(model, traced, [example_inputs], exact_only=True)
     small = apply(model, traced, plan, constants)
     difference = verify(model, small, traced, plan, example_inputs, constants)
+    if difference == 0:  # the outputs may not depend on what was cut: ask random weights
+        lively = enliven(model, example_inputs)
+        difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
     recalibrate(small, batches)
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference)
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import Side, channels_stand_alone, layer_width, narrow, parts, rule_for
+from pruning.layers import Side, layer_width, narrow, parts
 from pruning.modes import eval_mode
 from pruning.plan import Plan
 
@@ -46,15 +45,34 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
+    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     for (name, side), drop in dropped.items():
-        layer = small.get_submodule(name)
-        rule = rule_for(layer)
-        assert rule is not None
-        keep = torch.ones(rule.width(layer, side), dtype=torch.bool)
-        keep[drop] = False
-        narrow(layer, side, keep.nonzero().flatten())
+        if side == "self":
+            _narrow_tensor(small, name, lies[name, side], drop)
+        else:
+            layer = small.get_submodule(name)
+            narrow(layer, side, _others(layer_width(layer, side), drop))
     small.zero_grad(set_to_none=True)
     return small
+
+
+def _others(width: int, drop: Tensor) -> Tensor:
+    """The positions that stay."""
+    keep = torch.ones(width, dtype=torch.bool)
+    keep[drop] = False
+    return keep.nonzero().flatten()
+
+
+def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
+    """Take positions out of a parameter or buffer, in place."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    tensor = getattr(module, attribute)
+    keep = _others(tensor.shape[dim], drop).to(tensor.device)
+    kept = tensor.detach().index_select(dim, keep).clone()
+    if isinstance(tensor, nn.Parameter):
+        kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+    setattr(module, attribute, kept)
 
 
 def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
@@ -116,8 +134,7 @@ def channel_constants(
                 if _pads_with_zeros(layer) or member.layer in counts:
                     continue
                 counts[member.layer] = 0
-                dim = -1 if isinstance(layer, nn.Linear) else 1
-                handles.append(layer.register_forward_pre_hook(hook(member.layer, dim)))
+                handles.append(layer.register_forward_pre_hook(hook(member.layer, member.dim)))
         with torch.no_grad(), eval_mode(model):
             for inputs in batches:
                 for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
@@ -212,6 +229,27 @@ def verify(
     return difference
 
 
+def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """A copy with random weights under which the outputs depend on every layer.
+
+    At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend
+    on what surgery touches, and a check of equivalence would see nothing.
+    """
+    lively = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    with torch.no_grad():
+        for parameter in lively.parameters():
+            if parameter.ndim > 1 and parameter.numel() > max(parameter.shape):
+                parameter.copy_(draw(parameter) * (2 / max(1, parameter[0].numel())) ** 0.5)
+            else:
+                parameter.copy_(1 + draw(parameter) / 4)
+    return recalibrate(lively, [inputs])
+
+
 def _difference(
     model: nn.Module, small: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
 ) -> tuple[str, float]:
@@ -265,19 +303,18 @@ def _compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception)
 def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants) -> Any:
     oracle = copy.deepcopy(model).eval()
     constants = foldable_constants(trace, model, constants)
+    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     for (name, side), drop in dropped_positions(trace, plan).items():
-        layer = oracle.get_submodule(name)
         if side == "in":
+            layer = oracle.get_submodule(name)
             value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
-            layer.register_forward_pre_hook(_replace_channels(layer, drop, value))
-        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
-            layer.register_forward_hook(_norm_over_kept(layer, drop))
+            layer.register_forward_pre_hook(_replace_channels(lies[name, side], drop, value))
+        elif side == "out" and isinstance(layer := oracle.get_submodule(name), nn.LayerNorm | nn.GroupNorm):
+            layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop))
     return call(oracle, inputs)
 
 
-def _replace_channels(layer: nn.Module, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:
-    dim = -1 if isinstance(layer, nn.Linear) else 1
-
+def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:
     def replace(_: nn.Module, args: Any) -> Any:
         x = args[0].movedim(dim, -1).clone()
         x[..., drop.to(x.device)] = value.to(x)
@@ -287,26 +324,18 @@ def _replace_channels(layer: nn.Module, drop: Tensor, value: Tensor) -> Callable
 
 
 def _norm_over_kept(
-    layer: nn.LayerNorm | nn.GroupNorm, drop: Tensor
+    layer: nn.LayerNorm | nn.GroupNorm, dim: int, drop: Tensor
 ) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    dim = 1 if isinstance(layer, nn.GroupNorm) else -1
+    """What a norm that mixes channels gives when it sees the kept ones alone; 0 for the others."""
+    keep = _others(layer_width(layer, "out"), drop)
+    smaller = copy.deepcopy(layer)
+    narrow(smaller, "out", keep)
 
     def normalise(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        x = args[0]
-        kept = torch.ones(x.shape[dim], dtype=torch.bool, device=x.device)
-        kept[drop.to(x.device)] = False
-        inner = x.movedim(dim, -1)[..., kept].movedim(-1, dim)
-        affine = dict(layer.named_parameters())
-        weight, bias = (affine[key][..., kept] if key in affine else None for key in ("weight", "bias"))
-        if isinstance(layer, nn.GroupNorm):
-            groups = inner.shape[1] if channels_stand_alone(layer) else layer.num_groups
-            normed = F.group_norm(inner, groups, weight, bias, layer.eps)
-        else:
-            shape = (*layer.normalized_shape[:-1], inner.shape[-1])
-            normed = F.layer_norm(inner, shape, weight, bias, layer.eps)
-        result = torch.zeros_like(output).movedim(dim, -1)
-        result[..., kept] = normed.movedim(dim, -1)
-        return result.movedim(-1, dim)
+        kept = keep.to(output.device)
+        return torch.zeros_like(output).index_copy(
+            dim, kept, smaller(args[0].index_select(dim, kept)).to(output.dtype)
+        )
 
     return normalise
 
@@ -378,7 +407,9 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
             continue
         if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
             continue  # a norm over several groups
-        before = {m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members}
+        before = {
+            m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members if m.side != "self"
+        }
         norm: Any = equal.get_submodule(norms[0].layer)
         with torch.no_grad():
             size = norm.weight.abs()

@@ -136,6 +136,82 @@ class Tokens(nn.Module):
         return self.head(torch.relu(self.down(nn.functional.gelu(self.up(x)))).mean(1))
 
 
+class Shuffled(nn.Module):
+    """Channel split, a branch, concatenation and channel shuffle (ShuffleNetV2's unit)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(4, 6, 1, bias=False),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+                nn.BatchNorm2d(6),
+                nn.Conv2d(6, 4, 1),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch in self.branches:
+            kept, changed = x.chunk(2, dim=1)
+            x = torch.cat([kept, branch(changed)], 1)
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(x).mean((2, 3))
+
+
+class ChannelsNorm(nn.LayerNorm):
+    """LayerNorm over the channels of images (ConvNeXt's)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Scaled(nn.Module):
+    """Parameters and buffers that no layer of the table owns: a frozen norm, a layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), ChannelsNorm(6)
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("scale", torch.rand(6) + 0.5)
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.layer_scale = nn.Parameter(torch.randn(6, 1, 1))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.stem(x) - self.mean.reshape(1, -1, 1, 1)) * self.scale.reshape(1, -1, 1, 1)
+        inner = self.down(nn.functional.gelu(self.up(self.norm(x).permute(0, 2, 3, 1))))
+        x = x + self.layer_scale * inner.permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
+class Patches(nn.Module):
+    """A class token and a position embedding before residual blocks over tokens (ViT's order)."""
+
+    def __init__(self, attention: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 1, stride=7)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.position = nn.Parameter(torch.randn(1, 5, 8))
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 40), nn.Linear(40, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True) if attention else None
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        if self.attention is not None:
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return self.head(x[:, 0])
+
+
 def plain(bias: bool = True) -> nn.Module:
     """Convolutions with biases and no BatchNorm, flattened into a linear layer."""
     return nn.Sequential(
@@ -170,6 +246,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "grouped": Grouped,
     "up_and_down": UpAndDown,
     "tokens": Tokens,
+    "shuffled": Shuffled,
+    "scaled": Scaled,
+    "patches": Patches,
+    "attention": lambda: Patches(attention=True),
 }
 
 

@@ -222,33 +222,23 @@ def test_a_shared_weight_is_named():
     assert traced.groups == {}
 
 
-def test_a_parameter_outside_a_layer_is_named():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-            self.gain = nn.Parameter(torch.ones(4, 1, 1))
-
-        def forward(self, x):
-            return self.head(self.conv(x) * self.gain)
-
-    traced = trace(Scaled(), nets.images())
-    assert "parameter gain" in traced.skipped["conv"]
-
-
-def test_a_hard_coded_view_is_refused_and_the_model_is_left_as_it_was():
+def test_a_hard_coded_view_is_named_and_the_rest_is_pruned():
     class Rigid(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4 * 14 * 14, 2)
+            self.first, self.conv = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1)
+            self.head = nn.Linear(4 * 14 * 14, 2)
 
         def forward(self, x):
-            return self.head(self.conv(x).view(-1, 4 * 14 * 14))
+            return self.head(self.conv(torch.relu(self.first(x))).view(-1, 4 * 14 * 14))
 
     net = Rigid()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(PruningError, match=r"no longer runs.*at fault: conv; nothing was changed"):
-        prune(net, nets.images(), Budget(params="50%"), score="l2")
+    traced = trace(net, nets.images())
+    assert set(traced.groups) == {"first"}
+    assert "tied to its width" in traced.skipped["conv"] and "invalid for input" in traced.skipped["conv"]
+    step = prune(net, nets.images(), Budget(macs="70%"), score="l2")
+    assert step.model.first.out_channels < 5 and step.model.conv.out_channels == 4
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 

@@ -1,0 +1,235 @@
+"""How channels are followed: against torch-pruning's graph, and through what models do with them."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+import torch_pruning
+import torchvision
+from torch import nn
+
+from pruning import Budget, apply, prune, trace, verify
+from pruning.plan import Plan
+from pruning.surgery import TOLERANCE
+from pruning.tracing import Ties
+
+TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1"]
+
+
+def made(name):
+    """A network, and images for it."""
+    if name in nets.NETS:
+        return nets.make(name), nets.images()
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, num_classes=4, **options).eval(), torch.randn(2, 3, 64, 64)
+
+
+def by_oracle(net, images, root, positions):
+    """The positions that torch-pruning takes out of each side of each layer with some of one layer."""
+    graph = torch_pruning.DependencyGraph().build_dependency(net, images)
+    layer = net.get_submodule(root)
+    names = {module: name for name, module in net.named_modules()}
+    remove = graph.get_pruner_of_module(layer).prune_out_channels
+    found = {}
+    for item in graph.get_pruning_group(layer, remove, positions):
+        module = item.dep.target.module
+        reads = graph.is_in_channel_pruning_fn(item.dep.handler)
+        makes = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if module in names and list(module.parameters(recurse=False)):
+            side = "in" if reads and not makes else "out"
+            found.setdefault((names[module], side), set()).update(item.idxs)
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "lenet", "residual", "dense", "inverted", "tokens", *TORCHVISION])
+def test_the_groups_are_those_of_torch_pruning(name):
+    net, images = made(name)
+    traced = trace(net, images)
+    assert traced.groups
+    shown = [group for group in traced.groups.values() if "aux" not in group.name]
+    for group in shown if len(shown) < 30 else shown[:: len(shown) // 6]:
+        root = next(m for m in group.side("out") if m.layer == group.name)
+        channel = torch.tensor([group.channels - 1])
+        ours = {
+            (m.layer, m.side): set(m.positions(channel).tolist())
+            for m in group.members
+            if len(m.positions(channel)) and "aux" not in m.layer  # which runs in training alone
+        }
+        assert ours == by_oracle(net, images, group.name, root.positions(channel).tolist()), group.name
+
+
+def test_ties_are_transitive_and_named_by_the_smallest():
+    ties = Ties()
+    first, second, third = ties.new(4), ties.new(4), ties.new(2)
+    ties.tie(first, second)
+    ties.tie(third, second[2:])
+    ties.tie(first[:1], first[3:])
+    assert ties.root(third).tolist() == [2, 0]
+    assert ties.root(second).tolist() == [0, 1, 2, 0]
+
+
+def test_a_long_chain_of_ties_is_one():
+    ties = Ties()
+    numbers = ties.new(10_000)
+    shuffled = numbers[torch.randperm(10_000).numpy()]
+    ties.tie(shuffled[:-1], shuffled[1:])
+    assert (ties.root(numbers) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
+def test_what_no_layer_owns_goes_too(name):
+    net, images = made(name)
+    step = prune(net, images, Budget(params="50%"), score="l2")
+    before, after = net.state_dict(), step.model.state_dict()
+    narrowed = {key for key in before if before[key].shape != after[key].shape}
+    wanted = {"shuffled": {"stem.0.weight"}, "scaled": {"mean", "scale", "layer_scale"},
+              "patches": {"token", "position"}}[name]  # fmt: skip
+    assert wanted <= narrowed
+    assert step.after.params == sum(p.numel() for p in step.model.parameters()) - (
+        sum(m.num_features for m in step.model.modules() if isinstance(m, nn.BatchNorm2d))
+        if name == "shuffled"
+        else 0
+    )
+
+
+class Case(nn.Module):
+    """A stem of 8 channels, something done with them, and a head."""
+
+    def __init__(self, middle, width=8, head=None):
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 8, 1), middle
+        self.extra = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(width, 3) if head is None else head
+
+    def forward(self, x):
+        x = self.middle(self, torch.relu(self.stem(x)))
+        return self.head(x.mean((2, 3)) if x.ndim == 4 else x)
+
+
+def fixed(self, x):
+    return x + torch.ones(8, 1, 1)
+
+
+def over_channels(self, x):
+    return self.extra(x / x.norm(dim=1, keepdim=True))
+
+
+def by_position(self, x):
+    return self.extra(torch.cat([x[:, 3:], x[:, :3]], 1))
+
+
+def rolled(self, x):
+    return self.extra(x.roll(1, 1))
+
+
+def hard_split(self, x):
+    left, right = x.split([4, 4], 1)
+    return self.extra(torch.cat([left, right], 1))
+
+
+def gram(self, x):
+    x = x.flatten(2)
+    return self.extra((x @ x.transpose(1, 2)).mean(2)[:, :, None, None])
+
+
+def functional(self, x):
+    return nn.functional.conv2d(x, self.extra.weight)
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (fixed, "fixed size"),
+        (over_channels, "over its channels"),
+        (by_position, "by position"),
+        (rolled, "by position"),
+        (hard_split, "tied to its width"),
+        (gram, "over its channels"),
+        (functional, "convolution"),
+    ],
+)
+def test_channels_that_cannot_go_are_named_with_the_reason(middle, reason):
+    traced = trace(Case(middle), nets.images())
+    assert "stem" not in traced.groups and reason in traced.skipped["stem"]
+
+
+def halves(self, x):
+    left, right = x.chunk(2, 1)
+    return self.extra(torch.cat([right, left * right.sigmoid()], 1))
+
+
+def excited(self, x):
+    return x * self.extra(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+def masked(self, x):
+    return self.extra(x * x.mean(2, keepdim=True).sigmoid().masked_fill(x[:, :, :1] < 0, 0.5))
+
+
+def padded(self, x):
+    return self.extra(nn.functional.interpolate(nn.functional.pad(x, (1, 1)), scale_factor=2))
+
+
+def stacked(self, x):
+    return torch.stack([x, self.extra(x)]).amax(0)
+
+
+def windows(self, x):
+    n, c, h, w = x.shape
+    x = x.view(n, c, h // 7, 7, w // 7, 7).permute(0, 2, 4, 3, 5, 1).reshape(-1, 49, c)
+    return x.roll(1, 1).mean(1).reshape(n, -1, c).transpose(1, 2)[..., None]
+
+
+def twice(self, x):
+    return torch.relu(self.extra(torch.relu(self.extra(x))))
+
+
+@pytest.mark.parametrize("middle", [halves, excited, masked, padded, stacked, windows, twice])
+def test_channels_are_followed_through(middle):
+    net, images = Case(middle).eval(), nets.images()
+    traced = trace(net, images)
+    assert "stem" in traced.groups, traced.skipped
+    plan = Plan({name: tuple(range(group.channels - 1)) for name, group in traced.groups.items()})
+    assert verify(net, apply(net, traced, plan), traced, plan, images) <= TOLERANCE
+
+
+def test_pixel_shuffle_takes_its_channels_in_squares():
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 2, 1)).eval()
+    traced = trace(net, nets.images())
+    assert traced.widths == {"0": 3}
+    plan = Plan({"0": (0, 2)})
+    small = apply(net, traced, plan)
+    assert small[0].out_channels == 8 and small[2].in_channels == 2
+    assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
+
+
+def test_a_head_that_runs_in_training_alone_is_narrowed_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.aux, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = nn.functional.dropout(torch.relu(self.stem(x)), training=self.training)
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    small = prune(Auxiliary(), nets.images(), Budget(macs="50%"), score="l2").model
+    assert small.aux.in_channels == small.head.in_channels < 6
+    small.train()(nets.images())
+
+
+def test_a_model_that_looks_at_values_is_traced_on_its_own_device():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, images):
+            x = torch.relu(self.a(images))
+            if images.sum().item() < 1e9:
+                x = torch.relu(self.b(x))
+            return self.head(x)
+
+    assert set(trace(Looks(), nets.images()).groups) == {"a", "b"}
