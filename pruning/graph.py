@@ -6,6 +6,7 @@ plain data, with the reason for every layer that is left out.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.layers import Side, layer_width, parts
-from pruning.tracing import Flow, SideUse, Ties, flow, on_meta, to_meta
+from pruning.tracing import Flow, Shapes, SideUse, Ties, flow, on_meta, to_meta
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
@@ -143,7 +144,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         groups[group.name] = group
         if sized.intersection(numbers.tolist()):
             suspect.append(group.name)
-    for name, error in _rigid(model, inputs, groups, suspect).items():
+    for name, error in _rigid(model, inputs, found, groups, suspect).items():
         for member in groups.pop(name).side("out"):
             skipped[member.layer] = (
                 f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
@@ -160,7 +161,9 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
     return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs)
 
 
-def _rigid(model: nn.Module, inputs: Inputs, groups: dict[str, Group], suspect: list[str]) -> dict[str, str]:
+def _rigid(
+    model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], suspect: list[str]
+) -> dict[str, str]:
     """Of the suspect groups those that cannot lose a channel, because the model then fails.
 
     Sizes of a view or a split may have been computed from those of its input or be written
@@ -169,34 +172,41 @@ def _rigid(model: nn.Module, inputs: Inputs, groups: dict[str, Group], suspect: 
     if not suspect:
         return {}
     from pruning.plan import Plan  # which, like surgery, takes groups as they are found here
-    from pruning.surgery import apply
+    from pruning.surgery import cut
 
-    with torch.no_grad():
+    traced = Trace(groups, {}, {}, {})
+    quick = found.probe is not None
+    example = pytree.tree_map(to_meta, inputs) if quick else inputs
+
+    def fresh() -> nn.Module:
+        return on_meta(model) if quick else copy.deepcopy(model)
+
+    def shapes(probe: nn.Module) -> list[torch.Size]:
+        with torch.no_grad(), Shapes() if quick else contextlib.nullcontext():
+            return [t.shape for t in tensors(call(probe.eval(), example))]
+
+    def failure(probe: nn.Module, names: list[str]) -> str:
+        cut(probe, traced, Plan({name: tuple(range(groups[name].channels - 1)) for name in names}))
         try:
-            probe, example = on_meta(model).eval(), pytree.tree_map(to_meta, inputs)
-            wanted = [t.shape for t in tensors(call(probe, example))]
-        except Exception:  # a model that looks at values runs on its own device only
-            probe, example = copy.deepcopy(model).eval(), inputs
-            wanted = [t.shape for t in tensors(call(probe, example))]
+            got = shapes(probe)
+        except Exception as error:  # of a model that no longer fits together
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return "" if got == wanted else f"its outputs change from {wanted} to {got}"
 
-        def failure(names: list[str]) -> str:
-            plan = Plan({name: tuple(range(groups[name].channels - 1)) for name in names})
-            try:
-                got = [t.shape for t in tensors(call(apply(probe, Trace(groups, {}, {}, {}), plan), example))]
-            except Exception as error:  # of a model that no longer fits together
-                return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return "" if got == wanted else f"its outputs change from {wanted} to {got}"
-
-        found = {}
-        waiting = [suspect]
-        while waiting:
-            names = waiting.pop()
-            error = failure(names)
-            if error and len(names) == 1:
-                found[names[0]] = error
-            elif error:
-                waiting += [names[: len(names) // 2], names[len(names) // 2 :]]
-    return found
+    at_fault = {}
+    probe = found.probe or fresh()
+    wanted = shapes(probe)
+    waiting = [suspect]
+    while waiting:
+        names = waiting.pop()
+        error = failure(probe, names)
+        if error and len(names) == 1:
+            at_fault[names[0]] = error
+        elif error:
+            waiting += [names[: len(names) // 2], names[len(names) // 2 :]]
+        if waiting:
+            probe = fresh()
+    return at_fault
 
 
 def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:

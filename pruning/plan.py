@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,9 @@ from pruning.budget import LABELS, Budget
 from pruning.cost import CostModel
 from pruning.errors import PruningError
 from pruning.graph import Trace
+
+#: How channels of different groups are compared.
+RANKINGS = ("global", "group")
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ def plan_within(
     cost_model: CostModel,
     scores: Mapping[str, Tensor],
     *,
+    ranking: str = "global",
     per_cost: bool = True,
     floor: int | Mapping[str, int] = 1,
-    most: float = 1.0,
+    most: float | Mapping[str, float] = 1.0,
     multiple: int = 1,
+    widths: Mapping[str, int | str] | None = None,
 ) -> Plan:
     """Choose the channels to keep so that the budget is met, dropping the least important.
 
@@ -93,28 +99,84 @@ def plan_within(
     Args:
         budget: resolved limits (`Budget.resolve`).
         scores: per group one score per channel; groups without scores are kept whole.
+        ranking: `global` compares the scores of all groups; `group` takes the same share of
+            every group, the largest share of channels kept with which the budget is met.
         per_cost: weigh a score by what the channel frees under the limits that are not met
             yet, both as shares; without it the raw scores are ranked over all groups.
-        floor: channels that every group (or each named one) keeps at least.
-        most: largest share of a group's channels dropped in this plan.
+        floor: channels that every group keeps at least, or by name or pattern (`layer4.*`).
+        most: largest share of a group's channels dropped in this plan, likewise.
         multiple: widths are multiples of this many channels, or the full width, or the floor.
+        widths: exact widths of some groups by name or pattern: a count, or a percentage.
 
     Equal scores are told apart by position: the later channel goes first.
     Raises `PruningError` when the floors make the budget unreachable; it says what is least.
     """
+    if ranking not in RANKINGS:
+        raise PruningError(f"ranking {ranking!r}: one of {', '.join(RANKINGS)}")
     groups = cost_model.groups
     order = {g: _ascending(g, scores[g], trace.groups[g].channels) for g in groups if g in scores}
-    lowest = np.array([_lowest(g, order, trace.groups[g].channels, floor, most) for g in groups], float)
+    floors, shares, exact = (
+        _by_group(what, groups) for what in (floor, most, {} if widths is None else widths)
+    )
+    lowest, full = cost_model.full.copy(), cost_model.full.copy()
+    for i, g in enumerate(groups):
+        channels = trace.groups[g].channels
+        if g in exact:
+            lowest[i] = full[i] = _exact_width(g, exact[g], channels)
+        elif g in order:
+            lowest[i] = _lowest(g, channels, floors.get(g, 1), shares.get(g, 1.0))
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
-        floors = ", ".join(f"{g} {int(w)}" for g, w in zip(groups, lowest, strict=True))
+        least_widths = ", ".join(f"{g} {int(w)}" for g, w in zip(groups, lowest, strict=True))
         raise PruningError(
-            f"the budget {budget} cannot be reached: at the floor of every group ({floors}) the network "
-            f"still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
+            f"the budget {budget} cannot be reached: at the floor of every group ({least_widths}) the "
+            f"network still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
         )
+    if ranking == "group":
+        chosen = _same_share(budget, cost_model, lowest, full, multiple)
+    else:
+        chosen = _least_important(budget, cost_model, order, lowest, full, multiple, per_cost)
 
-    widths = cost_model.full.copy()
+    keep = {}
+    for i, group in enumerate(groups):
+        gone = int(cost_model.full[i] - chosen[i])
+        kept = order[group][0][gone:] if group in order else range(int(chosen[i]))
+        keep[group] = tuple(int(c) for c in kept)
+    return Plan(keep)
+
+
+def _same_share(
+    budget: Budget, cost_model: CostModel, lowest: np.ndarray, full: np.ndarray, multiple: int
+) -> np.ndarray:
+    """The widths that keep the largest share of every group with which the budget is met."""
+
+    def at(share: float) -> np.ndarray:
+        rounded = np.floor(full * share / multiple + 1e-9) * multiple
+        return np.where(share >= 1, full, np.clip(rounded, lowest, full))
+
+    # Widths change where the share of some group reaches another multiple.
+    steps = {k * multiple / n for n in full[full > lowest] for k in range(int(n) // multiple + 1)}
+    shares = np.array(sorted({0.0, 1.0, *steps}))
+    low, high = 0, len(shares) - 1  # the first is met: at it every group is at its floor
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (low, middle - 1) if budget.excess(cost_model(at(shares[middle]))) else (middle, high)
+    return at(shares[low])
+
+
+def _least_important(
+    budget: Budget,
+    cost_model: CostModel,
+    order: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    lowest: np.ndarray,
+    full: np.ndarray,
+    multiple: int,
+    per_cost: bool,
+) -> np.ndarray:
+    """The widths after the least important channels of all groups went, one step at a time."""
+    groups = cost_model.groups
+    widths = full.copy()
     history: list[tuple[int, int]] = []
     while over := budget.excess(cost_model(widths)):
         # Down to the next multiple, or to the floor where that comes first.
@@ -144,12 +206,7 @@ def plan_within(
         else:
             widths = trial
 
-    keep = {}
-    for i, group in enumerate(groups):
-        gone = int(cost_model.full[i] - widths[i])
-        kept = order[group][0][gone:] if group in order else range(trace.groups[group].channels)
-        keep[group] = tuple(int(c) for c in kept)
-    return Plan(keep)
+    return widths
 
 
 def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -163,17 +220,39 @@ def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, n
     return ascending, values[ascending]
 
 
-def _lowest(
-    group: str,
-    order: Mapping[str, object],
-    channels: int,
-    floor: int | Mapping[str, int],
-    most: float,
-) -> int:
+def _lowest(group: str, channels: int, floor: int, most: float) -> int:
     """The narrowest that a group may get in one plan."""
-    if group not in order:
-        return channels
-    wanted = floor.get(group, 1) if isinstance(floor, Mapping) else floor
-    if wanted < 1:
-        raise PruningError(f"floor {wanted} of group {group!r}: a group keeps at least 1 channel")
-    return min(channels, max(wanted, math.ceil(channels * (1 - most) - 1e-9)))
+    if floor < 1:
+        raise PruningError(f"floor {floor} of group {group!r}: a group keeps at least 1 channel")
+    if not 0 <= most <= 1:
+        raise PruningError(f"share {most} of group {group!r} that may be dropped: from 0 to 1")
+    return min(channels, max(floor, math.ceil(channels * (1 - most) - 1e-9)))
+
+
+def _exact_width(group: str, wanted: int | str, channels: int) -> int:
+    """A width that was asked for, in channels."""
+    text = str(wanted).strip()
+    try:
+        width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
+    except ValueError:
+        width = 0
+    if not 1 <= width <= channels:
+        raise PruningError(
+            f"width {wanted!r} of group {group!r}: expected a count from 1 to {channels}, or a percentage"
+        )
+    return width
+
+
+def _by_group(setting: Any, groups: Sequence[str]) -> dict[str, Any]:
+    """A setting for all groups, or by name or pattern, of which the last that fits counts."""
+    if not isinstance(setting, Mapping):
+        return dict.fromkeys(groups, setting)
+    found = {}
+    for pattern, value in setting.items():
+        matched = [g for g in groups if fnmatchcase(g, pattern)]
+        if not matched:
+            raise PruningError(
+                f"{pattern!r} is no group of this model; there are: {', '.join(groups) or 'none'}"
+            )
+        found.update(dict.fromkeys(matched, value))
+    return found

@@ -17,7 +17,7 @@ from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.importance import Groups, Scores
 from pruning.plan import Plan, plan_within
-from pruning.surgery import apply, channel_constants, enliven, recalibrate, verify
+from pruning.surgery import apply, channel_constants, enliven, may_leave_constants, recalibrate, verify
 from pruning.training import Loss, cross_entropy, to_device
 
 #: Widths of each group that a plan by sensitivity tries.
@@ -60,6 +60,7 @@ def prune(
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
     remove: Iterable[str] = (),
+    check: bool = True,
     **limits: Any,
 ) -> Step:
     """Remove channels until the budget is met; the given model is left as it is.
@@ -77,7 +78,9 @@ def prune(
             what is constant on the example inputs is folded.
         ignored: layers whose channels all stay, by name pattern, type or instance.
         remove: names of whole layers to remove first (see `pruning.depth.removable`).
-        limits: `per_cost`, `floor`, `most` and `multiple` of `plan_within`.
+        check: compare the outputs with those that the plan asks for, which takes two forward
+            passes; without it `difference` is NaN.
+        limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`.
 
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
@@ -130,10 +133,12 @@ def prune(
 
     if batches:
         constants = channel_constants(model, traced, batches)
-    else:
+    elif may_leave_constants(model, traced, plan):
         constants = channel_constants(model, traced, [example_inputs], exact_only=True)
+    else:
+        constants = {}
     small = apply(model, traced, plan, constants)
-    difference = verify(model, small, traced, plan, example_inputs, constants)
+    difference = verify(model, small, traced, plan, example_inputs, constants) if check else float("nan")
     if difference == 0:  # the outputs may not depend on what was cut: ask random weights
         lively = enliven(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)

@@ -40,20 +40,31 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     Raises `PruningError` for a plan that names a group or channel the trace does not have.
     """
     dropped = dropped_positions(trace, plan)
-    small = copy.deepcopy(model)
+    # Weights that are narrowed below are not copied whole before.
+    narrowed = [
+        weight
+        for name, side in dropped
+        if side != "self" and isinstance(weight := getattr(model.get_submodule(name), "weight", None), Tensor)
+    ]
+    small = copy.deepcopy(model, {id(weight): weight for weight in narrowed})
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
-    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    for (name, side), drop in dropped.items():
-        if side == "self":
-            _narrow_tensor(small, name, lies[name, side], drop)
-        else:
-            layer = small.get_submodule(name)
-            narrow(layer, side, _others(layer_width(layer, side), drop))
+    cut(small, trace, plan)
     small.zero_grad(set_to_none=True)
     return small
+
+
+def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
+    """Take the channels that a plan does not keep out of a model, in place."""
+    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    for (name, side), drop in dropped_positions(trace, plan).items():
+        if side == "self":
+            _narrow_tensor(model, name, lies[name, side], drop)
+        else:
+            layer = model.get_submodule(name)
+            narrow(layer, side, _others(layer_width(layer, side), drop))
 
 
 def _others(width: int, drop: Tensor) -> Tensor:
@@ -95,6 +106,22 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
         for member in group.members:
             dropped.setdefault((member.layer, member.side), []).append(member.positions(channels))
     return {side: torch.cat(positions).unique() for side, positions in dropped.items()}
+
+
+def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
+    """Whether a channel that goes is a constant other than 0: its scale or all its weights are 0."""
+    for (name, side), drop in dropped_positions(trace, plan).items():
+        layer = model.get_submodule(name) if side == "out" else None
+        bias, weight = getattr(layer, "bias", None), getattr(layer, "weight", None)
+        if layer is None or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+            continue
+        dim = weight.ndim > 1 and isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups == 1
+        rows = (
+            weight.detach().movedim(int(dim), 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
+        )
+        if len(rows) == len(bias) and (~rows[drop.to(rows.device)].any(1)).any():
+            return True
+    return False
 
 
 def channel_constants(
@@ -301,17 +328,24 @@ def _compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception)
 
 
 def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants) -> Any:
-    oracle = copy.deepcopy(model).eval()
+    """The model's outputs with the dropped channels at their constants; it is left as it was."""
     constants = foldable_constants(trace, model, constants)
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    for (name, side), drop in dropped_positions(trace, plan).items():
-        if side == "in":
-            layer = oracle.get_submodule(name)
-            value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
-            layer.register_forward_pre_hook(_replace_channels(lies[name, side], drop, value))
-        elif side == "out" and isinstance(layer := oracle.get_submodule(name), nn.LayerNorm | nn.GroupNorm):
-            layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop))
-    return call(oracle, inputs)
+    handles = []
+    try:
+        for (name, side), drop in dropped_positions(trace, plan).items():
+            layer = model.get_submodule(name) if side != "self" else None
+            if side == "in" and layer is not None:
+                value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
+                hook = _replace_channels(lies[name, side], drop, value)
+                handles.append(layer.register_forward_pre_hook(hook))
+            elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+                handles.append(layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop)))
+        with eval_mode(model):
+            return call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:

@@ -114,6 +114,7 @@ class Flow:
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     follows: dict[str, list[str]] = field(default_factory=dict)
     other_macs: float = 0.0
+    probe: nn.Module | None = None
 
 
 def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> Flow:
@@ -144,7 +145,40 @@ def on_meta(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    return _only_shapes(copy.deepcopy(model, memo))
+
+
+def _only_shapes(probe: nn.Module) -> nn.Module:
+    """Let BatchNorm pass its input on where nothing is computed anyway: on the meta device torch
+    takes it apart into ten operations, which is most of the time of a pass."""
+    for module in probe.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            module.forward = functools.partial(_same_shape, module)  # type: ignore[method-assign]
+    return probe
+
+
+def _same_shape(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    if x.ndim < 2 or x.shape[1] != norm.num_features:
+        raise ValueError(f"{norm.num_features} channels expected, got an input of shape {tuple(x.shape)}")
+    return torch.empty_like(x)
+
+
+class Shapes(TorchDispatchMode):
+    """Runs a model on the meta device without torch's own bookkeeping for elementwise operations."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _shape(func, args, kwargs or {})
+
+
+def _shape(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives; for the most common elementwise ones on the meta device just its shape."""
+    if args and func._schema.name in _SAME_SHAPE and isinstance(args[0], Tensor) and args[0].is_meta:
+        x, other = args[0], args[1] if len(args) > 1 else None
+        if x.is_floating_point() and (
+            not isinstance(other, Tensor) or (other.shape == x.shape and other.dtype == x.dtype)
+        ):
+            return x if func._schema.name.endswith("_") else torch.empty_like(x)
+    return func(*args, **kwargs)
 
 
 def to_meta(leaf: Any) -> Any:
@@ -370,7 +404,7 @@ class _Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = _shape(func, args, kwargs)
         if not self.inside:
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
@@ -667,6 +701,17 @@ class _Follower(TorchDispatchMode):
             return
         vector = _vector(labels, 1, x.shape[1]).repeat_interleave(output.shape[1] // x.shape[1])
         self.put(output, vector.reshape(1, -1, 1))
+
+
+#: Elementwise operations whose result is like their first operand.
+_SAME_SHAPE = frozenset(
+    f"aten::{name}{place}"
+    for name in (
+        "add", "sub", "mul", "div", "relu", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "silu", "gelu",
+        "tanh", "leaky_relu", "elu", "mish", "clamp", "clamp_min", "exp", "sqrt", "rsqrt", "neg", "abs",
+    )
+    for place in ("", "_")
+)  # fmt: skip
 
 
 def _varying(labels: Tensor | None) -> list[int]:

@@ -1,0 +1,255 @@
+"""torchvision's classifiers at half of their MACs, beside torch-pruning: docs/zoo.md.
+
+    python -m benchmarks.zoo                     # all of them: about an hour on 2 cores
+    python -m benchmarks.zoo --models resnet18 swin_t
+    python -m benchmarks.zoo --print             # what is there, as Markdown
+
+Every network has random weights. Ours: one `prune` step (trace, score, plan, surgery, and
+the check of equivalence) to 50 % of the MACs, the same share of every group; then a forward
+and a backward pass, saving, and loading in a fresh process, whose logits must be the same
+bit for bit. torch-pruning's: its dependency graph and one step of its magnitude pruner at a
+channel ratio that halves the MACs of a uniform network. The time is that of the step
+without the check, which torch-pruning does not make, after a step on another network. Each
+side runs in a process of its own, which gives its peak memory; the two sides of a network
+run one after the other. Results are kept as they come, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from eval.cli import ROOT
+from pruning import Budget, PruningError, cli, count, load, prune, save, trace
+from pruning.checkpoint import replace_file
+
+RESULTS = ROOT / "benchmarks" / "zoo.json"
+TABLE = ROOT / "docs" / "zoo.md"
+CLASSES = 1000
+#: Pruned first, by both sides, so that neither pays for what is imported on first use.
+WARM_UP = "squeezenet1_1"
+#: Seconds after which a side is given up.
+PATIENCE = 300
+
+
+def main() -> None:
+    names = models.list_models(models)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="to prune")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results, as JSON")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table, as Markdown")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
+    parser.add_argument("--patience", type=cli.number(1), default=PATIENCE, help="most seconds of a side")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # of one network, in this process
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(SIDES[args.side](args.models[0], args.folder)))
+        return
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    for name in () if args.print else args.models:
+        if name in results:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = {side: in_process(name, side, folder, args) for side in ("ours", "peer")}
+            if "error" not in found["ours"]:
+                found["ours"].update(in_process(name, "reload", folder, args))
+        results[name] = found
+        replace_file(args.results, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+        replace_file(args.table, markdown(results).encode())
+        print(line(name, found), flush=True)
+    if args.print:
+        print(markdown(results))
+
+
+def in_process(name: str, side: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One side of a network, in a process of its own; what went wrong where something did."""
+    command = [sys.executable, "-m", "benchmarks.zoo", "--models", name, "--side", side, "--folder", folder]
+    command += ["--threads", str(args.threads)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=args.patience, cwd=ROOT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"over {args.patience:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip() or "killed").splitlines()[-1]
+        return {"error": last.removeprefix("error: ")}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A classifier with random weights, and images for it."""
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = models.get_model(name, num_classes=CLASSES, **options).eval()
+    size = 299 if name == "inception_v3" else 224
+    return model, torch.randn(2, 3, size, size)
+
+
+def ours(name: str, folder: Path) -> dict[str, Any]:
+    prune(*network(WARM_UP), Budget(macs="50%"), score="l1", check=False)
+    model, images = network(name)
+    started = time.perf_counter()
+    prune(model, images, Budget(macs="50%"), score="l1", ranking="group", check=False)
+    seconds = time.perf_counter() - started
+    memory = peak_memory()
+    started = time.perf_counter()
+    step = prune(model, images, Budget(macs="50%"), score="l1", ranking="group")
+    small = step.model
+    small(images).square().mean().backward()
+    missing = [key for key, p in small.named_parameters() if p.grad is None]
+    aside = {key for key, _ in model.named_parameters() if "aux" in key}  # heads of training alone
+    if set(missing) - aside:
+        raise PruningError(f"no gradient reaches {', '.join(missing)}")
+    with torch.no_grad():
+        torch.save({"images": images, "logits": small.eval()(images)}, folder / "logits.pth")
+    save(folder / "small.pth", small)
+    traced = trace(model, images)
+    return {
+        "groups": len(traced.groups),
+        "skipped": len(traced.skipped),
+        "narrowed": sum(step.plan.widths[g] < n for g, n in traced.widths.items()),
+        "params": step.after.params / step.before.params,
+        "macs": count(small, images).macs / count(model, images).macs,
+        "difference": step.difference,
+        "seconds": seconds,
+        "with_check": time.perf_counter() - started,
+        "memory": memory,
+    }
+
+
+def reload(name: str, folder: Path) -> dict[str, Any]:
+    """In a fresh process: does the checkpoint give the same logits?"""
+    small = load(folder / "small.pth", lambda: network(name)[0])
+    before = torch.load(folder / "logits.pth", weights_only=True)
+    with torch.no_grad():
+        same = torch.equal(small(before["images"]), before["logits"])
+    if not same:
+        raise PruningError("the reloaded network gives other logits")
+    return {"reloads": True}
+
+
+def peer(name: str, folder: Path) -> dict[str, Any]:
+    import torch_pruning as tp
+
+    def step(model: nn.Module, images: torch.Tensor) -> None:
+        tp.pruner.MagnitudePruner(
+            model,
+            images,
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=1 - math.sqrt(0.5),
+            ignored_layers=[m for m in model.modules() if getattr(m, "out_features", 0) == CLASSES],
+        ).step()
+
+    step(*network(WARM_UP))
+    model, images = network(name)
+    before = count(model, images)
+    started = time.perf_counter()
+    step(model, images)
+    seconds = time.perf_counter() - started
+    memory = peak_memory()
+    with torch.no_grad():
+        logits = model.eval()(images)
+    if logits.shape != (len(images), CLASSES):
+        raise PruningError(f"its outputs have shape {tuple(logits.shape)}")
+    after = count(model, images)
+    return {
+        "params": after.params / before.params,
+        "macs": after.macs / before.macs,
+        "seconds": seconds,
+        "memory": memory,
+    }
+
+
+SIDES = {"ours": ours, "peer": peer, "reload": reload}
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MB; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, under what it adds up to."""
+    both = [r for r in results.values() if "error" not in r["ours"] and "error" not in r["peer"]]
+    passed = [r["ours"] for r in results.values() if r["ours"].get("reloads")]
+    peers = [r["peer"] for r in results.values() if "error" not in r["peer"]]
+    changed = [r for r in peers if r["macs"] < 1]
+    ratios = [r["ours"]["seconds"] / r["peer"]["seconds"] for r in both]
+    memory = [r["ours"]["memory"] / r["peer"]["memory"] for r in both if r["peer"]["memory"]]
+    lines = [
+        "# The zoo",
+        "",
+        "torchvision's classification models with random weights, one step to 50 % of their MACs, made by "
+        "`python -m benchmarks.zoo`, which says what is measured. Below, params and MACs are what is left.",
+        "",
+        f"- Ours: {len(passed)} of {len(results)} pruned; each passes the check of equivalence, forward and "
+        "backward, and reloads in a fresh process with the same logits bit for bit.",
+        f"- torch-pruning: {len(changed)} of {len(results)} made smaller and still running.",
+    ]
+    if ratios:
+        lines.append(
+            f"- Time, ours ÷ torch-pruning's, where both work: geometric mean "
+            f"{statistics.geometric_mean(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}. Ours "
+            f"took {max(r['seconds'] for r in passed):.0f} s at most, "
+            f"{max(r['with_check'] for r in passed):.0f} s with the check of equivalence."
+        )
+    if memory:
+        lines.append(
+            "- Peak memory of the process, likewise: geometric mean "
+            f"{statistics.geometric_mean(memory):.2f}, at most {max(memory):.2f}."
+        )
+    lines += [
+        "",
+        "| model | groups narrowed | layers kept whole | params | MACs | s | s with check | MB | "
+        "torch-pruning: MACs | s | MB |",
+        "|" + "---|" * 11,
+    ]
+    return "\n".join([*lines, *(line(name, results[name]) for name in sorted(results))]) + "\n"
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    mine, other = found["ours"], found["peer"]
+    if "error" in mine:
+        cells = [f"refused: {mine['error']}", *[""] * 6]
+    else:
+        cells = [
+            f"{mine['narrowed']} of {mine['groups']}",
+            f"{mine['skipped']}",
+            f"{mine['params']:.0%}",
+            f"{mine['macs']:.1%}",
+            f"{mine['seconds']:.1f}",
+            f"{mine['with_check']:.1f}",
+            f"{mine['memory']:,.0f}",
+        ]
+    if "error" in other:
+        cells += [f"fails: {other['error'][:90]}", "", ""]
+    else:
+        cells += [f"{other['macs']:.1%}", f"{other['seconds']:.1f}", f"{other['memory']:,.0f}"]
+    return "| " + " | ".join([name, *(cell.replace("|", "/") for cell in cells)]) + " |"
+
+
+if __name__ == "__main__":
+    cli.run(main)
