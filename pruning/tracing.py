@@ -123,10 +123,9 @@ def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) ->
     Where layers do not run in eval mode (auxiliary heads), the pass in training mode counts
     as well. Raises `PruningError` when the model does not run on the inputs.
     """
-    try:
-        return _follow(on_meta(model), run, pytree.tree_map(to_meta, inputs))
-    except Exception:
-        pass
+    with contextlib.suppress(Exception):  # a model that looks at values runs on its own device only
+        probe = on_meta(model)
+        return replace(_follow(probe, run, pytree.tree_map(to_meta, inputs)), probe=probe.eval())
     try:
         return _follow(copy.deepcopy(model), run, pytree.tree_map(_detached, inputs))
     except PruningError:

@@ -10,9 +10,10 @@ import torchvision
 from torch import nn
 
 from pruning import Budget, apply, prune, trace, verify
+from pruning.graph import call
 from pruning.plan import Plan
 from pruning.surgery import TOLERANCE
-from pruning.tracing import Ties
+from pruning.tracing import Ties, flow
 
 TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1"]
 
@@ -58,6 +59,13 @@ def test_the_groups_are_those_of_torch_pruning(name):
             if len(m.positions(channel)) and "aux" not in m.layer  # which runs in training alone
         }
         assert ours == by_oracle(net, images, group.name, root.positions(channel).tolist()), group.name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shuffled", "scaled", "attention", "grouped"])
+def test_nothing_is_computed_to_trace_a_model(name):
+    net, images = made(name)
+    probe = flow(net, call, images).probe
+    assert probe is not None and {t.device.type for t in probe.state_dict().values()} == {"meta"}
 
 
 def test_ties_are_transitive_and_named_by_the_smallest():
