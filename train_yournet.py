@@ -26,12 +26,9 @@ from eval.cli import COMMITTED, ROOT, load_network, parser, use_threads
 from eval.metrics import EVALUATION_BATCH
 from models import LeNet5
 from pruning import (
-    Budget,
-    PruneConfig,
     PruningError,
     Run,
     SlimConfig,
-    TrainConfig,
     accuracy,
     cli,
     count,
@@ -44,10 +41,8 @@ from pruning import (
     trace,
 )
 from pruning.checkpoint import replace_file
-from pruning.prune import NAMES as SCORES
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
-RUNS = Path("runs")
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
 #: Used in its place where only the embedded digits can be had, or are asked for.
 RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
@@ -61,12 +56,12 @@ def main() -> None:
     dataset = data.load(args.data, args.data_dir).to(args.device)
     if dataset.name == "mnist5k" and args.recipe == RECIPE:
         args = arguments(recipe=RECIPE_MNIST5K)
-    config = stages(args)
+    config = cli.slim_config(args)
     calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
     dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)
-    reachable(dense, example, config.budget, layers=config.prune.layers)
+    reachable(dense, example, config.budget, args.ignore, config.prune)
     teacher = load(args.teacher, device=args.device) if args.teacher else None
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume)
@@ -103,6 +98,7 @@ def main() -> None:
         validate=validate,
         calibration=calibration,
         teacher=teacher,
+        ignored=args.ignore,
         run=run,
         log=lambda line: print(line, flush=True),
     )
@@ -124,20 +120,6 @@ def main() -> None:
         print(f"{COMMITTED['YourNet'].relative_to(ROOT)} is now this network")
 
 
-def stages(args: argparse.Namespace) -> SlimConfig:
-    """The settings of the three stages."""
-    both = {"weight_decay": args.weight_decay, "channels_last": args.channels_last}
-    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **both)
-    return SlimConfig(
-        budget=Budget(params=args.max_params, macs=args.max_macs),
-        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **both),
-        prune=PruneConfig(args.iterations, recover, args.score, args.layers),
-        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
-        strength=args.sparsity,
-        distill=args.distill,
-    )
-
-
 def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argparse.Namespace:
     """The flags of the command line, or of `argv`, over those of the recipe that they name."""
     flags = parser(__doc__ or "", batch_size="images in a training step")
@@ -149,72 +131,14 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
         help="TOML file with flags of this command; those given here go before it",
     )
     flags.add_argument("--start", choices=models.STARTS, default="lenet5", help="the dense network to slim")
-    budget = flags.add_argument_group(
-        "budget: a count (2000, 50k) or a percentage of the dense network (25%)"
-    )
-    budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
-    budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one image")
-    group = flags.add_argument_group("the three stages")
-    group.add_argument(
-        "--sparsity",
-        type=strength,
-        metavar="LAMBDA",
-        help="strength of the L1 pull of stage 1; auto finds it from the budget (default)",
-    )
-    group.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
-    group.add_argument(
-        "--layers",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also remove whole layers without which a trial is better",
-    )
-    group.add_argument(
-        "--iterations", type=cli.whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
-    )
-    for stage, (epochs, rate, when) in {
-        "sparsify": (8, 0.1, "stage 1"),
-        "recover": (2, 0.05, "each pruning step of stage 2"),
-        "finetune": (40, 0.2, "stage 3"),
-    }.items():
-        group.add_argument(
-            f"--{stage}-epochs", type=cli.whole_number(0), default=epochs, metavar="N", help=f"of {when}"
-        )
-        group.add_argument(
-            f"--{stage}-rate",
-            type=cli.number(0),
-            default=rate,
-            metavar="RATE",
-            help=f"highest learning rate of {when}",
-        )
-    group.add_argument(
-        "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
-    )
-    group.add_argument(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train with the channels of convolutions last in memory: may pay on one thread",
-    )
-    group.add_argument(
-        "--ema",
-        type=cli.number(0, 0.99999),
-        default=0.0,
-        metavar="DECAY",
-        help="of a moving average of the weights in stage 3; 0 keeps none",
-    )
+    cli.stage_flags(flags)
+    group = flags.add_argument_group("data and teacher")
     group.add_argument(
         "--augment",
         type=cli.number(0),
         default=0.0,
         metavar="STRENGTH",
         help="1 rotates, moves and scales half of the images by up to 10 degrees, 1 pixel, 10 %%",
-    )
-    group.add_argument(
-        "--distill",
-        type=cli.number(0, 1),
-        default=0.0,
-        metavar="WEIGHT",
-        help="share of the teacher's outputs in the loss of stages 2 and 3",
     )
     group.add_argument(
         "--teacher", metavar="PATH", help="checkpoint of the teacher (default: the dense network of stage 1)"
@@ -243,31 +167,21 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", type=Path, default=recipe)
     chosen = first.parse_known_args(argv)[0].recipe
-    flags.set_defaults(**vars(flags.parse_args(["--recipe", str(chosen), *cli.read_recipe(chosen)])))
+    flags.set_defaults(**vars(flags.parse_args(["--recipe", str(chosen), *cli.read_recipe(chosen, flags)])))
     args = flags.parse_args(argv)
     if args.resume:
         args.output = args.output or newest_run()
         flags.set_defaults(**saved_arguments(args.output))
         args = flags.parse_args(argv, argparse.Namespace(output=args.output))
     elif args.output is None:
-        args.output = next_run()
+        args.output = cli.next_run()
     return args
 
 
-def strength(text: str) -> float | None:
-    """An argument type: λ, or `auto`, which is None."""
-    return None if text == "auto" else cli.number(0)(text)
-
-
-def next_run() -> Path:
-    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()]
-    return RUNS / str(max(numbers, default=0) + 1)
-
-
 def newest_run() -> Path:
-    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(cli.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise PruningError(f"{RUNS}/ holds no run to resume")
+        raise PruningError(f"{cli.RUNS}/ holds no run to resume")
     return configs[-1].parent
 
 

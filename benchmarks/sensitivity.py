@@ -44,7 +44,7 @@ def main() -> None:
     calibration = list(itertools.islice(dataset.batches("train", 256), 8))
     validation = list(dataset.batches("validation", 500))
     example = calibration[0][0][:8]
-    config = train_yournet.stages(train_yournet.arguments([]))
+    config = cli.slim_config(train_yournet.arguments([]))
     torch.manual_seed(args.seed)
     net = models.start("lenet5", dataset.image_shape, dataset.classes)
     batches = dataset.batches("train", 64, shuffle=True)

@@ -115,7 +115,7 @@ def ours(name: str, folder: Path) -> dict[str, Any]:
     small = step.model
     small(images).square().mean().backward()
     missing = [key for key, p in small.named_parameters() if p.grad is None]
-    aside = {key for key, _ in model.named_parameters() if "aux" in key}  # heads of training alone
+    aside = {key for key, _ in model.named_parameters() if "aux" in key.lower()}  # heads of training alone
     if set(missing) - aside:
         raise PruningError(f"no gradient reaches {', '.join(missing)}")
     with torch.no_grad():

@@ -7,7 +7,17 @@
 """
 
 from data.batches import Batches, augmentation, random_affine
-from data.datasets import NAMES, Dataset, Split, load
+from data.datasets import NAMES, Dataset, Split, load, loaders
 from data.idx import DataError
 
-__all__ = ["NAMES", "Batches", "DataError", "Dataset", "Split", "augmentation", "load", "random_affine"]
+__all__ = [
+    "NAMES",
+    "Batches",
+    "DataError",
+    "Dataset",
+    "Split",
+    "augmentation",
+    "load",
+    "loaders",
+    "random_affine",
+]

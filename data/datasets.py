@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.batches import Augment, Batches
+from data.batches import Augment, Batches, augmentation
 from data.idx import DataError, read_pair
 from data.sources import DownloadError, download, environment_folder, find_idx
 
@@ -55,6 +56,22 @@ class Dataset:
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)
 
+    def padded(self, size: int) -> Dataset:
+        """The same images in the middle of larger ones, with 0 around them.
+
+        Raises `DataError` for a size below that of the images.
+        """
+        _, height, width = self.image_shape
+        if size < max(height, width):
+            raise DataError(f"images of {height} x {width} cannot be padded to {size} x {size}")
+        top, left = (size - height) // 2, (size - width) // 2
+        around = (left, size - width - left, top, size - height - top)
+
+        def pad(split: Split) -> Split:
+            return Split(F.pad(split.images, around), split.labels)
+
+        return replace(self, train=pad(self.train), validation=pad(self.validation), test=pad(self.test))
+
     def batches(
         self, split: SplitName, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None
     ) -> Batches:
@@ -91,6 +108,27 @@ def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False
     if dataset.notice and not quiet:
         print(f"NOTICE: {dataset.notice}", file=sys.stderr, flush=True)
     return dataset
+
+
+def loaders(
+    name: str = "auto",
+    folder: str | Path = "data",
+    batch_size: int = 64,
+    size: int | None = None,
+    augment: float = 0.0,
+) -> tuple[Batches, Batches, Batches]:
+    """Training, validation and test batches by name: a factory for `python -m pruning --data`.
+
+    Args:
+        size: height and width to which images are padded with 0 (32 for networks made for CIFAR).
+        augment: strength of rotation, shift and scaling of the training images.
+    """
+    dataset = load(name, folder)
+    if size is not None:
+        dataset = dataset.padded(size)
+    varied = augmentation(augment)
+    train = dataset.batches("train", batch_size, shuffle=True, augment=varied)
+    return train, dataset.batches("validation", batch_size), dataset.batches("test", batch_size)
 
 
 def _auto(folder: Path) -> Dataset:

@@ -1,29 +1,21 @@
-"""The toolkit as a command: `python -m pruning report RUN`."""
+"""The toolkit as a command: `python -m pruning COMMAND`."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import os
+import sys
 
 from pruning import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pruning", description=__doc__, formatter_class=cli.HelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shown = commands.add_parser(
-        "report", help="one HTML file that shows a run", formatter_class=cli.HelpFormatter
-    )
-    shown.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    shown.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
-    args = parser.parse_args()
-    if args.command == "report":
-        from pruning.report import report  # matplotlib is needed for this alone
+    if os.getcwd() not in sys.path:  # models and data of the user's are found from where they stand
+        sys.path.insert(0, os.getcwd())
+    from pruning.commands import parse
 
-        print(report(args.run, args.output))
+    args, command = parse()
+    command(args)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, interrupted="interrupted; slim and finetune go on with: --resume --output FOLDER")

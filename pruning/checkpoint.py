@@ -29,6 +29,7 @@ from torch import nn
 
 from pruning.errors import CheckpointError
 from pruning.layers import rule_for
+from pruning.load_pruned import rebuild
 
 FORMAT = 1
 
@@ -92,7 +93,7 @@ def load(
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{path}: the factory gave a {type(model).__name__}, not an nn.Module")
     try:
-        restore(model, content)
+        rebuild(model, content)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {error}. Was the class changed since it was saved?"
@@ -180,44 +181,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"layers": layers, "folded": folded, "not_in_place": not_in_place, "state_dict": state}
 
 
-def restore(model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Give a freshly made model the layers and weights that `describe` noted, in place."""
-    state = description["state_dict"]
-    for name in description["folded"]:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
-    for name in description.get("not_in_place", ()):
-        model.get_submodule(name).inplace = False  # type: ignore[assignment]
-    for name, counts in description["layers"].items():
-        layer = model.get_submodule(name)
-        rule = rule_for(layer)
-        if rule is None:
-            raise ValueError(f"layer {name!r} is now a {type(layer).__name__}")
-        for attribute, count in counts.items():
-            setattr(layer, attribute, tuple(count) if isinstance(count, list) else count)
-        for tensor_name in {**rule.out, **rule.into}:
-            _resize(layer, tensor_name, state.get(f"{name}.{tensor_name}"))
-    present = model.state_dict()
-    for name, wanted in state.items():  # parameters and buffers outside those layers
-        if name in present and present[name].shape != wanted.shape:
-            owner, _, tensor_name = name.rpartition(".")
-            _resize(model.get_submodule(owner), tensor_name, wanted)
-    model.load_state_dict(state)
-
-
-def _resize(layer: nn.Module, name: str, wanted: torch.Tensor | None) -> None:
-    """Make room for a stored tensor: another shape, or a bias that folding has added."""
-    present = getattr(layer, name)
-    if wanted is None or (present is not None and present.shape == wanted.shape):
-        return
-    like = present if present is not None else next(layer.parameters())
-    empty = torch.empty(wanted.shape, dtype=like.dtype, device=like.device)
-    if isinstance(like, nn.Parameter):
-        setattr(layer, name, nn.Parameter(empty, requires_grad=like.requires_grad))
-    else:
-        setattr(layer, name, empty)
-
-
 def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
     module_name, _, qualified = str(name).partition(":")
     try:
@@ -232,6 +195,13 @@ def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise CheckpointError(f"{path} was refused: {name!r} is not a class of networks (nn.Module)")
     return found
+
+
+def write_loader(folder: str | Path) -> Path:
+    """Put `load_pruned.py` into a folder: a file that loads its checkpoints without this toolkit."""
+    path = Path(folder) / "load_pruned.py"
+    replace_file(path, Path(__file__).with_name("load_pruned.py").read_bytes())
+    return path
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

@@ -73,18 +73,32 @@ class PruneConfig:
             `sensitivity`.
         layers: also remove whole layers, where a trial shows that the network is better
             without them within the same budget.
+        ranking, floor, most, multiple: as `plan_within` takes them, in every step.
     """
 
     iterations: int
     recover: TrainConfig
     score: str = "taylor"
     layers: bool = False
+    ranking: str = "global"
+    floor: int = 1
+    most: float = 1.0
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         from pruning.prune import NAMES
 
         _require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
         _require(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")
+        _require(
+            self.floor >= 1 <= self.multiple, f"floor {self.floor}, multiple {self.multiple}: at least 1"
+        )
+        _require(0 < self.most <= 1, f"largest share dropped in a step {self.most}: above 0, at most 1")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The arguments of `plan_within` besides the budget."""
+        return {key: getattr(self, key) for key in ("ranking", "floor", "most", "multiple")}
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,17 @@ class SlimConfig:
             f"decay of the moving average {self.sparsify.ema} in stage 1: 0 (an average has no exact zeros)",
         )
         _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
+
+    @classmethod
+    def within(cls, budget: Budget) -> SlimConfig:
+        """The settings of this project's own main job, for any budget."""
+        decay = 1e-3
+        return cls(
+            budget,
+            sparsify=TrainConfig(8, lr=0.1, weight_decay=decay),
+            prune=PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=decay)),
+            finetune=TrainConfig(40, lr=0.1, weight_decay=decay),
+        )
 
     @property
     def epochs(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -12,22 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pruning import checkpoint
 from pruning.budget import Budget
-from pruning.config import SlimConfig
+from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
 from pruning.graph import Ignored, Inputs, Trace, trace
+from pruning.load_pruned import rebuild
 from pruning.modes import eval_mode
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import equalize, recalibrate
-from pruning.training import BatchSource, Epoch, Loss, Validate, cross_entropy, fit, to_device
+from pruning.training import BatchSource, Epoch, Loss, Validate, accuracy, cross_entropy, fit, to_device
 
 
 class Run:
@@ -115,11 +118,12 @@ class Slimmed:
 def slim(
     model: nn.Module,
     batches: BatchSource,
-    example_inputs: Inputs,
-    config: SlimConfig,
+    example_inputs: Inputs | None = None,
+    config: SlimConfig | None = None,
     *,
-    validate: Validate,
-    calibration: Sequence[tuple[Any, Any]] = (),
+    validate: Validate | Iterable[tuple[Any, Any]],
+    budget: Budget | None = None,
+    calibration: Sequence[tuple[Any, Any]] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
@@ -135,9 +139,14 @@ def slim(
 
     Args:
         model: the dense model, trained or not; it is left as it is.
-        batches: training batches. example_inputs: to trace and check with.
-        validate: from a model to its accuracy (or another figure, higher is better).
-        calibration: batches for the scores; the same ones each time.
+        batches: training batches.
+        example_inputs: to trace and check with; by default two of the first batch.
+        config: the settings; by default those of `SlimConfig.within(budget)`.
+        validate: from a model to its accuracy (or another figure, higher is better), or
+            batches of a validation split, on which a classifier's accuracy is taken.
+        budget: what the result may cost, in place of a config.
+        calibration: batches for the scores; the same ones each time. By default the first
+            `CALIBRATION_BATCHES` training batches.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
         ignored: layers whose channels all stay.
         run: keeps the state after every epoch, and goes on from it.
@@ -145,8 +154,18 @@ def slim(
 
     Raises `PruningError` before anything is trained when the budget cannot be reached.
     """
+    if (config is None) == (budget is None):
+        raise PruningError("slim needs either a config or a budget")
+    config = config or SlimConfig.within(budget or Budget())
+    validate = validate if callable(validate) else partial(_accuracy_on, validate)
+    device = next(model.parameters()).device
+    if calibration is None:
+        calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
+    if example_inputs is None:
+        first, _ = to_device(next(iter(batches)), device)
+        example_inputs = pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) else x, first)
     ignored = tuple(ignored)
-    target = reachable(model, example_inputs, config.budget, ignored, layers=config.prune.layers)
+    target = reachable(model, example_inputs, config.budget, ignored, config.prune)
     last = config.prune.iterations + 1
     progress = _Progress(run, model)
     small = progress.network
@@ -160,7 +179,7 @@ def slim(
             small,
             config=config.sparsify,
             example_inputs=example_inputs,
-            strength=config.strength,
+            strength=_strength(small, example_inputs, ignored, config, log),
             budget=target,
             ignored=ignored,
             loss=loss,
@@ -178,6 +197,7 @@ def slim(
         "calibration": calibration,
         "loss": loss,
         "ignored": ignored,
+        **config.prune.limits,
     }
     train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
     removed: tuple[str, ...] = ()
@@ -216,6 +236,48 @@ def slim(
     log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
     return Slimmed(small, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
 
+
+def tune(
+    model: nn.Module,
+    batches: BatchSource,
+    config: TrainConfig,
+    *,
+    validate: Validate,
+    run: Run | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Stage 3 alone, resumable: fine-tune a copy of a pruned model, and keep its best epoch.
+
+    Args:
+        run: keeps the state after every epoch, and goes on from it.
+        options: further arguments of `finetune`.
+    """
+    progress = _Progress(run, model)
+    small = progress.network
+    inside = progress.options(0, "fine-tune", small)
+    return finetune(small, batches, config, validate=validate, **inside, **options)
+
+
+def _accuracy_on(batches: Iterable[tuple[Any, Any]], model: nn.Module) -> float:
+    return accuracy(model, batches)
+
+
+def _strength(
+    model: nn.Module,
+    inputs: Inputs,
+    ignored: Iterable[Ignored],
+    config: SlimConfig,
+    log: Callable[[str], None],
+) -> float | None:
+    """λ of stage 1; 0 where there is nothing to pull on."""
+    if config.strength is None and not ScalePull(model, trace(model, inputs, ignored), 0.0).scales:
+        log("stage 1, sparsify: no prunable group has BatchNorm scales, so it trains without a pull")
+        return 0.0
+    return config.strength
+
+
+#: Training batches on which channels are scored where no others are given.
+CALIBRATION_BATCHES = 16
 
 #: Of many layers that could go, the trials see these first few: without them the loss on
 #: the calibration data is lowest.
@@ -301,25 +363,28 @@ def reachable(
     example_inputs: Inputs,
     budget: Budget,
     ignored: Iterable[Ignored] = (),
-    *,
-    layers: bool = False,
+    config: PruneConfig | None = None,
 ) -> Budget:
     """The budget in counts, if some widths of the model meet it.
 
-    With `layers`, also if it would be met without all the layers that can go.
+    With the floors and multiples of a `config`; and where it allows whole layers to go, also
+    if the budget would be met without all of those that can.
 
     Raises `PruningError` when none do; it says what the least is.
     """
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     target = budget.resolve(cost_model(cost_model.full))
+    limits: dict[str, Any] = {"floor": config.floor, "multiple": config.multiple} if config else {}
     while True:
         arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
         try:
-            plan_within(target, traced, cost_model, arbitrary)
+            plan_within(target, traced, cost_model, arbitrary, **limits)
             return target
         except PruningError:
-            candidates = list(removable(model, traced, example_inputs).values()) if layers else []
+            candidates = (
+                list(removable(model, traced, example_inputs).values()) if config and config.layers else []
+            )
             if not candidates:
                 raise
         model = without_layer(model, traced, candidates[-1], [example_inputs])
@@ -339,7 +404,7 @@ class _Progress:
         self.network, self.dense = copy.deepcopy(model), copy.deepcopy(model)
         if self.state["fit"] is not None:
             weights = self.state["fit"]["model"]
-            checkpoint.restore(self.network, {**self.state["layers"], "state_dict": weights})
+            rebuild(self.network, {**self.state["layers"], "state_dict": weights})
         if "dense" in self.state:
             self.dense.load_state_dict(self.state["dense"])
         self.dense.eval()

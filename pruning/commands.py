@@ -1,0 +1,537 @@
+"""The toolkit's commands: `python -m pruning COMMAND --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pruning import cli
+from pruning.checkpoint import load, provenance, read_plain, replace_file, save, write_loader
+from pruning.config import TrainConfig
+from pruning.cost import count, time_forward
+from pruning.doctor import doctor
+from pruning.errors import PruningError
+from pruning.graph import Inputs, trace
+from pruning.prune import prune
+from pruning.slimming import Run, reachable, slim, tune
+from pruning.sources import Data, arguments_of, load_weights, make_data, make_model
+from pruning.surgery import fold_batchnorm
+from pruning.training import accuracy
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+
+
+def parse(
+    argv: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], None]]:
+    """The flags of a command line over those of its --config file, and what to do with them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pruning", description=__doc__, formatter_class=cli.HelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {}
+    for name, (summary, add_flags, _) in COMMANDS.items():
+        made[name] = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            formatter_class=cli.HelpFormatter,
+        )
+        add_flags(made[name])
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path)
+    given, rest = first.parse_known_args(argv)
+    chosen = next((made[word] for word in rest if word in made), None)
+    if given.config is not None and chosen is not None:
+        at = next(i for i, word in enumerate(rest) if word in made) + 1
+        rest = [*rest[:at], *cli.read_recipe(given.config, chosen), *rest[at:]]
+    args = parser.parse_args(rest)
+    args.parser = made[args.command]
+    return args, COMMANDS[args.command][2]
+
+
+# --- flags that several commands share -------------------------------------------------
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="package.module:factory, or one of torchvision's classifiers (resnet18); not needed for a "
+        "checkpoint of this toolkit whose class can be imported",
+    )
+    group.add_argument(
+        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
+    )
+    group.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    group.add_argument(
+        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+    )
+
+
+def _data_flags(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="NAME",
+        help="mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with a subfolder a class "
+        "(or train, val and test of such); or module:factory that gives train, validation and test batches",
+    )
+    group.add_argument(
+        "--data-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    group.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets lie"
+    )
+    group.add_argument(
+        "--batch-size", type=cli.whole_number(1), default=64, metavar="N", help="examples in a batch"
+    )
+    group.add_argument(
+        "--image-size", type=cli.whole_number(1), default=224, metavar="PIXELS", help="of a folder's images"
+    )
+    group.add_argument(
+        "--workers", type=cli.whole_number(0), default=0, metavar="N", help="processes that read images"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
+    parser.set_defaults(data_required=required)
+    if not required:
+        group.add_argument(
+            "--input-shape",
+            metavar="CxHxW",
+            help="of one example, to trace with random ones where no data is given: 3x224x224",
+        )
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
+
+
+def _result_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make BatchNorm part of the layers before it in the saved network",
+    )
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="also write load_pruned.py, which loads the checkpoint without this toolkit",
+    )
+
+
+# --- what flags name ------------------------------------------------------------------
+
+
+def _network(args: argparse.Namespace) -> nn.Module:
+    """The model that flags name, on its device."""
+    torch.set_num_threads(min(args.threads, torch.get_num_threads()))
+    torch.manual_seed(getattr(args, "seed", 0))
+    if args.model is not None:
+        model = make_model(args.model, arguments_of(args.model_arg), args.weights)
+    elif args.weights is not None:
+        made = _stored(args.weights)
+        model = make_model(made["name"], made["arguments"], args.weights) if made else load(args.weights)
+    else:
+        raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
+    return model.to(args.device)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The torchvision classifier that a checkpoint says it was made of; other names are not imported."""
+    content = read_plain(path)
+    facts = content.get("provenance", {}) if isinstance(content, dict) else {}
+    made = facts.get("model")
+    return made if isinstance(made, dict) and ":" not in made.get("name", ":") else None
+
+
+def _data(args: argparse.Namespace) -> Data | None:
+    if args.data is None:
+        if args.data_required:
+            raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
+        return None
+    return make_data(
+        args.data,
+        folder=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        workers=args.workers,
+        seed=args.seed,
+        arguments=arguments_of(args.data_arg),
+    )
+
+
+def _examples(args: argparse.Namespace, data: Data | None) -> Inputs:
+    """Example inputs of the data, or random ones of a shape."""
+    shape = getattr(args, "input_shape", None)
+    if data is None and shape is None:
+        raise PruningError("inputs are needed to run the model on: --data, or --input-shape CxHxW")
+    if shape is None:
+        assert data is not None
+        found = data.examples
+        return pytree.tree_map(lambda x: x.to(args.device) if isinstance(x, torch.Tensor) else x, found)
+    try:
+        sizes = [int(size) for size in shape.lower().split("x")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise PruningError(f"input shape {shape!r}: expected sizes such as 3x224x224")
+    return torch.randn(2, *sizes, device=args.device)
+
+
+def _save(args: argparse.Namespace, path: Path, model: nn.Module, example: Inputs, **facts: Any) -> nn.Module:
+    """Write a result; returns the network as it was written."""
+    if args.fold:
+        model = fold_batchnorm(model, trace(model, example))
+    made = {"name": args.model, "arguments": arguments_of(args.model_arg)} if args.model else None
+    save(path, model, provenance=provenance(model=made, **facts))
+    if args.standalone:
+        write_loader(path.parent)
+    return model
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """The run's folder: the asked one, or the next free one."""
+    if args.output is None:
+        if args.resume:
+            raise PruningError("--resume needs --output FOLDER: the run to go on with")
+        args.output = cli.next_run()
+    return args.output
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the result depends on."""
+    left_out = {"parser", "command", "output", "resume", "config", "data_required", "standalone", "data_dir"}
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in left_out
+    }
+
+
+def _start(args: argparse.Namespace) -> Run:
+    folder = _folder(args)
+    run = Run(folder, _settings(args), resume=args.resume)
+    cli.write_recipe(folder / "config.toml", args, args.parser)
+    return run
+
+
+# --- commands -------------------------------------------------------------------------
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=False)
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found here")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    model = _network(args)
+    found = doctor(model, _examples(args, _data(args)), args.ignore)
+    print(found)
+    if args.json:
+        replace_file(args.json, (json.dumps(found.to_json(), indent=1) + "\n").encode())
+
+
+def _prune_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=False)
+    cli.budget_flags(parser)
+    _result_flags(parser)
+    parser.add_argument(
+        "--calibration", type=cli.whole_number(1), default=1024, metavar="N", help="examples for scores"
+    )
+    parser.add_argument("--output", type=Path, default=Path("small.pth"), metavar="FILE", help="checkpoint")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    model, data = _network(args), _data(args)
+    example = _examples(args, data)
+    calibration = data.calibration(args.calibration) if data is not None else []
+    if not calibration and args.score in ("taylor", "sensitivity"):
+        raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
+    step = prune(
+        model,
+        example,
+        cli.budget(args),
+        score=args.score,
+        calibration=calibration,
+        ignored=args.ignore,
+        ranking=args.ranking,
+        floor=args.floor,
+        most=args.most,
+        multiple=args.multiple,
+    )
+    _save(args, args.output, step.model, example)
+    print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
+    narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
+    print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
+    if data is not None:
+        before, after = (accuracy(m, data.validation) for m in (model, step.model))
+        print(f"validation accuracy, without training: {before:.4f} before, {after:.4f} after")
+    print(f"{args.output}: outputs agree with the plan to {step.difference:.1e}")
+
+
+def _slim_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=True)
+    cli.stage_flags(parser)
+    _run_flags(parser)
+    _result_flags(parser)
+    parser.add_argument(
+        "--calibration", type=cli.whole_number(1), default=2048, metavar="N", help="examples for scores"
+    )
+
+
+def _slim(args: argparse.Namespace) -> None:
+    config = cli.slim_config(args)
+    model, data = _network(args), _data(args)
+    assert data is not None
+    example = _examples(args, data)
+    reachable(model, example, config.budget, args.ignore, config.prune)
+    run = _start(args)
+    print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
+    torch.manual_seed(args.seed)
+    calibration = data.calibration(args.calibration)
+
+    def validate(network: nn.Module) -> float:
+        return accuracy(network, data.validation)
+
+    result = slim(
+        model,
+        data.train,
+        example,
+        config,
+        validate=validate,
+        calibration=calibration,
+        ignored=args.ignore,
+        run=run,
+        log=lambda line: print(line, flush=True),
+    )
+    best = validate(result.model)
+    path = run.folder / "best.pth"
+    net = _save(
+        args,
+        path,
+        result.model,
+        example,
+        seed=args.seed,
+        dataset=data.name,
+        epochs=result.epochs,
+        validation_accuracy=best,
+    )
+    save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+    print(f"{path}: {count(net, example)}, validation {best:.4f}")
+
+
+def _finetune_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=True)
+    cli.training_flags(parser)
+    parser.add_argument("--epochs", type=cli.whole_number(1), default=20, metavar="N", help="to train")
+    parser.add_argument("--rate", type=cli.number(0), default=0.05, help="highest learning rate")
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="checkpoint of --model, for --distill")
+    _run_flags(parser)
+    _result_flags(parser)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    model, data = _network(args), _data(args)
+    assert data is not None
+    if bool(args.distill) != (args.teacher is not None):
+        raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
+    example = _examples(args, data)
+    teacher = None
+    if args.teacher is not None:
+        teacher = _network(argparse.Namespace(**{**vars(args), "weights": args.teacher}))
+    run = _start(args)
+    config = TrainConfig(
+        args.epochs,
+        lr=args.rate,
+        weight_decay=args.weight_decay,
+        ema=args.ema,
+        channels_last=args.channels_last,
+    )
+
+    def validate(network: nn.Module) -> float:
+        return accuracy(network, data.validation)
+
+    before = validate(model)
+    torch.manual_seed(args.seed)
+    tuned = tune(model, data.train, config, validate=validate, run=run, teacher=teacher, distill=args.distill)
+    after = validate(tuned)
+    path = run.folder / "best.pth"
+    net = _save(
+        args,
+        path,
+        tuned,
+        example,
+        seed=args.seed,
+        dataset=data.name,
+        epochs=args.epochs,
+        validation_accuracy=after,
+    )
+    print(f"{path}: {count(net, example)}, validation {after:.4f} ({before:.4f} before)")
+
+
+def _sensitivity_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=True)
+    parser.add_argument("--score", choices=[n for n in cli.SCORES if n != "sensitivity"], default="taylor",
+                        help="which channels of a group go first")  # fmt: skip
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay")
+    parser.add_argument(
+        "--widths", type=cli.whole_number(1), default=8, metavar="N", help="so many of each group"
+    )
+    parser.add_argument(
+        "--examples", type=cli.whole_number(2), metavar="N", help="of the validation split (default: all)"
+    )
+    parser.add_argument(
+        "--calibration", type=cli.whole_number(1), default=1024, metavar="N", help="examples for scores"
+    )
+    parser.add_argument(
+        "--finetune-epochs", type=cli.whole_number(0), default=0, metavar="N",
+        help="also train each point so long on the calibration examples",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("sensitivity"), metavar="FOLDER",
+        help="receives curves.json (from which an interrupted analysis goes on), curves.csv and the pictures",
+    )  # fmt: skip
+
+
+def _sensitivity(args: argparse.Namespace) -> None:
+    from pruning.sensitivity import sensitivity
+
+    try:
+        from pruning import plots
+    except ImportError as error:
+        raise PruningError(f"drawing needs matplotlib: pip install matplotlib ({error})") from error
+
+    model, data = _network(args), _data(args)
+    assert data is not None
+    example = _examples(args, data)
+    validation, seen = [], 0
+    for inputs, targets in data.validation:
+        room = args.examples - seen if args.examples else len(targets)
+        validation.append((inputs[:room], targets[:room]))
+        seen += len(targets[:room])
+        if args.examples and seen >= args.examples:
+            break
+    brief = TrainConfig(args.finetune_epochs, lr=0.02) if args.finetune_epochs else None
+    found = sensitivity(
+        model,
+        example,
+        validation,
+        calibration=data.calibration(args.calibration),
+        widths=args.widths,
+        score=args.score,
+        finetune=brief,
+        ignored=args.ignore,
+        path=args.output / "curves.json",
+    )
+    replace_file(args.output / "curves.csv", found.to_csv().encode())
+    plots.save(plots.sensitivity_curves(found), args.output / "curves")
+    plots.save(plots.sensitivity_map(found), args.output / "map")
+    plots.save(plots.lost_per_cost(found), args.output / "cost")
+    print(f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples")
+    for group, channels in found.channels.items():
+        narrow = found.curve(group)[0]
+        print(f"  {group}: {channels} channels; at {narrow[0]} accuracy {narrow[1].accuracy:.4f}")
+    for layer, reason in found.skipped.items():
+        print(f"  {layer} keeps all its channels: {reason}")
+    print(f"{args.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")
+
+
+def _test_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _data_flags(parser, required=True)
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="weights of the dense --model, to compare with"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the data")
+    parser.add_argument("--seconds", type=cli.number(0.1), default=3.0, help="to time the forward passes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+
+
+def _test(args: argparse.Namespace) -> None:
+    model, data = _network(args), _data(args)
+    assert data is not None
+    batches = getattr(data, args.split)
+    if batches is None:
+        raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
+    models = {"network": model.eval()}
+    if args.against is not None or args.model is not None:
+        dense = _network(argparse.Namespace(**{**vars(args), "weights": None})) if args.model else None
+        if args.against is not None:
+            dense = dense if dense is not None else load(args.against)
+            load_weights(dense, args.against)
+        if dense is not None and args.weights is not None:
+            models = {"dense": dense.to(args.device).eval(), **models}
+    inputs, _ = next(iter(batches))
+    batch = inputs.to(args.device)[: args.batch_size]
+    times = {size: time_forward(models, batch[:size], seconds=args.seconds, threads=args.threads)
+             for size in sorted({1, len(batch)})}  # fmt: skip
+    rows = []
+    for name, each in models.items():
+        cost = count(each, batch[:1])
+        trained = name == "network" or args.against is not None
+        rows.append(
+            {
+                "network": name,
+                "accuracy": accuracy(each, batches) if trained else None,
+                "params": cost.params,
+                "macs": cost.macs,
+                **{f"ms_batch_{size}": found[name].median for size, found in times.items()},
+            }
+        )
+    heads = list(rows[0])
+    print("  ".join(f"{head:>16}" for head in heads))
+    for row in rows:
+        print("  ".join(f"{_shown(value):>16}" for value in row.values()))
+    if args.json:
+        replace_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "-")
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pruning.report import report  # matplotlib is needed for this alone
+
+    print(report(args.run, args.output))
+
+
+COMMANDS: dict[str, Command] = {
+    "doctor": ("say what pruning would do to a model, before anything is done", _doctor_flags, _doctor),
+    "prune": ("remove channels in one step, without training", _prune_flags, _prune),
+    "slim": ("train, prune and fine-tune a model under a budget", _slim_flags, _slim),
+    "finetune": ("train a pruned network further", _finetune_flags, _finetune),
+    "sensitivity": ("narrow each group alone, and draw what is lost", _sensitivity_flags, _sensitivity),
+    "test": ("measure accuracy, cost and time of a network", _test_flags, _test),
+    "report": ("make one HTML file that shows a run", _report_flags, _report),
+}

@@ -1,0 +1,268 @@
+"""`python -m pruning` as a user runs it: any model, any data, clear errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pruning import __main__ as program
+from pruning import cli
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=8, classes=3, bias=True):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, bias=bias), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(width, width, 3), nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+class Changed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(x)
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+
+def plain():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3))
+
+def broken():
+    raise RuntimeError("no such thing as a net")
+
+def number():
+    return 3
+
+def digits(count=96, batch_size=32):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = torch.randn(count, 1, 10, 10, generator=generator) / 4
+    images[:, 0, :5] += labels[:, None, None] - 1.0
+    batches = [(images[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, count, batch_size)]
+    return batches, batches[:1], batches[-1:]
+
+def few():
+    return digits()[0], []
+
+def nothing():
+    return 5
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the program in a folder that holds a user's module; exit code, output and errors."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli, "RUNS", tmp_path / "runs")
+    sys.modules.pop("mine", None)
+    threads = torch.get_num_threads()
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["pruning", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.run(program.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+NET = ("--model", "mine:Net", "--data", "mine:digits")
+SHORT = ("--sparsify-epochs", 1, "--recover-epochs", 1, "--finetune-epochs", 2, "--iterations", 2)
+
+
+def test_doctor_names_groups_and_what_stays(run, tmp_path):
+    code, out, _ = run("doctor", *NET, "--model-arg", "width=6", "--json", "found.json")
+    assert code == 0 and "features.0" in out and "6 channels" in out
+    assert "head: its channels are the model's output" in out and "trial passed" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [group["name"] for group in found["groups"]] == ["features.0", "features.4"]
+    assert found["groups"][0]["scales"] == ["features.1"] and found["trial"] == ""
+
+
+def test_doctor_of_a_torchvision_network_needs_no_data(run):
+    code, out, _ = run("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
+    assert code == 0 and "25 groups" in out and "have no BatchNorm scale" in out
+
+
+def test_prune_then_load_without_the_toolkit(run, tmp_path):
+    code, out, _ = run("prune", *NET, "--max-macs", "40%", "--standalone", "--output", "out/small.pth")
+    assert code == 0 and "asked" in out and "validation accuracy" in out
+    code = """
+import sys
+sys.modules["pruning"] = sys.modules["torch_pruning"] = None
+import torch
+from load_pruned import load_pruned
+from mine import Net
+net = load_pruned("small.pth", Net)
+assert net.features[0].out_channels < 8 and not net.training
+print(net(torch.ones(1, 1, 10, 10)).tolist())
+"""
+    (tmp_path / "out" / "mine.py").write_text(MODULE)
+    fresh = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, check=False
+    )
+    assert fresh.returncode == 0, fresh.stderr
+    from pruning import load
+
+    with torch.no_grad():
+        assert load("out/small.pth")(torch.ones(1, 1, 10, 10)).tolist() == eval(fresh.stdout)
+    lines = Path(tmp_path / "out" / "load_pruned.py").read_text().splitlines()
+    assert len(lines) < 120
+
+
+def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run, tmp_path):
+    budget = ("--max-params", "50%", "--floor", 2, "--ignore", "nothing*")
+    assert run("slim", *NET, *SHORT, *budget)[0] == 2  # the pattern matches nothing
+    code, out, _ = run("slim", *NET, *SHORT, "--max-params", "50%", "--floor", 2, "--output", "first")
+    assert code == 0 and "stage 3, fine-tune" in out
+    best = (tmp_path / "first" / "best.pth").read_bytes()
+    assert {p.name for p in (tmp_path / "first").iterdir()} >= {"config.toml", "history.jsonl", "dense.pth"}
+
+    assert run("slim", "--config", "first/config.toml", "--output", "second")[0] == 0
+    load = lambda name: torch.load(name, weights_only=True)["state_dict"]  # noqa: E731
+    first, second = load("first/best.pth"), load("second/best.pth")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert run("slim", "--config", "first/config.toml", "--output", "first")[0] == 2  # holds a run
+    (tmp_path / "first" / "best.pth").unlink()
+    assert run("slim", "--config", "first/config.toml", "--output", "first", "--resume")[0] == 0
+    assert load("first/best.pth").keys() == first.keys() and best
+
+    code, out, _ = run("finetune", *NET, "--weights", "first/best.pth", "--epochs", 2, "--output", "tuned")
+    assert code == 0 and "validation" in out
+    code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/dense.pth",
+                       "--seconds", 0.1, "--json", "figures.json")  # fmt: skip
+    assert code == 0
+    dense, small = json.loads((tmp_path / "figures.json").read_text())
+    assert small["params"] * 2 <= dense["params"] + 1 and small["accuracy"] > 0.5
+    code, out, _ = run("report", "first")
+    assert code == 0 and (tmp_path / "first" / "report.html").exists()
+
+
+def test_a_config_may_be_overridden_and_an_unknown_key_is_named(run, tmp_path):
+    (tmp_path / "run.toml").write_text('model = "mine:Net"\ndata = "mine:digits"\nmax-macs = "60%"\n')
+    code, out, _ = run("prune", "--config", "run.toml", "--max-macs", "30%", "--score", "bn_scale")
+    assert code == 0 and out.count("asked") == 1
+    (tmp_path / "run.toml").write_text('max-mac = "60%"\n')
+    code, _, err = run("prune", "--config", "run.toml")
+    assert code == 2 and "'max-mac'" in err and "'max-macs'" in err
+
+
+def test_a_model_without_batchnorm_is_slimmed_without_a_pull(run):
+    words = ("--model", "mine:plain", "--data", "mine:digits", *SHORT, "--max-macs", "60%")
+    code, out, _ = run("slim", *words)
+    assert code == 0 and "without a pull" in out
+
+
+def test_sensitivity_draws_and_goes_on(run, tmp_path):
+    code, _, _ = run("sensitivity", *NET, "--widths", 3, "--output", "curves")
+    names = {path.name for path in (tmp_path / "curves").iterdir()}
+    assert code == 0 and names >= {"curves.json", "curves.csv", "curves.png", "map.svg", "cost.png"}
+    points = json.loads((tmp_path / "curves" / "curves.json").read_text())
+    assert run("sensitivity", *NET, "--widths", 3, "--output", "curves")[0] == 0
+    assert json.loads((tmp_path / "curves" / "curves.json").read_text()) == points
+
+
+def image_folder(root, classes, size=24):
+    for name in classes:
+        for i in range(12):
+            path = root / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shade = (len(name) * 37 + 5 * i) % 256
+            Image.new("RGB", (size, size), (shade, 255 - shade, 60)).save(path)
+
+
+def test_an_image_folder_is_data(run, tmp_path):
+    image_folder(tmp_path / "pictures", ["a", "bb", "cccc"])
+    words = (
+        "--model",
+        "squeezenet1_1",
+        "--model-arg",
+        "num_classes=3",
+        "--image-size",
+        33,
+        "--batch-size",
+        8,
+    )
+    code, out, err = run("prune", *words, "--data", "pictures", "--max-params", "80%")
+    assert code == 0, err
+    assert "validation accuracy" in out
+    image_folder(tmp_path / "split" / "train", ["a", "bb"])
+    image_folder(tmp_path / "split" / "val", ["a"])
+    code, _, err = run("prune", *words, "--data", "split", "--max-params", "80%")
+    assert code == 2 and "classes of validation differ" in err
+    image_folder(tmp_path / "lone", ["a"])
+    code, _, err = run("prune", *words, "--data", "lone", "--max-params", "80%")
+    assert code == 2 and "one class only" in err
+
+
+BUDGET = ("--max-macs", "50%")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("doctor",), "a model is needed"),
+        (("doctor", "--model", "mine:Nett", "--input-shape", "1x10x10"), "did you mean Net"),
+        (("doctor", "--model", "nowhere:Net", "--input-shape", "1x10x10"), "cannot be imported"),
+        (("doctor", "--model", "resnet81", "--input-shape", "1x10x10"), "did you mean resnet18"),
+        (("doctor", "--model", "mine:broken", "--input-shape", "1x10x10"), "no such thing as a net"),
+        (("doctor", "--model", "mine:number", "--input-shape", "1x10x10"), "an nn.Module was expected"),
+        (("doctor", "--model", "mine:Net", "--model-arg", "depth=3", "--input-shape", "1x10x10"), "depth"),
+        (("doctor", "--model", "mine:Net", "--model-arg", "depth", "--input-shape", "1x10x10"), "KEY=VALUE"),
+        (("doctor", "--model", "mine:Net", "--input-shape", "1xtenx10"), "3x224x224"),
+        (("doctor", "--model", "mine:Net", "--input-shape", "3x10x10"), "does not run on the example inputs"),
+        (("doctor", "--model", "mine:Net"), "inputs are needed"),
+        (
+            ("prune", "--model", "mine:linear", "--input-shape", "1x10x10", "--score", "l1", *BUDGET),
+            "no prunable",
+        ),
+        (("prune", "--model", "mine:Net", "--input-shape", "1x10x10", *BUDGET), "needs data"),
+        (("prune", *NET, "--max-macs", "0%"), "above 0"),
+        (("prune", *NET, "--max-macs", "120%"), "at most 100"),
+        (("prune", *NET), "at least one limit"),
+        (("prune", *NET, "--max-params", "3"), "cannot be reached"),
+        (("prune", "--model", "mine:Net", "--data", "mine:nothing", *BUDGET), "batches were expected"),
+        (("prune", "--model", "mine:Net", "--data", "mine:few", *BUDGET), "no validation batches"),
+        (("prune", "--model", "mine:Net", "--data", "cifar11", *BUDGET), "did you mean cifar10"),
+        (("prune", *NET, "--weights", "absent.pth", *BUDGET), "no such file"),
+        (("slim", "--model", "mine:Net", *BUDGET), "data is needed"),
+        (("slim", *NET, "--resume", *BUDGET), "--resume needs --output"),
+        (("slim", *NET, "--resume", "--output", "nowhere", *BUDGET), "no run to resume"),
+        (("test", "--data", "mine:digits"), "a model is needed"),
+        (("report", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message):
+    code, _, err = run(*words)
+    assert code == 2 and message in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_whose_class_has_changed(run, tmp_path):
+    assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
+    code, _, err = run("test", "--model", "mine:Changed", "--weights", "small.pth", "--data", "mine:digits")
+    assert code == 2 and "small.pth does not fit Changed" in err
