@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
-from pruning import cli
+from pruning import cli, parallel
 
 
 def main() -> None:
@@ -14,7 +16,19 @@ def main() -> None:
     from pruning.commands import parse
 
     args, command = parse()
-    command(args)
+    with parallel.group(getattr(args, "device", "cpu")) as device, silent(parallel.rank() > 0):
+        args.device = device
+        command(args)
+
+
+@contextlib.contextmanager
+def silent(wanted: bool) -> Iterator[None]:
+    """Print nothing, if wanted: of several processes the first speaks for all."""
+    if not wanted:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 if __name__ == "__main__":

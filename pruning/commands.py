@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pruning import cli
+from pruning import cli, parallel
 from pruning.checkpoint import load, provenance, read_plain, replace_file, save, write_loader
 from pruning.config import TrainConfig
 from pruning.cost import count, time_forward
@@ -199,6 +199,8 @@ def _save(args: argparse.Namespace, path: Path, model: nn.Module, example: Input
     """Write a result; returns the network as it was written."""
     if args.fold:
         model = fold_batchnorm(model, trace(model, example))
+    if parallel.rank():
+        return model
     made = {"name": args.model, "arguments": arguments_of(args.model_arg)} if args.model else None
     save(path, model, provenance=provenance(model=made, **facts))
     if args.standalone:
@@ -211,13 +213,23 @@ def _folder(args: argparse.Namespace) -> Path:
     if args.output is None:
         if args.resume:
             raise PruningError("--resume needs --output FOLDER: the run to go on with")
-        args.output = cli.next_run()
+        args.output = parallel.from_first(cli.next_run())
     return args.output
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """All that the result depends on."""
-    left_out = {"parser", "command", "output", "resume", "config", "data_required", "standalone", "data_dir"}
+    left_out = {
+        "parser",
+        "device",
+        "command",
+        "output",
+        "resume",
+        "config",
+        "data_required",
+        "standalone",
+        "data_dir",
+    }
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(args).items()
@@ -228,7 +240,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _start(args: argparse.Namespace) -> Run:
     folder = _folder(args)
     run = Run(folder, _settings(args), resume=args.resume)
-    cli.write_recipe(folder / "config.toml", args, args.parser)
+    if run.writes:
+        cli.write_recipe(folder / "config.toml", args, args.parser)
     return run
 
 
@@ -337,7 +350,8 @@ def _slim(args: argparse.Namespace) -> None:
         epochs=result.epochs,
         validation_accuracy=best,
     )
-    save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+    if run.writes:
+        save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
     print(f"{path}: {count(net, example)}, validation {best:.4f}")
 
 

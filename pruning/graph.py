@@ -330,6 +330,8 @@ def _obstacle(
                 "can be given up; list it as ignored or give it fewer groups"
             )
     if group.channels < 2:
+        if all(len(member.index) == 1 for member in group.side("out")):
+            return "it has one channel, and a group is never emptied"
         return "its channels can only be removed all together (tied in parts), and a group is never emptied"
     for member in group.members:
         owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer

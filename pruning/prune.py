@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruning import importance
+from pruning import importance, parallel
 from pruning.budget import Budget
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
@@ -129,7 +129,8 @@ def prune(
         )
         score = curves.scores
     scores = score_channels(model, traced, score, calibration, loss)
-    plan = replace(plan_within(asked, traced, cost_model, scores, **limits), removed=tuple(removed))
+    plan = plan_within(asked, traced, cost_model, scores, **limits)
+    plan = Plan.from_json(parallel.from_first(replace(plan, removed=tuple(removed)).to_json()))
 
     if batches:
         constants = channel_constants(model, traced, batches)
@@ -143,6 +144,7 @@ def prune(
         lively = enliven(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
     recalibrate(small, batches)
+    parallel.weights_of_first(small)
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pruning import checkpoint
+from pruning import checkpoint, parallel
 from pruning.budget import Budget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel
@@ -38,7 +38,8 @@ class Run:
 
     config.json: the settings. history.jsonl: one line per epoch and per pruning step.
     state.pth: the stage under way with its weights, optimizer and random state, replaced
-    after every epoch. Other checkpoints are the caller's.
+    after every epoch. Other checkpoints are the caller's. Of several processes (torchrun) the
+    first alone writes.
 
     Raises `PruningError` when the folder holds another run (resume it or choose another
     folder), when there is none to resume, or when it cannot be written.
@@ -46,14 +47,15 @@ class Run:
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], *, resume: bool = False):
         self.folder = Path(folder)
+        self.writes = parallel.rank() == 0
         self.history = self.folder / "history.jsonl"
         settings = json.loads(json.dumps(settings))
         config = self.folder / "config.json"
         if resume:
             self._check_same(config, settings)
-        elif config.exists():
+        elif self.writes and config.exists():
             raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
-        else:
+        elif self.writes:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -64,7 +66,7 @@ class Run:
         if resume and state.exists():
             self.state = checkpoint.read_plain(state)
         self.lines = self.state["lines"] if self.state is not None else 0
-        if resume:
+        if resume and self.writes:
             self._cut_history(self.lines)
 
     def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
@@ -89,16 +91,19 @@ class Run:
 
     def note(self, **event: Any) -> None:
         """Append one line to the history."""
+        self.lines += 1
+        if not self.writes:
+            return
         with open(self.history, "ab") as file:
             file.write((json.dumps(event) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
-        self.lines += 1
 
     def save(self, state: dict[str, Any]) -> None:
         """Note where the run stands, whole or not at all."""
         self.state = {**state, "lines": self.lines}
-        checkpoint.write(self.folder / "state.pth", self.state)
+        if self.writes:
+            checkpoint.write(self.folder / "state.pth", self.state)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.training import BatchSource, fit
 
 
+#: A pull that no gradient resists.
+HOLD = 1e30
+
+
 class ScalePull:
     """The L1 pull on the scales γ of BatchNorm: one call after each optimizer step.
 
@@ -108,7 +112,12 @@ class ScalePull:
             spared = int(magnitudes[group].argmax())
             for weight, index, channel in entries:
                 pull = torch.zeros_like(weight, requires_grad=False)
-                pull[index] = torch.where(channel == spared, 0.0, self.strength * share[group])
+                strength = self.strength * share[group] / len(entries)  # a channel's share, over its norms
+                pull[index] = torch.where(channel == spared, 0.0, strength)
+                if self.budget is not None and not self.distance:
+                    # There already: nothing is pulled, but what is 0 must not come back.
+                    dead = magnitudes[group].to(channel.device)[channel] == 0
+                    pull[index] = torch.where(dead, HOLD, pull[index])
                 self.thresholds.append((weight, pull))
 
     def _search(self, distance: float, way: float) -> None:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from pruning import parallel
 from pruning.config import TrainConfig
 from pruning.errors import PruningError, TrainingDiverged
 from pruning.graph import call
@@ -112,14 +113,22 @@ def fit(
     if not config.epochs:
         return model.eval()
 
-    with channels_last(model, config.channels_last):
+    batches = parallel.shared(batches)
+    with channels_last(model, config.channels_last), parallel.together(model) as trained:
         device = next(model.parameters()).device
         training = _Training(model, config, steps, device, extra)
         if resume is not None:
             training.restore(resume)
 
         total, done = config.epochs * steps, training.epoch * steps
-        with tqdm(total=total, initial=done, desc=label, unit="step", disable=None, leave=False) as bar:
+        with tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit="step",
+            disable=parallel.rank() > 0 or None,
+            leave=False,
+        ) as bar:
             for number in range(training.epoch + 1, config.epochs + 1):
                 if before_epoch is not None:
                     before_epoch(number)
@@ -127,7 +136,7 @@ def fit(
                 summed = torch.zeros((), device=device)
                 for step, batch in enumerate(batches, start=1):
                     inputs, targets = to_device(batch, device)
-                    value = loss(model, inputs, targets)
+                    value = loss(trained, inputs, targets)
                     training.optimizer.zero_grad(set_to_none=True)
                     value.backward()
                     lr = training.optimizer.param_groups[0]["lr"]
@@ -146,7 +155,8 @@ def fit(
                 if score is not None:
                     bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
                 if on_epoch is not None:
-                    on_epoch(Epoch(number, summed.item() / steps, score, lr, training.state))
+                    average = parallel.mean(summed).item() / steps
+                    on_epoch(Epoch(number, average, score, lr, training.state))
         model.load_state_dict(training.best or training.shown.state_dict())
     return model.eval()
 
