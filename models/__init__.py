@@ -1,11 +1,15 @@
-"""The networks: the assignment's reference, what slimming makes of it, and other starts."""
+"""The networks: the reference, what slimming makes of it, other starts, and those for 32 x 32 images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from models.CompactNet import CompactNet
+from models.DenseNet import DenseNet, densenet40
 from models.LeNet5 import LeNet5
+from models.MobileNetV2 import MobileNetV2, mobilenet_v2
+from models.PreResNet import PreResNet, resnet20, resnet56, resnet164
+from models.VGG import VGG, vgg16, vgg19
 from models.YourNet import YourNet
 
 #: The dense networks that the main job can start from, by name. Each takes `image_shape`
@@ -25,4 +29,21 @@ def start(name: str, image_shape: Sequence[int] = (1, 28, 28), classes: int = 10
     return STARTS[name](image_shape=image_shape, classes=classes)
 
 
-__all__ = ["STARTS", "CompactNet", "LeNet5", "YourNet", "start"]
+__all__ = [
+    "STARTS",
+    "VGG",
+    "CompactNet",
+    "DenseNet",
+    "LeNet5",
+    "MobileNetV2",
+    "PreResNet",
+    "YourNet",
+    "densenet40",
+    "mobilenet_v2",
+    "resnet20",
+    "resnet56",
+    "resnet164",
+    "start",
+    "vgg16",
+    "vgg19",
+]
