@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def read_recipe(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str] = ()) -> list[str]:
     """The flags that a TOML file holds: `max-params = 2000` is --max-params 2000.
 
     `true` and `false` stand for a flag and its --no- form, an array for a flag with several
-    values. Raises `PruningError` for a file that cannot be read, a name that is no flag of
+    values. Flags that are among the words `given` on the command line are left out. Raises `PruningError` for a file that cannot be read, a name that is no flag of
     the parser (it says which is near), or a value of another kind.
     """
     try:
@@ -54,8 +54,11 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     known = [
         option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"
     ]
+    words = {word.partition("=")[0] for word in given}
     flags = []
     for name, value in content.items():
+        if {f"--{name}", f"--no-{name}"} & words:
+            continue
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise PruningError(

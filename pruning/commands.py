@@ -51,7 +51,7 @@ def parse(
     chosen = next((made[word] for word in rest if word in made), None)
     if given.config is not None and chosen is not None:
         at = next(i for i, word in enumerate(rest) if word in made) + 1
-        rest = [*rest[:at], *cli.read_recipe(given.config, chosen), *rest[at:]]
+        rest = [*rest[:at], *cli.read_recipe(given.config, chosen, rest), *rest[at:]]
     args = parser.parse_args(rest)
     args.parser = made[args.command]
     return args, COMMANDS[args.command][2]

@@ -16,7 +16,6 @@ from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, trace
 from pruning.training import BatchSource, fit
 
-
 #: A pull that no gradient resists.
 HOLD = 1e30
 
