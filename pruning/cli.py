@@ -44,8 +44,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
     """The flags that a TOML file holds: `max-params = 2000` is --max-params 2000.
 
     `true` and `false` stand for a flag and its --no- form, an array for a flag with several
-    values. Flags that are among the words `given` on the command line are left out. Raises `PruningError` for a file that cannot be read, a name that is no flag of
-    the parser (it says which is near), or a value of another kind.
+    values. Flags that are among the words `given` on the command line are left out.
+
+    Raises `PruningError` for a file that cannot be read, a name that is no flag of the parser
+    (it says which is near), or a value of another kind.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
