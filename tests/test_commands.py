@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -266,3 +267,33 @@ def test_a_checkpoint_whose_class_has_changed(run, tmp_path):
     assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
     code, _, err = run("test", "--model", "mine:Changed", "--weights", "small.pth", "--data", "mine:digits")
     assert code == 2 and "small.pth does not fit Changed" in err
+
+
+def test_two_processes_make_the_same_plan_as_one(run, tmp_path):
+    """DistributedDataParallel over gloo, on the same global batches."""
+    words = ("slim", *NET, *SHORT, "--max-params", "40%", "--batch-size", 32, "--threads", 1)
+    assert run(*words, "--output", "alone")[0] == 0
+    root = Path(program.__file__).resolve().parent.parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, "-m", "pruning", *map(str, words), "--output", "both"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 3, fine-tune") == 1, "the first process alone speaks"
+
+    def widths(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "history.jsonl").read_text().splitlines()]
+        return [line["widths"] for line in lines if "widths" in line]
+
+    assert widths("both") == widths("alone")
+    alone, both = (
+        torch.load(f"{name}/best.pth", weights_only=True)["state_dict"] for name in ("alone", "both")
+    )
+    for key, value in alone.items():
+        torch.testing.assert_close(both[key], value, rtol=1e-3, atol=1e-3)
