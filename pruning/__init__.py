@@ -10,13 +10,14 @@ from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
 from pruning.depth import Removable, removable, without_layer
+from pruning.doctor import Diagnosis, doctor
 from pruning.errors import CheckpointError, PruningError, TrainingDiverged
 from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.sensitivity import Sensitivity, joint, sensitivity
-from pruning.slimming import Run, Slimmed, reachable, slim
+from pruning.slimming import Run, Slimmed, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants, equalize, fold_batchnorm, recalibrate, verify
 from pruning.training import accuracy, cross_entropy, fit
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "Cost",
     "CostModel",
+    "Diagnosis",
     "Group",
     "Latency",
     "Plan",
@@ -47,6 +49,7 @@ __all__ = [
     "count",
     "cross_entropy",
     "distillation",
+    "doctor",
     "equalize",
     "finetune",
     "fit",
@@ -65,6 +68,7 @@ __all__ = [
     "sparsify",
     "time_forward",
     "trace",
+    "tune",
     "uncounted",
     "verify",
     "without_layer",
