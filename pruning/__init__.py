@@ -10,11 +10,13 @@ from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
 from pruning.depth import Removable, removable, without_layer
-from pruning.errors import CheckpointError, PruningError, TrainingDiverged
+from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
+from pruning.export import export, quantize
 from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
+from pruning.runtimes import Exported
 from pruning.sensitivity import Sensitivity, joint, sensitivity
 from pruning.slimming import Run, Slimmed, reachable, slim
 from pruning.sparsify import ScalePull, sparsify
@@ -26,6 +28,8 @@ __all__ = [
     "CheckpointError",
     "Cost",
     "CostModel",
+    "ExportError",
+    "Exported",
     "Group",
     "Latency",
     "Plan",
@@ -48,6 +52,7 @@ __all__ = [
     "cross_entropy",
     "distillation",
     "equalize",
+    "export",
     "finetune",
     "fit",
     "fold_batchnorm",
@@ -56,6 +61,7 @@ __all__ = [
     "plan_within",
     "provenance",
     "prune",
+    "quantize",
     "reachable",
     "recalibrate",
     "removable",

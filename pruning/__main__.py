@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from pruning import cli
+from pruning.export import add_arguments as add_export_arguments
+from pruning.export import run as run_export
 
 
 def main() -> None:
@@ -18,11 +20,18 @@ def main() -> None:
     )
     shown.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     shown.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
+    add_export_arguments(
+        commands.add_parser(
+            "export", help="a checkpoint as a file for another runtime", formatter_class=cli.HelpFormatter
+        )
+    )
     args = parser.parse_args()
     if args.command == "report":
         from pruning.report import report  # matplotlib is needed for this alone
 
         print(report(args.run, args.output))
+    elif args.command == "export":
+        run_export(args)
 
 
 if __name__ == "__main__":
