@@ -2,18 +2,26 @@
 
 python test_yournet.py
 python test_yournet.py --best-checkpoint checkpoints/YourNet/best.pth --device cpu --batch-size 64
+python test_yournet.py --runtime onnxruntime
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import nn
 
 import data
 from eval.cli import COMMITTED, load_network, test_parser, write_json
-from eval.metrics import details, measure, table
+from eval.metrics import Indicators, details, exported, measure, table
 from eval.score import REFERENCE_ACCURACY, score
 from models import LeNet5, YourNet
-from pruning import cli
+from pruning import PruningError, cli
+from pruning.runtimes import RUNTIMES
 
 
 def main() -> None:
@@ -24,7 +32,15 @@ def main() -> None:
         metavar="PATH",
         help="LeNet-5 to compare with (default: reference.pth beside the checkpoint, else the committed one)",
     )
+    parser.add_argument(
+        "--runtime",
+        choices=["torch", *RUNTIMES.values()],
+        default="torch",
+        help="what runs the networks; all but torch run files that are exported for it first",
+    )
     args = parser.parse_args()
+    if args.runtime != "torch" and torch.device(args.device).type != "cpu":
+        raise PruningError(f"--runtime {args.runtime} runs on the CPU, not on {args.device}")
     model = load_network(args.best_checkpoint, YourNet, args.device)
     beside = args.best_checkpoint.with_name("reference.pth")
     reference_path = args.reference or (beside if beside.exists() else COMMITTED["LeNet5"])
@@ -32,7 +48,7 @@ def main() -> None:
     dataset = data.load(args.data, args.data_dir).to(args.device)
 
     networks = {"LeNet-5": reference_model, "YourNet": model}
-    reference, yours = rows = measure(networks, dataset, batch_size=args.batch_size, threads=args.threads)
+    reference, yours = rows = measured(networks, dataset, args)
     on_mnist = dataset.name == "mnist"
     reference_accuracy = REFERENCE_ACCURACY if on_mnist else reference.accuracy
     points = score(yours, reference, reference_accuracy)
@@ -40,6 +56,8 @@ def main() -> None:
     print(table(rows))
     print(details(rows))
     source = "the assignment's" if on_mnist else f"LeNet-5's on {dataset.name}"
+    if args.runtime != "torch":
+        print(f"accuracy and times are those of the exported networks in {args.runtime}")
     print(f"widths: {'-'.join(map(str, model.widths))}")
     print(
         f"score: {points.capped:.1f} of 100, uncapped {points.uncapped:.1f} "
@@ -53,6 +71,7 @@ def main() -> None:
         args.json,
         {
             **yours.to_json(),
+            "runtime": args.runtime,
             "widths": list(model.widths),
             "reference": reference.to_json(),
             "reference_accuracy": reference_accuracy,
@@ -61,6 +80,19 @@ def main() -> None:
             "notice": dataset.notice,
         },
     )
+
+
+def measured(
+    networks: Mapping[str, nn.Module], dataset: data.Dataset, args: argparse.Namespace
+) -> list[Indicators]:
+    """The figures of both networks, in the runtime that was asked for."""
+    options = {"batch_size": args.batch_size, "threads": args.threads}
+    if args.runtime == "torch":
+        return measure(networks, dataset, **options)
+    example = torch.zeros(2, *dataset.image_shape)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = exported(networks, args.runtime, example, Path(folder), threads=args.threads)
+        return measure(networks, dataset, runs=runs, **options)
 
 
 if __name__ == "__main__":

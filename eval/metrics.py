@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from data import Dataset
 from data.datasets import SplitName
-from pruning import Latency, accuracy, count, time_forward
+from pruning import Exported, Latency, accuracy, count, export, time_forward
+from pruning.runtimes import RUNTIMES
 
 #: Images per batch when accuracy is measured; it changes nothing but the time that takes.
 EVALUATION_BATCH = 1000
@@ -59,6 +61,7 @@ def measure(
     batch_size: int = 64,
     threads: int = 1,
     seconds: float = 3.0,
+    runs: Mapping[str, nn.Module] | None = None,
 ) -> list[Indicators]:
     """Measure networks side by side on one split; their times are taken in turns.
 
@@ -66,17 +69,20 @@ def measure(
         models: by the name to print, on the device of the data set.
         batch_size: of the timed forward passes (batch 1 is timed besides).
         seconds: how long to time at each batch size.
+        runs: by the same names, what runs in place of each network (see `exported`): accuracy
+            and times are its own, params and MACs those of the network.
     """
+    running = models if runs is None else runs
     images, labels = getattr(dataset, split)
     repeats = -(-batch_size // len(images))  # a batch larger than the split repeats it
     batch, _ = next(iter(dataset.batches(split, min(batch_size, len(images)))))
     batch = batch.repeat(repeats, 1, 1, 1)[:batch_size]
-    at_batch = time_forward(models, batch, threads=threads, seconds=seconds)
-    at_one = time_forward(models, batch[:1].clone(), threads=threads, seconds=seconds)
+    at_batch = time_forward(running, batch, threads=threads, seconds=seconds)
+    at_one = time_forward(running, batch[:1].clone(), threads=threads, seconds=seconds)
     results = []
     for name, model in models.items():
         cost = count(model, batch[:1])
-        right = accuracy(model, dataset.batches(split, EVALUATION_BATCH))
+        right = accuracy(running[name], dataset.batches(split, EVALUATION_BATCH))
         results.append(
             Indicators(
                 name,
@@ -92,6 +98,25 @@ def measure(
             )
         )
     return results
+
+
+def exported(
+    models: Mapping[str, nn.Module], runtime: str, inputs: Tensor, folder: Path, *, threads: int = 1
+) -> dict[str, Exported]:
+    """Networks as files in a folder, opened in a runtime: by the same names, to run in their place.
+
+    Args:
+        runtime: one of `pruning.runtimes.RUNTIMES`' values.
+        inputs: example inputs (N, C, H, W).
+        threads: of ONNX Runtime.
+    """
+    (kind,) = (kind for kind, runs_in in RUNTIMES.items() if runs_in == runtime)
+    opened = {}
+    for name, model in models.items():
+        path = folder / f"{name}.{kind}"
+        export(model, path, inputs, kind)
+        opened[name] = Exported(path, runtime, threads)
+    return opened
 
 
 def table(rows: Iterable[Indicators]) -> str:

@@ -11,11 +11,13 @@ from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
 from pruning.depth import Removable, removable, without_layer
 from pruning.doctor import Diagnosis, doctor
-from pruning.errors import CheckpointError, PruningError, TrainingDiverged
+from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
+from pruning.export import export, quantize
 from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
+from pruning.runtimes import Exported
 from pruning.sensitivity import Sensitivity, joint, sensitivity
 from pruning.slimming import Run, Slimmed, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
@@ -28,6 +30,8 @@ __all__ = [
     "Cost",
     "CostModel",
     "Diagnosis",
+    "ExportError",
+    "Exported",
     "Group",
     "Latency",
     "Plan",
@@ -51,6 +55,7 @@ __all__ = [
     "distillation",
     "doctor",
     "equalize",
+    "export",
     "finetune",
     "fit",
     "fold_batchnorm",
@@ -59,6 +64,7 @@ __all__ = [
     "plan_within",
     "provenance",
     "prune",
+    "quantize",
     "reachable",
     "recalibrate",
     "removable",

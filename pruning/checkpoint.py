@@ -147,8 +147,11 @@ def write(path: str | Path, content: Any) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def replace_file(path: str | Path, content: bytes) -> None:
-    """Give a file new content, whole or not at all. Raises `CheckpointError` where it cannot."""
+def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
+    """Give a file new content, whole or not at all. Raises `CheckpointError` where it cannot.
+
+    `check` is given the written file before it takes its name; what it raises stops that.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -157,6 +160,8 @@ def replace_file(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(partial)
         os.replace(partial, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -18,6 +18,8 @@ from pruning.config import TrainConfig
 from pruning.cost import count, time_forward
 from pruning.doctor import doctor
 from pruning.errors import PruningError
+from pruning.export import add_arguments as add_export_arguments
+from pruning.export import export_checkpoint, quantize
 from pruning.graph import Inputs, trace
 from pruning.prune import prune
 from pruning.slimming import Run, reachable, slim, tune
@@ -81,7 +83,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data_flags(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool = True) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -106,7 +108,7 @@ def _data_flags(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
     parser.set_defaults(data_required=required)
-    if not required:
+    if shape and not required:
         group.add_argument(
             "--input-shape",
             metavar="CxHxW",
@@ -529,6 +531,32 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "-")
 
 
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    add_export_arguments(parser)
+    parser.add_argument("--model", metavar="NAME", help="factory of the dense network, as doctor takes it")
+    parser.add_argument(
+        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="also write an int8 file beside an ONNX one, calibrated on the training batches of --data",
+    )
+    _data_flags(parser, required=False, shape=False)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.int8 and (args.to != "onnx" or args.data is None):
+        raise PruningError("--int8 needs --to onnx and --data to calibrate on")
+    made = {**vars(args), "weights": args.checkpoint, "device": "cpu", "threads": 1}
+    output = export_checkpoint(args, _network(argparse.Namespace(**made)))
+    data = _data(args)
+    if args.int8 and data is not None:
+        small = output.with_suffix(".int8.onnx")
+        print(quantize(output, small, [inputs for inputs, _ in data.calibration(1024)]))
+
+
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
@@ -547,5 +575,10 @@ COMMANDS: dict[str, Command] = {
     "finetune": ("train a pruned network further", _finetune_flags, _finetune),
     "sensitivity": ("narrow each group alone, and draw what is lost", _sensitivity_flags, _sensitivity),
     "test": ("measure accuracy, cost and time of a network", _test_flags, _test),
+    "export": (
+        "write a network for another runtime: ONNX, torch.export, TorchScript",
+        _export_flags,
+        _export,
+    ),
     "report": ("make one HTML file that shows a run", _report_flags, _report),
 }

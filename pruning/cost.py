@@ -8,6 +8,7 @@ with biases is given beside it, because some published figures include them.
 from __future__ import annotations
 
 import copy
+import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -271,7 +272,7 @@ def time_forward(
 ) -> dict[str, Latency]:
     """Time the forward passes of several models side by side.
 
-    The models take turns, a few passes at a time and in changing order, so that whatever
+    The models take turns, a few passes at a time and in random order, so that whatever
     else the machine does meets them alike. Only the forward pass is timed.
 
     Args:
@@ -296,11 +297,13 @@ def time_forward(
                 runs += 1
             # A turn of about 2 ms is long against the clock and short against disturbances.
             passes[name] = max(1, round(0.002 * runs / (time.perf_counter() - started)))
+        # What ran just before leaves the caches to the next: at random, so that none gains by its place.
+        order = random.Random(0)
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline or len(times[names[0]]) < 20:
             for name in names:
                 times[name].append(turns[name](passes[name]))
-            names.reverse()
+            order.shuffle(names)
 
     result = {}
     for name, samples in times.items():

@@ -9,6 +9,10 @@ class PruningError(UserError):
     """A model, plan, budget or setting that cannot be worked with. Nothing was changed."""
 
 
+class ExportError(PruningError):
+    """A network that cannot be exported or quantized, or an exported file that cannot be run."""
+
+
 class CheckpointError(UserError):
     """A file that is not a checkpoint this version can load, or that cannot be written."""
 

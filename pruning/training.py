@@ -61,10 +61,15 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; one without any, such as an exported file, takes the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1."""
     right, count = 0, 0
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.inference_mode(), eval_mode(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)

@@ -28,6 +28,9 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "tqdm",
         "matplotlib",
         "tomli",
+        "torchvision",
+        "onnx",
+        "onnxruntime",
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed
@@ -37,6 +40,7 @@ def test_thop_and_matplotlib_each_have_one_door():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
+    assert {file for file, name in found if name == "torchvision"} == {"sources.py"}
 
 
 def test_models_and_data_know_nothing_of_each_other():

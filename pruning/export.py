@@ -1,0 +1,458 @@
+"""Export: a network as a file that runs without its code, checked before it takes its name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning import cli
+from pruning.checkpoint import provenance, read, replace_file
+from pruning.errors import ExportError, PruningError
+from pruning.graph import tensors, trace
+from pruning.modes import thread_count
+from pruning.runtimes import METADATA, RUNTIMES, Exported, difference, first_line, needed, quiet
+from pruning.surgery import fold_batchnorm
+
+#: The name's end of each format's files.
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}
+#: How far an exported file's outputs may be from the model's, relative to the largest one.
+TOLERANCE = 1e-5
+#: The batch sizes at which they are compared.
+CHECKED = (1, 3)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was written and checked. `difference` is the largest seen, `size` in bytes."""
+
+    path: Path
+    format: str
+    size: int
+    difference: float
+
+    def __str__(self) -> str:
+        sizes = " and ".join(map(str, CHECKED))
+        return (
+            f"{self.path}: {self.format}, {self.size:,} bytes; reopened in {RUNTIMES[self.format]}, its "
+            f"outputs are within {self.difference:.1e} of the model's, relative to the largest "
+            f"(tolerance {TOLERANCE:g}), at batches of {sizes}"
+        )
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Tensor | Sequence[Tensor],
+    format: str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Export:
+    """Write a model as a file for another runtime, with BatchNorm folded, for batches of any size.
+
+    The file is reopened in that runtime and compared with the model, on noise at each batch
+    size of `CHECKED`, before it takes its name.
+
+    Args:
+        model: left as it is; exported in eval mode, on the CPU.
+        path: replaced where it exists.
+        example_inputs: a tensor, or a sequence of tensors, with a batch dimension first.
+        format: `onnx`, `pt2` (torch.export) or `torchscript`.
+        metadata: plain data to store in the file, by name. The input's shape without the
+            batch, the number of classes and torch's version are added.
+
+    Raises `ExportError` when a package is not installed, when the model cannot be exported
+    (an operation that the exporter lacks is named) or fixes the batch size, and when the
+    outputs differ; then nothing is left behind, and a file that was there is as it was.
+    """
+    if format not in _WRITERS:
+        raise ExportError(f"format {format!r} is unknown; there are: {', '.join(_WRITERS)}")
+    examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    if not examples or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in examples):
+        raise ExportError("export needs example inputs that are tensors with a batch dimension")
+    examples = [x.detach().cpu() for x in examples]
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            needed(package)
+    whole = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    batches = [_noise(examples, size) for size in CHECKED]
+    try:
+        with torch.no_grad():
+            expected = [whole(*batch) for batch in batches]
+    except Exception as error:  # of the user's model
+        shapes = ", ".join(str(tuple(x.shape[1:])) for x in examples)
+        raise ExportError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}"
+        ) from error
+    facts = {**_described(examples, expected[0]), **(metadata or {})}
+    try:
+        json.dumps(facts)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the metadata is not plain data: {error}") from error
+
+    folded = _folded(whole, batches[-1])
+    size = torch.export.Dim("batch")
+    any_size = tuple({0: size} for _ in examples)
+    try:
+        with quiet():
+            program = torch.export.export(folded, tuple(batches[-1]), dynamic_shapes=any_size)
+            content = _WRITERS[format](folded, program, batches[-1], facts)
+    except Exception as error:  # an exporter can fail in any way
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to {format}: {_cause(error)}"
+        ) from error
+
+    worst = 0.0
+
+    def check(partial: Path) -> None:
+        nonlocal worst
+        exported = Exported(partial, RUNTIMES[format])
+        for count, batch, outputs in zip(CHECKED, batches, expected, strict=True):
+            try:
+                apart = difference(outputs, exported(*batch))
+            except Exception as error:  # of a runtime, which can fail in any way
+                raise ExportError(f"{path}: it fails at batch {count}: {first_line(error)}") from error
+            if not apart <= TOLERANCE:
+                raise ExportError(
+                    f"{path} was not written: at batch {count} its outputs differ from the model's by "
+                    f"{apart:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
+                    "a Python value from a tensor, or draw at random?"
+                )
+            worst = max(worst, apart)
+
+    replace_file(path, content, check)
+    return Export(Path(path), format, len(content), worst)
+
+
+def _noise(examples: list[Tensor], size: int) -> list[Tensor]:
+    """`size` inputs like the examples: noise, always the same; whole numbers are repeated."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for x in examples:
+        shape = (size, *x.shape[1:])
+        if x.is_floating_point():
+            made.append(torch.randn(shape, generator=generator).to(x.dtype))
+        else:
+            made.append(x[:1].expand(shape).clone())
+    return made
+
+
+def _described(examples: list[Tensor], outputs: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "input_shape": [list(x.shape[1:]) for x in examples]
+        if len(examples) > 1
+        else list(examples[0].shape[1:])
+    }
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        facts["classes"] = outputs.shape[1]
+    return {**facts, "torch": str(torch.__version__)}
+
+
+def _folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
+    """The model with BatchNorm folded; tracing is for those that have one."""
+    if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+        return model
+    # A trace leaves frozen layers out of the groups, but finds the norms behind them.
+    return fold_batchnorm(model, trace(model, batch)).requires_grad_(False)
+
+
+def _cause(error: BaseException) -> str:
+    """What an exporter stumbled on, in one line: of a chain of errors the first one."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    for link in chain:
+        lacking = re.search(r"No (?:ONNX function|decompositions?) .*?op='([\w:.]+)'", str(link))
+        if lacking:
+            return f"the exporter lacks the operation {lacking[1]}; replace it in the model"
+    if any(
+        "marked batch as dynamic" in str(link) or "Constraints violated (batch)" in str(link)
+        for link in chain
+    ):
+        return "its code fixes the batch size: take sizes from x.shape (len(x) is a fixed number)"
+    return f"{type(error).__name__}: {first_line(chain[-1])}"
+
+
+def _to_onnx(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
+    """The program as an ONNX model, with names that say nothing of this machine."""
+    onnx = needed("onnx")
+    numbers = [""] if len(batch) == 1 else [f"_{i + 1}" for i in range(len(batch))]
+    outputs = len(tensors(model(*batch)))
+    made: Any = torch.onnx.export(
+        program,
+        input_names=[f"input{number}" for number in numbers],
+        output_names=["output"] if outputs == 1 else [f"output_{i + 1}" for i in range(outputs)],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    proto = made.model_proto
+    _activate_before_pooling(proto.graph)
+    # Beside every node stands where in whose code it comes from: half of a small file.
+    for part in (proto, proto.graph, *proto.functions):
+        del part.metadata_props[:]
+    values = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer)
+    for part in (*proto.graph.node, *(node for f in proto.functions for node in f.node), *values):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in facts.items()})
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+def _activate_before_pooling(graph: Any) -> None:
+    """Conv, MaxPool, ReLU become Conv, ReLU, MaxPool, in place; the outputs stay the same.
+
+    In PyTorch the other order is cheaper. ONNX Runtime computes a ReLU together with the
+    convolution before it, where it costs nothing.
+    """
+    readers: dict[str, list[int]] = {}
+    for place, node in enumerate(graph.node):
+        for name in node.input:
+            readers.setdefault(name, []).append(place)
+    makers = {name: node for node in graph.node for name in node.output}
+    visible = {value.name for value in graph.output}
+    for place, pool in enumerate(graph.node):
+        if pool.op_type != "MaxPool" or len(pool.output) > 1:
+            continue
+        source, between = pool.input[0], pool.output[0]
+        behind = readers.get(between, [])
+        alone = readers[source] == [place] and len(behind) == 1 and not {source, between} & visible
+        if not alone or graph.node[behind[0]].op_type != "Relu":
+            continue
+        if source not in makers or makers[source].op_type != "Conv":
+            continue
+        relu = graph.node[behind[0]]
+        first, second = copy.deepcopy(relu), copy.deepcopy(pool)
+        first.input[0], first.output[0] = source, between
+        second.input[0], second.output[0] = between, relu.output[0]
+        pool.CopyFrom(first)
+        relu.CopyFrom(second)
+        noted = [i for i, value in enumerate(graph.value_info) if value.name == between]
+        for i in reversed(noted):  # the value between them has another shape now
+            del graph.value_info[i]
+
+
+def _to_pt2(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # paths of this machine
+    with contextlib.suppress(AttributeError):  # older versions of torch keep the noise in the file
+        program.example_inputs = None
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
+    return buffer.getvalue()
+
+
+def _to_torchscript(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
+    """A frozen trace. That torch.export can follow the model too rules out decisions by data."""
+    traced: Any = torch.jit.freeze(torch.jit.trace(model, tuple(batch), check_trace=False).eval())
+    buffer, result = io.BytesIO(), io.BytesIO()
+    torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(facts)})
+    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(result, "w") as kept:
+        for entry in whole.infolist():
+            if not entry.filename.endswith(".debug_pkl"):  # where the code lay on this machine
+                kept.writestr(entry, whole.read(entry))
+    return result.getvalue()
+
+
+_WRITERS: dict[str, Callable[[nn.Module, Any, list[Tensor], Mapping[str, Any]], bytes]] = {
+    "onnx": _to_onnx,
+    "pt2": _to_pt2,
+    "torchscript": _to_torchscript,
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 file that was written and checked.
+
+    `agreement` is the share of the calibration inputs whose largest output is that of the
+    float32 file, 0 to 1; `images` counts them; `size` is in bytes.
+    """
+
+    path: Path
+    size: int
+    agreement: float
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: int8, {self.size:,} bytes; reopened in onnxruntime, it agrees with float32 on "
+            f"{self.agreement:.2%} of {self.images:,} calibration images"
+        )
+
+
+def quantize(
+    onnx_path: str | Path,
+    output: str | Path,
+    calibration_batches: Iterable[Any],
+    *,
+    least_agreement: float = 0.9,
+    reduce_range: bool = False,
+) -> Quantized:
+    """An ONNX file with weights and activations of 8 bits (post-training, static, QDQ).
+
+    Args:
+        onnx_path: a float32 classifier with a single input, as `export` writes it.
+        output: replaced where it exists.
+        calibration_batches: inputs (N, ...) or pairs (inputs, targets), of the training
+            split; their activations set the ranges.
+        least_agreement: share of them whose largest output must stay the largest.
+        reduce_range: weights of 7 bits, for processors on which products of 8 bits overflow
+            (x86 with AVX2 or AVX-512 but without VNNI).
+
+    Raises `ExportError` for fewer than 2 calibration images, a file that is damaged, a
+    package that is missing, and an int8 file that agrees less; then nothing is written.
+    """
+    needed("onnx")
+    whole = Exported(onnx_path, "onnxruntime")
+    batches = [
+        (batch if isinstance(batch, Tensor) else batch[0]).detach().cpu() for batch in calibration_batches
+    ]
+    count = sum(len(batch) for batch in batches)
+    if count < 2:
+        raise ExportError(
+            f"{count} calibration image{'s' * (count != 1)}: the ranges of activations cannot be told from "
+            "fewer than 2; give some hundreds of the training split"
+        )
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            content = _quantized(Path(onnx_path), Path(folder), batches, reduce_range)
+    except ExportError:
+        raise
+    except Exception as error:  # of ONNX Runtime's quantizer, which can fail in any way
+        raise ExportError(f"{onnx_path} cannot be quantized: {first_line(error)}") from error
+
+    agreement = 0.0
+
+    def check(partial: Path) -> None:
+        nonlocal agreement
+        small = Exported(partial, "onnxruntime")
+        try:
+            same = sum(int((small(x).argmax(1) == whole(x).argmax(1)).sum()) for x in batches)
+        except Exception as error:  # of a runtime, which can fail in any way
+            raise ExportError(f"{output}: it fails on the calibration images: {first_line(error)}") from error
+        agreement = same / count
+        if agreement < least_agreement:
+            raise ExportError(
+                f"{output} was not written: int8 agrees with float32 on {agreement:.1%} of {count} "
+                f"calibration images, {least_agreement:.1%} was asked. Calibrate on more images, "
+                "train with quantization in mind, or try reduce_range=True"
+            )
+
+    replace_file(output, content, check)
+    return Quantized(Path(output), len(content), agreement, count)
+
+
+def _quantized(path: Path, folder: Path, batches: list[Tensor], reduce_range: bool) -> bytes:
+    onnx, tools = needed("onnx"), needed("onnxruntime.quantization")
+    preparing = needed("onnxruntime.quantization.shape_inference")
+    (argument,) = onnx.load(path).graph.input
+    prepared, result = folder / "prepared.onnx", folder / "int8.onnx"
+    preparing.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    tools.quantize_static(
+        prepared,
+        result,
+        _reader(tools, argument.name, batches),
+        quant_format=tools.QuantFormat.QDQ,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
+        per_channel=True,
+        reduce_range=reduce_range,
+    )
+    proto = onnx.load(result)
+    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    facts["quantization"] = json.dumps({"bits": 8, "images": sum(map(len, batches)), "format": "QDQ"})
+    onnx.helper.set_model_props(proto, facts)
+    return proto.SerializeToString()
+
+
+def _reader(tools: Any, name: str, batches: list[Tensor]) -> Any:
+    """The batches as ONNX Runtime's calibration asks for them."""
+
+    class Reader(tools.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter([{name: batch.numpy()} for batch in batches])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.feeds, None)
+
+    return Reader()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m pruning export`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="network to export")
+    parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the format's ending"
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=shape,
+        metavar="CxHxW",
+        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
+    )
+    parser.add_argument(
+        "--mean", type=cli.number(float("-inf")), nargs="+", metavar="X",
+        help="noted in the file: what was subtracted from each channel of the training images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--std",
+        type=cli.number(0),
+        nargs="+",
+        metavar="X",
+        help="noted in the file: what each was divided by",
+    )
+
+
+def export_checkpoint(args: argparse.Namespace, model: nn.Module) -> Path:
+    """`python -m pruning export`: say what was written and how it was checked.
+
+    Args:
+        model: the network of the checkpoint.
+    """
+    path: Path = args.checkpoint
+    content = read(path)
+    stored = content["arguments"].get("image_shape")
+    if args.input_shape and stored and tuple(args.input_shape) != tuple(stored):
+        given, known = ("x".join(map(str, size)) for size in (args.input_shape, stored))
+        raise PruningError(f"--input-shape {given}: {path} takes {known}")
+    size = args.input_shape or stored
+    if not size:
+        raise PruningError(f"{path} does not say what its inputs are: give --input-shape, such as 3x224x224")
+    output = args.output or path.with_suffix(SUFFIXES[args.to])
+    if output.exists() and output.samefile(path):
+        raise PruningError(f"--output {output} is the checkpoint itself; give another name")
+    facts = content["provenance"]
+    metadata = {"model": content["class"], "provenance": facts, "exported": provenance()}
+    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
+        raise PruningError("--mean and --std go together: as many numbers for both")
+    if args.mean:
+        metadata["normalisation"] = {"mean": args.mean, "std": args.std}
+    elif "normalisation" in facts:
+        metadata["normalisation"] = facts["normalisation"]
+    with thread_count(1):
+        print(export(model, output, torch.zeros(2, *size), args.to, metadata=metadata))
+    return output
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """An argument type: sizes such as 1x28x28."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected sizes such as 1x28x28")
+    return tuple(int(part) for part in text.split("x"))
