@@ -70,7 +70,11 @@ def main() -> None:
     def validate(model: torch.nn.Module) -> float:
         return accuracy(model, dataset.batches("validation", EVALUATION_BATCH))
 
-    facts = {"seed": args.seed, "dataset": dataset.name}
+    facts = {
+        "seed": args.seed,
+        "dataset": dataset.name,
+        "normalisation": {"mean": [dataset.mean], "std": [dataset.std]},
+    }
     reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
     if args.reference and not reference_path.exists():
         load_network(args.reference, LeNet5, args.device)

@@ -59,7 +59,10 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     state = content["state_dict"]
     for name, wanted in state.items():
         _make_room(model, name, wanted)
-    model.load_state_dict(state)
+    versioned = model.state_dict()  # some classes ask for the versions that it carries
+    versioned.clear()
+    versioned.update(state)
+    model.load_state_dict(versioned)
 
 
 def _make_room(model: nn.Module, name: str, wanted: Tensor) -> None:
