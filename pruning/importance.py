@@ -45,12 +45,12 @@ def bn_scale(model: nn.Module, groups: Groups) -> Scores:
 
 def l1(model: nn.Module, groups: Groups) -> Scores:
     """Sum of the absolute weights that make the channel (Li et al., ICLR 2017)."""
-    return _weight_norm(model, groups, torch.abs, lambda total: total)
+    return _weight_norm(model, groups, 1)
 
 
 def l2(model: nn.Module, groups: Groups) -> Scores:
     """Euclidean norm of the weights that make the channel."""
-    return _weight_norm(model, groups, torch.square, torch.sqrt)
+    return _weight_norm(model, groups, 2)
 
 
 def random(model: nn.Module, groups: Groups) -> Scores:
@@ -155,9 +155,7 @@ def _positions(group: Group, member: Member) -> Tensor:
     return torch.bincount(member.channel, minlength=group.channels).clamp(min=1)
 
 
-def _weight_norm(
-    model: nn.Module, groups: Groups, inner: Callable[[Tensor], Tensor], outer: Callable[[Tensor], Tensor]
-) -> Scores:
+def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
     scores = {}
     for name, group in groups.items():
         total = torch.zeros(group.channels)
@@ -165,6 +163,7 @@ def _weight_norm(
             layer = model.get_submodule(member.layer)
             if isinstance(layer, _WEIGHTED):
                 weight = _weight(model, member).movedim(_out_dim(layer, "weight"), 0)
-                total += _per_channel(group, member, inner(weight).flatten(1).sum(1))
-        scores[name] = outer(total)
+                norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
+                total += _per_channel(group, member, norms**order)
+        scores[name] = total ** (1 / order)
     return scores

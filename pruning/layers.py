@@ -106,7 +106,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         index, dim = keep, 0 if depthwise else dim
         if name == "weight" and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
-        kept = tensor.detach().index_select(dim, index.to(tensor.device)).clone()
+        kept = tensor.detach().index_select(dim, index.to(tensor.device))
         if isinstance(tensor, nn.Parameter):
             setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         else:

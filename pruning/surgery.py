@@ -59,7 +59,9 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
 def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
     """Take the channels that a plan does not keep out of a model, in place."""
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    for (name, side), drop in dropped_positions(trace, plan).items():
+    dropped = dropped_positions(trace, plan).items()
+    # Rows first: what is left of them is then less to gather columns from.
+    for (name, side), drop in sorted(dropped, key=lambda item: item[0][1] != "out"):
         if side == "self":
             _narrow_tensor(model, name, lies[name, side], drop)
         else:
@@ -80,7 +82,7 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
     module = model.get_submodule(owner)
     tensor = getattr(module, attribute)
     keep = _others(tensor.shape[dim], drop).to(tensor.device)
-    kept = tensor.detach().index_select(dim, keep).clone()
+    kept = tensor.detach().index_select(dim, keep)
     if isinstance(tensor, nn.Parameter):
         kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
     setattr(module, attribute, kept)
@@ -119,7 +121,11 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
         rows = (
             weight.detach().movedim(int(dim), 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
         )
-        if len(rows) == len(bias) and (~rows[drop.to(rows.device)].any(1)).any():
+        if len(rows) != len(bias):
+            continue
+        at = drop.to(rows.device)
+        at = at[rows[at, 0] == 0]  # most rows are told by their first weight
+        if len(at) and (~rows[at].any(1)).any():
             return True
     return False
 
