@@ -19,6 +19,7 @@ from pruning import (
     TrainConfig,
     TrainingDiverged,
     accuracy,
+    count,
     distillation,
     finetune,
     fit,
@@ -393,3 +394,36 @@ def test_an_unreachable_budget_is_refused_before_training(tmp_path):
     with pytest.raises(PruningError, match="cannot be reached"):
         pipeline(Run(tmp_path / "run", {}), config=config)
     assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_slim_takes_a_budget_and_batches_alone():
+    torch.manual_seed(0)
+    labels = torch.arange(32) % 4
+    batches = [(torch.randn(32, 3, 14, 14) + labels[:, None, None, None], labels)]
+    lines = []
+    result = slim(nets.make("lenet"), batches, budget=Budget(macs="40%"), validate=batches, log=lines.append)
+    before, after = (count(net, batches[0][0]).macs for net in (nets.make("lenet"), result.model))
+    assert after <= 0.4 * before and accuracy(result.model, batches) > 0.5
+    assert lines[-1].startswith("stage 3, fine-tune: 40 epochs")
+    with pytest.raises(PruningError, match="either a config or a budget"):
+        slim(nets.make("lenet"), batches, validate=batches)
+
+
+def test_zeros_are_held_once_the_budget_is_met():
+    """Where stage 1 is at its goal nothing is pulled, and what is 0 does not come back."""
+    net, images = nets.make("lenet"), nets.images(8)
+    traced = trace(net, images)
+    with torch.no_grad():
+        for norm in (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.weight[: len(norm.weight) // 2] = 0
+    dense = ScalePull(net, traced, 0.0).dense
+    pull = ScalePull(net, traced, None, Budget(macs="90%").resolve(dense))
+    pull.refresh(way=1.0)
+    alive = pull.alive()
+    assert pull.strength == 0 and sum(alive.values()) < sum(traced.widths.values())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(3):
+        nn.functional.cross_entropy(net.train()(images), torch.arange(8) % 4).backward()
+        optimizer.step()
+        pull.step(0.05)
+    assert pull.alive() == alive
