@@ -41,6 +41,7 @@ from pruning import (
     trace,
 )
 from pruning.checkpoint import replace_file
+from pruning.mistakes import mistakes
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
@@ -64,7 +65,7 @@ def main() -> None:
     reachable(dense, example, config.budget, args.ignore, config.prune)
     teacher = load(args.teacher, device=args.device) if args.teacher else None
 
-    run = Run(args.output, settings(args, dataset, config), resume=args.resume)
+    run = Run(args.output, settings(args, dataset, config), resume=args.resume, tensorboard=args.tensorboard)
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
 
     def validate(model: torch.nn.Module) -> float:
@@ -114,6 +115,8 @@ def main() -> None:
         net,
         provenance=provenance(**facts, epochs=slimmed.epochs, validation_accuracy=validation),
     )
+    compared = mistakes(slimmed.dense, net, dataset.batches("validation", EVALUATION_BATCH))
+    replace_file(args.output / "mistakes.json", (json.dumps(compared) + "\n").encode())
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(
         f"{best_path}: {type(net).__name__} {'-'.join(map(str, net.widths))}, {count(net, example)}, "
@@ -164,6 +167,7 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
     run.add_argument(
         "--resume", action="store_true", help="go on with the run in --output (default: the newest in runs/)"
     )
+    run.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")
     run.add_argument(
         "--publish", action="store_true", help=f"make the result {COMMITTED['YourNet'].relative_to(ROOT)}"
     )
@@ -191,7 +195,7 @@ def newest_run() -> Path:
 
 def settings(args: argparse.Namespace, dataset: data.Dataset, config: SlimConfig) -> dict[str, object]:
     """What config.json keeps: all that the result depends on."""
-    of_this_call = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference"}
+    of_this_call = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
     flags = {key: value for key, value in vars(args).items() if key not in of_this_call}
     return {**flags, "data": dataset.name, "stages": config.to_json()}
 

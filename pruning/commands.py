@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from pruning.errors import PruningError
 from pruning.export import add_arguments as add_export_arguments
 from pruning.export import export_checkpoint, quantize
 from pruning.graph import Inputs, trace
+from pruning.mistakes import mistakes
 from pruning.prune import prune
 from pruning.slimming import Run, reachable, slim, tune
 from pruning.sources import Data, arguments_of, load_weights, make_data, make_model
@@ -122,6 +124,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
     )
     group.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    group.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")
 
 
 def _result_flags(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +233,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "config",
         "data_required",
         "standalone",
+        "tensorboard",
         "data_dir",
     }
     return {
@@ -241,7 +245,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _start(args: argparse.Namespace) -> Run:
     folder = _folder(args)
-    run = Run(folder, _settings(args), resume=args.resume)
+    run = Run(folder, _settings(args), resume=args.resume, tensorboard=args.tensorboard)
     if run.writes:
         cli.write_recipe(folder / "config.toml", args, args.parser)
     return run
@@ -354,6 +358,10 @@ def _slim(args: argparse.Namespace) -> None:
     )
     if run.writes:
         save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+    if run.writes:
+        with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
+            compared = mistakes(result.dense, result.model, data.validation)
+            replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())
     print(f"{path}: {count(net, example)}, validation {best:.4f}")
 
 

@@ -56,8 +56,8 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of a run, by default as `report.html` into its folder.
 
     Besides `config.json` and `history.jsonl`, which every run has, it shows what it finds:
-    `best.pth` (how it was made), `indicators.json` (what a test script measured) and
-    `sensitivity.json`.
+    `best.pth` (how it was made), `indicators.json` (what a test script measured),
+    `mistakes.json` (`pruning.mistakes`) and `sensitivity.json`.
 
     Raises `PruningError` for a folder that holds no run, or one in which nothing has
     happened yet.
@@ -176,14 +176,17 @@ def _figures(folder: Path, events: Sequence[Event]) -> str:
         figures.append(
             (plots.widths(*widths), "Channels of every group in the dense network and in the result.")
         )
-    scales = next((e["scales"] for e in events if e.get("scales")), None)
+    scales = next((e["scales"] for e in events if e["stage"] == "sparsify" and e.get("scales")), None)
     if scales:
-        before = {name: [1.0] * len(values) for name, values in scales.items()}
+        start: dict[str, list[float]] = next(
+            (e["scales"] for e in events if e["stage"] == "dense" and e.get("scales")), {}
+        )
+        before = {name: start.get(name, [1.0] * len(values)) for name, values in scales.items()}
         shown = dict(list(scales.items())[:16])
         note = "" if len(shown) == len(scales) else f" The first 16 of {len(scales)} groups."
         figures.append(
             (plots.scale_histograms({n: before[n] for n in shown}, shown),
-             f"Scales γ of BatchNorm, which start at 1, after stage 1; the largest of each channel.{note}")
+             f"Scales γ of BatchNorm before and after stage 1; the largest of each channel.{note}")
         )  # fmt: skip
     analysis = folder / "sensitivity.json"
     if analysis.exists():
@@ -193,12 +196,38 @@ def _figures(folder: Path, events: Sequence[Event]) -> str:
             (plots.sensitivity_map(found), "The same at a glance."),
             (plots.lost_per_cost(found), "What the MACs cost that each group can give."),
         ]
+    figures += _mistakes(folder)
     inner = "".join(
         f'<figure><img alt="{_text(caption)}" src="{_embedded(figure)}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
         for figure, caption in figures
     )
     return f'<h2>Figures</h2><div class="figures">{inner}</div>' if inner else ""
+
+
+def _mistakes(folder: Path) -> list[tuple[Any, str]]:
+    """Figures of `mistakes.json`, which the run wrote of its validation split."""
+    path = folder / "mistakes.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    figures: list[tuple[Any, str]] = []
+    for kind, only, other in (("lost", "dense", "small"), ("won", "small", "dense")):
+        kept = [example for example in found[kind] if example["image"]]
+        if kept:
+            captions = [f"{example['truth']}, not {example[other]}" for example in kept]
+            caption = (
+                f"Validation images that only the {only} network gets right: {found['count'][kind]}, "
+                f"{len(kept)} of them here, with the truth and what the {other} one says."
+            )
+            figures.append((plots.examples([example["image"] for example in kept], captions), caption))
+    counts = found["confusion"]["small"]
+    if len(counts) <= 30:
+        names = [str(i) for i in range(len(counts))]
+        figures.append(
+            (plots.confusion(counts, names), "Confusion of the small network on the validation split.")
+        )
+    return figures
 
 
 def _widths(events: Sequence[Event]) -> tuple[dict[str, int], dict[str, int]] | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning import checkpoint, parallel
+from pruning.board import Board
 from pruning.budget import Budget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel
@@ -38,14 +39,22 @@ class Run:
 
     config.json: the settings. history.jsonl: one line per epoch and per pruning step.
     state.pth: the stage under way with its weights, optimizer and random state, replaced
-    after every epoch. Other checkpoints are the caller's. Of several processes (torchrun) the
+    after every epoch. Other checkpoints are the caller's. With `tensorboard` its folder receives
+    the same for TensorBoard, scales as histograms and widths as figures. Of several processes (torchrun) the
     first alone writes.
 
     Raises `PruningError` when the folder holds another run (resume it or choose another
     folder), when there is none to resume, or when it cannot be written.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], *, resume: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool = False,
+        tensorboard: bool = False,
+    ):
         self.folder = Path(folder)
         self.writes = parallel.rank() == 0
         self.history = self.folder / "history.jsonl"
@@ -68,6 +77,7 @@ class Run:
         self.lines = self.state["lines"] if self.state is not None else 0
         if resume and self.writes:
             self._cut_history(self.lines)
+        self.board = Board(self.folder / "tensorboard") if tensorboard and self.writes else None
 
     def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
         try:
@@ -94,6 +104,8 @@ class Run:
         self.lines += 1
         if not self.writes:
             return
+        if self.board is not None:
+            self.board.add(self.lines, event)
         with open(self.history, "ab") as file:
             file.write((json.dumps(event) + "\n").encode())
             file.flush()
@@ -457,12 +469,19 @@ class _Progress:
         cost_model = CostModel(self.network, traced)
         dense = cost_model(cost_model.full)
         limits, skipped = asked.limits(), dict(traced.skipped)
-        self.note(stage="dense", widths=traced.widths, asked=limits, skipped=skipped, **asdict(dense))
+        self.note(
+            stage="dense",
+            widths=traced.widths,
+            asked=limits,
+            skipped=skipped,
+            scales=_rounded(ScalePull(self.network, traced, 0.0)),
+            **asdict(dense),
+        )
 
     def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
         """Keep the dense weights and the channels left; returns the line to log."""
         alive, start = pull.alive(), pull.left()
-        scales = {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in pull.magnitudes().items()}
+        scales = _rounded(pull)
         self.dense.load_state_dict(small.state_dict())
         self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
         self.note(stage="sparsify", alive=alive, scales=scales, **asdict(start), validation=validation)
@@ -490,6 +509,11 @@ class _Progress:
     def line(self) -> str:
         """The line of the pruning step under way."""
         return self.state.get("line", "")
+
+
+def _rounded(pull: ScalePull) -> dict[str, list[float]]:
+    """The largest scale of every channel, by group, for the history."""
+    return {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in pull.magnitudes().items()}
 
 
 def _widths(widths: dict[str, int]) -> str:

@@ -141,7 +141,8 @@ def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run,
     code, out, _ = run("slim", *NET, *SHORT, "--max-params", "50%", "--floor", 2, "--output", "first")
     assert code == 0 and "stage 3, fine-tune" in out
     best = (tmp_path / "first" / "best.pth").read_bytes()
-    assert {p.name for p in (tmp_path / "first").iterdir()} >= {"config.toml", "history.jsonl", "dense.pth"}
+    written = {p.name for p in (tmp_path / "first").iterdir()}
+    assert written >= {"config.toml", "history.jsonl", "dense.pth", "mistakes.json"}
 
     assert run("slim", "--config", "first/config.toml", "--output", "second")[0] == 0
     load = lambda name: torch.load(name, weights_only=True)["state_dict"]  # noqa: E731
@@ -185,6 +186,22 @@ def test_sensitivity_draws_and_goes_on(run, tmp_path):
     points = json.loads((tmp_path / "curves" / "curves.json").read_text())
     assert run("sensitivity", *NET, "--widths", 3, "--output", "curves")[0] == 0
     assert json.loads((tmp_path / "curves" / "curves.json").read_text()) == points
+
+
+def test_tensorboard_receives_the_history(run, tmp_path, monkeypatch):
+    words = ("slim", *NET, *SHORT, "--max-params", "60%", "--tensorboard")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code, _, err = run(*words, "--output", "shown")
+    assert code == 0, err
+    seen = EventAccumulator(str(tmp_path / "shown" / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    tags = seen.Tags()
+    assert {"train_loss", "validation", "params", "macs"} <= set(tags["scalars"])
+    assert tags["histograms"] and tags["images"] == ["widths"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err = run(*words, "--output", "hidden")
+    assert code == 2 and "pip install tensorboard" in err
 
 
 def image_folder(root, classes, size=24):
