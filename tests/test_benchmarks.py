@@ -51,7 +51,7 @@ def test_a_row_holds_every_seed_and_the_checkpoint_of_the_best(table):
     net = load(folder / "tiny" / "best.pth")
     assert list(net.widths) == row["widths"] == best["widths"]
     assert sum(p.numel() for p in net.parameters()) == row["params"] <= 0.2 * 60074
-    assert row["command"].endswith(f"--seed {best['seed']}")
+    assert row["command"].endswith(f"--seed {best['seed']} --threads 1")
     assert "| tiny |" in printed and " ± " in printed
 
 
