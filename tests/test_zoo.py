@@ -40,3 +40,19 @@ def test_a_network_of_every_family_is_pruned_and_reloads(name, tmp_path):
     again = load(tmp_path / "small.pth", lambda: make(name))
     with torch.no_grad():
         assert torch.equal(again(images), step.model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("lraspp_mobilenet_v3_large", torch.zeros(2, 3, 64, 64)),
+        ("ssdlite320_mobilenet_v3_large", ([torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)],)),
+    ],
+)
+def test_segmentation_and_detection_are_pruned(name, inputs):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+    inputs = torch.utils._pytree.tree_map(torch.rand_like, inputs)
+    step = prune(model, inputs, Budget(macs="50%"), score="l1", ranking="group")
+    assert step.after.macs <= 0.5 * step.before.macs + 1 and step.difference <= TOLERANCE
+    assert len(step.plan.keep) > 25
