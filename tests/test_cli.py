@@ -20,7 +20,8 @@ from pruning.checkpoint import read
 ROOT = Path(__file__).resolve().parent.parent
 #: A run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
-         "--finetune-epochs", "1", "--threads", "1"]  # fmt: skip
+         "--finetune-epochs", "1", "--threads", "1",
+         "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
 def command(script, *flags, check=True, **options):
@@ -56,7 +57,7 @@ def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
     assert sum(p.numel() for p in net.parameters()) <= 2000
     assert printed.count("stage 2, iteration") == 2 and "asked ≤" in printed
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "history.jsonl", "reference.pth", "best.pth", "state.pth",
+        "config.json", "history.jsonl", "reference.pth", "best.pth", "state.pth", "mistakes.json",
     }  # fmt: skip
     facts = torch.load(folder / "best.pth", weights_only=True)["provenance"]
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -256,7 +257,7 @@ def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
     recipe.write_text("finetune-epoch = 7\n")
     said = refused("train_yournet.py", "--recipe", recipe, "--start", "nonsense")
     assert "nonsense" in said or "finetune-epoch" in said
-    recipe.write_text("finetune-epochs = [7]\n")
+    recipe.write_text("finetune-epochs = { a = 7 }\n")
     assert "a plain value was expected" in refused("train_yournet.py", "--recipe", recipe)
     recipe.write_text("finetune-epochs = \n")
     assert "cannot be read as a recipe" in refused("train_yournet.py", "--recipe", recipe)
