@@ -204,3 +204,15 @@ def test_an_augmentation_leaves_half_of_the_images_alone():
     changed = (data.augmentation(1.0)(images) - images).abs().amax((1, 2, 3)) > 1
     assert 150 < int(changed.sum()) < 250
     assert data.augmentation(0.0) is None
+
+
+def test_loaders_give_three_splits_padded_to_the_middle():
+    train, validation, test = data.loaders("mnist5k", batch_size=50, size=32)
+    assert (len(train), len(validation), len(test)) == (70, 10, 20)
+    plain = next(iter(data.loaders("mnist5k", batch_size=50)[1]))
+    images, labels = next(iter(validation))
+    assert images.shape == (50, 1, 32, 32) and torch.equal(labels, plain[1])
+    assert torch.equal(images[:, :, 2:-2, 2:-2], plain[0])
+    assert (images[:, :, :2] == images.min()).all()
+    with pytest.raises(data.DataError, match="cannot be padded"):
+        data.loaders("mnist5k", size=20)
