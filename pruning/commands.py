@@ -21,12 +21,13 @@ from pruning.doctor import doctor
 from pruning.errors import PruningError
 from pruning.export import add_arguments as add_export_arguments
 from pruning.export import export_checkpoint, quantize
-from pruning.graph import Inputs, trace
+from pruning.graph import Inputs
+from pruning.grouping import trace
 from pruning.mistakes import mistakes
+from pruning.norms import fold_batchnorm
 from pruning.prune import prune
 from pruning.slimming import Run, reachable, slim, tune
 from pruning.sources import Data, arguments_of, load_weights, make_data, make_model
-from pruning.surgery import fold_batchnorm
 from pruning.training import accuracy
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]

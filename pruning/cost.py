@@ -7,7 +7,6 @@ with biases is given beside it, because some published figures include them.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 import warnings
@@ -18,14 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
 from pruning.layers import is_depthwise, rule_for
+from pruning.meta import Shapes, without_computing
 from pruning.modes import eval_mode, thread_count
-from pruning.tracing import on_meta, to_meta
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
 
@@ -57,10 +55,7 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
     is asked besides, and the larger count is given; a layer type that neither knows counts 0
     (`uncounted` lists them). Nothing is computed where the model runs on the meta device.
     """
-    try:
-        return _counted(on_meta(model), pytree.tree_map(to_meta, inputs))
-    except Exception:
-        return _counted(copy.deepcopy(model), inputs)
+    return without_computing(_counted, model, inputs)
 
 
 def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
@@ -78,9 +73,9 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
             rules[type(layer)] = _zero  # of a layer: thop skips whatever is inside one with a rule
     args = _positional(inputs)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as flops:
+        with Shapes(), FlopCounterMode(display=False) as flops:
             call(probe, inputs)
-        with _BiasCounter(probe) as biases:
+        with Shapes(), _BiasCounter(probe) as biases:
             macs, _ = profile(probe, inputs=args, custom_ops=rules, verbose=False)
     macs = max(macs, flops.get_total_flops() / 2)
     batch = tensors(args)[0].shape[0]

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel, uncounted
 from pruning.errors import PruningError
-from pruning.graph import Group, Ignored, Inputs, trace
+from pruning.graph import Group, Ignored, Inputs
+from pruning.grouping import trace
 from pruning.plan import Plan
-from pruning.surgery import apply, enliven, verify
+from pruning.surgery import apply
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from pruning import cli
 from pruning.checkpoint import provenance, read, replace_file
 from pruning.errors import ExportError, PruningError
-from pruning.graph import tensors, trace
+from pruning.graph import tensors
+from pruning.grouping import trace
 from pruning.modes import thread_count
+from pruning.norms import fold_batchnorm
 from pruning.runtimes import METADATA, RUNTIMES, Exported, difference, first_line, needed, quiet
-from pruning.surgery import fold_batchnorm
 
 #: The name's end of each format's files.
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}

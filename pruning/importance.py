@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph import Group, Member
+from pruning.layers import output_rows
 from pruning.modes import eval_mode
 from pruning.training import Loss, cross_entropy, to_device
 
@@ -104,9 +105,8 @@ def taylor(
                         gradient = gradients.get((member.layer, kind))
                         if gradient is not None:
                             products = parameters[member.layer, kind].detach() * gradient
-                            dim = _out_dim(model.get_submodule(member.layer), kind)
-                            per_position = products.movedim(dim, 0).reshape(products.shape[dim], -1).sum(1)
-                            change += _per_channel(group, member, per_position)
+                            rows = output_rows(model.get_submodule(member.layer), kind, products)
+                            change += _per_channel(group, member, rows.sum(1))
                 scores[name] += change.square()
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")
@@ -140,11 +140,6 @@ def _weight(model: nn.Module, member: Member) -> Tensor:
     return weight.detach()
 
 
-def _out_dim(layer: nn.Module, kind: str) -> int:
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd) and kind == "weight"
-    return 1 if transposed and layer.groups == 1 else 0
-
-
 def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
     """Sum values per position of a layer's side into values per channel of the group."""
     return torch.zeros(group.channels).index_add_(0, member.channel, values.float().cpu()[member.index])
@@ -162,8 +157,8 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
             if isinstance(layer, _WEIGHTED):
-                weight = _weight(model, member).movedim(_out_dim(layer, "weight"), 0)
-                norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
+                rows = output_rows(layer, "weight", _weight(model, member))
+                norms = torch.linalg.vector_norm(rows, order, dim=1)
                 total += _per_channel(group, member, norms**order)
         scores[name] = total ** (1 / order)
     return scores

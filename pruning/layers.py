@@ -90,6 +90,21 @@ def parts(layer: nn.Module) -> int:
     return getattr(layer, rule.parts)
 
 
+def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
+    """A tensor of a layer by output channels: (output channels, elements of each).
+
+    Args:
+        name: of the tensor, one that the layer's row says to hold output channels.
+        values: the tensor, or others of its shape, such as its gradient.
+    """
+    rule = rule_for(layer)
+    assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
+    dim = 0 if is_depthwise(layer) else rule.out[name] % values.ndim
+    if dim == 1 and parts(layer) > 1:  # a transposed convolution: this dimension counts within one part
+        values, dim = values.unflatten(0, (parts(layer), -1)).transpose(1, 2).flatten(0, 1), 0
+    return values.movedim(dim, 0).reshape(values.shape[dim], -1)
+
+
 def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     """Keep only some channels of one side of a layer, in place.
 

@@ -11,13 +11,16 @@ from torch import nn
 
 from pruning import importance, parallel
 from pruning.budget import Budget
+from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, trace
+from pruning.graph import Ignored, Inputs, Trace
+from pruning.grouping import trace
 from pruning.importance import Groups, Scores
+from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
-from pruning.surgery import apply, channel_constants, enliven, may_leave_constants, recalibrate, verify
+from pruning.surgery import apply, channel_constants, may_leave_constants
 from pruning.training import Loss, cross_entropy, to_device
 
 #: Widths of each group that a plan by sensitivity tries.

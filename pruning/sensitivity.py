@@ -28,12 +28,14 @@ from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, call, tensors, trace
+from pruning.graph import Ignored, Inputs, Trace, call, tensors
+from pruning.grouping import trace
 from pruning.importance import Groups, Scores
 from pruning.modes import eval_mode
+from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Score, score_channels
-from pruning.surgery import apply, channel_constants, recalibrate
+from pruning.surgery import apply, channel_constants
 from pruning.training import fit, to_device
 
 #: From logits and targets to one value per example.

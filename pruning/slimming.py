@@ -24,13 +24,14 @@ from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
-from pruning.graph import Ignored, Inputs, Trace, trace
+from pruning.graph import Ignored, Inputs, Trace
+from pruning.grouping import trace
 from pruning.load_pruned import rebuild
 from pruning.modes import eval_mode
+from pruning.norms import equalize, recalibrate
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.sparsify import ScalePull, sparsify
-from pruning.surgery import equalize, recalibrate
 from pruning.training import BatchSource, Epoch, Loss, Validate, accuracy, cross_entropy, fit, to_device
 
 

@@ -13,7 +13,8 @@ from pruning.budget import Budget
 from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, trace
+from pruning.graph import Ignored, Inputs, Trace
+from pruning.grouping import trace
 from pruning.training import BatchSource, fit
 
 #: A pull that no gradient resists.

@@ -1,4 +1,4 @@
-"""Surgery: a model and a plan give a smaller model. And the check that it was right."""
+"""Surgery: a model and a plan give a smaller model."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
-from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import Side, layer_width, narrow, parts
+from pruning.graph import Inputs, Trace, call
+from pruning.layers import Side, layer_width, narrow, output_rows, parts
 from pruning.modes import eval_mode
 from pruning.plan import Plan
 
 #: For consumers of pruned channels, the value each of their input channels is taken to have
 #: once it is gone: layer name to (input channels,).
 Constants = Mapping[str, Tensor]
-
-#: Largest difference, relative to the largest output, that float32 rounding explains (for
-#: coarser types it is 16 of their rounding steps).
-TOLERANCE = 1e-4
 
 
 def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | None = None) -> nn.Module:
@@ -66,11 +61,11 @@ def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
             _narrow_tensor(model, name, lies[name, side], drop)
         else:
             layer = model.get_submodule(name)
-            narrow(layer, side, _others(layer_width(layer, side), drop))
+            narrow(layer, side, others(layer_width(layer, side), drop))
 
 
-def _others(width: int, drop: Tensor) -> Tensor:
-    """The positions that stay."""
+def others(width: int, drop: Tensor) -> Tensor:
+    """The positions that stay of so many, sorted."""
     keep = torch.ones(width, dtype=torch.bool)
     keep[drop] = False
     return keep.nonzero().flatten()
@@ -81,7 +76,7 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     tensor = getattr(module, attribute)
-    keep = _others(tensor.shape[dim], drop).to(tensor.device)
+    keep = others(tensor.shape[dim], drop).to(tensor.device)
     kept = tensor.detach().index_select(dim, keep)
     if isinstance(tensor, nn.Parameter):
         kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
@@ -111,18 +106,15 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
 
 
 def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
-    """Whether a channel that goes is a constant other than 0: its scale or all its weights are 0."""
+    """Whether a channel that goes may be a constant other than 0: its scale or all its weights are 0.
+
+    Without such a channel `channel_constants(..., exact_only=True)` would find nothing.
+    """
     for (name, side), drop in dropped_positions(trace, plan).items():
-        layer = model.get_submodule(name) if side == "out" else None
-        bias, weight = getattr(layer, "bias", None), getattr(layer, "weight", None)
-        if layer is None or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-            continue
-        dim = weight.ndim > 1 and isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups == 1
-        rows = (
-            weight.detach().movedim(int(dim), 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
-        )
-        if len(rows) != len(bias):
-            continue
+        weight = getattr(model.get_submodule(name), "weight", None) if side == "out" else None
+        if weight is None:
+            continue  # an input, or a norm without scales
+        rows = output_rows(model.get_submodule(name), "weight", weight.detach())
         at = drop.to(rows.device)
         at = at[rows[at, 0] == 0]  # most rows are told by their first weight
         if len(at) and (~rows[at].any(1)).any():
@@ -235,245 +227,6 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
         for name, value in constants.items()
         if model.get_submodule(name).bias is not None or name in trace.foldable
     }
-
-
-def verify(
-    model: nn.Module,
-    small: nn.Module,
-    trace: Trace,
-    plan: Plan,
-    inputs: Inputs,
-    constants: Constants | None = None,
-) -> float:
-    """Check the equivalence law, and return the largest relative difference found.
-
-    The dense model, with every dropped channel set to its constant (zero without one)
-    wherever a layer consumes it, must compute what the small one computes. Norms that mix
-    channels take their statistics over the kept ones.
-
-    Raises `PruningError` when the outputs differ in shape or value; it names the group.
-    """
-    problem, difference = _difference(model, small, trace, plan, inputs, constants or {})
-    if problem:
-        raise PruningError(
-            f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
-            "nothing was changed. List these layers as ignored, or mend what ties the model to its widths"
-        )
-    return difference
-
-
-def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """A copy with random weights under which the outputs depend on every layer.
-
-    At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend
-    on what surgery touches, and a check of equivalence would see nothing.
-    """
-    lively = copy.deepcopy(model).eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator).to(tensor)
-
-    with torch.no_grad():
-        for parameter in lively.parameters():
-            if parameter.ndim > 1 and parameter.numel() > max(parameter.shape):
-                parameter.copy_(draw(parameter) * (2 / max(1, parameter[0].numel())) ** 0.5)
-            else:
-                parameter.copy_(1 + draw(parameter) / 4)
-    return recalibrate(lively, [inputs])
-
-
-def _difference(
-    model: nn.Module, small: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
-) -> tuple[str, float]:
-    oracle = _outputs(lambda: _run_masked(model, trace, plan, inputs, constants))
-    with eval_mode(small):
-        result = _outputs(lambda: call(small, inputs))
-    return _compare(oracle, result)
-
-
-def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
-    """The groups that are at fault when narrowed alone."""
-    alone = {group: Plan({group: kept}) for group, kept in plan.keep.items()}
-    culprits = [
-        group
-        for group, part in alone.items()
-        if len(part.keep[group]) < trace.groups[group].channels
-        and _difference(model, apply(model, trace, part), trace, part, inputs, {})[0]
-    ]
-    return f", at fault: {', '.join(culprits)}" if culprits else ""
-
-
-def _outputs(run: Callable[[], Any]) -> list[Tensor] | Exception:
-    try:
-        with torch.no_grad():
-            return tensors(run())
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return error
-
-
-def _compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception) -> tuple[str, float]:
-    for outputs in (oracle, result):
-        if isinstance(outputs, Exception):
-            return f"the model no longer runs ({outputs})", float("inf")
-    assert not isinstance(oracle, Exception) and not isinstance(result, Exception)
-    shapes = [tuple(t.shape) for t in oracle], [tuple(t.shape) for t in result]
-    if shapes[0] != shapes[1]:
-        return f"outputs of shape {shapes[0]} became {shapes[1]}", float("inf")
-    worst = 0.0
-    for expected, got in zip(oracle, result, strict=True):
-        if not expected.numel() or not expected.is_floating_point():
-            continue  # a choice among equals (an argmax) may fall either way
-        tolerance = max(TOLERANCE, 16 * torch.finfo(expected.dtype).eps)
-        scale = expected.abs().max().item() or 1.0
-        difference = (expected - got).abs().max().item() / scale
-        if not difference <= tolerance:  # NaN included
-            return f"outputs differ by {difference:.2g} of their largest value", difference
-        worst = max(worst, difference)
-    return "", worst
-
-
-def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants) -> Any:
-    """The model's outputs with the dropped channels at their constants; it is left as it was."""
-    constants = foldable_constants(trace, model, constants)
-    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    handles = []
-    try:
-        for (name, side), drop in dropped_positions(trace, plan).items():
-            layer = model.get_submodule(name) if side != "self" else None
-            if side == "in" and layer is not None:
-                value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
-                hook = _replace_channels(lies[name, side], drop, value)
-                handles.append(layer.register_forward_pre_hook(hook))
-            elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
-                handles.append(layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop)))
-        with eval_mode(model):
-            return call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:
-    def replace(_: nn.Module, args: Any) -> Any:
-        x = args[0].movedim(dim, -1).clone()
-        x[..., drop.to(x.device)] = value.to(x)
-        return (x.movedim(-1, dim), *args[1:])
-
-    return replace
-
-
-def _norm_over_kept(
-    layer: nn.LayerNorm | nn.GroupNorm, dim: int, drop: Tensor
-) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """What a norm that mixes channels gives when it sees the kept ones alone; 0 for the others."""
-    keep = _others(layer_width(layer, "out"), drop)
-    smaller = copy.deepcopy(layer)
-    narrow(smaller, "out", keep)
-
-    def normalise(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        kept = keep.to(output.device)
-        return torch.zeros_like(output).index_copy(
-            dim, kept, smaller(args[0].index_select(dim, kept)).to(output.dtype)
-        )
-
-    return normalise
-
-
-def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
-    """A copy in eval mode in which every BatchNorm that directly follows a layer is part of it.
-
-    The norm's place is taken by `nn.Identity`. γ, β and the running statistics go into the
-    layer's weight and a bias, which changes nothing in eval mode.
-    """
-    folded = copy.deepcopy(model).eval()
-    for name, norm_name in trace.foldable.items():
-        layer: Any = folded.get_submodule(name)
-        norm: Any = folded.get_submodule(norm_name)
-        fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        replace_module(folded, name, fuse(layer, norm))
-        replace_module(folded, norm_name, nn.Identity())
-    return folded
-
-
-def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
-    """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
-
-    After surgery they still are those of the wider network. Batches of one example have no
-    variance and are left out; without others, for frozen norms and for those that keep no
-    statistics, nothing changes. `keep` names modules whose norms stay as they are. Returns
-    the model, in the mode it had.
-    """
-    inside = tuple(f"{name}." for name in keep)
-    norms = [
-        m
-        for name, m in model.named_modules()
-        if not f"{name}.".startswith(inside)
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-        if m.weight is None or m.weight.requires_grad
-    ]
-    batches = [inputs for inputs in batches if len(tensors(inputs)[0]) > 1]
-    if not norms or not batches:
-        return model
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch then takes the plain mean over all batches
-            norm.train()
-        for inputs in batches:
-            call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model
-
-
-def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
-    """A model that computes the same with BatchNorm scales of ±1, where that can be had.
-
-    Stage 1 leaves small scales, and with them large weights in the layers that follow, which
-    do not train well at the learning rates of a fresh network. Where ReLU-like operations
-    lie between (f(sx) = s f(x) for s > 0) a channel's γ and β can be divided by |γ| and the
-    weights that consume it multiplied by it (Nagel et al., Data-Free Quantization Through
-    Weight Equalization and Bias Correction, ICCV 2019). A group for which the outputs on
-    `inputs` then differ is left as it is, and so are scales of 0.
-    """
-    equal = copy.deepcopy(model)
-    expected = _outputs(lambda: _run_masked(model, trace, Plan({}), inputs, {}))
-    for group in trace.groups.values():
-        norms = [m for m in group.side("out") if _scaled_norm(equal.get_submodule(m.layer))]
-        consumers = [(m, equal.get_submodule(m.layer)) for m in group.side("in")]
-        if len(norms) != 1 or any(parts(layer) > 1 for _, layer in consumers):
-            continue
-        if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
-            continue  # a norm over several groups
-        before = {
-            m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members if m.side != "self"
-        }
-        norm: Any = equal.get_submodule(norms[0].layer)
-        with torch.no_grad():
-            size = norm.weight.abs()
-            size = torch.where(size > 1e-4 * size.max(), size, torch.ones_like(size))
-            by_channel = torch.ones(group.channels).to(size)
-            by_channel[norms[0].channel] = size[norms[0].index]
-            norm.weight.div_(size)
-            norm.bias.div_(size)
-            for member, layer in consumers:
-                factors = torch.ones(layer_width(layer, "in")).to(size)
-                factors[member.index] = by_channel[member.channel]
-                dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
-                weight = layer.get_parameter("weight")
-                weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
-        with eval_mode(equal):
-            got = _outputs(lambda: call(equal, inputs))
-        if _compare(expected, got)[0]:
-            for name, layer in before.items():
-                replace_module(equal, name, layer)
-    return equal
-
-
-def _scaled_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.weight is not None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -47,6 +47,17 @@ def test_norms_of_weights():
     torch.testing.assert_close(l2(net, groups)["3"], weight.square().sum((1, 2, 3)).sqrt())
 
 
+def test_norms_of_a_transposed_convolution_in_parts():
+    """Each output channel of part g is made by the weights [part g's inputs, that channel]."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    groups = trace(net, nets.images()).groups
+    weight = net[1].weight.detach().abs()
+    by_output = torch.cat([weight[:3].sum((0, 2, 3)), weight[3:].sum((0, 2, 3))])
+    torch.testing.assert_close(l1(net, groups)["1"], by_output[:4] + by_output[4:])
+
+
 def test_taylor_is_exact_where_the_loss_is_linear():
     """With a loss linear in γ and β the first-order change is the change of removal itself."""
     net, groups = with_norm()

@@ -22,7 +22,7 @@ from pruning import (
     trace,
     verify,
 )
-from pruning.surgery import TOLERANCE
+from pruning.agreement import TOLERANCE
 
 
 def some_plan(traced, names=None, seed=0):
@@ -97,6 +97,21 @@ def test_the_constant_of_a_dead_channel_is_folded_without_loss(name, group):
     expected = net(images)
     torch.testing.assert_close(small(images), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
+
+
+def test_the_constant_of_a_channel_without_weights_is_folded_by_prune():
+    """A convolution without bias whose row is 0, and a BatchNorm with a scale: the norm gives a constant."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
+        nn.Linear(4 * 12 * 12, 5),
+    ).eval()  # fmt: skip
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        net[0].weight[2] = 0
+        net[1].bias[2] = 3
+    small = prune(net, images, Budget(channels=9), score="l2", widths={"0": 5, "3": 4}).model
+    assert small[0].out_channels == 5 and not (small[0].weight == 0).all((1, 2, 3)).any()
+    torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_single_example_is_not_taken_for_a_constant():

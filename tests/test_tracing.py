@@ -10,10 +10,11 @@ import torchvision
 from torch import nn
 
 from pruning import Budget, apply, prune, trace, verify
+from pruning.agreement import TOLERANCE
 from pruning.graph import call
+from pruning.labels import Ties
 from pruning.plan import Plan
-from pruning.surgery import TOLERANCE
-from pruning.tracing import Ties, flow
+from pruning.tracing import flow
 
 TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1"]
 

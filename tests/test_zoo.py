@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from pruning import Budget, count, load, prune, save
-from pruning.surgery import TOLERANCE
+from pruning.agreement import TOLERANCE
 
 #: The side of the images with which a network runs.
 FAMILIES = {

@@ -1,0 +1,315 @@
+"""From what flowed together to channel groups: tracing a model.
+
+`pruning.tracing` follows the channels through the model; here what is tied becomes groups,
+with the reason for every layer that is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pruning.errors import PruningError
+from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call, tensors
+from pruning.labels import Flow, SideUse, Ties
+from pruning.layers import Side, layer_width, parts
+from pruning.meta import Shapes, on_meta, to_meta
+from pruning.plan import Plan
+from pruning.surgery import cut
+from pruning.tracing import flow
+
+#: Layers that make channels.
+_MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+
+
+def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Trace:
+    """Find the channel groups of a model.
+
+    Args:
+        model: any module; it is not changed, nor is its mode.
+        inputs: example inputs with a batch dimension, on the model's device.
+        ignored: layers whose outputs are to stay as they are; a pattern, type or instance
+            that matches no layer is an error.
+
+    Raises `PruningError` when the model does not run on the inputs.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    keep = _match(model, ignored)
+    shared = _shared_parameters(model)
+    found = flow(model, call, inputs)
+
+    groups: dict[str, Group] = {}
+    skipped: dict[str, str] = {}
+    sized = set(found.ties.root(np.concatenate([np.arange(0), *found.rigid])).tolist())
+    suspect = []
+    for group, numbers, reason in _groups(model, found):
+        producers = [m.layer for m in group.side("out") if m.layer in found.uses]
+        reason = reason or _obstacle(group, model, keep, frozen, shared)
+        if reason:
+            skipped.update(dict.fromkeys(producers, reason))
+            continue
+        groups[group.name] = group
+        if sized.intersection(numbers.tolist()):
+            suspect.append(group.name)
+    for name, error in _rigid(model, inputs, found, groups, suspect).items():
+        for member in groups.pop(name).side("out"):
+            skipped[member.layer] = (
+                f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
+                "views and splits from those of their inputs to let it be pruned"
+            )
+    makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
+    skipped = {layer: why for layer, why in skipped.items() if layer in found.uses and layer not in makers}
+
+    foldable = _foldable(model, found)
+    uses = {
+        name: LayerUse(used, positions, model.get_submodule(name).bias is not None or name in foldable)
+        for name, (used, positions) in found.uses.items()
+    }
+    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs)
+
+
+def _rigid(
+    model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], suspect: list[str]
+) -> dict[str, str]:
+    """Of the suspect groups those that cannot lose a channel, because the model then fails.
+
+    Sizes of a view or a split may have been computed from those of its input or be written
+    in the code; which, shows when the model runs with a channel less in each such group.
+    """
+    if not suspect:
+        return {}
+    traced = Trace(groups, {}, {}, {})
+    quick = found.probe is not None
+    example = pytree.tree_map(to_meta, inputs) if quick else inputs
+
+    def fresh() -> nn.Module:
+        return on_meta(model) if quick else copy.deepcopy(model)
+
+    def shapes(probe: nn.Module) -> list[torch.Size]:
+        with torch.no_grad(), Shapes() if quick else contextlib.nullcontext():
+            return [t.shape for t in tensors(call(probe.eval(), example))]
+
+    def failure(probe: nn.Module, names: list[str]) -> str:
+        cut(probe, traced, Plan({name: tuple(range(groups[name].channels - 1)) for name in names}))
+        try:
+            got = shapes(probe)
+        except Exception as error:  # of a model that no longer fits together
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return "" if got == wanted else f"its outputs change from {wanted} to {got}"
+
+    at_fault = {}
+    probe = found.probe or fresh()
+    wanted = shapes(probe)
+    waiting = [suspect]
+    while waiting:
+        names = waiting.pop()
+        error = failure(probe, names)
+        if error and len(names) == 1:
+            at_fault[names[0]] = error
+        elif error:
+            waiting += [names[: len(names) // 2], names[len(names) // 2 :]]
+        if waiting:
+            probe = fresh()
+    return at_fault
+
+
+def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:
+    """Channels that are tied, by the layers that make them: each group with its labels.
+
+    Layers one of whose channels are tied to those of another make channels of one group.
+    Within it channels that own different numbers of positions (some take part in a sum,
+    others do not) are groups apart, so that every channel of a group costs the same; and
+    so are those that must stay, which come with the reason.
+    """
+    made = [found.ties.root(use.labels) for (_, side), use in found.sides.items() if side == "out"]
+    known = np.unique(np.concatenate([np.arange(0), *made]))  # of layers; others do not matter
+    reasons: dict[int, str] = {}
+    for labels, reason in found.fixed:
+        for number in np.intersect1d(found.ties.root(labels), known).tolist():
+            reasons.setdefault(number, reason)
+    sides = _settled_sides(found, known, reasons)
+
+    # Components: channels that one layer makes belong together.
+    together = Ties()
+    together.new(1 + max((int(side.labels.max()) for side in sides.values() if len(side.labels)), default=0))
+    makers = [
+        (name, side.labels)
+        for (name, which), side in sides.items()
+        if which == "out" and isinstance(model.get_submodule(name), _MAKERS)
+    ]
+    for _, labels in makers:
+        together.tie(labels[:-1], labels[1:])
+
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    keys = list(sides)
+    component_of: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for i, key in enumerate(keys):
+        components = together.root(sides[key].labels)
+        by_component = np.argsort(components, kind="stable")
+        bounds = np.flatnonzero(np.diff(components[by_component], prepend=-2))
+        for place in np.split(by_component, bounds[1:]):
+            component_of.setdefault(int(components[place[0]]), []).append((i, np.sort(place)))
+
+    roots: dict[int, str] = {}
+    for name, labels in sorted(makers, key=lambda maker: order[maker[0]]):
+        roots.setdefault(int(together.root(labels[:1])[0]), name)
+    for component, root in roots.items():
+        places = component_of[component]
+        channels = _in_order(sides[root, "out"].labels, [sides[keys[i]].labels[at] for i, at in places])
+        number = {int(label): c for c, label in enumerate(channels)}
+        owned = np.zeros((len(channels), len(places) + 1), dtype=np.int64)
+        members = []
+        for column, (i, at) in enumerate(places):
+            channel = np.array([number[int(label)] for label in sides[keys[i]].labels[at]])
+            np.add.at(owned[:, column], channel, 1)
+            members.append((keys[i], at, channel, sides[keys[i]].dim))
+        owned[:, -1] = [int(label) in reasons for label in channels]
+        _, kind, first = _unique_rows(owned)
+        for count, which in enumerate(np.argsort(first)):
+            chosen = np.flatnonzero(kind == which)
+            renumber = np.full(len(channels), -1)
+            renumber[chosen] = np.arange(len(chosen))
+            parts_of = []
+            for (layer, side), at, channel, dim in members:
+                inside = renumber[channel] >= 0
+                if inside.any():
+                    index = torch.from_numpy(at[inside])
+                    parts_of.append(
+                        Member(layer, side, index, torch.from_numpy(renumber[channel[inside]]), dim)
+                    )
+            name = root if not count else f"{root}/{count + 1}"
+            reason = next((reasons[int(x)] for x in channels[chosen] if int(x) in reasons), "")
+            yield Group(name, len(chosen), tuple(parts_of)), channels[chosen], reason
+
+
+def _settled_sides(
+    found: Flow, known: np.ndarray, reasons: dict[int, str]
+) -> dict[tuple[str, Side], SideUse]:
+    """Every side with its final labels, a vector; tensors of their own where channels touch them."""
+    sides = {}
+    for (name, side), use in found.sides.items():
+        labels, dim = found.ties.root(use.labels), use.dim
+        if side == "self":
+            if not np.isin(labels, known).any():
+                continue
+            rows = [d for d, size in enumerate(labels.shape) if size > 1]
+            lying = [d for d in rows if (labels != labels.take([0], axis=d)).any()]
+            if len(lying) > 1:
+                for number in np.intersect1d(labels, known).tolist():
+                    reasons.setdefault(number, f"the parameter {name} holds it along several dimensions")
+                continue
+            dim = lying[0] if lying else (rows[0] if rows else 0)
+            labels = np.moveaxis(labels, dim, 0).reshape(labels.shape[dim] if labels.ndim else 1, -1)[:, 0]
+        sides[name, side] = SideUse(labels, dim)
+    return sides
+
+
+def _in_order(first: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """All labels, each once, by their first place in the vectors."""
+    everything = np.concatenate([first, *others])
+    labels, place = np.unique(everything, return_index=True)
+    return labels[np.argsort(place)]
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct rows, the number of each row's, and where each is first."""
+    distinct, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return distinct, kind.reshape(-1), first
+
+
+def _obstacle(
+    group: Group, model: nn.Module, keep: dict[str, str], frozen: set[str], shared: dict[str, str]
+) -> str:
+    """Why a group is left as it is; empty when it can be pruned."""
+    if not group.side("in"):
+        return "no layer that surgery knows consumes its channels; they may be the model's output"
+    for member in group.members:
+        if member.side == "self":
+            continue
+        layer = model.get_submodule(member.layer)
+        # None of the parts of such a layer could be given up.
+        if 1 < parts(layer) == layer_width(layer, member.side):
+            return (
+                f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
+                "can be given up; list it as ignored or give it fewer groups"
+            )
+    if group.channels < 2:
+        if all(len(member.index) == 1 for member in group.side("out")):
+            return "it has one channel, and a group is never emptied"
+        return "its channels can only be removed all together (tied in parts), and a group is never emptied"
+    for member in group.members:
+        owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
+        if member.side != "in" and owner in keep:
+            return f"ignored, as asked by {keep[owner]}"
+        if member.side == "self":
+            names = [member.layer]
+        else:
+            names = [f"{owner}.{p}" for p, _ in model.get_submodule(owner).named_parameters(recurse=False)]
+        for full in names:
+            if full in frozen:
+                return f"{full} is frozen; set requires_grad=True to let it be pruned"
+            if full in shared:
+                return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
+        if nn.utils.parametrize.is_parametrized(model.get_submodule(owner)):
+            return f"{owner} is parametrized; remove the parametrization to let it be pruned"
+    return ""
+
+
+def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
+    """The names of the layers to ignore, each with what asked for it."""
+    keep: dict[str, str] = {}
+    for entry in ignored:
+        described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
+        matched = [
+            name
+            for name, module in model.named_modules()
+            if (isinstance(entry, str) and fnmatchcase(name, entry))
+            or (isinstance(entry, type) and isinstance(module, entry))
+            or module is entry
+        ]
+        if not matched:
+            raise PruningError(
+                f"ignored layer {described!r} matches no layer of {type(model).__name__}; give a name or "
+                "pattern from named_modules(), a module type, or one of its modules"
+            )
+        for name in matched:
+            inner = model.get_submodule(name).named_modules(prefix=name)
+            keep.update({layer: repr(described) for layer, _ in inner})
+    return keep
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameters that two layers hold: each full name with the other's."""
+    holders: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = holders.setdefault(id(parameter), name)
+        if other != name:
+            shared.update({name: other, other: name})
+    return shared
+
+
+def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
+    """BatchNorm layers that alone read the output of the layer before them."""
+    pairs = {}
+    for name, readers in found.follows.items():
+        norm_name = readers[0] if readers else ""
+        if not norm_name or set(readers) != {norm_name}:
+            continue
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        if (
+            isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.running_mean is not None
+            and found.calls[name] == found.calls[norm_name] == len(readers)
+            and norm.num_features == layer_width(layer, "out")
+        ):
+            pairs[name] = norm_name
+    return pairs

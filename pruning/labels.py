@@ -1,0 +1,197 @@
+"""Labels: numbers for channels, which tensors carry, and what is tied to what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pruning.layers import Side
+
+#: The label of a position that belongs to no channel.
+NONE = -1
+#: Of tensors that no layer in the table owns (a layer scale, a position embedding), those
+#: with more elements than this are not followed: what they touch is fixed.
+MOST_ELEMENTS = 1_000_000
+
+
+class Ties:
+    """Numbers that are tied to one another, as disjoint sets; vectors at a time."""
+
+    def __init__(self) -> None:
+        self._parent = np.arange(0)
+        self._size = 0
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def new(self, count: int) -> np.ndarray:
+        self._size += count
+        return np.arange(self._size - count, self._size)
+
+    def tie(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Tie two vectors element by element."""
+        self._waiting.append((left, right))
+
+    def root(self, numbers: np.ndarray) -> np.ndarray:
+        """The smallest number that each one is tied to; `NONE` stays."""
+        self._settle()
+        return np.where(numbers == NONE, NONE, self._parent[numbers])
+
+    def _settle(self) -> None:
+        if len(self._parent) < self._size:
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), self._size)])
+        if not self._waiting:
+            return
+        left, right = (np.concatenate(side) for side in zip(*self._waiting, strict=True))
+        self._waiting = []
+        parent = self._parent
+        while True:
+            left, right = parent[left], parent[right]
+            differ = left != right
+            if not differ.any():
+                break
+            left, right = left[differ], right[differ]
+            np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
+            while not np.array_equal(parent[parent], parent):
+                parent = parent[parent]
+        self._parent = parent
+
+
+@dataclass(frozen=True)
+class SideUse:
+    """One side of a layer as it was met: the label of each position, and where they lie.
+
+    `labels` is a vector and `dim`, negative, the dimension of the layer's input or output
+    along which it lies. For a tensor of its own (side `self`) there is a label for each
+    element, and `dim` says nothing yet.
+    """
+
+    labels: np.ndarray
+    dim: int
+
+
+@dataclass
+class Flow:
+    """What a forward pass showed.
+
+    Attributes:
+        ties: between labels. sides: by layer (or tensor) name and side.
+        fixed: labels that must stay, each with the reason.
+        rigid: labels that passed an operation whose sizes may be written in the code.
+        calls: how often each layer in the table ran.
+        uses: (uses of a weight, output positions) per layer, summed over the pass.
+        follows: for every convolution and linear layer, what reads its output; the empty
+            text is anything but a norm.
+        other_macs: of matrix products and convolutions outside those layers, for one example.
+        probe: the copy of the model that ran, if on the meta device.
+    """
+
+    ties: Ties = field(default_factory=Ties)
+    sides: dict[tuple[str, Side], SideUse] = field(default_factory=dict)
+    fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    rigid: list[np.ndarray] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    uses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    follows: dict[str, list[str]] = field(default_factory=dict)
+    other_macs: float = 0.0
+    probe: nn.Module | None = None
+
+
+class Labels:
+    """The labels of the tensors of one forward pass, and what happens to them.
+
+    Labels of a tensor have its rank, with size 1 along the dimensions that do not matter.
+
+    Args:
+        found: receives ties, fixed labels and the tensors met.
+        own: parameters and buffers of no layer in the table, by identity; they get labels
+            for their elements when they are first used.
+    """
+
+    def __init__(self, found: Flow, own: dict[int, str]):
+        self.found, self.own = found, own
+        self.path = ["the model"]
+        self._of = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The labels of a tensor; None where no channel lies in it."""
+        known = self._of.get(tensor)
+        if known is None and id(tensor) in self.own and tensor.numel() <= MOST_ELEMENTS:
+            name = self.own[id(tensor)]
+            if (name, "self") not in self.found.sides:
+                numbers = self.found.ties.new(tensor.numel())
+                self.found.sides[name, "self"] = SideUse(numbers.reshape(tensor.shape), 0)
+            known = torch.from_numpy(self.found.sides[name, "self"].labels)
+        return known
+
+    def put(self, tensor: Any, labels: Tensor | None) -> None:
+        if not isinstance(tensor, Tensor):
+            self.fix(labels, f"{self.where()} makes something else than a tensor of it")
+        elif labels is not None and tensor.ndim == labels.ndim:
+            self._of[tensor] = labels
+        else:
+            self.fix(labels, f"{self.where()} gives it another shape")
+            if tensor in self._of:
+                del self._of[tensor]
+
+    def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
+        """Tie labels element by element; what is tied to no channel is fixed."""
+        left, right = torch.broadcast_tensors(left, right)
+        a, b = left.flatten().numpy(), right.flatten().numpy()
+        both = (a != NONE) & (b != NONE)
+        if both.all():
+            self.found.ties.tie(a, b)
+            return
+        self.found.ties.tie(a[both], b[both])
+        lone = np.concatenate([a[~both], b[~both]])
+        self.found.fixed.append((lone[lone != NONE], reason))
+
+    def fix(self, labels: Tensor | None, reason: str) -> None:
+        if labels is not None:
+            numbers = labels.flatten().numpy()
+            self.found.fixed.append((numbers[numbers != NONE], reason))
+
+    def where(self) -> str:
+        """The module that runs, for messages."""
+        return self.path[-1]
+
+    def unknown(self, name: str, operands: Iterable[Tensor]) -> None:
+        """An operation that channels cannot be followed through: they stay."""
+        for operand in operands:
+            self.fix(
+                self.of(operand), f"{self.where()} uses it in {name}, which channels are not followed through"
+            )
+
+
+def varying(labels: Tensor | None) -> list[int]:
+    """The dimensions along which channels lie."""
+    return [] if labels is None else [d for d, size in enumerate(labels.shape) if size > 1]
+
+
+def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
+    """Labels that lie along one dimension at most, as a vector along it."""
+    for d in reversed(range(labels.ndim)):
+        if d != dim:
+            labels = labels.select(d, 0)
+    return labels.expand(size)
+
+
+def spread(vector: Tensor, rank: int, dim: int) -> Tensor:
+    """A vector of labels along one dimension of several."""
+    return vector.reshape([-1 if d == dim % rank else 1 for d in range(rank)])
+
+
+def compact(full: Tensor) -> Tensor:
+    """Labels with size 1 along every dimension on which they do not depend."""
+    for d in range(full.ndim):
+        if full.shape[d] < 2:
+            continue
+        first = full.narrow(d, 0, 1)
+        if full.stride(d) == 0 or torch.equal(full, first.expand(full.shape)):
+            full = first
+    return full

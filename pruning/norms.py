@@ -1,0 +1,114 @@
+"""BatchNorm beside surgery: folded into layers, its statistics taken anew, its scales made ±1."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from pruning.agreement import compare, outputs_of
+from pruning.graph import Inputs, Trace, call, tensors
+from pruning.layers import layer_width, parts
+from pruning.modes import eval_mode
+from pruning.surgery import replace_module
+
+
+def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
+    """A copy in eval mode in which every BatchNorm that directly follows a layer is part of it.
+
+    The norm's place is taken by `nn.Identity`. γ, β and the running statistics go into the
+    layer's weight and a bias, which changes nothing in eval mode.
+    """
+    folded = copy.deepcopy(model).eval()
+    for name, norm_name in trace.foldable.items():
+        layer: Any = folded.get_submodule(name)
+        norm: Any = folded.get_submodule(norm_name)
+        fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        replace_module(folded, name, fuse(layer, norm))
+        replace_module(folded, norm_name, nn.Identity())
+    return folded
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
+    """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
+
+    After surgery they still are those of the wider network. Batches of one example have no
+    variance and are left out; without others, for frozen norms and for those that keep no
+    statistics, nothing changes. `keep` names modules whose norms stay as they are. Returns
+    the model, in the mode it had.
+    """
+    inside = tuple(f"{name}." for name in keep)
+    norms = [
+        m
+        for name, m in model.named_modules()
+        if not f"{name}.".startswith(inside)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        if m.weight is None or m.weight.requires_grad
+    ]
+    batches = [inputs for inputs in batches if len(tensors(inputs)[0]) > 1]
+    if not norms or not batches:
+        return model
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch then takes the plain mean over all batches
+            norm.train()
+        for inputs in batches:
+            call(model, inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model
+
+
+def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
+    """A model that computes the same with BatchNorm scales of ±1, where that can be had.
+
+    Stage 1 leaves small scales, and with them large weights in the layers that follow, which
+    do not train well at the learning rates of a fresh network. Where ReLU-like operations
+    lie between (f(sx) = s f(x) for s > 0) a channel's γ and β can be divided by |γ| and the
+    weights that consume it multiplied by it (Nagel et al., Data-Free Quantization Through
+    Weight Equalization and Bias Correction, ICCV 2019). A group for which the outputs on
+    `inputs` then differ is left as it is, and so are scales of 0.
+    """
+    equal = copy.deepcopy(model)
+    with eval_mode(model):
+        expected = outputs_of(lambda: call(model, inputs))
+    for group in trace.groups.values():
+        norms = [m for m in group.side("out") if _scaled_norm(equal.get_submodule(m.layer))]
+        consumers = [(m, equal.get_submodule(m.layer)) for m in group.side("in")]
+        if len(norms) != 1 or any(parts(layer) > 1 for _, layer in consumers):
+            continue
+        if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
+            continue  # a norm over several groups
+        before = {
+            m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members if m.side != "self"
+        }
+        norm: Any = equal.get_submodule(norms[0].layer)
+        with torch.no_grad():
+            size = norm.weight.abs()
+            size = torch.where(size > 1e-4 * size.max(), size, torch.ones_like(size))
+            by_channel = torch.ones(group.channels).to(size)
+            by_channel[norms[0].channel] = size[norms[0].index]
+            norm.weight.div_(size)
+            norm.bias.div_(size)
+            for member, layer in consumers:
+                factors = torch.ones(layer_width(layer, "in")).to(size)
+                factors[member.index] = by_channel[member.channel]
+                dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+                weight = layer.get_parameter("weight")
+                weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
+        with eval_mode(equal):
+            got = outputs_of(lambda: call(equal, inputs))
+        if compare(expected, got)[0]:
+            for name, layer in before.items():
+                replace_module(equal, name, layer)
+    return equal
+
+
+def _scaled_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.weight is not None
