@@ -41,6 +41,7 @@ from pruning import (
     trace,
 )
 from pruning.checkpoint import replace_file
+from pruning.flags import slim_config, stage_flags
 from pruning.mistakes import mistakes
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
@@ -57,7 +58,7 @@ def main() -> None:
     dataset = data.load(args.data, args.data_dir).to(args.device)
     if dataset.name == "mnist5k" and args.recipe == RECIPE:
         args = arguments(recipe=RECIPE_MNIST5K)
-    config = cli.slim_config(args)
+    config = slim_config(args)
     calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
@@ -138,7 +139,7 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
         help="TOML file with flags of this command; those given here go before it",
     )
     flags.add_argument("--start", choices=models.STARTS, default="lenet5", help="the dense network to slim")
-    cli.stage_flags(flags)
+    stage_flags(flags)
     group = flags.add_argument_group("data and teacher")
     group.add_argument(
         "--augment",

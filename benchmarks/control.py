@@ -43,6 +43,7 @@ from benchmarks.table import (
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, SlimConfig, TrainConfig, accuracy, cli, cross_entropy, fit, load
+from pruning.flags import slim_config
 
 FROM_SCRATCH = ("scratch", "uniform")
 ALL = ("half", *FROM_SCRATCH, *KINDS)
@@ -80,7 +81,7 @@ def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
 
 def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Slimming that has, after stage 1, half of the epochs that training from scratch has."""
-    config = cli.slim_config(train_yournet.arguments(["--recipe", str(path)]))
+    config = slim_config(train_yournet.arguments(["--recipe", str(path)]))
     rest = max(1, epochs // 2 - config.prune.iterations * config.prune.recover.epochs)
     folder = args.runs / "control" / path.parent.name / f"half-{seed}"
     flags = ["--recipe", str(path), "--seed", str(seed), "--data", args.data, "--finetune-epochs", str(rest)]
@@ -91,7 +92,7 @@ def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[s
 def trained(path: Path, seed: int, kind: str, dataset: str, epochs: int) -> dict[str, Any]:
     """A network made by other means within the same budget and epochs, and what it reaches."""
     args = train_yournet.arguments(["--recipe", str(path), "--data", dataset])
-    config = cli.slim_config(args)
+    config = slim_config(args)
     splits = data.load(dataset, ROOT / "data", quiet=True)
     calibration = list(itertools.islice(splits.batches("train", 256), 8))
     example = calibration[0][0][:8]

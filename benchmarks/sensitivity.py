@@ -25,6 +25,7 @@ import train_yournet
 from eval.cli import ROOT, use_threads
 from pruning import Budget, accuracy, cli, joint, plots, prune, sensitivity, sparsify
 from pruning.checkpoint import replace_file
+from pruning.flags import slim_config
 
 BUDGETS = ("75%", "50%", "35%", "25%")
 
@@ -44,7 +45,7 @@ def main() -> None:
     calibration = list(itertools.islice(dataset.batches("train", 256), 8))
     validation = list(dataset.batches("validation", 500))
     example = calibration[0][0][:8]
-    config = cli.slim_config(train_yournet.arguments([]))
+    config = slim_config(train_yournet.arguments([]))
     torch.manual_seed(args.seed)
     net = models.start("lenet5", dataset.image_shape, dataset.classes)
     batches = dataset.batches("train", 64, shuffle=True)

@@ -10,19 +10,22 @@ from pruning.check import verify
 from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
+from pruning.curves import Sensitivity
 from pruning.depth import Removable, removable, without_layer
 from pruning.doctor import Diagnosis, doctor
 from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
-from pruning.export import export, quantize
+from pruning.export import export
 from pruning.finetune import distillation, finetune
 from pruning.graph import Group, Trace
 from pruning.grouping import trace
 from pruning.norms import equalize, fold_batchnorm, recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
+from pruning.quantization import quantize
+from pruning.run import Run
 from pruning.runtimes import Exported
-from pruning.sensitivity import Sensitivity, joint, sensitivity
-from pruning.slimming import Run, Slimmed, reachable, slim, tune
+from pruning.sensitivity import joint, sensitivity
+from pruning.slimming import Slimmed, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants
 from pruning.training import accuracy, cross_entropy, fit

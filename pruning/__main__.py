@@ -17,7 +17,8 @@ def main() -> None:
 
     args, command = parse()
     with parallel.group(getattr(args, "device", "cpu")) as device, silent(parallel.rank() > 0):
-        args.device = device
+        if "device" in args:
+            args.device = device
         command(args)
 
 

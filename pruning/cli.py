@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,8 @@ from typing import Any
 
 import torch
 
-from pruning.budget import Budget
 from pruning.checkpoint import replace_file
-from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.errors import PruningError, UserError
-from pruning.plan import RANKINGS
-from pruning.prune import NAMES as SCORES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -160,143 +157,11 @@ def device(text: str) -> str:
     return text
 
 
-def stage_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the three stages and of the budget, for `slim_config`."""
-    budget_flags(parser)
-    group = parser.add_argument_group("the three stages")
-    group.add_argument(
-        "--sparsity",
-        type=strength,
-        metavar="LAMBDA",
-        help="strength of the L1 pull of stage 1; auto finds it from the budget (default)",
-    )
-    group.add_argument(
-        "--layers",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also remove whole layers without which a trial is better",
-    )
-    group.add_argument(
-        "--iterations", type=whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
-    )
-    for stage, (epochs, rate, when) in {
-        "sparsify": (8, 0.1, "stage 1"),
-        "recover": (2, 0.05, "each pruning step of stage 2"),
-        "finetune": (40, 0.2, "stage 3"),
-    }.items():
-        group.add_argument(
-            f"--{stage}-epochs", type=whole_number(0), default=epochs, metavar="N", help=f"of {when}"
-        )
-        group.add_argument(
-            f"--{stage}-rate",
-            type=number(0),
-            default=rate,
-            metavar="RATE",
-            help=f"highest learning rate of {when}",
-        )
-    training_flags(parser)
-
-
-def budget_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a budget and of a plan within it."""
-    budget = parser.add_argument_group(
-        "budget: a count (2000, 50k) or a percentage of the dense network (25%)"
-    )
-    budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
-    budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one example")
-    budget.add_argument("--max-channels", metavar="CHANNELS", help="most channels of all groups together")
-    plan = parser.add_argument_group("which channels go")
-    plan.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
-    plan.add_argument(
-        "--ranking",
-        choices=RANKINGS,
-        default="global",
-        help="compare the scores of all groups, or take the same share of every group",
-    )
-    plan.add_argument(
-        "--ignore",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="layers that keep their channels: layer4.*, conv1",
-    )
-    plan.add_argument(
-        "--floor",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="channels that every group keeps at least",
-    )
-    plan.add_argument(
-        "--most",
-        type=number(0, 1),
-        default=1.0,
-        metavar="SHARE",
-        help="largest share of a group's channels dropped in one step",
-    )
-    plan.add_argument(
-        "--multiple",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="widths are multiples of so many channels",
-    )
-
-
-def training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that hold for the training of every stage."""
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--weight-decay", type=number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
-    )
-    group.add_argument(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train with the channels of convolutions last in memory: may pay on one thread",
-    )
-    group.add_argument(
-        "--ema",
-        type=number(0, 0.99999),
-        default=0.0,
-        metavar="DECAY",
-        help="of a moving average of the weights in stage 3; 0 keeps none",
-    )
-    group.add_argument(
-        "--distill",
-        type=number(0, 1),
-        default=0.0,
-        metavar="WEIGHT",
-        help="share of the teacher's outputs in the loss of stages 2 and 3",
-    )
-
-
-def budget(args: argparse.Namespace) -> Budget:
-    """The budget that flags name."""
-    return Budget(params=args.max_params, macs=args.max_macs, channels=args.max_channels)
-
-
-def slim_config(args: argparse.Namespace) -> SlimConfig:
-    """The settings of the three stages that flags name."""
-    both = {"weight_decay": args.weight_decay, "channels_last": args.channels_last}
-    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **both)
-    return SlimConfig(
-        budget=budget(args),
-        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **both),
-        prune=PruneConfig(
-            args.iterations,
-            recover,
-            args.score,
-            args.layers,
-            args.ranking,
-            args.floor,
-            args.most,
-            args.multiple,
-        ),
-        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
-        strength=args.sparsity,
-        distill=args.distill,
-    )
+def shape(text: str) -> tuple[int, ...]:
+    """An argument type: sizes such as 1x28x28."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise PruningError(f"shape {text!r}: expected sizes such as 1x28x28 or 3x224x224")
+    return tuple(int(part) for part in text.split("x"))
 
 
 def strength(text: str) -> float | None:

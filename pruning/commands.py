@@ -11,24 +11,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from pruning import cli, parallel
-from pruning.checkpoint import load, provenance, read_plain, replace_file, save, write_loader
+from pruning import cli, flags, parallel
+from pruning.checkpoint import provenance, read, replace_file, save, write_loader
 from pruning.config import TrainConfig
 from pruning.cost import count, time_forward
 from pruning.doctor import doctor
 from pruning.errors import PruningError
-from pruning.export import add_arguments as add_export_arguments
-from pruning.export import export_checkpoint, quantize
-from pruning.graph import Inputs
+from pruning.export import SUFFIXES, export
+from pruning.graph import Inputs, first_examples, tensors
 from pruning.grouping import trace
 from pruning.mistakes import mistakes
+from pruning.modes import thread_count
 from pruning.norms import fold_batchnorm
+from pruning.prune import NAMES as SCORES
 from pruning.prune import prune
-from pruning.slimming import Run, reachable, slim, tune
-from pruning.sources import Data, arguments_of, load_weights, make_data, make_model
-from pruning.training import accuracy
+from pruning.quantization import quantize
+from pruning.run import Run
+from pruning.sensitivity import sensitivity
+from pruning.slimming import reachable, slim, tune
+from pruning.sources import arguments_of
+from pruning.training import accuracy, to_device
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 
@@ -60,145 +63,6 @@ def parse(
     args = parser.parse_args(rest)
     args.parser = made[args.command]
     return args, COMMANDS[args.command][2]
-
-
-# --- flags that several commands share -------------------------------------------------
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help="package.module:factory, or one of torchvision's classifiers (resnet18); not needed for a "
-        "checkpoint of this toolkit whose class can be imported",
-    )
-    group.add_argument(
-        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
-    )
-    group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
-    )
-    group.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
-    group.add_argument(
-        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
-    )
-
-
-def _data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool = True) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        metavar="NAME",
-        help="mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with a subfolder a class "
-        "(or train, val and test of such); or module:factory that gives train, validation and test batches",
-    )
-    group.add_argument(
-        "--data-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
-    )
-    group.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets lie"
-    )
-    group.add_argument(
-        "--batch-size", type=cli.whole_number(1), default=64, metavar="N", help="examples in a batch"
-    )
-    group.add_argument(
-        "--image-size", type=cli.whole_number(1), default=224, metavar="PIXELS", help="of a folder's images"
-    )
-    group.add_argument(
-        "--workers", type=cli.whole_number(0), default=0, metavar="N", help="processes that read images"
-    )
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
-    parser.set_defaults(data_required=required)
-    if shape and not required:
-        group.add_argument(
-            "--input-shape",
-            metavar="CxHxW",
-            help="of one example, to trace with random ones where no data is given: 3x224x224",
-        )
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
-    )
-    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    group.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")
-
-
-def _result_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="make BatchNorm part of the layers before it in the saved network",
-    )
-    parser.add_argument(
-        "--standalone",
-        action="store_true",
-        help="also write load_pruned.py, which loads the checkpoint without this toolkit",
-    )
-
-
-# --- what flags name ------------------------------------------------------------------
-
-
-def _network(args: argparse.Namespace) -> nn.Module:
-    """The model that flags name, on its device."""
-    torch.set_num_threads(min(args.threads, torch.get_num_threads()))
-    torch.manual_seed(getattr(args, "seed", 0))
-    if args.model is not None:
-        model = make_model(args.model, arguments_of(args.model_arg), args.weights)
-    elif args.weights is not None:
-        made = _stored(args.weights)
-        model = make_model(made["name"], made["arguments"], args.weights) if made else load(args.weights)
-    else:
-        raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
-    return model.to(args.device)
-
-
-def _stored(path: Path) -> dict[str, Any] | None:
-    """The torchvision classifier that a checkpoint says it was made of; other names are not imported."""
-    content = read_plain(path)
-    facts = content.get("provenance", {}) if isinstance(content, dict) else {}
-    made = facts.get("model")
-    return made if isinstance(made, dict) and ":" not in made.get("name", ":") else None
-
-
-def _data(args: argparse.Namespace) -> Data | None:
-    if args.data is None:
-        if args.data_required:
-            raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
-        return None
-    return make_data(
-        args.data,
-        folder=args.data_dir,
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        workers=args.workers,
-        seed=args.seed,
-        arguments=arguments_of(args.data_arg),
-    )
-
-
-def _examples(args: argparse.Namespace, data: Data | None) -> Inputs:
-    """Example inputs of the data, or random ones of a shape."""
-    shape = getattr(args, "input_shape", None)
-    if data is None and shape is None:
-        raise PruningError("inputs are needed to run the model on: --data, or --input-shape CxHxW")
-    if shape is None:
-        assert data is not None
-        found = data.examples
-        return pytree.tree_map(lambda x: x.to(args.device) if isinstance(x, torch.Tensor) else x, found)
-    try:
-        sizes = [int(size) for size in shape.lower().split("x")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise PruningError(f"input shape {shape!r}: expected sizes such as 3x224x224")
-    return torch.randn(2, *sizes, device=args.device)
 
 
 def _save(args: argparse.Namespace, path: Path, model: nn.Module, example: Inputs, **facts: Any) -> nn.Module:
@@ -256,25 +120,25 @@ def _start(args: argparse.Namespace) -> Run:
 
 
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=False)
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=False)
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found here")
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    model = _network(args)
-    found = doctor(model, _examples(args, _data(args)), args.ignore)
+    model = flags.network(args)
+    found = doctor(model, flags.examples(args, flags.data_of(args)), args.ignore)
     print(found)
     if args.json:
         replace_file(args.json, (json.dumps(found.to_json(), indent=1) + "\n").encode())
 
 
 def _prune_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=False)
-    cli.budget_flags(parser)
-    _result_flags(parser)
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=False)
+    flags.budget_flags(parser)
+    flags.result_flags(parser)
     parser.add_argument(
         "--calibration", type=cli.whole_number(1), default=1024, metavar="N", help="examples for scores"
     )
@@ -282,15 +146,15 @@ def _prune_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    model, data = _network(args), _data(args)
-    example = _examples(args, data)
+    model, data = flags.network(args), flags.data_of(args)
+    example = flags.examples(args, data)
     calibration = data.calibration(args.calibration) if data is not None else []
     if not calibration and args.score in ("taylor", "sensitivity"):
         raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
     step = prune(
         model,
         example,
-        cli.budget(args),
+        flags.budget(args),
         score=args.score,
         calibration=calibration,
         ignored=args.ignore,
@@ -310,21 +174,21 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _slim_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=True)
-    cli.stage_flags(parser)
-    _run_flags(parser)
-    _result_flags(parser)
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    flags.stage_flags(parser)
+    flags.run_flags(parser)
+    flags.result_flags(parser)
     parser.add_argument(
         "--calibration", type=cli.whole_number(1), default=2048, metavar="N", help="examples for scores"
     )
 
 
 def _slim(args: argparse.Namespace) -> None:
-    config = cli.slim_config(args)
-    model, data = _network(args), _data(args)
+    config = flags.slim_config(args)
+    model, data = flags.network(args), flags.data_of(args)
     assert data is not None
-    example = _examples(args, data)
+    example = flags.examples(args, data)
     reachable(model, example, config.budget, args.ignore, config.prune)
     run = _start(args)
     print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
@@ -367,25 +231,25 @@ def _slim(args: argparse.Namespace) -> None:
 
 
 def _finetune_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=True)
-    cli.training_flags(parser)
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    flags.training_flags(parser)
     parser.add_argument("--epochs", type=cli.whole_number(1), default=20, metavar="N", help="to train")
     parser.add_argument("--rate", type=cli.number(0), default=0.05, help="highest learning rate")
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="checkpoint of --model, for --distill")
-    _run_flags(parser)
-    _result_flags(parser)
+    flags.run_flags(parser)
+    flags.result_flags(parser)
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    model, data = _network(args), _data(args)
+    model, data = flags.network(args), flags.data_of(args)
     assert data is not None
     if bool(args.distill) != (args.teacher is not None):
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
-    example = _examples(args, data)
+    example = flags.examples(args, data)
     teacher = None
     if args.teacher is not None:
-        teacher = _network(argparse.Namespace(**{**vars(args), "weights": args.teacher}))
+        teacher = flags.network_with(args, args.teacher)
     run = _start(args)
     config = TrainConfig(
         args.epochs,
@@ -417,9 +281,9 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _sensitivity_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=True)
-    parser.add_argument("--score", choices=[n for n in cli.SCORES if n != "sensitivity"], default="taylor",
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    parser.add_argument("--score", choices=[n for n in SCORES if n != "sensitivity"], default="taylor",
                         help="which channels of a group go first")  # fmt: skip
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay")
     parser.add_argument(
@@ -442,21 +306,19 @@ def _sensitivity_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(args: argparse.Namespace) -> None:
-    from pruning.sensitivity import sensitivity
-
     try:
         from pruning import plots
     except ImportError as error:
         raise PruningError(f"drawing needs matplotlib: pip install matplotlib ({error})") from error
 
-    model, data = _network(args), _data(args)
+    model, data = flags.network(args), flags.data_of(args)
     assert data is not None
-    example = _examples(args, data)
+    example = flags.examples(args, data)
     validation, seen = [], 0
     for inputs, targets in data.validation:
         room = args.examples - seen if args.examples else len(targets)
-        validation.append((inputs[:room], targets[:room]))
-        seen += len(targets[:room])
+        validation.append((first_examples(inputs, room), first_examples(targets, room)))
+        seen += len(validation[-1][1])
         if args.examples and seen >= args.examples:
             break
     brief = TrainConfig(args.finetune_epochs, lr=0.02) if args.finetune_epochs else None
@@ -485,8 +347,8 @@ def _sensitivity(args: argparse.Namespace) -> None:
 
 
 def _test_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flags(parser)
-    _data_flags(parser, required=True)
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="weights of the dense --model, to compare with"
     )
@@ -496,26 +358,24 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    model, data = _network(args), _data(args)
+    model, data = flags.network(args), flags.data_of(args)
     assert data is not None
     batches = getattr(data, args.split)
     if batches is None:
         raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
     models = {"network": model.eval()}
-    if args.against is not None or args.model is not None:
-        dense = _network(argparse.Namespace(**{**vars(args), "weights": None})) if args.model else None
-        if args.against is not None:
-            dense = dense if dense is not None else load(args.against)
-            load_weights(dense, args.against)
-        if dense is not None and args.weights is not None:
-            models = {"dense": dense.to(args.device).eval(), **models}
-    inputs, _ = next(iter(batches))
-    batch = inputs.to(args.device)[: args.batch_size]
-    times = {size: time_forward(models, batch[:size], seconds=args.seconds, threads=args.threads)
-             for size in sorted({1, len(batch)})}  # fmt: skip
+    if args.weights is not None and (args.against is not None or args.model is not None):
+        models = {"dense": flags.network_with(args, args.against).eval(), **models}
+    batch = to_device(next(iter(batches)), torch.device(args.device))[0]
+    size = min(args.batch_size, len(tensors(batch)[0]))
+    timed = {n: first_examples(batch, n) for n in sorted({1, size})}
+    times = {
+        n: time_forward(models, inputs, seconds=args.seconds, threads=args.threads)
+        for n, inputs in timed.items()
+    }
     rows = []
     for name, each in models.items():
-        cost = count(each, batch[:1])
+        cost = count(each, first_examples(batch, 1))
         trained = name == "network" or args.against is not None
         rows.append(
             {
@@ -541,7 +401,28 @@ def _shown(value: Any) -> str:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    add_export_arguments(parser)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="network to export")
+    parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the format's ending"
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=cli.shape,
+        metavar="CxHxW",
+        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
+    )
+    parser.add_argument(
+        "--mean", type=cli.number(float("-inf")), nargs="+", metavar="X",
+        help="noted in the file: what was subtracted from each channel of the training images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--std",
+        type=cli.number(0),
+        nargs="+",
+        metavar="X",
+        help="noted in the file: what each was divided by",
+    )
     parser.add_argument("--model", metavar="NAME", help="factory of the dense network, as doctor takes it")
     parser.add_argument(
         "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
@@ -552,18 +433,49 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write an int8 file beside an ONNX one, calibrated on the training batches of --data",
     )
-    _data_flags(parser, required=False, shape=False)
+    flags.data_flags(parser, required=False, shape=False)
+    parser.set_defaults(device="cpu")
 
 
 def _export(args: argparse.Namespace) -> None:
     if args.int8 and (args.to != "onnx" or args.data is None):
         raise PruningError("--int8 needs --to onnx and --data to calibrate on")
-    made = {**vars(args), "weights": args.checkpoint, "device": "cpu", "threads": 1}
-    output = export_checkpoint(args, _network(argparse.Namespace(**made)))
-    data = _data(args)
+    path: Path = args.checkpoint
+    model, content = flags.network_with(args, path), read(path)
+    output = args.output or path.with_suffix(SUFFIXES[args.to])
+    if output.exists() and output.samefile(path):
+        raise PruningError(f"--output {output} is the checkpoint itself; give another name")
+    examples = torch.zeros(2, *_input_shape(args.input_shape, path, content["arguments"]))
+    with thread_count(1):
+        print(export(model, output, examples, args.to, metadata=_metadata(args, content)))
+    data = flags.data_of(args)
     if args.int8 and data is not None:
         small = output.with_suffix(".int8.onnx")
         print(quantize(output, small, [inputs for inputs, _ in data.calibration(1024)]))
+
+
+def _input_shape(given: tuple[int, ...] | None, path: Path, arguments: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of one input: the given one, or the one that a checkpoint stores."""
+    stored = tuple(arguments.get("image_shape", ()))
+    if given and stored and given != stored:
+        asked, known = ("x".join(map(str, size)) for size in (given, stored))
+        raise PruningError(f"--input-shape {asked}: {path} takes {known}")
+    if not given and not stored:
+        raise PruningError(f"{path} does not say what its inputs are: give --input-shape, such as 3x224x224")
+    return given or stored
+
+
+def _metadata(args: argparse.Namespace, content: dict[str, Any]) -> dict[str, Any]:
+    """What an exported file says of itself."""
+    facts = content["provenance"]
+    metadata = {"model": content["class"], "provenance": facts, "exported": provenance()}
+    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
+        raise PruningError("--mean and --std go together: as many numbers for both")
+    if args.mean:
+        metadata["normalisation"] = {"mean": args.mean, "std": args.std}
+    elif "normalisation" in facts:
+        metadata["normalisation"] = facts["normalisation"]
+    return metadata
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:

@@ -174,7 +174,7 @@ def _passes_input_on(module: nn.Module, use: _Use) -> bool:
             return False
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass at the layer whose input was wanted."""
 
 
@@ -184,13 +184,13 @@ def _input_of(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
 
     def hook(_: nn.Module, args: Any) -> None:
         received.append(args[0].detach())
-        raise _Reached
+        raise Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(hook)
     try:
         with torch.no_grad(), eval_mode(model):
             call(model, inputs)
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
 import json
 import re
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning import cli
-from pruning.checkpoint import provenance, read, replace_file
-from pruning.errors import ExportError, PruningError
+from pruning.checkpoint import replace_file
+from pruning.errors import ExportError
 from pruning.graph import tensors
 from pruning.grouping import trace
-from pruning.modes import thread_count
 from pruning.norms import fold_batchnorm
 from pruning.runtimes import METADATA, RUNTIMES, Exported, difference, first_line, needed, quiet
 
@@ -275,185 +271,3 @@ _WRITERS: dict[str, Callable[[nn.Module, Any, list[Tensor], Mapping[str, Any]], 
     "pt2": _to_pt2,
     "torchscript": _to_torchscript,
 }
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """An int8 file that was written and checked.
-
-    `agreement` is the share of the calibration inputs whose largest output is that of the
-    float32 file, 0 to 1; `images` counts them; `size` is in bytes.
-    """
-
-    path: Path
-    size: int
-    agreement: float
-    images: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path}: int8, {self.size:,} bytes; reopened in onnxruntime, it agrees with float32 on "
-            f"{self.agreement:.2%} of {self.images:,} calibration images"
-        )
-
-
-def quantize(
-    onnx_path: str | Path,
-    output: str | Path,
-    calibration_batches: Iterable[Any],
-    *,
-    least_agreement: float = 0.9,
-    reduce_range: bool = False,
-) -> Quantized:
-    """An ONNX file with weights and activations of 8 bits (post-training, static, QDQ).
-
-    Args:
-        onnx_path: a float32 classifier with a single input, as `export` writes it.
-        output: replaced where it exists.
-        calibration_batches: inputs (N, ...) or pairs (inputs, targets), of the training
-            split; their activations set the ranges.
-        least_agreement: share of them whose largest output must stay the largest.
-        reduce_range: weights of 7 bits, for processors on which products of 8 bits overflow
-            (x86 with AVX2 or AVX-512 but without VNNI).
-
-    Raises `ExportError` for fewer than 2 calibration images, a file that is damaged, a
-    package that is missing, and an int8 file that agrees less; then nothing is written.
-    """
-    needed("onnx")
-    whole = Exported(onnx_path, "onnxruntime")
-    batches = [
-        (batch if isinstance(batch, Tensor) else batch[0]).detach().cpu() for batch in calibration_batches
-    ]
-    count = sum(len(batch) for batch in batches)
-    if count < 2:
-        raise ExportError(
-            f"{count} calibration image{'s' * (count != 1)}: the ranges of activations cannot be told from "
-            "fewer than 2; give some hundreds of the training split"
-        )
-    try:
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            content = _quantized(Path(onnx_path), Path(folder), batches, reduce_range)
-    except ExportError:
-        raise
-    except Exception as error:  # of ONNX Runtime's quantizer, which can fail in any way
-        raise ExportError(f"{onnx_path} cannot be quantized: {first_line(error)}") from error
-
-    agreement = 0.0
-
-    def check(partial: Path) -> None:
-        nonlocal agreement
-        small = Exported(partial, "onnxruntime")
-        try:
-            same = sum(int((small(x).argmax(1) == whole(x).argmax(1)).sum()) for x in batches)
-        except Exception as error:  # of a runtime, which can fail in any way
-            raise ExportError(f"{output}: it fails on the calibration images: {first_line(error)}") from error
-        agreement = same / count
-        if agreement < least_agreement:
-            raise ExportError(
-                f"{output} was not written: int8 agrees with float32 on {agreement:.1%} of {count} "
-                f"calibration images, {least_agreement:.1%} was asked. Calibrate on more images, "
-                "train with quantization in mind, or try reduce_range=True"
-            )
-
-    replace_file(output, content, check)
-    return Quantized(Path(output), len(content), agreement, count)
-
-
-def _quantized(path: Path, folder: Path, batches: list[Tensor], reduce_range: bool) -> bytes:
-    onnx, tools = needed("onnx"), needed("onnxruntime.quantization")
-    preparing = needed("onnxruntime.quantization.shape_inference")
-    (argument,) = onnx.load(path).graph.input
-    prepared, result = folder / "prepared.onnx", folder / "int8.onnx"
-    preparing.quant_pre_process(path, prepared, skip_symbolic_shape=True)
-    tools.quantize_static(
-        prepared,
-        result,
-        _reader(tools, argument.name, batches),
-        quant_format=tools.QuantFormat.QDQ,
-        activation_type=tools.QuantType.QUInt8,
-        weight_type=tools.QuantType.QInt8,
-        per_channel=True,
-        reduce_range=reduce_range,
-    )
-    proto = onnx.load(result)
-    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-    facts["quantization"] = json.dumps({"bits": 8, "images": sum(map(len, batches)), "format": "QDQ"})
-    onnx.helper.set_model_props(proto, facts)
-    return proto.SerializeToString()
-
-
-def _reader(tools: Any, name: str, batches: list[Tensor]) -> Any:
-    """The batches as ONNX Runtime's calibration asks for them."""
-
-    class Reader(tools.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = iter([{name: batch.numpy()} for batch in batches])
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.feeds, None)
-
-    return Reader()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m pruning export`."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="network to export")
-    parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the format's ending"
-    )
-    parser.add_argument(
-        "--input-shape",
-        type=shape,
-        metavar="CxHxW",
-        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
-    )
-    parser.add_argument(
-        "--mean", type=cli.number(float("-inf")), nargs="+", metavar="X",
-        help="noted in the file: what was subtracted from each channel of the training images",
-    )  # fmt: skip
-    parser.add_argument(
-        "--std",
-        type=cli.number(0),
-        nargs="+",
-        metavar="X",
-        help="noted in the file: what each was divided by",
-    )
-
-
-def export_checkpoint(args: argparse.Namespace, model: nn.Module) -> Path:
-    """`python -m pruning export`: say what was written and how it was checked.
-
-    Args:
-        model: the network of the checkpoint.
-    """
-    path: Path = args.checkpoint
-    content = read(path)
-    stored = content["arguments"].get("image_shape")
-    if args.input_shape and stored and tuple(args.input_shape) != tuple(stored):
-        given, known = ("x".join(map(str, size)) for size in (args.input_shape, stored))
-        raise PruningError(f"--input-shape {given}: {path} takes {known}")
-    size = args.input_shape or stored
-    if not size:
-        raise PruningError(f"{path} does not say what its inputs are: give --input-shape, such as 3x224x224")
-    output = args.output or path.with_suffix(SUFFIXES[args.to])
-    if output.exists() and output.samefile(path):
-        raise PruningError(f"--output {output} is the checkpoint itself; give another name")
-    facts = content["provenance"]
-    metadata = {"model": content["class"], "provenance": facts, "exported": provenance()}
-    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
-        raise PruningError("--mean and --std go together: as many numbers for both")
-    if args.mean:
-        metadata["normalisation"] = {"mean": args.mean, "std": args.std}
-    elif "normalisation" in facts:
-        metadata["normalisation"] = facts["normalisation"]
-    with thread_count(1):
-        print(export(model, output, torch.zeros(2, *size), args.to, metadata=metadata))
-    return output
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """An argument type: sizes such as 1x28x28."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected sizes such as 1x28x28")
-    return tuple(int(part) for part in text.split("x"))

@@ -101,3 +101,8 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 def tensors(output: Any) -> list[Tensor]:
     """The tensors in a model's output, whatever holds them."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def first_examples(inputs: Inputs, count: int) -> Any:
+    """The first examples of a batch of inputs, whatever holds its tensors."""
+    return pytree.tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, inputs)

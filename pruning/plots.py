@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pruning.sensitivity import Sensitivity
+    from pruning.curves import Sensitivity
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

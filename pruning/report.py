@@ -16,8 +16,8 @@ from typing import Any
 from pruning import plots
 from pruning.budget import LABELS
 from pruning.checkpoint import read, replace_file
+from pruning.curves import Sensitivity
 from pruning.errors import PruningError
-from pruning.sensitivity import Sensitivity
 
 Event = Mapping[str, Any]
 

@@ -1,19 +1,15 @@
 """Sensitivity: what accuracy is lost as one group alone is narrowed, and what that buys.
 
 Every point is real surgery: the group keeps its most important channels, everything else is
-whole, and the small model is evaluated. The curves can then score channels, so that a plan
-narrows each group to where it hurts least.
+whole, and the small model is evaluated. `pruning.curves` is what comes of it.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +23,17 @@ from pruning.budget import Budget
 from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
+from pruning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, call, tensors
+from pruning.graph import Ignored, Inputs, Trace, call
 from pruning.grouping import trace
-from pruning.importance import Groups, Scores
 from pruning.modes import eval_mode
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Score, score_channels
+from pruning.shortcut import Shortcut
 from pruning.surgery import apply, channel_constants
-from pruning.training import fit, to_device
+from pruning.training import cross_entropy, fit, to_device
 
 #: From logits and targets to one value per example.
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -44,142 +41,6 @@ Batch = tuple[Any, Any]
 
 #: Bootstrap samples, and the share of them inside an interval.
 RESAMPLES, INTERVAL = 400, 0.95
-#: How a small model is measured: as surgery left it, with the statistics of its BatchNorm
-#: taken anew, and after a short fine-tuning.
-STAGES = ("pruned", "recalibrated", "finetuned")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Loss and accuracy on the validation split, each with its bootstrap interval."""
-
-    loss: float
-    loss_low: float
-    loss_high: float
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-
-
-@dataclass(frozen=True)
-class SensitivityPoint:
-    """One group at one width, all others whole.
-
-    `params` and `macs` are those of the whole network at this point, BatchNorm folded;
-    `readings` go by stage (see `STAGES`).
-    """
-
-    group: str
-    width: int
-    params: int
-    macs: int
-    readings: dict[str, Reading]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What an analysis found.
-
-    Attributes:
-        channels: full width of every group. dense: the model before, and its cost.
-        order: for every group its channels from the least important on.
-        skipped: layers whose channels cannot be removed, with the reason and the cure.
-        points: one per group and width, the full width left out.
-    """
-
-    channels: dict[str, int]
-    dense: Reading
-    dense_cost: Cost
-    order: dict[str, list[int]]
-    skipped: dict[str, str]
-    points: list[SensitivityPoint] = field(default_factory=list)
-
-    def curve(self, group: str, stage: str = "recalibrated") -> list[tuple[int, Reading]]:
-        """(width, reading) of a group from its narrowest to its full width."""
-        found = [(p.width, p.readings[stage]) for p in self.points if p.group == group if stage in p.readings]
-        return [*sorted(found, key=lambda pair: pair[0]), (self.channels[group], self.dense)]
-
-    def increases(self, group: str, stage: str = "recalibrated") -> np.ndarray:
-        """How much each further channel raises the loss when channels go in their order.
-
-        Entry k is the rise from k to k + 1 channels removed, (channels,); the last is
-        infinite, a group is never emptied. Between measured widths the loss is
-        interpolated. A curve that is not monotone, or falls more steeply later than
-        earlier, is replaced by the greatest convex curve below its running maximum: the
-        plan then never stops on a step of the curve that noise has made.
-        """
-        curve = self.curve(group, stage)
-        total = self.channels[group]
-        removed = np.array([total - width for width, _ in reversed(curve)])
-        losses = np.maximum.accumulate([reading.loss for _, reading in reversed(curve)])
-        hull: list[int] = []
-        for i in range(len(removed)):
-            while len(hull) > 1 and _slope(removed, losses, hull[-1], i) <= _slope(
-                removed, losses, hull[-2], hull[-1]
-            ):
-                hull.pop()
-            hull.append(i)
-        smooth = np.interp(np.arange(total), removed[hull], losses[hull])
-        beyond = removed[-1] + 1  # narrower than what was measured: as steep as its last part
-        if beyond < total and len(hull) > 1:
-            steep = _slope(removed, losses, hull[-2], hull[-1])
-            smooth[beyond:] = losses[hull[-1]] + steep * (np.arange(beyond, total) - removed[-1])
-        return np.append(np.diff(smooth), np.inf)
-
-    def scores(self, model: nn.Module, groups: Groups) -> Scores:
-        """Importance from the curves, to be given to `prune` as its score.
-
-        Raises `PruningError` when the model is not as wide as the one that was analysed.
-        """
-        found = {}
-        for name, group in groups.items():
-            if self.channels.get(name) != group.channels:
-                raise PruningError(
-                    f"group {name!r} has {group.channels} channels, the sensitivity analysis is of a model "
-                    f"with {self.channels.get(name, 'no such group')}: analyse this model"
-                )
-            increases = self.increases(name)
-            increases[-1] = increases[:-1].max(initial=0.0)  # the last channel stays in any case
-            score = torch.zeros(group.channels, dtype=torch.float64)
-            # Where the curve is flat the order still tells the channels apart.
-            score[self.order[name]] = torch.from_numpy(increases + 1e-12 * np.arange(group.channels))
-            found[name] = score
-        return found
-
-    def predicted_loss(self, widths: dict[str, int], stage: str = "recalibrated") -> float:
-        """The loss of a plan if what its groups lose simply added up."""
-        loss = self.dense.loss
-        for group, width in widths.items():
-            curve = self.curve(group, stage)
-            at = np.interp(width, [w for w, _ in curve], [reading.loss for _, reading in curve])
-            loss += float(at) - self.dense.loss
-        return loss
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Sensitivity:
-        points = [
-            SensitivityPoint(**{**p, "readings": {k: Reading(**r) for k, r in p["readings"].items()}})
-            for p in content["points"]
-        ]
-        dense, cost = Reading(**content["dense"]), Cost(**content["dense_cost"])
-        return cls(**{**content, "dense": dense, "dense_cost": cost, "points": points})
-
-    def to_csv(self) -> str:
-        """One line per group, width and stage."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        readings = list(asdict(self.dense))
-        freed = ["params_freed", "macs_freed"]
-        writer.writerow(["group", "channels", "width", *freed, "stage", *readings])
-        for point in self.points:
-            less = [self.dense_cost.params - point.params, self.dense_cost.macs - point.macs]
-            for stage, reading in point.readings.items():
-                place = [point.group, self.channels[point.group], point.width]
-                writer.writerow([*place, *less, stage, *asdict(reading).values()])
-        return text.getvalue()
 
 
 @dataclass(frozen=True)
@@ -235,7 +96,7 @@ def sensitivity(
     cost_model = CostModel(model, traced)
     order = {
         name: torch.sort(scores, stable=True).indices.tolist()
-        for name, scores in score_channels(model, traced, score, calibration, _loss).items()
+        for name, scores in score_channels(model, traced, score, calibration, cross_entropy).items()
     }
     result = Sensitivity(
         channels=traced.widths,
@@ -254,7 +115,7 @@ def sensitivity(
     todo = [(g, w) for g, full in traced.widths.items() for w in _widths(full, widths) if (g, w) not in done]
     with tqdm(total=len(todo) + len(done), initial=len(done), desc=label, disable=None, leave=False) as bar:
         for name in dict.fromkeys(group for group, _ in todo):
-            shortcut = _Shortcut(model, traced, name, [*judge.inputs, *inputs])
+            shortcut = Shortcut(model, traced, name, [*judge.inputs, *inputs])
             for width in (w for group, w in todo if group == name):
                 plan = Plan({name: tuple(order[name][-width:])})
                 small = apply(model, traced, plan, constants)
@@ -298,14 +159,6 @@ def joint(
     measured = {"pruned": judge.read(small)}
     measured["recalibrated"] = judge.read(recalibrate(small, inputs)) if inputs else measured["pruned"]
     return Joint(plan, cost_model(plan.widths), curves.predicted_loss(plan.widths), measured)
-
-
-def _loss(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    return F.cross_entropy(call(model, inputs), targets)
-
-
-def _slope(x: np.ndarray, y: np.ndarray, i: int, j: int) -> float:
-    return float((y[j] - y[i]) / (x[j] - x[i]))
 
 
 def _widths(full: int, count: int | None) -> list[int]:
@@ -363,132 +216,6 @@ class _Judge:
         low, high = torch.quantile(means, tail, dim=0), torch.quantile(means, 1 - tail, dim=0)
         loss, accuracy = values.mean(0).tolist()
         return Reading(loss, low[0].item(), high[0].item(), accuracy, low[1].item(), high[1].item())
-
-
-class _Shortcut:
-    """Skips what a model computes before the layers of a group: for every point it is the same.
-
-    The modules that have finished before the group's first layer begins let their input
-    pass, and the last of them returns what it returned in the whole model. Whether that is
-    all that the rest needs is tried out; where it is not, an earlier module is taken, and
-    in the end none.
-    """
-
-    TRIES = 6
-
-    def __init__(self, model: nn.Module, traced: Trace, group: str, batches: Sequence[Any]):
-        self.batches = {id(tensors(batch)[0]): number for number, batch in enumerate(batches)}
-        self.cached: list[Any] = []
-        self.passing: list[str] = []
-        self.returning = ""
-        #: Modules before the group: what they compute, statistics included, does not change.
-        self.before = _finished_before(model, {m.layer for m in traced.groups[group].members}, batches[0])
-        finished = self.before
-        for last in range(len(finished), max(0, len(finished) - self.TRIES), -1):
-            *self.passing, self.returning = finished[:last]
-            self.cached = [self._output(model, batches[0])]
-            if self._is_enough(model, batches[0]):
-                self.cached += [self._output(model, batch) for batch in batches[1:]]
-                return
-        self.passing, self.returning, self.cached = [], "", []
-
-    def _output(self, model: nn.Module, batch: Any) -> Any:
-        """What the last module returns for a batch, the forward pass ending there."""
-        found: list[Any] = []
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output)
-            raise _Reached
-
-        handle = model.get_submodule(self.returning).register_forward_hook(hook)
-        try:
-            with torch.inference_mode(), eval_mode(model):
-                call(model, batch)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
-
-    def _is_enough(self, model: nn.Module, batch: Any) -> bool:
-        with torch.inference_mode(), eval_mode(model):
-            expected = call(model, batch)
-            try:
-                with self.applied(model):
-                    return torch.equal(call(model, batch), expected)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-                return False
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """The shortcut in a model of the same modules, which must be given the known batches."""
-        if not self.returning:
-            yield
-            return
-        current = 0
-
-        def see(_: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal current
-            current = self.batches.get(id(tensors((args, kwargs))[0]), -1)
-            if current < 0:
-                raise AssertionError("a shortcut knows only the batches that it was made with")
-
-        def give(*_: Any, **__: Any) -> Any:
-            cached = self.cached[current]
-            return cached.clone() if isinstance(cached, Tensor) else cached
-
-        handle = model.register_forward_pre_hook(see, with_kwargs=True)
-        modules = {name: model.get_submodule(name) for name in (*self.passing, self.returning)}
-        try:
-            for name, module in modules.items():
-                module.forward = give if name == self.returning else _pass_on
-            yield
-        finally:
-            handle.remove()
-            for module in modules.values():
-                del module.forward
-
-
-class _Reached(Exception):
-    """Ends a forward pass where its result is known."""
-
-
-def _pass_on(x: Any, *_: Any, **__: Any) -> Any:
-    return x
-
-
-def _finished_before(model: nn.Module, layers: set[str], batch: Any) -> list[str]:
-    """The outermost modules that finish before the first of these layers begins, in order."""
-    finished: list[str] = []
-    reached = False
-
-    def begin(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal reached
-            reached = reached or name in layers
-
-        return hook
-
-    def end(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if not reached:
-                finished[:] = [other for other in finished if not other.startswith(f"{name}.")]
-                finished.append(name)
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(begin(name)))
-            handles.append(module.register_forward_hook(end(name)))
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return finished if len(set(finished)) == len(finished) else []
 
 
 class _File:

@@ -4,119 +4,31 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from pruning import checkpoint, parallel
-from pruning.board import Board
+from pruning import checkpoint
 from pruning.budget import Budget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
-from pruning.graph import Ignored, Inputs, Trace
+from pruning.graph import Ignored, Inputs, Trace, first_examples
 from pruning.grouping import trace
 from pruning.load_pruned import rebuild
-from pruning.modes import eval_mode
-from pruning.norms import equalize, recalibrate
+from pruning.norms import equalize
 from pruning.plan import plan_within
 from pruning.prune import Step, prune
+from pruning.run import Run
 from pruning.sparsify import ScalePull, sparsify
 from pruning.training import BatchSource, Epoch, Loss, Validate, accuracy, cross_entropy, fit, to_device
-
-
-class Run:
-    """A folder with what a run was asked for, what happened, and where it stands.
-
-    config.json: the settings. history.jsonl: one line per epoch and per pruning step.
-    state.pth: the stage under way with its weights, optimizer and random state, replaced
-    after every epoch. Other checkpoints are the caller's. With `tensorboard` its folder receives
-    the same for TensorBoard, scales as histograms and widths as figures. Of several processes (torchrun) the
-    first alone writes.
-
-    Raises `PruningError` when the folder holds another run (resume it or choose another
-    folder), when there is none to resume, or when it cannot be written.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        settings: dict[str, Any],
-        *,
-        resume: bool = False,
-        tensorboard: bool = False,
-    ):
-        self.folder = Path(folder)
-        self.writes = parallel.rank() == 0
-        self.history = self.folder / "history.jsonl"
-        settings = json.loads(json.dumps(settings))
-        config = self.folder / "config.json"
-        if resume:
-            self._check_same(config, settings)
-        elif self.writes and config.exists():
-            raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
-        elif self.writes:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
-            checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
-        state = self.folder / "state.pth"
-        self.state: dict[str, Any] | None = None
-        if resume and state.exists():
-            self.state = checkpoint.read_plain(state)
-        self.lines = self.state["lines"] if self.state is not None else 0
-        if resume and self.writes:
-            self._cut_history(self.lines)
-        self.board = Board(self.folder / "tensorboard") if tensorboard and self.writes else None
-
-    def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
-        try:
-            before = json.loads(config.read_text())
-        except FileNotFoundError:
-            raise PruningError(f"{self.folder} holds no run to resume") from None
-        except (OSError, ValueError) as error:
-            raise PruningError(f"{config} cannot be read: {error}") from error
-        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        if changed:
-            raise PruningError(
-                f"{self.folder} was started with other settings ({', '.join(sorted(changed))}): "
-                "resume with the same, or choose another folder"
-            )
-
-    def _cut_history(self, lines: int) -> None:
-        """Forget what happened after the state was saved; it will happen again."""
-        if self.history.exists():
-            kept = self.history.read_bytes().splitlines(keepends=True)[:lines]
-            checkpoint.replace_file(self.history, b"".join(kept))
-
-    def note(self, **event: Any) -> None:
-        """Append one line to the history."""
-        self.lines += 1
-        if not self.writes:
-            return
-        if self.board is not None:
-            self.board.add(self.lines, event)
-        with open(self.history, "ab") as file:
-            file.write((json.dumps(event) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Note where the run stands, whole or not at all."""
-        self.state = {**state, "lines": self.lines}
-        if self.writes:
-            checkpoint.write(self.folder / "state.pth", self.state)
+from pruning.trials import Trial, ready, superfluous_layers
 
 
 @dataclass(frozen=True)
@@ -181,7 +93,7 @@ def slim(
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
         first, _ = to_device(next(iter(batches)), device)
-        example_inputs = pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) else x, first)
+        example_inputs = first_examples(first, 2)
     ignored = tuple(ignored)
     target = reachable(model, example_inputs, config.budget, ignored, config.prune)
     last = config.prune.iterations + 1
@@ -222,8 +134,8 @@ def slim(
     if config.prune.layers and progress.at == 0:
         brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 20), ema=0.0)
         try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
-        trial = _Trial(small, example_inputs, target, try_out, validate, step_options)
-        removed, rest, trials = _superfluous_layers(trial, progress, log)
+        trial = Trial(small, example_inputs, target, try_out, validate, step_options)
+        removed, rest, trials = superfluous_layers(trial, progress.note, log)
         left = ScalePull(rest, trace(rest, example_inputs, ignored), strength=0.0).left()
         progress.state["start"] = asdict(left)
         progress.state["trial_epochs"] = brief.epochs * trials
@@ -234,7 +146,7 @@ def slim(
         if progress.resume(iteration) is None:
             share = target.share(progress.start, iteration, config.prune.iterations)
             step = prune(small, example_inputs, share, remove=removed, **step_options)
-            small, removed = _ready(step.model, example_inputs, config.prune.score), ()
+            small, removed = ready(step.model, example_inputs, config.prune.score), ()
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))
         log(f"{label}: {line}, {validate(small):.4f} after training")
@@ -296,84 +208,6 @@ def _strength(
 
 #: Training batches on which channels are scored where no others are given.
 CALIBRATION_BATCHES = 16
-
-#: Of many layers that could go, the trials see these first few: without them the loss on
-#: the calibration data is lowest.
-TRIALS = 3
-
-
-def _ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
-    """A pruned model with scales of ±1, unless they are what scores the next step."""
-    return model if score == "bn_scale" else equalize(model, trace(model, inputs), inputs)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What a model is worth within the budget: pruned in one step and trained a little.
-
-    `train` is the fine-tuning of stage 3 in a twentieth of its epochs; `options` are those of
-    `prune`.
-    """
-
-    model: nn.Module
-    example_inputs: Inputs
-    target: Budget
-    train: Callable[..., nn.Module]
-    validate: Validate
-    options: dict[str, Any]
-
-    def __call__(self, remove: tuple[str, ...], label: str) -> float:
-        """The validation figure without these layers; −∞ where the budget is out of reach."""
-        try:
-            step = prune(self.model, self.example_inputs, self.target, remove=remove, **self.options)
-        except PruningError:
-            return float("-inf")
-        return self.validate(
-            self.train(_ready(step.model, self.example_inputs, self.options["score"]), label=label)
-        )
-
-    def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The model without each layer it can do without, from the least calibration loss on."""
-        traced = trace(model, self.example_inputs, self.options["ignored"])
-        device = next(model.parameters()).device
-        batches = [to_device(batch, device) for batch in self.options["calibration"]]
-        losses, models = {}, {}
-        for name, layer in removable(model, traced, self.example_inputs).items():
-            models[name] = without_layer(model, traced, layer, [inputs for inputs, _ in batches])
-            recalibrate(models[name], [inputs for inputs, _ in batches])
-            with torch.no_grad(), eval_mode(models[name]):
-                losses[name] = sum(self.options["loss"](models[name], *batch).item() for batch in batches)
-        return {name: models[name] for name in sorted(models, key=losses.__getitem__)}
-
-
-def _superfluous_layers(
-    trial: _Trial, progress: _Progress, log: Callable[[str], None]
-) -> tuple[tuple[str, ...], nn.Module, int]:
-    """The whole layers without which the network is better within the budget, and the rest.
-
-    Also how many trials that took.
-
-    One layer after the other goes, the best each time, as long as the validation figure rises.
-    """
-    label = "stage 2, whole layers"
-    removed: tuple[str, ...] = ()
-    rest, best, trials = trial.model, trial(removed, label), 1
-    progress.note(stage=label, removed=removed, validation=best)
-    while True:
-        candidates = trial.cheapest_first(rest)
-        scores = {}
-        for name in list(candidates)[:TRIALS]:
-            scores[name] = trial((*removed, name), f"{label}: {name}")
-            progress.note(stage=label, removed=(*removed, name), validation=scores[name])
-            trials += 1
-        name = max(scores, key=scores.__getitem__, default="")
-        if not name or scores[name] <= best:
-            break
-        log(f"{label}: {name} goes, validation {scores[name]:.4f} without it, {best:.4f} with it")
-        best, removed, rest = scores[name], (*removed, name), candidates[name]
-    if not removed:
-        log(f"{label}: all stay, validation {best:.4f} with them")
-    return removed, rest, trials
 
 
 def reachable(

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Subset
 
 from pruning.checkpoint import read, read_plain
 from pruning.errors import CheckpointError, PruningError
+from pruning.graph import first_examples, tensors
 from pruning.load_pruned import rebuild
 from pruning.training import BatchSource
 
@@ -50,7 +51,7 @@ class Data:
     def examples(self) -> Any:
         """The first two inputs of the validation split, to trace with."""
         inputs, _ = next(iter(self.validation))
-        return pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) else x, inputs)
+        return first_examples(inputs, 2)
 
     def calibration(self, examples: int) -> list[tuple[Any, Any]]:
         """Training batches that hold so many examples, or all."""
@@ -58,8 +59,7 @@ class Data:
         count = 0
         for batch in self.train:
             batches.append(batch)
-            leaves = pytree.tree_leaves(batch[0])
-            count += len(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+            count += len(tensors(batch[0])[0])
             if count >= examples:
                 break
         return batches
@@ -71,12 +71,7 @@ def factory(name: str) -> Callable[..., Any]:
     Raises `PruningError` when there is no such thing; it says what is near.
     """
     if ":" not in name:
-        try:
-            from torchvision import models
-        except ImportError as error:
-            raise PruningError(
-                f"model {name!r}: torchvision is needed for it: pip install torchvision"
-            ) from error
+        models = _torchvision().models
         names = models.list_models()
         if name not in names:
             raise PruningError(
@@ -171,46 +166,21 @@ def make_data(
         if "batch_size" in inspect.signature(make).parameters:
             given.setdefault("batch_size", batch_size)
         return _from_factory(name, _made(name, make, given))
-    try:
-        from torch.utils.data import DataLoader
-        from torchvision import datasets, transforms
-    except ImportError as error:
-        raise PruningError(f"data {name!r}: torchvision is needed for it: pip install torchvision") from error
-
     if name in BUILT_IN:
-        kind, mean, std = BUILT_IN[name]
-        plain = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-        moved = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        varied = moved if name.startswith("cifar") else []
-        sets = {
-            "train": _download(kind, folder, True, transforms.Compose([*varied, *plain])),
-            "validation": _download(kind, folder, True, transforms.Compose(plain)),
-            "test": _download(kind, folder, False, transforms.Compose(plain)),
-        }
+        sets, apart = _built_in(name, folder), False
     elif Path(name).is_dir():
-        plain = [transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
-        still = [transforms.Resize(round(image_size * 8 / 7)), transforms.CenterCrop(image_size), *plain]
-        varied = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *plain]
-        places = _split_folders(Path(name))
-        sets = {}
-        for split, place in places.items():
-            recipe = transforms.Compose(varied if split == "train" else still)
-            try:
-                sets[split] = datasets.ImageFolder(str(place), recipe)
-            except FileNotFoundError as error:
-                raise PruningError(f"{place} is no image folder: {error}") from error
+        sets, apart = _image_folder(Path(name), image_size)
     else:
         raise PruningError(
             f"data {name!r} is neither a folder, nor module:factory, nor one of {', '.join(BUILT_IN)}"
             f"{_near(name, list(BUILT_IN))}"
         )
     _require_classes(name, sets)
-    chosen: dict[str, Any] = dict(sets)
-    if name in BUILT_IN or len({id(place) for place in places.values()}) < len(places):
+    if not apart:
         order = torch.randperm(len(sets["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, len(order) // 10)
-        chosen["train"] = torch.utils.data.Subset(sets["train"], order[held_out:])
-        chosen["validation"] = torch.utils.data.Subset(sets["validation"], order[:held_out])
+        sets["train"] = Subset(sets["train"], order[held_out:])
+        sets["validation"] = Subset(sets["validation"], order[:held_out])
     loaders = {
         split: DataLoader(
             images,
@@ -220,14 +190,52 @@ def make_data(
             drop_last=split == "train" and len(images) > batch_size,
             persistent_workers=workers > 0,
         )
-        for split, images in chosen.items()
+        for split, images in sets.items()
     }
     return Data(name, **loaders)
 
 
-def _download(kind: str, folder: str | Path, train: bool, transform: Any) -> Any:
-    from torchvision import datasets
+def _built_in(name: str, folder: str | Path) -> dict[str, Any]:
+    """One of torchvision's data sets; its training images stand for those of validation, too."""
+    transforms = _torchvision().transforms
+    kind, mean, std = BUILT_IN[name]
+    plain = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    moved = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    varied = moved if name.startswith("cifar") else []
+    return {
+        "train": _download(kind, folder, True, transforms.Compose([*varied, *plain])),
+        "validation": _download(kind, folder, True, transforms.Compose(plain)),
+        "test": _download(kind, folder, False, transforms.Compose(plain)),
+    }
 
+
+def _image_folder(root: Path, size: int) -> tuple[dict[str, Any], bool]:
+    """The splits of an image folder, and whether that of validation is a folder of its own."""
+    transforms, datasets = _torchvision().transforms, _torchvision().datasets
+    plain = [transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    still = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), *plain]
+    varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *plain]
+    places = _split_folders(root)
+    sets = {}
+    for split, place in places.items():
+        recipe = transforms.Compose(varied if split == "train" else still)
+        try:
+            sets[split] = datasets.ImageFolder(str(place), recipe)
+        except FileNotFoundError as error:
+            raise PruningError(f"{place} is no image folder: {error}") from error
+    return sets, places["validation"] != places["train"]
+
+
+def _torchvision() -> Any:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise PruningError(f"torchvision is needed for this: pip install torchvision ({error})") from error
+    return torchvision
+
+
+def _download(kind: str, folder: str | Path, train: bool, transform: Any) -> Any:
+    datasets = _torchvision().datasets
     try:
         return getattr(datasets, kind)(str(folder), train=train, transform=transform, download=True)
     except Exception as error:  # whatever a failing download raises

@@ -30,7 +30,8 @@ from pruning import (
 )
 from pruning.__main__ import main
 from pruning.checkpoint import read
-from pruning.export import SUFFIXES, TOLERANCE, quantize
+from pruning.export import SUFFIXES, TOLERANCE
+from pruning.quantization import quantize
 from pruning.runtimes import RUNTIMES, difference
 
 ROOT = Path(__file__).resolve().parent.parent

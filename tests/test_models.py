@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import models
-from pruning import Budget, cli, fold_batchnorm, load, prune, save, trace
+from pruning import Budget, fold_batchnorm, load, prune, save, trace
 from pruning.commands import parse
+from pruning.flags import slim_config
 from pruning.slimming import reachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +156,7 @@ def test_the_budgets_of_the_recipes_are_those_of_the_paper_and_can_be_met(name):
     path = ROOT / "recipes" / f"cifar10-{name}.toml"
     args, _ = parse(["slim", "--config", str(path), "--device", "cpu"])
     assert args.model == f"models:{name}"
-    budget = cli.slim_config(args).budget
+    budget = slim_config(args).budget
     left = [float(str(limit).rstrip("%")) for limit in (budget.params, budget.macs)]
     assert left == pytest.approx([100 - cut for cut in CUTS[name]])
     reachable(getattr(models, name)(), torch.randn(2, 3, 32, 32), budget)

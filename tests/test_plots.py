@@ -7,8 +7,8 @@ import torch
 
 from pruning import plots
 from pruning.cost import Cost
+from pruning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.plots import Point, front, pareto, save
-from pruning.sensitivity import Reading, Sensitivity, SensitivityPoint
 
 
 def test_the_front_leaves_out_what_another_beats():

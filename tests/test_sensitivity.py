@@ -26,8 +26,8 @@ from pruning import (
     trace,
 )
 from pruning.cost import Cost
-from pruning.sensitivity import Reading, Sensitivity, SensitivityPoint
-from pruning.sensitivity import _finished_before as finished_before
+from pruning.curves import Reading, Sensitivity, SensitivityPoint
+from pruning.shortcut import _finished_before as finished_before
 
 
 def data(count=3, size=16, classes=4, seed=5):

@@ -1,0 +1,291 @@
+"""Flags that several commands share, and what they name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruning import cli
+from pruning.budget import Budget
+from pruning.checkpoint import load, read_plain
+from pruning.config import PruneConfig, SlimConfig, TrainConfig
+from pruning.errors import PruningError
+from pruning.graph import Inputs
+from pruning.plan import RANKINGS
+from pruning.prune import NAMES as SCORES
+from pruning.sources import Data, arguments_of, make_data, make_model
+from pruning.training import to_device
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="package.module:factory, or one of torchvision's classifiers (resnet18); not needed for a "
+        "checkpoint of this toolkit whose class can be imported",
+    )
+    group.add_argument(
+        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
+    )
+    group.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    group.add_argument(
+        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+    )
+
+
+def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool = True) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="NAME",
+        help="mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with a subfolder a class "
+        "(or train, val and test of such); or module:factory that gives train, validation and test batches",
+    )
+    group.add_argument(
+        "--data-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    group.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets lie"
+    )
+    group.add_argument(
+        "--batch-size", type=cli.whole_number(1), default=64, metavar="N", help="examples in a batch"
+    )
+    group.add_argument(
+        "--image-size", type=cli.whole_number(1), default=224, metavar="PIXELS", help="of a folder's images"
+    )
+    group.add_argument(
+        "--workers", type=cli.whole_number(0), default=0, metavar="N", help="processes that read images"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
+    parser.set_defaults(data_required=required)
+    if shape and not required:
+        group.add_argument(
+            "--input-shape",
+            type=cli.shape,
+            metavar="CxHxW",
+            help="of one example, to trace with random ones where no data is given: 3x224x224",
+        )
+
+
+def run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    group.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")
+
+
+def result_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make BatchNorm part of the layers before it in the saved network",
+    )
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="also write load_pruned.py, which loads the checkpoint without this toolkit",
+    )
+
+
+def stage_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the three stages and of the budget, for `slim_config`."""
+    budget_flags(parser)
+    group = parser.add_argument_group("the three stages")
+    group.add_argument(
+        "--sparsity",
+        type=cli.strength,
+        metavar="LAMBDA",
+        help="strength of the L1 pull of stage 1; auto finds it from the budget (default)",
+    )
+    group.add_argument(
+        "--layers",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also remove whole layers without which a trial is better",
+    )
+    group.add_argument(
+        "--iterations", type=cli.whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
+    )
+    for stage, (epochs, rate, when) in {
+        "sparsify": (8, 0.1, "stage 1"),
+        "recover": (2, 0.05, "each pruning step of stage 2"),
+        "finetune": (40, 0.2, "stage 3"),
+    }.items():
+        group.add_argument(
+            f"--{stage}-epochs", type=cli.whole_number(0), default=epochs, metavar="N", help=f"of {when}"
+        )
+        group.add_argument(
+            f"--{stage}-rate",
+            type=cli.number(0),
+            default=rate,
+            metavar="RATE",
+            help=f"highest learning rate of {when}",
+        )
+    training_flags(parser)
+
+
+def budget_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a budget and of a plan within it."""
+    budget = parser.add_argument_group(
+        "budget: a count (2000, 50k) or a percentage of the dense network (25%)"
+    )
+    budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
+    budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one example")
+    budget.add_argument("--max-channels", metavar="CHANNELS", help="most channels of all groups together")
+    plan = parser.add_argument_group("which channels go")
+    plan.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
+    plan.add_argument(
+        "--ranking",
+        choices=RANKINGS,
+        default="global",
+        help="compare the scores of all groups, or take the same share of every group",
+    )
+    plan.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers that keep their channels: layer4.*, conv1",
+    )
+    plan.add_argument(
+        "--floor",
+        type=cli.whole_number(1),
+        default=1,
+        metavar="N",
+        help="channels that every group keeps at least",
+    )
+    plan.add_argument(
+        "--most",
+        type=cli.number(0, 1),
+        default=1.0,
+        metavar="SHARE",
+        help="largest share of a group's channels dropped in one step",
+    )
+    plan.add_argument(
+        "--multiple",
+        type=cli.whole_number(1),
+        default=1,
+        metavar="N",
+        help="widths are multiples of so many channels",
+    )
+
+
+def training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that hold for the training of every stage."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
+    )
+    group.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train with the channels of convolutions last in memory: may pay on one thread",
+    )
+    group.add_argument(
+        "--ema",
+        type=cli.number(0, 0.99999),
+        default=0.0,
+        metavar="DECAY",
+        help="of a moving average of the weights in stage 3; 0 keeps none",
+    )
+    group.add_argument(
+        "--distill",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="WEIGHT",
+        help="share of the teacher's outputs in the loss of stages 2 and 3",
+    )
+
+
+def budget(args: argparse.Namespace) -> Budget:
+    """The budget that flags name."""
+    return Budget(params=args.max_params, macs=args.max_macs, channels=args.max_channels)
+
+
+def slim_config(args: argparse.Namespace) -> SlimConfig:
+    """The settings of the three stages that flags name."""
+    both = {"weight_decay": args.weight_decay, "channels_last": args.channels_last}
+    recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **both)
+    return SlimConfig(
+        budget=budget(args),
+        sparsify=TrainConfig(args.sparsify_epochs, lr=args.sparsify_rate, **both),
+        prune=PruneConfig(
+            args.iterations,
+            recover,
+            args.score,
+            args.layers,
+            args.ranking,
+            args.floor,
+            args.most,
+            args.multiple,
+        ),
+        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
+        strength=args.sparsity,
+        distill=args.distill,
+    )
+
+
+def network(args: argparse.Namespace) -> nn.Module:
+    """The model that flags name, on its device."""
+    torch.set_num_threads(min(args.threads, torch.get_num_threads()))
+    torch.manual_seed(getattr(args, "seed", 0))
+    return network_with(args, args.weights)
+
+
+def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
+    """The model that flags name, with the weights of another file."""
+    if args.model is not None:
+        model = make_model(args.model, arguments_of(args.model_arg), weights)
+    elif weights is not None:
+        made = _stored(weights)
+        model = make_model(made["name"], made["arguments"], weights) if made else load(weights)
+    else:
+        raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
+    return model.to(args.device)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The torchvision classifier that a checkpoint says it was made of; other names are not imported."""
+    content = read_plain(path)
+    facts = content.get("provenance", {}) if isinstance(content, dict) else {}
+    made = facts.get("model")
+    return made if isinstance(made, dict) and ":" not in made.get("name", ":") else None
+
+
+def data_of(args: argparse.Namespace) -> Data | None:
+    if args.data is None:
+        if args.data_required:
+            raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
+        return None
+    return make_data(
+        args.data,
+        folder=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        workers=args.workers,
+        seed=args.seed,
+        arguments=arguments_of(args.data_arg),
+    )
+
+
+def examples(args: argparse.Namespace, data: Data | None) -> Inputs:
+    """Example inputs of the data, or random ones of a shape."""
+    shape = getattr(args, "input_shape", None)
+    if shape is not None:
+        return torch.randn(2, *shape, device=args.device)
+    if data is None:
+        raise PruningError("inputs are needed to run the model on: --data, or --input-shape CxHxW")
+    return to_device((data.examples, None), torch.device(args.device))[0]
