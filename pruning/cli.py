@@ -6,7 +6,6 @@ import argparse
 import difflib
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,13 +154,6 @@ def device(text: str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error) else "it is not available"
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
     return text
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """An argument type: sizes such as 1x28x28."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise PruningError(f"shape {text!r}: expected sizes such as 1x28x28 or 3x224x224")
-    return tuple(int(part) for part in text.split("x"))
 
 
 def strength(text: str) -> float | None:

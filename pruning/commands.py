@@ -408,7 +408,6 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input-shape",
-        type=cli.shape,
         metavar="CxHxW",
         help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
     )
@@ -445,7 +444,7 @@ def _export(args: argparse.Namespace) -> None:
     output = args.output or path.with_suffix(SUFFIXES[args.to])
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
-    examples = torch.zeros(2, *_input_shape(args.input_shape, path, content["arguments"]))
+    examples = torch.zeros(2, *_input_shape(flags.input_shape(args), path, content["arguments"]))
     with thread_count(1):
         print(export(model, output, examples, args.to, metadata=_metadata(args, content)))
     data = flags.data_of(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool =
     if shape and not required:
         group.add_argument(
             "--input-shape",
-            type=cli.shape,
             metavar="CxHxW",
             help="of one example, to trace with random ones where no data is given: 3x224x224",
         )
@@ -281,9 +281,19 @@ def data_of(args: argparse.Namespace) -> Data | None:
     )
 
 
+def input_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """What --input-shape says, where it is a flag and given."""
+    text = getattr(args, "input_shape", None)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text.lower()):
+        raise PruningError(f"--input-shape {text!r}: expected sizes such as 1x28x28 or 3x224x224")
+    return tuple(int(size) for size in text.lower().split("x"))
+
+
 def examples(args: argparse.Namespace, data: Data | None) -> Inputs:
     """Example inputs of the data, or random ones of a shape."""
-    shape = getattr(args, "input_shape", None)
+    shape = input_shape(args)
     if shape is not None:
         return torch.randn(2, *shape, device=args.device)
     if data is None:
