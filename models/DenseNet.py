@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.initial import initialise
+from models.common import average_head, initialise
 
 #: Channels of the first convolution, and dense blocks.
 STEM, BLOCKS = 16, 3
@@ -95,15 +95,7 @@ class DenseNet(nn.Module):
                     )
                 )
         self.blocks = nn.Sequential(blocks)
-        self.head = nn.Sequential(
-            OrderedDict(
-                bn=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                average=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                fc=nn.Linear(channels, classes),
-            )
-        )
+        self.head = average_head(channels, classes)
         initialise(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.initial import initialise
+from models.common import initialise
 
 #: Channels of the first and the last convolution.
 STEM, LAST = 32, 1280

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.initial import initialise
+from models.common import average_head, initialise
 
 #: Channels of the 3 x 3 convolutions of each stage.
 WIDTHS = (16, 32, 64)
@@ -114,15 +114,7 @@ class PreResNet(nn.Module):
                 channels = outputs
             stages[f"stage{stage}"] = nn.Sequential(made)
         self.stages = nn.Sequential(stages)
-        self.head = nn.Sequential(
-            OrderedDict(
-                bn=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                average=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                fc=nn.Linear(channels, classes),
-            )
-        )
+        self.head = average_head(channels, classes)
         initialise(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.initial import initialise
+from models.common import initialise
 
 #: Convolutions of each stage, by depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

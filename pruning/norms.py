@@ -1,4 +1,4 @@
-"""BatchNorm beside surgery: folded into layers, its statistics taken anew, its scales made ±1."""
+"""BatchNorm beside surgery: folded into layers, its statistics taken anew, its outputs brought to one size."""
 
 from __future__ import annotations
 
@@ -66,14 +66,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
 
 
 def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
-    """A model that computes the same with BatchNorm scales of ±1, where that can be had.
+    """A model that computes the same with γ² + β² = 1 in every BatchNorm channel, where that can be had.
 
     Stage 1 leaves small scales, and with them large weights in the layers that follow, which
     do not train well at the learning rates of a fresh network. Where ReLU-like operations
-    lie between (f(sx) = s f(x) for s > 0) a channel's γ and β can be divided by |γ| and the
-    weights that consume it multiplied by it (Nagel et al., Data-Free Quantization Through
-    Weight Equalization and Bias Correction, ICCV 2019). A group for which the outputs on
-    `inputs` then differ is left as it is, and so are scales of 0.
+    lie between (f(sx) = s f(x) for s > 0) a channel's γ and β can be divided by a number
+    and the weights that consume it multiplied by it (Nagel et al., Data-Free Quantization
+    Through Weight Equalization and Bias Correction, ICCV 2019). A norm's output has mean β and
+    variance γ², so √(γ² + β²) brings every channel to the mean square 1. (|γ| alone would make
+    a nearly constant channel, with a small γ and a larger β, a huge one, and training diverge.)
+
+    A group for which the outputs on `inputs` then differ is left as it is, and so are channels
+    without γ and β.
     """
     equal = copy.deepcopy(model)
     with eval_mode(model):
@@ -90,7 +94,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
         }
         norm: Any = equal.get_submodule(norms[0].layer)
         with torch.no_grad():
-            size = norm.weight.abs()
+            size = torch.hypot(norm.weight, norm.bias)
             size = torch.where(size > 1e-4 * size.max(), size, torch.ones_like(size))
             by_channel = torch.ones(group.channels).to(size)
             by_channel[norms[0].channel] = size[norms[0].index]

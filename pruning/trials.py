@@ -25,7 +25,7 @@ TRIALS = 3
 
 
 def ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
-    """A pruned model with scales of ±1, unless they are what scores the next step."""
+    """A pruned model with channels of one size, unless their scales are what scores the next step."""
     return model if score == "bn_scale" else equalize(model, trace(model, inputs), inputs)
 
 

@@ -311,13 +311,20 @@ def test_equalized_networks_compute_the_same(name):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-def test_equalized_scales_are_one_behind_relu_and_as_they_were_behind_others():
+def test_equalized_channels_have_mean_square_one_behind_relu_and_are_as_they_were_behind_others():
     net = nets.make("lenet")
-    net.features.bn1.weight.data[0] = 0
+    first, last = net.features.bn1, net.classifier.bn1
+    with torch.no_grad():
+        first.weight[0], first.bias[0] = 0, 0
+        first.weight[1], first.bias[1] = 1e-3, -0.5  # nearly constant: it must not become a huge one
+        first.weight[2], first.bias[2] = -0.3, 0
+        last.weight[3], last.bias[3] = 0, 0.2
     equal = equalize(net, trace(net, nets.images()), nets.images())
-    assert equal.features.bn1.weight.abs().tolist() == [0] + [1] * (len(equal.features.bn1.weight) - 1)
-    assert (equal.features.bn1.weight.sign() == net.features.bn1.weight.sign()).all()
-    assert (equal.classifier.bn1.weight.abs() == 1).all()
+    size = [torch.hypot(norm.weight, norm.bias) for norm in (equal.features.bn1, equal.classifier.bn1)]
+    torch.testing.assert_close(size[0], torch.tensor([0.0] + [1.0] * (len(first.weight) - 1)))
+    torch.testing.assert_close(size[1], torch.ones_like(last.weight))
+    assert equal.features.bn1.weight[2] == -1 and equal.classifier.bn1.bias[3] == 1
+    assert (equal.features.bn1.weight.sign() == first.weight.sign()).all()
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Sigmoid(), nn.Linear(5, 2)).eval()
     nn.init.normal_(net[1].weight)
     x = torch.randn(8, 4)

@@ -1,6 +1,8 @@
-"""How the networks with BatchNorm everywhere begin."""
+"""How the networks with BatchNorm everywhere begin, and how some of them end."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from torch import nn
 
@@ -19,3 +21,16 @@ def initialise(model: nn.Module, scale: float) -> None:
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
+
+
+def average_head(channels: int, classes: int) -> nn.Sequential:
+    """Of networks whose blocks end before their activation: norm, ReLU, mean over the image, classifier."""
+    return nn.Sequential(
+        OrderedDict(
+            bn=nn.BatchNorm2d(channels),
+            relu=nn.ReLU(),
+            average=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(channels, classes),
+        )
+    )
