@@ -105,7 +105,7 @@ def trained(path: Path, seed: int, kind: str, dataset: str, epochs: int) -> dict
 
     torch.manual_seed(seed)
     dense = models.start(args.start, splits.image_shape, splits.classes)
-    asked = config.budget.resolve(cost(dense, example))
+    asked = config.counts.resolve(cost(dense, example))
     try:
         if kind in FROM_SCRATCH:
             if kind == "scratch":
@@ -144,7 +144,7 @@ def with_peer(
     loss = regularized(cross_entropy) if kind == "bn-scale" else cross_entropy
     learn(net, config.sparsify, loss=loss)
     dense = cost(net, example)
-    asked = config.budget.resolve(dense)
+    asked = config.counts.resolve(dense)
     peer = Peer(kind, net, example, calibration)
     steps = config.prune.iterations
     for step in range(1, steps + 1):

@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     net = models.start("lenet5", dataset.image_shape, dataset.classes)
     batches = dataset.batches("train", 64, shuffle=True)
-    sparsify(net, batches, config.sparsify, example, budget=config.budget, label="stage 1")
+    sparsify(net, batches, config.sparsify, example, budget=config.counts, label="stage 1")
 
     started = time.perf_counter()
     found = sensitivity(net, example, validation, calibration=calibration, widths=args.widths, score="taylor")

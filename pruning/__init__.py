@@ -5,7 +5,7 @@
 >>> step.model                                        # a smaller model    # doctest: +SKIP
 """
 
-from pruning.budget import Budget
+from pruning.budget import Budget, LatencyBudget
 from pruning.check import verify
 from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
@@ -40,6 +40,7 @@ __all__ = [
     "Exported",
     "Group",
     "Latency",
+    "LatencyBudget",
     "Plan",
     "PruneConfig",
     "PruningError",

@@ -1,14 +1,23 @@
-"""What the user asks for: limits on the params, MACs and channels of the result."""
+"""What the user asks for: limits on the params, MACs and channels of the result, or on its time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pruning.cost import Cost
 from pruning.errors import PruningError
+from pruning.graph import Inputs, tensors
+from pruning.runtimes import RUNTIMES
 
 #: What a budget can limit, as a `Cost` names it, and as it is printed.
 LABELS = {"params": "params", "macs": "MACs", "channels": "channels"}
+#: Where a network can be timed; `eager` is PyTorch itself.
+PLACES = ("eager", *RUNTIMES.values())
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -70,6 +79,62 @@ class Budget:
             f"≤ {limit:,} {LABELS[what]}" if isinstance(limit, int) else f"≤ {limit} {LABELS[what]}"
             for what, limit in self._given().items()
         )
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """A limit on the time of a forward pass.
+
+    Attributes:
+        limit: `0.5x`, of the dense network's time, or `2ms`, per example.
+        runtime: where the result will run: `eager`, `onnxruntime`, `torchscript` or `pt2`.
+        threads: of the runtime, on the CPU.
+        batch_size: examples in a pass; 0 takes as many as the example inputs have.
+        seconds: for which two whole networks are compared, each time.
+        dense: what the result is compared with, where it is not the model to prune.
+
+    Raises `PruningError` for a limit that is not one.
+    """
+
+    limit: str
+    runtime: str = "eager"
+    threads: int = 1
+    batch_size: int = 0
+    seconds: float = 2.0
+    dense: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.runtime not in PLACES:
+            raise PruningError(f"runtime {self.runtime!r} is unknown; there are: {', '.join(PLACES)}")
+        self.target(1.0)
+
+    def target(self, dense: float) -> float:
+        """The limit in milliseconds per example, given what the dense network takes."""
+        text = self.limit.strip().lower()
+        try:
+            value = float(text[:-2] if text.endswith("ms") else text[:-1])
+        except ValueError:
+            value = 0.0
+        if not text.endswith(("ms", "x")) or not 0 < value < float("inf"):
+            raise PruningError(
+                f"latency budget {self.limit!r}: expected a share of the dense network's time (0.5x) or "
+                "milliseconds per example (2ms)"
+            )
+        return value if text.endswith("ms") else value * dense
+
+    def batch_of(self, inputs: Inputs) -> Any:
+        """Inputs with as many examples as a pass has, the given ones repeated."""
+        size = self.batch_size or len(tensors(inputs)[0])
+
+        def resized(leaf: Any) -> Any:
+            if not (isinstance(leaf, Tensor) and leaf.ndim):
+                return leaf
+            return torch.cat([leaf] * -(-size // len(leaf)))[:size]
+
+        return pytree.tree_map(resized, inputs)
+
+    def __str__(self) -> str:
+        return f"≤ {self.limit} in {self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 def _parse(what: str, limit: int | str, dense: int) -> int:

@@ -165,6 +165,8 @@ def _prune(args: argparse.Namespace) -> None:
     )
     _save(args, args.output, step.model, example)
     print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
+    if step.latency is not None:
+        print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     if data is not None:

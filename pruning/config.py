@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pruning.budget import Budget
+from pruning.budget import Budget, LatencyBudget
 from pruning.errors import PruningError
 
 
@@ -115,7 +115,7 @@ class SlimConfig:
         distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
     """
 
-    budget: Budget
+    budget: Budget | LatencyBudget
     sparsify: TrainConfig
     prune: PruneConfig
     finetune: TrainConfig
@@ -131,7 +131,7 @@ class SlimConfig:
         _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
 
     @classmethod
-    def within(cls, budget: Budget) -> SlimConfig:
+    def within(cls, budget: Budget | LatencyBudget) -> SlimConfig:
         """The settings of this project's own main job, for any budget."""
         decay = 1e-3
         return cls(
@@ -140,6 +140,13 @@ class SlimConfig:
             prune=PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=decay)),
             finetune=TrainConfig(40, lr=0.1, weight_decay=decay),
         )
+
+    @property
+    def counts(self) -> Budget:
+        """The budget, where it is one of counts. Raises `PruningError` for one of latency."""
+        if isinstance(self.budget, LatencyBudget):
+            raise PruningError(f"a budget of params, MACs or channels is needed here, not {self.budget}")
+        return self.budget
 
     @property
     def epochs(self) -> int:

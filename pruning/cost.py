@@ -164,6 +164,8 @@ class CostModel:
                 owns[position[name]] += len(member.index) / group.channels
 
         rows: list[_Row] = []
+        #: The layer of each row of the closed form; empty for what no pass runs on its own.
+        self.layers: list[str] = []
         nothing = np.zeros(len(self.groups))
         self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
         loose: dict[str, Tensor] = dict(model.named_parameters())
@@ -173,6 +175,7 @@ class CostModel:
                 per_position = loose.pop(name).numel() / size
                 fixed = float(size - owns @ self.full)
                 rows.append(_Row(owns, fixed, nothing, 1.0, per_position, 0.0, 0.0, 0.0))
+                self.layers.append("")
         for name, layer in model.named_modules():
             own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
             numel = sum(loose[key].numel() for key in own if key in loose)  # shared ones count once
@@ -187,6 +190,7 @@ class CostModel:
                 into = share.get((name, "in"), nothing)
                 in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)
+            self.layers.append(name if use is not None else "")
             if use is None:  # a norm, a PReLU, a layer that is not run: so much per channel
                 per_product = numel / max(1.0, float(out_width * (in_fixed + into @ self.full)))
                 rows.append(_Row(out, out_fixed, into, in_fixed, per_product, 0.0, 0.0, 0.0))
@@ -211,6 +215,20 @@ class CostModel:
 
     def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed
+
+    def sides(self, widths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Output and input channels of every convolution and linear layer that runs.
+
+        Args:
+            widths: of the groups, (groups,) or (groups, plans); the result has a value per plan.
+                The input channels of a depthwise convolution count as 1.
+        """
+        fixed = (self._out_fixed, self._in_fixed)
+        out, into = (
+            side @ widths + (offset if widths.ndim == 1 else offset[:, None])
+            for side, offset in zip((self._out, self._in), fixed, strict=True)
+        )
+        return {name: (out[i], into[i]) for i, name in enumerate(self.layers) if name}
 
     def __call__(self, widths: np.ndarray | Mapping[str, int]) -> Cost:
         """The cost at the given widths; groups that a mapping does not name stay full."""

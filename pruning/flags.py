@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pruning import cli
-from pruning.budget import Budget
+from pruning.budget import PLACES, Budget, LatencyBudget
 from pruning.checkpoint import load, read_plain
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.errors import PruningError
@@ -144,6 +144,17 @@ def budget_flags(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
     budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one example")
     budget.add_argument("--max-channels", metavar="CHANNELS", help="most channels of all groups together")
+    latency = parser.add_argument_group("budget of latency, measured on this machine")
+    latency.add_argument(
+        "--max-latency", metavar="TIME", help="0.5x of the dense network's, or 2ms per example"
+    )
+    latency.add_argument("--runtime", choices=PLACES, default="eager", help="where the network will run")
+    latency.add_argument(
+        "--runtime-batch", type=cli.whole_number(1), default=1, metavar="N", help="examples in a pass"
+    )
+    latency.add_argument(
+        "--runtime-threads", type=cli.whole_number(1), default=1, metavar="N", help="CPU threads of a pass"
+    )
     plan = parser.add_argument_group("which channels go")
     plan.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
     plan.add_argument(
@@ -210,9 +221,14 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def budget(args: argparse.Namespace) -> Budget:
-    """The budget that flags name."""
-    return Budget(params=args.max_params, macs=args.max_macs, channels=args.max_channels)
+def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
+    """The budget that flags name: of latency, or of counts."""
+    counts = {"params": args.max_params, "macs": args.max_macs, "channels": args.max_channels}
+    if args.max_latency is None:
+        return Budget(**counts)
+    if any(limit is not None for limit in counts.values()):
+        raise PruningError("--max-latency stands alone: give no --max-params, --max-macs or --max-channels")
+    return LatencyBudget(args.max_latency, args.runtime, args.runtime_threads, args.runtime_batch)
 
 
 def slim_config(args: argparse.Namespace) -> SlimConfig:

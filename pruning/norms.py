@@ -1,4 +1,4 @@
-"""BatchNorm beside surgery: folded into layers, its statistics taken anew, its outputs brought to one size."""
+"""BatchNorm beside surgery: folded into layers, its statistics taken anew, its channels of one size."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from pruning.cost import CostModel
 from pruning.errors import PruningError
 from pruning.graph import Trace
 
+#: For each group its channels from the least important on, and their scores in that order.
+Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
 #: How channels of different groups are compared.
 RANKINGS = ("global", "group")
 
@@ -114,17 +116,12 @@ def plan_within(
     if ranking not in RANKINGS:
         raise PruningError(f"ranking {ranking!r}: one of {', '.join(RANKINGS)}")
     groups = cost_model.groups
-    order = {g: _ascending(g, scores[g], trace.groups[g].channels) for g in groups if g in scores}
-    floors, shares, exact = (
-        _by_group(what, groups) for what in (floor, most, {} if widths is None else widths)
-    )
-    lowest, full = cost_model.full.copy(), cost_model.full.copy()
+    order = ascending(trace, scores)
+    lowest, full = lowest_widths(trace, order, floor, most), cost_model.full.copy()
+    exact = _by_group({} if widths is None else widths, groups)
     for i, g in enumerate(groups):
-        channels = trace.groups[g].channels
         if g in exact:
-            lowest[i] = full[i] = _exact_width(g, exact[g], channels)
-        elif g in order:
-            lowest[i] = _lowest(g, channels, floors.get(g, 1), shares.get(g, 1.0))
+            lowest[i] = full[i] = _exact_width(g, exact[g], trace.groups[g].channels)
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
@@ -138,12 +135,37 @@ def plan_within(
     else:
         chosen = _least_important(budget, cost_model, order, lowest, full, multiple, per_cost)
 
+    return most_important(trace, order, chosen)
+
+
+def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
+    """The plan that keeps the most important channels at the given width of each group."""
     keep = {}
-    for i, group in enumerate(groups):
-        gone = int(cost_model.full[i] - chosen[i])
-        kept = order[group][0][gone:] if group in order else range(int(chosen[i]))
-        keep[group] = tuple(int(c) for c in kept)
+    for (name, group), width in zip(trace.groups.items(), widths, strict=True):
+        kept = order[name][0][group.channels - int(width) :] if name in order else range(int(width))
+        keep[name] = tuple(int(c) for c in kept)
     return Plan(keep)
+
+
+def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
+    """The channels of each scored group from the least important on; of equals the later goes first."""
+    return {g: _ascending(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
+
+
+def lowest_widths(
+    trace: Trace, order: Order, floor: int | Mapping[str, int], most: float | Mapping[str, float]
+) -> np.ndarray:
+    """How narrow each group may get in one plan, (groups,); those without scores stay as they are."""
+    floors, shares = (_by_group(setting, list(trace.groups)) for setting in (floor, most))
+    return np.array(
+        [
+            _lowest(name, group.channels, floors.get(name, 1), shares.get(name, 1.0))
+            if name in order
+            else group.channels
+            for name, group in trace.groups.items()
+        ],
+        dtype=np.float64,
+    )
 
 
 def _same_share(
@@ -168,7 +190,7 @@ def _same_share(
 def _least_important(
     budget: Budget,
     cost_model: CostModel,
-    order: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    order: Order,
     lowest: np.ndarray,
     full: np.ndarray,
     multiple: int,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pruning import importance, parallel
-from pruning.budget import Budget
+from pruning.budget import Budget, LatencyBudget
 from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
@@ -18,6 +18,7 @@ from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace
 from pruning.grouping import trace
 from pruning.importance import Groups, Scores
+from pruning.latency import LatencyFound, plan_latency
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.surgery import apply, channel_constants, may_leave_constants
@@ -42,21 +43,23 @@ class Step:
         trace: of the model before, without those layers.
         asked: the budget, in counts. before, after: the costs, BatchNorm folded.
         difference: largest relative difference found by the equivalence check.
+        latency: what was measured, under a budget of latency.
     """
 
     model: nn.Module
     plan: Plan
     trace: Trace
-    asked: Budget
+    asked: Budget | LatencyBudget
     before: Cost
     after: Cost
     difference: float
+    latency: LatencyFound | None = None
 
 
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget,
+    budget: Budget | LatencyBudget,
     *,
     score: Score = "taylor",
     calibration: Sequence[tuple[Any, Any]] = (),
@@ -73,7 +76,8 @@ def prune(
 
     Args:
         example_inputs: to trace and to check with; a batch dimension first.
-        budget: limits on the result; percentages are of this model.
+        budget: limits on the result; percentages are of this model. A `LatencyBudget` is met by
+            measuring, at the batch size of the example inputs.
         score: importance of a channel, by name or as a function; `sensitivity` measures on the
             calibration data, of a classifier, what each group loses at several widths.
         calibration: (inputs, targets) batches for `taylor`, and for the mean of every
@@ -83,7 +87,8 @@ def prune(
         remove: names of whole layers to remove first (see `pruning.depth.removable`).
         check: compare the outputs with those that the plan asks for, which takes two forward
             passes; without it `difference` is NaN.
-        limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`.
+        limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`; of
+            latency `floor`, `most` and `multiple`.
 
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
@@ -92,7 +97,7 @@ def prune(
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
-    asked = budget.resolve(before)
+    asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
 
     device = next(model.parameters()).device
     batches = [to_device(batch, device)[0] for batch in calibration]
@@ -111,7 +116,8 @@ def prune(
         recalibrate(model, batches)
         cost_model = CostModel(model, traced)
 
-    if not traced.groups and not (removed and not asked.excess(cost_model(cost_model.full))):
+    enough = isinstance(asked, Budget) and removed and not asked.excess(cost_model(cost_model.full))
+    if not traced.groups and not enough:
         reasons = "; ".join(
             f"{layer or type(model).__name__}: {why}" for layer, why in traced.skipped.items()
         )
@@ -132,7 +138,11 @@ def prune(
         )
         score = curves.scores
     scores = score_channels(model, traced, score, calibration, loss)
-    plan = plan_within(asked, traced, cost_model, scores, **limits)
+    latency: LatencyFound | None = None
+    if isinstance(asked, LatencyBudget):
+        plan, latency = plan_latency(model, example_inputs, traced, scores, asked, **limits)
+    else:
+        plan = plan_within(asked, traced, cost_model, scores, **limits)
     plan = Plan.from_json(parallel.from_first(replace(plan, removed=tuple(removed)).to_json()))
 
     if batches:
@@ -148,7 +158,7 @@ def prune(
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
     recalibrate(small, batches)
     parallel.weights_of_first(small)
-    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference)
+    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)
 
 
 def score_channels(

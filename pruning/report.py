@@ -136,6 +136,9 @@ def _asked_and_got(events: Sequence[Event]) -> str:
         [LABELS[what], f"≤ {limit:,}", f"{last[what]:,}", "met" if last[what] <= limit else "not yet met"]
         for what, limit in (events[0].get("asked") or last["asked"]).items()
     ]
+    if timed := last.get("latency"):
+        rows.append(["time of a pass, of one example", timed["asked"],
+                     f"{timed['pruned']:.4f} ms, dense {timed['dense']:.4f} ms", "met"])  # fmt: skip
     return "<h2>Asked and got</h2>" + _table(["limit", "asked", "got", ""], rows)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pruning import checkpoint
-from pruning.budget import Budget
+from pruning.budget import Budget, LatencyBudget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
@@ -21,6 +21,7 @@ from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
 from pruning.graph import Ignored, Inputs, Trace, first_examples
 from pruning.grouping import trace
+from pruning.latency import even_scores, plan_latency
 from pruning.load_pruned import rebuild
 from pruning.norms import equalize
 from pruning.plan import plan_within
@@ -52,7 +53,7 @@ def slim(
     config: SlimConfig | None = None,
     *,
     validate: Validate | Iterable[tuple[Any, Any]],
-    budget: Budget | None = None,
+    budget: Budget | LatencyBudget | None = None,
     calibration: Sequence[tuple[Any, Any]] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss = cross_entropy,
@@ -74,7 +75,9 @@ def slim(
         config: the settings; by default those of `SlimConfig.within(budget)`.
         validate: from a model to its accuracy (or another figure, higher is better), or
             batches of a validation split, on which a classifier's accuracy is taken.
-        budget: what the result may cost, in place of a config.
+        budget: what the result may cost, in place of a config. Under a budget of latency the
+            stages first aim at the MACs of a network that meets it, found by measuring; the last
+            pruning step then meets the budget itself.
         calibration: batches for the scores; the same ones each time. By default the first
             `CALIBRATION_BATCHES` training batches.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
@@ -95,9 +98,14 @@ def slim(
         first, _ = to_device(next(iter(batches)), device)
         example_inputs = first_examples(first, 2)
     ignored = tuple(ignored)
-    target = reachable(model, example_inputs, config.budget, ignored, config.prune)
     last = config.prune.iterations + 1
     progress = _Progress(run, model)
+    latency = replace(config.budget, dense=model) if isinstance(config.budget, LatencyBudget) else None
+    if "target" in progress.state:
+        target = Budget(**progress.state["target"])
+    else:
+        target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+        progress.state["target"] = target.limits()
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
 
@@ -145,7 +153,8 @@ def slim(
         line = progress.line
         if progress.resume(iteration) is None:
             share = target.share(progress.start, iteration, config.prune.iterations)
-            step = prune(small, example_inputs, share, remove=removed, **step_options)
+            asked = latency if latency is not None and iteration == last - 1 else share
+            step = prune(small, example_inputs, asked, remove=removed, **step_options)
             small, removed = ready(step.model, example_inputs, config.prune.score), ()
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))
@@ -213,21 +222,26 @@ CALIBRATION_BATCHES = 16
 def reachable(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget,
+    budget: Budget | LatencyBudget,
     ignored: Iterable[Ignored] = (),
     config: PruneConfig | None = None,
 ) -> Budget:
     """The budget in counts, if some widths of the model meet it.
 
     With the floors and multiples of a `config`; and where it allows whole layers to go, also
-    if the budget would be met without all of those that can.
+    if the budget would be met without all of those that can. A budget of latency becomes the
+    MACs of a network that meets it, all groups narrowed alike as far as that pays.
 
     Raises `PruningError` when none do; it says what the least is.
     """
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
-    target = budget.resolve(cost_model(cost_model.full))
     limits: dict[str, Any] = {"floor": config.floor, "multiple": config.multiple} if config else {}
+    if isinstance(budget, LatencyBudget):
+        scores = even_scores(model, traced.groups)
+        plan, _ = plan_latency(model, example_inputs, traced, scores, budget, **limits)
+        return Budget(macs=cost_model(plan.widths).macs)
+    target = budget.resolve(cost_model(cost_model.full))
     while True:
         arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
         try:
@@ -328,13 +342,15 @@ class _Progress:
             stage=label,
             widths=step.plan.widths,
             removed=step.plan.removed,
-            asked=step.asked.limits(),
+            asked=step.asked.limits() if isinstance(step.asked, Budget) else {},
             **asdict(step.after),
+            **({"latency": {"asked": str(step.asked), **asdict(step.latency)}} if step.latency else {}),
             validation=validation,
         )
         without = f" without {', '.join(step.plan.removed)}" if step.plan.removed else ""
         line = (
-            f"{_widths(step.plan.widths)}{without}: {step.after} (asked {step.asked}); "
+            f"{_widths(step.plan.widths)}{without}: {step.after} (asked {step.asked}"
+            f"{f', got {step.latency}' if step.latency else ''}); "
             f"validation {validation:.4f}"
         )
         self.state = {**self.state, "line": line}
