@@ -28,6 +28,7 @@ from pruning.prune import NAMES as SCORES
 from pruning.prune import prune
 from pruning.quantization import quantize
 from pruning.run import Run
+from pruning.runtimes import Exported
 from pruning.sensitivity import sensitivity
 from pruning.slimming import reachable, slim, tune
 from pruning.sources import arguments_of
@@ -434,12 +435,18 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write an int8 file beside an ONNX one, calibrated on the training batches of --data",
     )
+    parser.add_argument(
+        "--int8-faster",
+        action="store_true",
+        help="likewise, but refuse an int8 file that is not faster than float32 on this machine",
+    )
     flags.data_flags(parser, required=False, shape=False)
     parser.set_defaults(device="cpu")
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.int8 and (args.to != "onnx" or args.data is None):
+    wanted = args.int8 or args.int8_faster
+    if wanted and (args.to != "onnx" or args.data is None):
         raise PruningError("--int8 needs --to onnx and --data to calibrate on")
     path: Path = args.checkpoint
     model, content = flags.network_with(args, path), read(path)
@@ -450,9 +457,15 @@ def _export(args: argparse.Namespace) -> None:
     with thread_count(1):
         print(export(model, output, examples, args.to, metadata=_metadata(args, content)))
     data = flags.data_of(args)
-    if args.int8 and data is not None:
+    if wanted and data is not None:
         small = output.with_suffix(".int8.onnx")
-        print(quantize(output, small, [inputs for inputs, _ in data.calibration(1024)]))
+        batches = [inputs for inputs, _ in data.calibration(1024)]
+        print(quantize(output, small, batches, faster=args.int8_faster))
+        with thread_count(1):
+            exact, rounded = (
+                accuracy(Exported(path, "onnxruntime"), data.validation) for path in (output, small)
+            )
+        print(f"{small}: validation accuracy {rounded:.4f} (float32 {exact:.4f})")
 
 
 def _input_shape(given: tuple[int, ...] | None, path: Path, arguments: dict[str, Any]) -> tuple[int, ...]:

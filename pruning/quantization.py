@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pruning.checkpoint import replace_file
+from pruning.cost import Latency, time_forward
 from pruning.errors import ExportError
 from pruning.runtimes import Exported, first_line, needed, quiet
 
@@ -21,18 +22,23 @@ class Quantized:
     """An int8 file that was written and checked.
 
     `agreement` is the share of the calibration inputs whose largest output is that of the
-    float32 file, 0 to 1; `images` counts them; `size` is in bytes.
+    float32 file, 0 to 1; `images` counts them. Sizes are in bytes; times are those of a pass
+    over one example, on one thread, the two files in turns.
     """
 
     path: Path
     size: int
+    float_size: int
     agreement: float
     images: int
+    time: Latency
+    float_time: Latency
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: int8, {self.size:,} bytes; reopened in onnxruntime, it agrees with float32 on "
-            f"{self.agreement:.2%} of {self.images:,} calibration images"
+            f"{self.path}: int8, {self.size:,} bytes (float32 {self.float_size:,}); reopened in onnxruntime, "
+            f"it agrees with float32 on {self.agreement:.2%} of {self.images:,} calibration images and "
+            f"takes {self.time.median:.4f} ms (float32 {self.float_time.median:.4f})"
         )
 
 
@@ -43,6 +49,7 @@ def quantize(
     *,
     least_agreement: float = 0.9,
     reduce_range: bool = False,
+    faster: bool = False,
 ) -> Quantized:
     """An ONNX file with weights and activations of 8 bits (post-training, static, QDQ).
 
@@ -54,9 +61,11 @@ def quantize(
         least_agreement: share of them whose largest output must stay the largest.
         reduce_range: weights of 7 bits, for processors on which products of 8 bits overflow
             (x86 with AVX2 or AVX-512 but without VNNI).
+        faster: refuse an int8 file that takes no less time than float32 on this machine.
 
     Raises `ExportError` for fewer than 2 calibration images, a file that is damaged, a
-    package that is missing, and an int8 file that agrees less; then nothing is written.
+    package that is missing, and an int8 file that agrees less or, where asked for, is not
+    faster; then nothing is written.
     """
     needed("onnx")
     whole = Exported(onnx_path, "onnxruntime")
@@ -78,9 +87,10 @@ def quantize(
         raise ExportError(f"{onnx_path} cannot be quantized: {first_line(error)}") from error
 
     agreement = 0.0
+    times: dict[str, Latency] = {}
 
     def check(partial: Path) -> None:
-        nonlocal agreement
+        nonlocal agreement, times
         small = Exported(partial, "onnxruntime")
         try:
             same = sum(int((small(x).argmax(1) == whole(x).argmax(1)).sum()) for x in batches)
@@ -93,9 +103,18 @@ def quantize(
                 f"calibration images, {least_agreement:.1%} was asked. Calibrate on more images, "
                 "train with quantization in mind, or try reduce_range=True"
             )
+        times = time_forward({"float32": whole, "int8": small}, batches[0][:1], seconds=1.0)
+        if faster and times["int8"].median >= times["float32"].median:
+            raise ExportError(
+                f"{output} was not written: it takes {times['int8'].median:.4f} ms an example here, float32 "
+                f"{times['float32'].median:.4f} ms: it is not faster. Ship the float32 file"
+            )
 
     replace_file(output, content, check)
-    return Quantized(Path(output), len(content), agreement, count)
+    float_size = Path(onnx_path).stat().st_size
+    return Quantized(
+        Path(output), len(content), float_size, agreement, count, times["int8"], times["float32"]
+    )
 
 
 def _quantized(path: Path, folder: Path, batches: list[Tensor], reduce_range: bool) -> bytes:

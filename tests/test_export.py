@@ -30,6 +30,7 @@ from pruning import (
 )
 from pruning.__main__ import main
 from pruning.checkpoint import read
+from pruning.cost import Latency
 from pruning.export import SUFFIXES, TOLERANCE
 from pruning.quantization import quantize
 from pruning.runtimes import RUNTIMES, difference
@@ -285,7 +286,7 @@ def test_int8_is_smaller_and_agrees(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["int8.onnx", "net.onnx"]
 
 
-def test_int8_is_refused(tmp_path):
+def test_int8_is_refused(tmp_path, monkeypatch):
     need_onnx()
     export(load(COMMITTED), tmp_path / "net.onnx", torch.zeros(1, 1, 28, 28), "onnx")
     noise = torch.randn(20, 1, 28, 28)
@@ -295,6 +296,14 @@ def test_int8_is_refused(tmp_path):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [])
     with pytest.raises(ExportError, match=r"200\.0% was asked"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [(noise, None)], least_agreement=2)
+    # Which of the two is quicker is the machine's matter; here it is said.
+    slower = {"float32": Latency(1.0, 1, 1, 1, 9, 1, 1), "int8": Latency(2.0, 2, 2, 2, 9, 1, 1)}
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ExportError, match=r"2\.0000 ms .* 1\.0000 ms: it is not"),
+    ):
+        patch.setattr("pruning.quantization.time_forward", lambda *_, **__: slower)
+        quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise], least_agreement=0, faster=True)
     with pytest.raises(ExportError, match="cannot be quantized"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise[:, :, :9]])
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
