@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pruning.agreement import compare, outputs_of
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import layer_width, narrow
-from pruning.modes import eval_mode
+from pruning.modes import eval_mode, hooked
 from pruning.norms import recalibrate
 from pruning.plan import Plan
 from pruning.surgery import Constants, apply, dropped_positions, foldable_constants, others
@@ -90,8 +91,8 @@ def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, cons
     """The model's outputs with the dropped channels at their constants; it is left as it was."""
     constants = foldable_constants(trace, model, constants)
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    handles = []
-    try:
+    handles: list[RemovableHandle] = []
+    with hooked(handles), eval_mode(model):
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
             if side == "in" and layer is not None:
@@ -100,11 +101,7 @@ def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, cons
                 handles.append(layer.register_forward_pre_hook(hook))
             elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
                 handles.append(layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop)))
-        with eval_mode(model):
-            return call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return call(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:

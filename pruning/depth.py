@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph import Group, Inputs, Trace, call, tensors
-from pruning.modes import eval_mode
+from pruning.modes import eval_mode, hooked
 from pruning.surgery import replace_module
 
 #: Added to the diagonal of the normal equations, relative to its mean: inputs that hardly
@@ -119,12 +119,8 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
         handles.append(module.register_forward_hook(end(name)))
-    try:
-        with torch.no_grad(), eval_mode(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), eval_mode(model):
+        call(model, inputs)
     return seen
 
 

@@ -29,7 +29,7 @@ from pruning.graph import Inputs, Trace, call, tensors
 from pruning.grouping import trace as find_groups
 from pruning.importance import Groups, Scores
 from pruning.layers import is_depthwise, layer_width, narrow, parts
-from pruning.modes import eval_mode, thread_count
+from pruning.modes import eval_mode, hooked, thread_count
 from pruning.norms import fold_batchnorm
 from pruning.plan import Order, Plan, ascending, lowest_widths, most_important
 from pruning.runtimes import RUNTIMES, Exported, needed
@@ -260,12 +260,8 @@ def _received(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, l
         return lambda _, args: shapes.setdefault(name, []).append(args[0].shape)
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), eval_mode(model):
+        call(model, inputs)
     return shapes
 
 

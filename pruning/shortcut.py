@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning.depth import Reached
 from pruning.graph import Trace, call, tensors
-from pruning.modes import eval_mode
+from pruning.modes import eval_mode, hooked
 
 
 class Shortcut:
@@ -127,10 +127,6 @@ def _finished_before(model: nn.Module, layers: set[str], batch: Any) -> list[str
         if name:
             handles.append(module.register_forward_pre_hook(begin(name)))
             handles.append(module.register_forward_hook(end(name)))
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode(), eval_mode(model):
+        call(model, batch)
     return finished if len(set(finished)) == len(finished) else []

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import Side, layer_width, narrow, output_rows, parts
-from pruning.modes import eval_mode
+from pruning.modes import eval_mode, hooked
 from pruning.plan import Plan
 
 #: For consumers of pruned channels, the value each of their input channels is taken to have
@@ -151,8 +152,8 @@ def channel_constants(
 
         return observe
 
-    handles = []
-    try:
+    handles: list[RemovableHandle] = []
+    with hooked(handles), torch.no_grad(), eval_mode(model):
         for group in trace.groups.values():
             for member in group.side("in"):
                 layer = model.get_submodule(member.layer)
@@ -160,13 +161,9 @@ def channel_constants(
                     continue
                 counts[member.layer] = 0
                 handles.append(layer.register_forward_pre_hook(hook(member.layer, member.dim)))
-        with torch.no_grad(), eval_mode(model):
-            for inputs in batches:
-                for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
-                    call(model, variant)
-    finally:
-        for handle in handles:
-            handle.remove()
+        for inputs in batches:
+            for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
+                call(model, variant)
 
     constants = {}
     for name, total in sums.items():
