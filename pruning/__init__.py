@@ -8,7 +8,7 @@
 from pruning.budget import Budget
 from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
+from pruning.cost import Cost, CostModel, Latency, TimeRatio, count, time_forward, time_ratio, uncounted
 from pruning.depth import Removable, removable, without_layer
 from pruning.doctor import Diagnosis, doctor
 from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
@@ -44,6 +44,7 @@ __all__ = [
     "SlimConfig",
     "Slimmed",
     "Step",
+    "TimeRatio",
     "Trace",
     "TrainConfig",
     "TrainingDiverged",
@@ -73,6 +74,7 @@ __all__ = [
     "slim",
     "sparsify",
     "time_forward",
+    "time_ratio",
     "trace",
     "tune",
     "uncounted",
