@@ -14,6 +14,7 @@ from pruning.doctor import Diagnosis, doctor
 from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
 from pruning.export import export, quantize
 from pruning.finetune import distillation, finetune
+from pruning.forms import Optimized, optimize
 from pruning.graph import Group, Trace, trace
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
@@ -34,6 +35,7 @@ __all__ = [
     "Exported",
     "Group",
     "Latency",
+    "Optimized",
     "Plan",
     "PruneConfig",
     "PruningError",
@@ -62,6 +64,7 @@ __all__ = [
     "fold_batchnorm",
     "joint",
     "load",
+    "optimize",
     "plan_within",
     "provenance",
     "prune",
