@@ -124,10 +124,12 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--multiple", type=cli.whole_number(1), default=16, metavar="N", help="of channels")
     group.add_argument("--ranking", choices=RANKINGS, default="group", help="of channels")
     group = parser.add_argument_group("measurement")
-    group.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="each takes")
+    group.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="of each measurement")
     group.add_argument("--warmup", type=cli.number(0), default=3.0, help="seconds before each")
     group.add_argument("--threads", type=cli.whole_number(1), default=1, metavar="N", help="CPU threads")
-    group.add_argument("--pin", action="store_true", help="to as many cores, where the system can")
+    group.add_argument(
+        "--pin", action="store_true", help="keep the process on as many cores, where the system can"
+    )
     group.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "runtimes.json", help="results; .md beside it"
     )
