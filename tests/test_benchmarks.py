@@ -233,10 +233,10 @@ def test_the_pipeline_beside_torch_pruning(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     order = [(run["side"], run["seed"]) for run in result["runs"]]
     assert order == [("ours", 0), ("loader 0", 0), ("loader 0", 1), ("ours", 1)]
-    widths = {tuple(run["widths"]) for run in result["runs"]}
-    assert len(widths) == 1, "all sides end with the same widths"
+    macs = [run["macs"] for run in result["runs"]]
+    assert max(macs) <= 1.1 * min(macs), "all sides train networks of about the same size"
     for run in result["runs"]:
-        assert run["macs"] <= 0.5 * 199_968 and 0.5 < run["accuracy"] <= 1 and run["memory"] > 100
+        assert run["macs"] <= 0.25 * 199_968 and 0.5 < run["accuracy"] <= 1 and run["memory"] > 100
         times = list(run["seconds until the end of"].values())
         assert len(times) == 3 and times == sorted(times) and times[-1] <= run["seconds"] + 0.01
     ours, loader = (
