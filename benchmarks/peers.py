@@ -28,19 +28,27 @@ class Peer:
 
     Args:
         kind: `bn-scale` (BNScalePruner with BNScaleImportance), `magnitude`
-            (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance); all with global
-            ranking and otherwise the documented defaults.
+            (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance); all with the documented
+            defaults.
         calibration: batches for the gradients of `taylor`.
+        ranking: `global` compares the channels of all layers, `group` takes the same share of each.
     """
 
-    def __init__(self, kind: str, model: nn.Module, example: Tensor, calibration: Iterable[tuple[Any, Any]]):
+    def __init__(
+        self,
+        kind: str,
+        model: nn.Module,
+        example: Tensor,
+        calibration: Iterable[tuple[Any, Any]] = (),
+        ranking: str = "global",
+    ):
         import torch_pruning as tp
 
         self.kind, self.model, self.example = kind, model, example
         self.calibration = list(calibration)
         outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
         common: dict[str, Any] = {
-            "global_pruning": True,
+            "global_pruning": ranking == "global",
             "pruning_ratio": 1.0,
             "iterative_steps": STEPS,
             "ignored_layers": outputs,

@@ -1,12 +1,30 @@
-"""What a user gets: LeNet-5 and YourNet in the runtimes that will run them.
+"""What a user gets: pruned networks in the runtimes that will run them, beside the dense ones.
 
-    python -m benchmarks.runtimes
+    python -m benchmarks.runtimes                       # on the embedded digits
     MNIST_DIR=... python -m benchmarks.runtimes --data mnist
+    python -m benchmarks.runtimes --device cuda
 
-Each network is exported for each runtime, and quantized to int8 (calibrated on training
-images). All of them take turns on the same batch; "again" is the same network a second time,
-whose ratio to the first is the A/A control: how far it is from 1 is the error of the others.
-Writes benchmarks/runtimes.json and benchmarks/runtimes.md, and prints the latter.
+LeNet-5 (the reference), the dense network that the main job starts from (LeNet-5 with BatchNorm, as
+it is trained and with BatchNorm folded) and YourNet, in
+
+- eager: PyTorch as it is;
+- torchscript: a frozen trace;
+- compiled: PyTorch's ahead-of-time compiler, for each batch size; needs a C++ compiler;
+- onnxruntime float32: the file as it is exported;
+- onnxruntime optimized: in its quickest form on this machine (`pruning.optimize`);
+- onnxruntime int8: that file quantized, calibrated on training images.
+
+All of them take turns on the same batch, about 2 ms at a time in random order, after a warm-up.
+Given are median and 90th percentile of the turns, and ratios of medians with their 95 % bootstrap
+interval (`pruning.time_ratio`). In each runtime a second copy of YourNet takes turns too; its ratio to
+the first is the control. Where that is not within 0.02 of 1, the machine was not quiet enough: the rows
+are marked, and the command says so.
+
+Then torchvision's networks (random weights, batch 1, BatchNorm folded) beside themselves at 50 % of
+the MACs with channels in multiples of --multiple: how much of the reduction in MACs becomes speed.
+
+On a GPU only eager and compiled networks are timed, as exported files run on the CPU. Writes
+benchmarks/runtimes.json and benchmarks/runtimes.md, and prints the latter.
 """
 
 from __future__ import annotations
@@ -14,183 +32,352 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
+import models
+from benchmarks import timing
 from eval.cli import COMMITTED, ROOT
-from pruning import Exported, accuracy, cli, export, load, provenance, quantize, time_forward
-from pruning.checkpoint import replace_file
+from eval.metrics import EVALUATION_BATCH
+from pruning import (
+    Budget,
+    Exported,
+    ExportError,
+    Latency,
+    accuracy,
+    cli,
+    count,
+    export,
+    fold_batchnorm,
+    load,
+    optimize,
+    provenance,
+    prune,
+    quantize,
+    recalibrate,
+    time_forward,
+    trace,
+)
+from pruning.plan import RANKINGS
+from pruning.runtimes import first_line
 
-REFERENCE, YOURS, AGAIN = "LeNet-5", "YourNet", "YourNet again"
-RUNTIMES = ("eager", "torchscript", "onnxruntime float32", "onnxruntime int8")
-#: A control further from 1 than this spoils the ratios beside it.
-CONTROL = 0.02
+REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
+#: The second copy of a network.
+AGAIN = "again"
+EAGER, SCRIPT, COMPILED = "eager", "torchscript", "compiled"
+FLOAT, QUICK, INT8 = (f"onnxruntime {form}" for form in ("float32", "optimized", "int8"))
+RUNTIMES = (EAGER, SCRIPT, COMPILED, FLOAT, QUICK, INT8)
+FILES = (SCRIPT, FLOAT, QUICK, INT8)
+TORCHVISION = ("resnet18", "mobilenet_v2", "vgg11_bn", "densenet121")
+#: A runtime and a network in it.
+Key = tuple[str, str]
 
 
 def main() -> None:
+    args = arguments()
+    if args.pin:
+        timing.pin(args.threads)
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "device": args.device,
+        "threads": args.threads,
+        "pinned": args.pin,
+        "machine": timing.machine(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result.update(digits(args, Path(folder)))
+        result["torchvision"] = [row for name in args.models for row in halved(name, args, Path(folder))]
+    result["provenance"] = provenance()
+    timing.write(args.output, result, markdown(result))
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
+    parser.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
     parser.add_argument("--yournet", type=Path, default=COMMITTED["YourNet"], metavar="PATH", help="network")
+    parser.add_argument(
+        "--dense", type=Path, metavar="PATH", help="the dense network with BatchNorm (default: untrained)"
+    )
+    parser.add_argument(
+        "--runtimes", choices=RUNTIMES, nargs="+", default=RUNTIMES, metavar="NAME", help="besides eager"
+    )
     parser.add_argument(
         "--batch-sizes", type=cli.whole_number(1), nargs="+", default=[1, 64], metavar="IMAGES", help="timed"
     )
     parser.add_argument(
-        "--seconds", type=cli.number(0.01), default=20.0, help="how long to time at each batch size"
-    )
-    parser.add_argument(
         "--calibration", type=cli.whole_number(2), default=1000, metavar="IMAGES", help="for int8"
     )
-    parser.add_argument("--threads", type=cli.whole_number(1), default=1, metavar="N", help="CPU threads")
-    parser.add_argument(
+    group = parser.add_argument_group("torchvision's networks")
+    group.add_argument(
+        "--models", nargs="*", default=TORCHVISION, metavar="NAME", help="none: leave them out"
+    )
+    group.add_argument(
+        "--image-size", type=cli.whole_number(32), default=224, metavar="PIXELS", help="square"
+    )
+    group.add_argument("--multiple", type=cli.whole_number(1), default=16, metavar="N", help="of channels")
+    group.add_argument("--ranking", choices=RANKINGS, default="group", help="of channels")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="of each measurement")
+    group.add_argument("--warmup", type=cli.number(0), default=3.0, help="seconds before each")
+    group.add_argument("--threads", type=cli.whole_number(1), default=1, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--pin", action="store_true", help="keep the process on as many cores, where the system can"
+    )
+    group.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "runtimes.json", help="results; .md beside it"
     )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dataset = data.load(args.data, ROOT / "data")
-    with tempfile.TemporaryDirectory() as folder:
-        result = measured(args, dataset, Path(folder))
-    text = markdown(result)
-    replace_file(args.output, (json.dumps(result, indent=1) + "\n").encode())
-    replace_file(args.output.with_suffix(".md"), text.encode())
-    print(text, end="")
+    on_gpu = torch.device(args.device).type != "cpu"
+    wanted = {EAGER, *args.runtimes} - (set(FILES) if on_gpu else set())
+    args.runtimes = [name for name in RUNTIMES if name in wanted]
+    return args
 
 
-def measured(args: argparse.Namespace, dataset: data.Dataset, folder: Path) -> dict[str, Any]:
-    """The figures of every network in every runtime: a row each."""
-    paths = {REFERENCE: COMMITTED["LeNet5"], YOURS: args.yournet}
-    networks = {name: load(path) for name, path in paths.items()}
+def timed(running: Mapping[Key, nn.Module], batch: Tensor, args: argparse.Namespace) -> dict[Key, Latency]:
+    """The times of networks in runtimes, in turns."""
+    by_name = {"|".join(key): model for key, model in running.items()}
+    found = time_forward(by_name, batch, seconds=args.seconds, warmup=args.warmup, threads=args.threads)
+    return dict(zip(running, found.values(), strict=True))
+
+
+def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The networks for digits in every runtime: their accuracy, files and times."""
+    dataset = data.load(args.data, ROOT / "data").to(args.device)
     batches = itertools.islice(dataset.batches("train", 100), -(-args.calibration // 100))
-    calibration = list(torch.cat([images for images, _ in batches])[: args.calibration].split(100))
-    rows, running = [], {}
-    for name, network in networks.items():
-        opened, sizes, agreement = exported(name, network, calibration, folder, args.threads)
-        opened["eager"], sizes["eager"] = network, paths[name].stat().st_size
-        for runtime in RUNTIMES:
-            running[runtime, name] = opened[runtime]
-            right = accuracy(opened[runtime], dataset.batches("test", 1000))
-            rows.append({"runtime": runtime, "network": name, "bytes": sizes[runtime], "accuracy": right})
-        rows[-1]["agreement with float32 on the calibration images"] = agreement
-    for runtime in RUNTIMES:
-        path = running[runtime, YOURS]
-        again = Exported(path.path, path.runtime, args.threads) if isinstance(path, Exported) else path
-        running[runtime, AGAIN] = again if again is not path else copy.deepcopy(path)
+    calibration = list(torch.cat([images.cpu() for images, _ in batches])[: args.calibration].split(100))
+    networks = digit_networks(args, calibration)
+    left_out: dict[str, str] = {}
 
-    images = dataset.test.images
-    sizes_timed = [size for size in args.batch_sizes if size <= len(images)]
-    models = {f"{runtime}|{name}": model for (runtime, name), model in running.items()}
-    ratios: dict[str, Any] = {}
-    for size in sizes_timed:
+    running: dict[Key, nn.Module] = {(EAGER, name): net for name, net in networks.items()}
+    running[EAGER, AGAIN] = copy.deepcopy(networks[YOURS])
+    files: dict[Key, Path] = {(EAGER, REFERENCE): COMMITTED["LeNet5"], (EAGER, YOURS): args.yournet}
+    for runtime in [name for name in args.runtimes if name in FILES]:
+        try:
+            made = {
+                (runtime, name): written(runtime, folder / name, networks[name], calibration, args)
+                for name in (REFERENCE, FOLDED, YOURS)
+            }
+            again = {(runtime, AGAIN): made[runtime, YOURS]}
+            running.update({key: opened(path, args) for key, path in {**made, **again}.items()})
+            files.update(made)
+        except ExportError as error:  # above all of a package that is not installed
+            left_out[runtime] = str(error)
+    untrained = () if args.dense else (TRAINED, FOLDED)
+    accuracies = [
+        {
+            "runtime": runtime,
+            "network": name,
+            "bytes": files[runtime, name].stat().st_size if (runtime, name) in files else None,
+            "accuracy": accuracy(model, dataset.batches("test", EVALUATION_BATCH)),
+        }
+        for (runtime, name), model in running.items()
+        if name not in (AGAIN, *untrained)
+    ]
+
+    rows = []
+    for size in [size for size in args.batch_sizes if size <= len(dataset.test.images)]:
         batch = next(iter(dataset.batches("test", size)))[0]
-        times = time_forward(models, batch, seconds=args.seconds, threads=args.threads)
-        for row in rows:
-            time = times[f"{row['runtime']}|{row['network']}"]
-            row[f"batch {size}"] = {"median ms": round(time.median, 5), "p90 ms": round(time.p90, 5)}
-        ratios[f"batch {size}"] = {
-            runtime: _ratios({name: times[f"{runtime}|{name}"].median for name in (REFERENCE, YOURS, AGAIN)},
-                             times[f"eager|{REFERENCE}"].median)
-            for runtime in RUNTIMES
-        }  # fmt: skip
+        now = dict(running)
+        if COMPILED in args.runtimes and COMPILED not in left_out:
+            try:
+                now.update(compiled(networks, batch, folder))
+            except Exception as error:  # of a compiler, which can fail in any way
+                left_out[COMPILED] = f"{type(error).__name__}: {first_line(error)}"
+        rows += with_ratios(timed(now, batch, args), size)
     return {
         "dataset": dataset.name,
-        "test images": len(images),
+        "test images": len(dataset.test.images),
         "calibration images": sum(map(len, calibration)),
-        "threads": args.threads,
-        "rows": rows,
-        "ratios": ratios,
-        "slower in int8": slower(rows, sizes_timed),
-        "provenance": provenance(),
+        "accuracy": accuracies,
+        "times": rows,
+        "left out": left_out,
     }
 
 
-def _ratios(medians: dict[str, float], eager: float) -> dict[str, float]:
-    yours = medians[YOURS]
-    return {
-        "YourNet / LeNet-5": round(yours / medians[REFERENCE], 3),
-        "YourNet / LeNet-5 in eager": round(yours / eager, 3),
-        "A/A control": round(medians[AGAIN] / yours, 3),
+def digit_networks(args: argparse.Namespace, calibration: list[Tensor]) -> dict[str, nn.Module]:
+    """The networks by name, on the device."""
+    torch.manual_seed(0)
+    dense = load(args.dense) if args.dense else models.start("lenet5").eval()
+    if not args.dense:
+        recalibrate(dense, calibration)
+    networks = {
+        REFERENCE: load(COMMITTED["LeNet5"]),
+        TRAINED: dense,
+        FOLDED: fold_batchnorm(dense, trace(dense, calibration[0])),
+        YOURS: load(args.yournet),
     }
+    return {name: net.to(args.device).eval() for name, net in networks.items()}
 
 
-def exported(
-    name: str, network: nn.Module, calibration: list[torch.Tensor], folder: Path, threads: int
-) -> tuple[dict[str, nn.Module], dict[str, int], float]:
-    """A network in every runtime but eager, the bytes of its files, and how far int8 agrees."""
-    script, whole, small = (folder / f"{name}.{end}" for end in ("torchscript", "onnx", "int8.onnx"))
-    sizes = {
-        "torchscript": export(network, script, calibration[0], "torchscript").size,
-        "onnxruntime float32": export(network, whole, calibration[0], "onnx").size,
+def written(
+    runtime: str, stem: Path, network: nn.Module, calibration: list[Tensor], args: argparse.Namespace
+) -> Path:
+    """The file of a network for a runtime, made of others that are written first."""
+    path = stem.with_name(f"{stem.name}.{runtime}")
+    if path.exists():
+        return path
+    if runtime == QUICK:
+        whole = written(FLOAT, stem, network, calibration, args)
+        seconds = min(2.0, args.seconds)
+        optimize(whole, path, batch_sizes=args.batch_sizes, seconds=seconds, threads=args.threads)
+    elif runtime == INT8:
+        quick = written(QUICK, stem, network, calibration, args)
+        quantize(quick, path, calibration, least_agreement=0.0)  # its accuracy is told, whatever it is
+    else:
+        export(network, path, calibration[0][:2], "torchscript" if runtime == SCRIPT else "onnx")
+    return path
+
+
+def opened(path: Path, args: argparse.Namespace) -> Exported:
+    """A file of `written`, whose ending names its runtime."""
+    return Exported(path, path.suffix[1:].split()[0], args.threads)
+
+
+def compiled(networks: Mapping[str, nn.Module], batch: Tensor, folder: Path) -> dict[Key, nn.Module]:
+    """Every network compiled for a batch, and a second copy of YourNet."""
+    paths = {name: folder / f"{name}-{len(batch)}.pt2" for name in networks}
+    made = {name: timing.compile_ahead(net, batch, paths[name]) for name, net in networks.items()}
+    made[AGAIN] = timing.Compiled(paths[YOURS])
+    return {(COMPILED, name): net for name, net in made.items()}
+
+
+def with_ratios(times: Mapping[Key, Latency], batch_size: int) -> list[dict[str, Any]]:
+    """A row for every network in every runtime."""
+    return [
+        {
+            "batch": batch_size,
+            "runtime": runtime,
+            "network": name,
+            **timing.figures(latency),
+            "to LeNet-5": timing.ratio(latency, times[runtime, REFERENCE]),
+            "to LeNet-5 in eager": timing.ratio(latency, times[EAGER, REFERENCE]),
+            "control": timing.ratio(times[runtime, AGAIN], times[runtime, YOURS]),
+        }
+        for (runtime, name), latency in sorted(times.items(), key=lambda item: RUNTIMES.index(item[0][0]))
+        if name != AGAIN
+    ]
+
+
+def halved(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One of torchvision's networks beside itself at half of its MACs: a row for each runtime."""
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, args.image_size, args.image_size)
+    dense = get_model(name).eval()
+    limits = {"multiple": args.multiple, "ranking": args.ranking}
+    step = prune(dense, images, Budget(macs="50%"), score="l1", check=False, **limits)
+    networks = {
+        key: fold_batchnorm(net, trace(net, images)).to(args.device).eval()
+        for key, net in {"dense": dense, "pruned": step.model}.items()
     }
-    # Agreement is reported, whatever it is.
-    quantized = quantize(whole, small, calibration, least_agreement=0.0)
-    sizes["onnxruntime int8"] = quantized.size
-    opened: dict[str, nn.Module] = {
-        "torchscript": Exported(script, "torchscript"),
-        "onnxruntime float32": Exported(whole, "onnxruntime", threads),
-        "onnxruntime int8": Exported(small, "onnxruntime", threads),
-    }
-    return opened, sizes, quantized.agreement
-
-
-def slower(rows: list[dict[str, Any]], batch_sizes: list[int]) -> list[str]:
-    """Where int8 takes longer than float32 in the same runtime, in words."""
-    found = {(row["runtime"], row["network"]): row for row in rows}
-    said = []
-    for network in (REFERENCE, YOURS):
-        whole, small = (found[f"onnxruntime {kind}", network] for kind in ("float32", "int8"))
-        for size in batch_sizes:
-            ratio = small[f"batch {size}"]["median ms"] / whole[f"batch {size}"]["median ms"]
-            if ratio > 1:
-                said.append(f"{network} at batch {size}: int8 takes {ratio:.2f} of float32's time")
-    return said
+    macs = {key: count(net, images.to(args.device)).macs for key, net in networks.items()}
+    rows = []
+    for runtime in [known for known in (EAGER, FLOAT) if known in args.runtimes]:
+        running: dict[str, nn.Module] = {**networks, AGAIN: copy.deepcopy(networks["pruned"])}
+        if runtime == FLOAT:
+            paths = {key: folder / f"{name}-{key}.{runtime}" for key in networks}
+            for key, path in paths.items():
+                export(networks[key], path, images, "onnx")
+            running = {key: opened(path, args) for key, path in {**paths, AGAIN: paths["pruned"]}.items()}
+        found = timed({(runtime, key): net for key, net in running.items()}, images[:1].to(args.device), args)
+        times = {key: latency for (_, key), latency in found.items()}
+        share = timing.ratio(times["pruned"], times["dense"])
+        rows.append(
+            {
+                "network": name,
+                "runtime": runtime,
+                **limits,
+                "MACs": macs,
+                **{key: timing.figures(times[key]) for key in networks},
+                "to dense": share,
+                "speed-up / reduction of MACs": round(macs["pruned"] / macs["dense"] / share[0], 3),
+                "slower than dense": "no" if share[2] <= 1 else "yes" if share[1] > 1 else "undecided",
+                "control": timing.ratio(times[AGAIN], times["pruned"]),
+            }
+        )
+    return rows
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The same as tables."""
-    timed, many = list(result["ratios"]), "s" * (result["threads"] > 1)
-    heads = ["runtime", "network", "bytes", "accuracy %", *(f"{b}, ms per image (p90)" for b in timed)]
     lines = [
-        f"{result['test images']:,} test images of {result['dataset']}, {result['threads']} thread{many}; "
-        f"int8 calibrated on {result['calibration images']:,} training images.",
+        f"{result['test images']:,} test images of {result['dataset']}; int8 calibrated on "
+        f"{result['calibration images']:,} training images. {result['device']}, "
+        f"{result['threads']} thread{'s' * (result['threads'] > 1)}{', pinned' * result['pinned']}; "
+        f"{timing.described(result['machine'])}.",
         "",
-        *_head(heads),
+        *timing.table(
+            ["runtime", "network", "bytes", "accuracy %"],
+            [
+                [row["runtime"], row["network"], f"{row['bytes'] or 0:,}", f"{100 * row['accuracy']:.2f}"]
+                for row in result["accuracy"]
+            ],
+        ),
     ]
-    for row in result["rows"]:
-        times = [f"{row[b]['median ms']:.4f} ({row[b]['p90 ms']:.4f})" for b in timed]
-        cells = [row["runtime"], row["network"], f"{row['bytes']:,}", f"{100 * row['accuracy']:.2f}", *times]
-        lines.append(f"| {' | '.join(cells)} |")
-    names = list(result["ratios"][timed[0]][RUNTIMES[0]]) if timed else []
-    lines += ["", *_head(["runtime", "batch", *names])]
-    for batch, by_runtime in result["ratios"].items():
-        for runtime, ratios in by_runtime.items():
-            figures = [f"{ratios[name]:.3f}" for name in names]
-            lines.append(f"| {runtime} | {batch.removeprefix('batch ')} | {' | '.join(figures)} |")
-    lines.append("")
-    spoiled = [
-        f"{runtime} at {batch}"
-        for batch, by_runtime in result["ratios"].items()
-        for runtime, ratios in by_runtime.items()
-        if abs(ratios["A/A control"] - 1) > CONTROL
+    heads = ["runtime", "network", "ms per image (p90)", "÷ LeNet-5", "÷ LeNet-5 in eager", "control"]
+    for size in dict.fromkeys(row["batch"] for row in result["times"]):
+        lines += [f"Batch {size}; ratios with their 95 % intervals:", ""]
+        lines += timing.table(heads, [_cells(row) for row in result["times"] if row["batch"] == size])
+    if result["torchvision"]:
+        heads = ["network", "runtime", "MACs, dense ÷ pruned", "ms dense (p90)", "ms pruned (p90)",
+                 "time ÷ dense", "speed-up ÷ reduction of MACs", "slower than dense", "control"]  # fmt: skip
+        how = "multiples of {multiple} channels, ranking {ranking}".format_map(result["torchvision"][0])
+        lines += [f"torchvision's networks at half of their MACs, {how}, batch 1:", ""]
+        lines += timing.table(heads, [_halved_cells(row) for row in result["torchvision"]])
+    return "\n".join([*lines, *verdict(result)]) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratios = [timing.shown(row[key]) for key in ("to LeNet-5", "to LeNet-5 in eager")]
+    times = f"{row['median ms']:.4f} ({row['p90 ms']:.4f})"
+    return [row["runtime"], row["network"], times, *ratios, timing.shown_control(row["control"])]
+
+
+def _halved_cells(row: dict[str, Any]) -> list[str]:
+    macs = row["MACs"]
+    return [
+        row["network"],
+        row["runtime"],
+        f"{macs['dense'] / macs['pruned']:.2f}",
+        *(f"{row[key]['median ms']:.2f} ({row[key]['p90 ms']:.2f})" for key in ("dense", "pruned")),
+        timing.shown(row["to dense"]),
+        f"{row['speed-up / reduction of MACs']:.2f}",
+        row["slower than dense"],
+        timing.shown_control(row["control"]),
     ]
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """What the figures come to, in sentences: the controls, int8, and what was left out."""
+    spoiled = {
+        (row["runtime"], f"batch {row['batch']}" if "batch" in row else row["network"]): row["control"][0]
+        for row in (*result["times"], *result["torchvision"])
+        if not timing.is_quiet(row["control"])
+    }
+    limits = f"within {timing.CONTROL:.2f} of 1"
     if spoiled:
-        lines += [
-            f"The control is not within {CONTROL} of 1, the machine was not quiet: {'; '.join(spoiled)}.",
-            "",
-        ]
-    if result["slower in int8"]:
-        lines += [f"Int8 is slower here. {'; '.join(result['slower in int8'])}."]
+        where = "; ".join(f"{runtime}, {what}: {value:.3f}" for (runtime, what), value in spoiled.items())
+        said = [f"✗ Not all controls are {limits}; do not rely on the ratios beside these. {where}."]
     else:
-        lines += ["Int8 is not slower here."]
-    return "\n".join(lines) + "\n"
-
-
-def _head(names: list[str]) -> list[str]:
-    return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        said = [f"All controls are {limits}."]
+    found = {(row["batch"], row["runtime"], row["network"]): row["median ms"] for row in result["times"]}
+    slower = [
+        f"{name} at batch {size} takes {time / found[size, QUICK, name]:.2f} of float32's time"
+        for (size, runtime, name), time in found.items()
+        if runtime == INT8 and (size, QUICK, name) in found and time > found[size, QUICK, name]
+    ]
+    if {QUICK, INT8} <= {runtime for _, runtime, _ in found}:
+        said.append(f"Int8 is slower here: {'; '.join(slower)}." if slower else "Int8 is not slower here.")
+    said += [f"Left out: {runtime}. {reason}" for runtime, reason in result["left out"].items()]
+    return [line for sentence in said for line in (sentence, "")][:-1]
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from pruning.budget import Budget, LatencyBudget
 from pruning.check import verify
 from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.cost import Cost, CostModel, Latency, count, time_forward, uncounted
+from pruning.cost import Cost, CostModel, Latency, TimeRatio, count, time_forward, time_ratio, uncounted
 from pruning.curves import Sensitivity
 from pruning.depth import Removable, removable, without_layer
 from pruning.doctor import Diagnosis, doctor
 from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
 from pruning.export import export
 from pruning.finetune import distillation, finetune
+from pruning.forms import Optimized, optimize
 from pruning.graph import Group, Trace
 from pruning.grouping import trace
 from pruning.norms import equalize, fold_batchnorm, recalibrate
@@ -41,6 +42,7 @@ __all__ = [
     "Group",
     "Latency",
     "LatencyBudget",
+    "Optimized",
     "Plan",
     "PruneConfig",
     "PruningError",
@@ -51,6 +53,7 @@ __all__ = [
     "SlimConfig",
     "Slimmed",
     "Step",
+    "TimeRatio",
     "Trace",
     "TrainConfig",
     "TrainingDiverged",
@@ -68,6 +71,7 @@ __all__ = [
     "fold_batchnorm",
     "joint",
     "load",
+    "optimize",
     "plan_within",
     "provenance",
     "prune",
@@ -80,6 +84,7 @@ __all__ = [
     "slim",
     "sparsify",
     "time_forward",
+    "time_ratio",
     "trace",
     "tune",
     "uncounted",

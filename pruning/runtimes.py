@@ -70,10 +70,11 @@ def _open_onnx(content: bytes, threads: int, onnxruntime: Any) -> Opened:
     options.log_severity_level = 4  # what goes wrong is raised; the rest would be printed
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
+    wanted = [result.name for result in session.get_outputs()]  # asked for anew at each call otherwise
 
     def run(*inputs: Tensor) -> Any:
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
-        outputs = tuple(torch.from_numpy(array) for array in session.run(None, feed))
+        feed = {name: x.numpy(force=True) for name, x in zip(names, inputs, strict=True)}
+        outputs = tuple(torch.from_numpy(array) for array in session.run(wanted, feed))
         return outputs[0] if len(outputs) == 1 else outputs
 
     stored = session.get_modelmeta().custom_metadata_map

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pruning import load
+from benchmarks import pipeline, runtimes, timing
+from pruning import CheckpointError, cli, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -22,10 +27,11 @@ finetune-epochs = 4
 """
 
 
-def benchmark(name, *flags, check=True):
+def benchmark(name, *flags, check=True, **variables):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)],
         capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL,
+        env={**os.environ, **variables},
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -106,3 +112,150 @@ def test_a_search_draws_its_front(table):
         assert "JoshWarn" in (folder / f"{name}.svg").read_text()
     done = benchmark("search", "--budgets", "many", check=False)
     assert done.returncode == 2 and "expected PARAMS:MACS" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def in_runtimes(tmp_path_factory):
+    """The benchmark of runtimes without the compiler: its results, and what it printed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    output = tmp_path_factory.mktemp("runtimes") / "out.json"
+    chosen = [name for name in runtimes.RUNTIMES if name != runtimes.COMPILED]
+    flags = ["--seconds", 0.05, "--warmup", 0.05, "--calibration", 100, "--runtimes", *chosen]
+    flags += ["--models", "resnet18", "--image-size", 32, "--output", output]
+    printed = benchmark("runtimes", *flags).stdout
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.json", "out.md"]
+    assert output.with_suffix(".md").read_text() == printed
+    return json.loads(output.read_text()), printed
+
+
+def test_every_network_is_timed_in_every_runtime(in_runtimes):
+    result, _ = in_runtimes
+    trained = {(row["runtime"], row["network"]): row["accuracy"] for row in result["accuracy"]}
+    assert len(trained) == 10 and min(trained.values()) > 0.95, "the untrained ones are left out"
+    found = {(row["batch"], row["runtime"], row["network"]): row for row in result["times"]}
+    assert len(found) == len(result["times"]) == 2 * (4 + 4 * 3)
+    for (batch, runtime, network), row in found.items():
+        assert 0 < row["median ms"] <= row["p90 ms"] and row["turns"] >= 20
+        for key, base in {"to LeNet-5": runtime, "to LeNet-5 in eager": runtimes.EAGER}.items():
+            ratio, low, high = row[key]
+            assert low <= ratio <= high
+            reference = found[batch, base, runtimes.REFERENCE]["median ms"]
+            assert math.isclose(ratio, row["median ms"] / reference, rel_tol=1e-2), "rounded"
+        if network == runtimes.REFERENCE:
+            assert row["to LeNet-5"] == [1, 1, 1]
+    assert result["left out"] == {}
+
+
+def test_torchvisions_networks_are_set_against_their_macs(in_runtimes):
+    rows = in_runtimes[0]["torchvision"]
+    assert [row["runtime"] for row in rows] == [runtimes.EAGER, runtimes.FLOAT]
+    for row in rows:
+        macs, (_, low, high) = row["MACs"], row["to dense"]
+        assert macs["pruned"] <= 0.5 * macs["dense"] and row["multiple"] == 16
+        speed_up = row["dense"]["median ms"] / row["pruned"]["median ms"]
+        realised = speed_up / (macs["dense"] / macs["pruned"])
+        assert math.isclose(row["speed-up / reduction of MACs"], realised, rel_tol=2e-2)
+        assert row["slower than dense"] == ("no" if high <= 1 else "yes" if low > 1 else "undecided")
+
+
+@pytest.mark.parametrize("control", [0.97, 1.03])
+def test_a_control_that_is_not_1_is_marked_and_said(in_runtimes, control):
+    result = copy.deepcopy(in_runtimes[0])
+    for row in (*result["times"], *result["torchvision"]):
+        row["control"] = [1.02, 0.9, 1.1]
+    text = runtimes.markdown(result)
+    assert "✗" not in text and "All controls are within 0.02 of 1." in text
+    for row in result["times"]:
+        if (row["runtime"], row["batch"]) == (runtimes.EAGER, 64):
+            row["control"] = [control, control - 0.01, control + 0.01]
+    text = runtimes.markdown(result)
+    place = f"eager, batch 64: {control:.3f}"
+    marked = [line for line in text.splitlines() if f"**✗ {control:.3f}" in line]
+    assert len(marked) == 4 and all(line.startswith("| eager |") for line in marked)
+    assert f"Not all controls are within 0.02 of 1; do not rely on the ratios beside these. {place}." in text
+
+
+def test_a_compiler_that_fails_is_left_out(tmp_path):
+    flags = ["--seconds", 0.01, "--warmup", 0, "--runtimes", "compiled", "--models", "--batch-sizes", 1]
+    flags += ["--output", tmp_path / "out.json"]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
+    printed = benchmark("runtimes", *flags, **cache).stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {row["runtime"] for row in result["times"]} == {"eager"}
+    assert list(result["left out"]) == ["compiled"] and "Left out: compiled. " in printed
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    timing.write(tmp_path / "out.json", {"ratio": 1}, "one\n")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
+    assert (tmp_path / "out.md").read_text() == "one\n" == capsys.readouterr().out
+
+    def fail(*_):
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match="no space left"):
+        timing.write(tmp_path / "out.json", {"ratio": 2}, "two\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
+    assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
+
+
+def test_pinning_keeps_so_many_cores():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity")
+    before = os.sched_getaffinity(0)
+    try:
+        timing.pin(1)
+        assert len(os.sched_getaffinity(0)) == 1 and os.sched_getaffinity(0) <= before
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_the_pipeline_beside_torch_pruning(tmp_path):
+    pytest.importorskip("torch_pruning")
+    flags = [
+        "--repeats",
+        2,
+        "--threads",
+        1,
+        "--iterations",
+        1,
+        "--batch-size",
+        128,
+        "--output",
+        tmp_path / "out.json",
+    ]
+    flags += [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
+    printed = benchmark("pipeline", *flags, "--sides", "ours", "loader 0").stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
+    assert (tmp_path / "out.md").read_text() == printed
+    result = json.loads((tmp_path / "out.json").read_text())
+    order = [(run["side"], run["seed"]) for run in result["runs"]]
+    assert order == [("ours", 0), ("loader 0", 0), ("loader 0", 1), ("ours", 1)]
+    macs = [run["macs"] for run in result["runs"]]
+    assert max(macs) <= 1.1 * min(macs), "all sides train networks of about the same size"
+    for run in result["runs"]:
+        assert run["macs"] <= 0.25 * 199_968 and 0.5 < run["accuracy"] <= 1 and run["memory"] > 100
+        times = list(run["seconds until the end of"].values())
+        assert len(times) == 3 and times == sorted(times) and times[-1] <= run["seconds"] + 0.01
+    ours, loader = (
+        [run["seconds"] for run in result["runs"] if run["side"] == side] for side in ("ours", "loader 0")
+    )
+    ratio, least, most = result["ratios"]["loader 0"]["seconds"]
+    assert least <= ratio <= most
+    assert math.isclose(least, min(a / b for a, b in zip(ours, loader, strict=True)), abs_tol=1e-3)
+    assert (
+        f"Ours takes {ratio:.2f} of the time of torch-pruning with the quicker loader (loader 0)." in printed
+    )
+
+
+def test_both_ways_to_the_data_give_the_same_images():
+    import data
+
+    digits = data.load("mnist5k", quiet=True)
+    flags = cli.argparse.Namespace(side="loader 0", batch_size=32)
+    _, loaded = pipeline.splits(digits, flags)
+    _, ours = pipeline.splits(digits, cli.argparse.Namespace(side="memory", batch_size=32))
+    for (images, labels), (same, targets) in zip(loaded, ours, strict=True):
+        assert torch.equal(labels, targets) and torch.allclose(images, same, atol=1e-6)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import nets
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LeNet5, YourNet
-from pruning import PruningError, count, fold_batchnorm, time_forward, trace, uncounted
+from pruning import (
+    Latency,
+    PruningError,
+    count,
+    fold_batchnorm,
+    time_forward,
+    time_ratio,
+    trace,
+    uncounted,
+)
 
 
 def flops(model, inputs):
@@ -80,6 +92,73 @@ def test_a_slower_network_measures_slower_and_one_against_itself_the_same():
         assert latency.low <= latency.median <= latency.high and latency.median <= latency.p90
         assert (latency.batch_size, latency.threads) == (16, 1) and latency.samples >= 20
     assert torch.get_num_threads() == threads and small.training
+
+
+def latency(turns):
+    """Times as `time_forward` gives them, with these turns."""
+    low, median, high, p90 = np.percentile(turns, (25, 50, 75, 90))
+    return Latency(median, p90, low, high, len(turns), 1, 1, tuple(turns))
+
+
+def noise(turns, seed, spread=0.1):
+    return np.exp(np.random.default_rng(seed).normal(0, spread, turns))
+
+
+def test_the_turns_of_models_timed_together_are_kept():
+    times = time_forward({"one": LeNet5(), "other": LeNet5()}, torch.randn(1, 1, 28, 28), seconds=0.1)
+    for each in times.values():
+        assert len(each.turns) == each.samples and np.median(each.turns) == each.median
+    found = time_ratio(times["one"], times["other"])
+    assert found.low <= found.median <= found.high
+    assert found.median == times["one"].median / times["other"].median
+
+
+@pytest.mark.parametrize("factor", [1, 2, 0.25])
+def test_a_ratio_of_times_that_differ_by_a_factor_is_that_factor_exactly(factor):
+    turns = noise(50, seed=0)
+    assert time_ratio(latency(factor * turns), latency(turns)) == (factor, factor, factor)
+
+
+def test_what_meets_both_models_alike_cancels_out():
+    load = 1 + 9 * (np.arange(400) % 40 < 15)  # ten times as slow for 15 turns of 40
+    found = time_ratio(latency(3 * load * noise(400, 1, 0.01)), latency(load * noise(400, 2, 0.01)))
+    assert 2.97 < found.low < 3 < found.high < 3.03
+
+
+def test_an_interval_narrows_with_the_turns_and_is_the_same_for_the_same_seed():
+    widths = []
+    for turns in (25, 100, 400, 1600):
+        above, below = latency(noise(turns, 1)), latency(noise(turns, 2))
+        found = time_ratio(above, below)
+        assert found == time_ratio(above, below) != time_ratio(above, below, seed=1)
+        widths.append(found.high - found.low)
+    assert all(0.3 < after / before < 0.8 for before, after in pairwise(widths)), (
+        "half for four times as many"
+    )
+    wide = time_ratio(above, below, confidence=0.99)
+    assert wide.low < found.low and found.high < wide.high
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_intervals_cover_the_true_ratio_as_often_as_they_say(correlated):
+    covered, trials, turns = 0, 100, 144
+    for trial in range(trials):
+        # Disturbances of each model alone that last for about 3 turns, where they are correlated.
+        above, below = (
+            np.exp(np.convolve(np.random.default_rng((trial, i)).normal(0, 0.1, turns + 2),
+                               np.ones(3) if correlated else np.eye(3)[1], "valid"))
+            for i in range(2)
+        )  # fmt: skip
+        found = time_ratio(latency(1.5 * above), latency(below), resamples=200)
+        covered += found.low <= 1.5 <= found.high
+    assert 0.85 * trials <= covered <= trials, "95 % of them, with an error of 2"
+
+
+def test_times_that_were_not_taken_together_have_no_ratio():
+    with pytest.raises(PruningError, match="3 and 4 turns: only models that were timed together"):
+        time_ratio(latency(np.ones(3)), latency(np.ones(4)))
+    with pytest.raises(PruningError, match="0 and 0 turns"):
+        time_ratio(Latency(1, 1, 1, 1, 0, 1, 1), Latency(1, 1, 1, 1, 0, 1, 1))
 
 
 def test_nothing_to_time_is_an_error():

@@ -361,16 +361,3 @@ def test_test_yournet_measures_what_will_run(tmp_path):
     assert found["runtime"] == runtime and found["params"] == 1485 and found["macs"] == 47366
     assert found["accuracy"] > 0.95 and found["reference"]["params"] == 60_074
     assert 0 < found["infer_time_ms"] < found["reference"]["infer_time_ms"] * 1.5
-
-
-def test_the_benchmark_of_runtimes(tmp_path):
-    need_onnx()
-    flags = ["--seconds", 0.05, "--calibration", 100, "--output", tmp_path / "out.json"]
-    done = command("-m", "benchmarks.runtimes", *flags)
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert len(result["rows"]) == 8 and all(row["accuracy"] > 0.95 for row in result["rows"])
-    assert {"batch 1", "batch 64"} == set(result["ratios"])
-    for by_runtime in result["ratios"].values():
-        assert all(ratios["A/A control"] > 0 for ratios in by_runtime.values())
-    assert (tmp_path / "out.md").read_text() == done.stdout
-    assert "nt8 is slower here" in done.stdout or "nt8 is not slower here" in done.stdout

@@ -1,0 +1,338 @@
+"""The whole job beside torch-pruning's: train sparsely, prune in iterations, fine-tune.
+
+    python -m benchmarks.pipeline                       # on the embedded digits
+    MNIST_DIR=... python -m benchmarks.pipeline --data mnist
+
+Four sides start from the same LeNet-5 with BatchNorm and make it meet the same budget, by the same
+share of every group (so that all train networks of about the same widths), in as many epochs of
+each stage, with the same batch size, learning rates and threads:
+
+- ours: `pruning.slim` on batches that are cut from tensors in memory;
+- loader 0, loader 2: torch-pruning's BNScalePruner in a plain training loop on torchvision's
+  MNIST (ToTensor, Normalize), through a DataLoader with that many workers;
+- memory: the same loop on our batches.
+
+Ours is compared with the quicker of the loaders. Each run has a process of its own; the sides take
+turns, every repeat with another seed. Time is that of the whole job, from reading the data to the
+fine-tuned network, without imports; CPU time counts workers; memory is the most that the main process
+has held. All validate after every epoch; accuracy is on the test split, of the epoch that is
+best on the validation split. Params and MACs have BatchNorm folded.
+
+Writes benchmarks/pipeline.json and benchmarks/pipeline.md, and prints the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import MNIST
+
+import data
+import models
+from benchmarks import timing
+from benchmarks.peers import Peer, cost
+from benchmarks.zoo import peak_memory
+from eval.cli import ROOT, use_threads
+from eval.metrics import EVALUATION_BATCH
+from pruning import (
+    Budget,
+    PruneConfig,
+    PruningError,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    cli,
+    provenance,
+    slim,
+)
+from pruning.plan import RANKINGS
+
+OURS, LOADERS, MEMORY = "ours", {"loader 0": 0, "loader 2": 2}, "memory"
+SIDES = (OURS, *LOADERS, MEMORY)
+#: What settings a run depends on, besides its side and seed.
+SETTINGS = (
+    "data",
+    "max_macs",
+    "ranking",
+    "sparsify_epochs",
+    "iterations",
+    "recover_epochs",
+    "finetune_epochs",
+    "batch_size",
+    "threads",
+)
+#: What of a run is summed up, and how it is headed.
+COLUMNS = {"seconds": "s", "cpu seconds": "CPU s", "memory": "MB"}
+
+
+def main() -> None:
+    args = arguments()
+    if args.side is not None:
+        print(json.dumps(run(args)))
+        return
+    machine, runs = timing.machine(), []
+    for seed in range(args.repeats):
+        first = seed % len(args.sides)  # no side is always the first
+        for side in (*args.sides[first:], *args.sides[:first]):
+            runs.append({"side": side, "seed": seed, **in_process(side, seed, args)})
+            print(f"{side}, seed {seed}: {runs[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    result = {
+        "settings": {key: getattr(args, key) for key in SETTINGS},
+        "machine": machine,
+        "sides": {side: summary([each for each in runs if each["side"] == side]) for side in args.sides},
+        "ratios": ratios(runs),
+        "runs": runs,
+        "provenance": provenance(),
+    }
+    timing.write(args.output, result, markdown(result))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
+    parser.add_argument(
+        "--max-macs",
+        default="25%",
+        metavar="MACS",
+        help="budget of the result; that of the main job is 24 %%",
+    )
+    parser.add_argument(
+        "--ranking", choices=RANKINGS, default="group", help="of channels: by group, or over all layers"
+    )
+    for stage, epochs in {"sparsify": 4, "recover": 1, "finetune": 10}.items():
+        parser.add_argument(f"--{stage}-epochs", type=cli.whole_number(1), default=epochs, help="of a stage")
+    parser.add_argument("--iterations", type=cli.whole_number(1), default=5, help="pruning steps")
+    parser.add_argument("--batch-size", type=cli.whole_number(2), default=64, help="of training")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=cli.whole_number(1), default=3, help="runs of each side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="to run")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "pipeline.json", help="results; .md beside it"
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in this process
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_process(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run in a process of its own."""
+    settings = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in SETTINGS]
+    command = [sys.executable, "-m", "benchmarks.pipeline", *settings, f"--side={side}", f"--seed={seed}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or "killed").splitlines()[-1]
+        raise PruningError(f"{side}, seed {seed} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One run: what it took, and what it made."""
+    use_threads(args.threads)
+    if args.side != OURS:
+        import torch_pruning  # noqa: F401  (imports are not timed)
+    started, processor = time.perf_counter(), os.times()
+    dataset = data.load(args.data, ROOT / "data", quiet=True)
+    calibration = list(itertools.islice(dataset.batches("train", 256), 8))
+    torch.manual_seed(args.seed)
+    dense = models.start("lenet5", dataset.image_shape, dataset.classes)
+    config = settings(args)
+    stages: dict[str, float] = {}
+
+    def ended(line: str) -> None:
+        stages[line.partition(",")[0]] = round(time.perf_counter() - started, 2)
+
+    train, validation = splits(dataset, args)
+    validate = partial(accuracy, batches=validation)
+    if args.side == OURS:
+        slimmed = slim(dense, train, config=config, validate=validate, calibration=calibration, log=ended)
+        net = slimmed.model
+    else:
+        net = dense
+        with_torch_pruning(net, train, config, validate, calibration[0][0][:8], ended)
+    seconds = time.perf_counter() - started
+    del train, validation, validate  # the workers of a loader end, and their time counts
+    used = sum(os.times()[:4]) - sum(processor[:4])
+    costs = cost(net, calibration[0][0][:8])
+    return {
+        "seconds": round(seconds, 2),
+        "seconds until the end of": stages,
+        "cpu seconds": round(used, 2),
+        "memory": round(peak_memory()),
+        "accuracy": accuracy(net, dataset.batches("test", EVALUATION_BATCH)),
+        "params": costs.params,
+        "macs": costs.macs,
+        "widths": list(net.widths),  # type: ignore[arg-type]
+    }
+
+
+def settings(args: argparse.Namespace) -> SlimConfig:
+    """The main job's settings, for as many epochs as were asked for."""
+    config = SlimConfig.within(Budget(macs=args.max_macs))
+    recover = replace(config.prune.recover, epochs=args.recover_epochs)
+    return replace(
+        config,
+        sparsify=replace(config.sparsify, epochs=args.sparsify_epochs),
+        prune=PruneConfig(args.iterations, recover, ranking=args.ranking),
+        finetune=replace(config.finetune, epochs=args.finetune_epochs),
+    )
+
+
+class Images(MNIST):
+    """torchvision's MNIST over one of our splits: an item is made exactly as in the original."""
+
+    def __init__(self, split: data.Split, transform: Callable[[Any], torch.Tensor]):
+        self.data, self.targets = split.images[:, 0], split.labels
+        self.transform, self.target_transform = transform, None
+
+
+def splits(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Training and validation batches as a side has them."""
+    if args.side not in LOADERS:
+        train = dataset.batches("train", args.batch_size, shuffle=True)
+        return train, dataset.batches("validation", EVALUATION_BATCH)
+    normalize = transforms.Normalize((dataset.mean,), (dataset.std,))
+    prepare = transforms.Compose([transforms.ToTensor(), normalize])
+    workers = LOADERS[args.side]
+    loader: Callable[..., Any] = partial(DataLoader, num_workers=workers, persistent_workers=workers > 0)
+    train = loader(Images(dataset.train, prepare), args.batch_size, shuffle=True, drop_last=True)
+    return train, loader(Images(dataset.validation, prepare), EVALUATION_BATCH)
+
+
+def with_torch_pruning(
+    net: nn.Module,
+    batches: Any,
+    config: SlimConfig,
+    validate: Callable[[nn.Module], float],
+    example: torch.Tensor,
+    ended: Callable[[str], None],
+) -> None:
+    """The three stages with BNScalePruner, in place."""
+    peer = Peer("bn-scale", net, example, ranking=config.prune.ranking)
+    learn = partial(plain, net, batches, validate)
+    learn(config.sparsify, regularize=peer.pruner.regularize)
+    ended("stage 1, sparsify")
+    dense = cost(net, example)
+    asked, steps = config.counts.resolve(dense), config.prune.iterations
+    for step in range(1, steps + 1):
+        peer.reach(asked.share(dense, step, steps))
+        learn(config.prune.recover)
+    ended("stage 2, prune")
+    learn(config.finetune, keep_best=True)
+    ended("stage 3, fine-tune")
+
+
+def plain(
+    net: nn.Module,
+    batches: Any,
+    validate: Callable[[nn.Module], float],
+    how: TrainConfig,
+    *,
+    regularize: Callable[[nn.Module], None] = lambda net: None,
+    keep_best: bool = False,
+) -> None:
+    """A training loop as one writes it around torch-pruning."""
+    optimizer = torch.optim.SGD(
+        net.parameters(), how.lr, momentum=how.momentum, nesterov=True, weight_decay=how.weight_decay
+    )
+    total = how.epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: how.rate(step / total))
+    best, weights = -1.0, None
+    for _ in range(how.epochs):
+        net.train()
+        for images, labels in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            regularize(net)
+            optimizer.step()
+            schedule.step()
+        reached = validate(net)
+        if keep_best and reached >= best:
+            best, weights = reached, copy.deepcopy(net.state_dict())
+    if weights is not None:
+        net.load_state_dict(weights)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of one side, and the accuracy of every run."""
+    medians = {key: round(statistics.median(run[key] for run in runs), 2) for key in COLUMNS}
+    return {
+        **medians,
+        "accuracy": [run["accuracy"] for run in runs],
+        **{key: round(statistics.median(run[key] for run in runs)) for key in ("params", "macs")},
+    }
+
+
+def ratios(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Ours divided by every other side: the median over the repeats, the least and the most."""
+    found: dict[str, dict[str, list[float]]] = {}
+    by_side: dict[str, list[dict[str, Any]]] = {}
+    for each in sorted(runs, key=lambda each: each["seed"]):
+        by_side.setdefault(each["side"], []).append(each)
+    for side in [side for side in by_side if side != OURS and OURS in by_side]:
+        pairs = list(zip(by_side[OURS], by_side[side], strict=True))
+        for key in COLUMNS:
+            values = [ours[key] / other[key] for ours, other in pairs if other[key]]
+            if values:
+                spread = [statistics.median(values), min(values), max(values)]
+                found.setdefault(side, {})[key] = [round(value, 3) for value in spread]
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same as tables."""
+    asked = result["settings"]
+    lines = [
+        f"{asked['data']}, batch {asked['batch_size']}, {asked['threads']} "
+        f"thread{'s' * (asked['threads'] > 1)}, at most {asked['max_macs']} of the MACs, ranking "
+        f"{asked['ranking']}; epochs: {asked['sparsify_epochs']} of stage 1, {asked['recover_epochs']} after "
+        f"each of {asked['iterations']} pruning steps, {asked['finetune_epochs']} of fine-tuning. "
+        f"{timing.described(result['machine'])}.",
+        "",
+    ]
+    rows = []
+    for side, found in result["sides"].items():
+        percent = [100 * value for value in found["accuracy"]]
+        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+        costs = [f"{found[key]:,.1f}" for key in COLUMNS]
+        accuracy_cell = f"{statistics.mean(percent):.2f}{spread}"
+        rows.append(
+            [side, *costs, accuracy_cell, f"{found['params']:,}", f"{found['macs']:,}", str(len(percent))]
+        )
+    heads = ["side", *COLUMNS.values(), "accuracy %", "params", "MACs", "runs"]
+    lines += timing.table(heads, rows)
+    heads = ["ours ÷", *(f"{head} (least to most)" for head in COLUMNS.values())]
+    rows = [
+        [side, *(timing.shown(found[key]) if key in found else "–" for key in COLUMNS)]
+        for side, found in result["ratios"].items()
+    ]
+    if rows:
+        lines += timing.table(heads, rows)
+    loaders = {side: found["seconds"] for side, found in result["sides"].items() if side in LOADERS}
+    if loaders and OURS in result["sides"]:
+        quicker = min(loaders, key=loaders.__getitem__)
+        share = result["ratios"][quicker]["seconds"][0]
+        lines += [f"Ours takes {share:.2f} of the time of torch-pruning with the quicker loader ({quicker})."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
