@@ -19,6 +19,7 @@ from pruning.cost import count, time_forward
 from pruning.doctor import doctor
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
+from pruning.forms import optimize
 from pruning.graph import Inputs, first_examples, tensors
 from pruning.grouping import trace
 from pruning.mistakes import mistakes
@@ -431,6 +432,11 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
     parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="bring an ONNX file into the form that ONNX Runtime runs quickest on this machine",
+    )
+    parser.add_argument(
         "--int8",
         action="store_true",
         help="also write an int8 file beside an ONNX one, calibrated on the training batches of --data",
@@ -448,6 +454,8 @@ def _export(args: argparse.Namespace) -> None:
     wanted = args.int8 or args.int8_faster
     if wanted and (args.to != "onnx" or args.data is None):
         raise PruningError("--int8 needs --to onnx and --data to calibrate on")
+    if args.optimize and args.to != "onnx":
+        raise PruningError("--optimize is for --to onnx")
     path: Path = args.checkpoint
     model, content = flags.network_with(args, path), read(path)
     output = args.output or path.with_suffix(SUFFIXES[args.to])
@@ -456,6 +464,8 @@ def _export(args: argparse.Namespace) -> None:
     examples = torch.zeros(2, *_input_shape(flags.input_shape(args), path, content["arguments"]))
     with thread_count(1):
         print(export(model, output, examples, args.to, metadata=_metadata(args, content)))
+        if args.optimize:
+            print(optimize(output, output))
     data = flags.data_of(args)
     if wanted and data is not None:
         small = output.with_suffix(".int8.onnx")
