@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph import Group, Inputs, Trace, call, tensors
+from pruning.meta import without_storage
 from pruning.modes import eval_mode, hooked
 from pruning.surgery import replace_module
 
@@ -51,6 +52,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             them the blocks around them. inputs: example inputs, as `trace` takes them.
     """
     seen = _observe(model, inputs)
+    probe, example = without_storage(model, lambda copied, x: call(copied, x), inputs)
     found: dict[str, Removable] = {}
     for name, uses in seen.items():
         if len(uses) != 1 or not name:
@@ -61,7 +63,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
         elif _passes_input_on(model.get_submodule(name), uses[0]):
             kept = any(f"{layer}.".startswith(f"{name}.") for layer in traced.ignored)
             candidate = None if kept else Removable(name, (name,))
-        if candidate is not None and _runs(model, candidate, inputs):
+        if candidate is not None and _runs(probe, candidate, example):
             found[name] = candidate
     # Of nested blocks (a stage of blocks passes its input on, too) the innermost.
     blocks = [name for name, candidate in found.items() if not candidate.joined]

@@ -36,6 +36,17 @@ def without_computing(run: Callable[[nn.Module, Any], T], model: nn.Module, inpu
         return run(copy.deepcopy(model), pytree.tree_map(_detached, inputs))
 
 
+def without_storage(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> tuple[Any, Any]:
+    """A model and its inputs on the meta device if they run there, else as they are."""
+    probe, example = on_meta(model), pytree.tree_map(to_meta, inputs)
+    try:
+        with torch.no_grad():
+            run(probe.eval(), example)
+    except Exception:  # of a model that looks at values
+        return model, inputs
+    return probe, example
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy without storage: shapes alone."""
     memo: dict[int, Any] = {}
