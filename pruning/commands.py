@@ -16,6 +16,7 @@ from pruning import cli, flags, parallel
 from pruning.checkpoint import provenance, read, replace_file, save, write_loader
 from pruning.config import TrainConfig
 from pruning.cost import count, time_forward
+from pruning.demo import demo_checkpoint
 from pruning.doctor import doctor
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
@@ -470,6 +471,19 @@ def _report(args: argparse.Namespace) -> None:
     print(report(args.run, args.output))
 
 
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="weights of the dense network, to show beside it"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the ending .html"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="of the classes, in their order (default: numbers)"
+    )
+    flags.checkpoint_flags(parser)
+
+
 COMMANDS: dict[str, Command] = {
     "doctor": ("say what pruning would do to a model, before anything is done", _doctor_flags, _doctor),
     "prune": ("remove channels in one step, without training", _prune_flags, _prune),
@@ -482,5 +496,6 @@ COMMANDS: dict[str, Command] = {
         _export_flags,
         _export,
     ),
+    "demo": ("make one HTML file in which a network says what is drawn", _demo_flags, demo_checkpoint),
     "report": ("make one HTML file that shows a run", _report_flags, _report),
 }
