@@ -16,6 +16,7 @@ from pruning import cli, flags, parallel
 from pruning.checkpoint import provenance, read, replace_file, save, write_loader
 from pruning.config import TrainConfig
 from pruning.cost import count, time_forward
+from pruning.demo import demo_checkpoint
 from pruning.doctor import doctor
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
@@ -405,32 +406,11 @@ def _shown(value: Any) -> str:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="network to export")
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the format's ending"
     )
-    parser.add_argument(
-        "--input-shape",
-        metavar="CxHxW",
-        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
-    )
-    parser.add_argument(
-        "--mean", type=cli.number(float("-inf")), nargs="+", metavar="X",
-        help="noted in the file: what was subtracted from each channel of the training images",
-    )  # fmt: skip
-    parser.add_argument(
-        "--std",
-        type=cli.number(0),
-        nargs="+",
-        metavar="X",
-        help="noted in the file: what each was divided by",
-    )
-    parser.add_argument("--model", metavar="NAME", help="factory of the dense network, as doctor takes it")
-    parser.add_argument(
-        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    flags.checkpoint_flags(parser)
     parser.add_argument(
         "--optimize",
         action="store_true",
@@ -446,8 +426,6 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="likewise, but refuse an int8 file that is not faster than float32 on this machine",
     )
-    flags.data_flags(parser, required=False, shape=False)
-    parser.set_defaults(device="cpu")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -461,9 +439,13 @@ def _export(args: argparse.Namespace) -> None:
     output = args.output or path.with_suffix(SUFFIXES[args.to])
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
-    examples = torch.zeros(2, *_input_shape(flags.input_shape(args), path, content["arguments"]))
+    metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
+    scales = flags.normalisation(args, content)
+    if scales is not None:
+        metadata["normalisation"] = scales
+    examples = torch.zeros(2, *flags.image_shape(args, content))
     with thread_count(1):
-        print(export(model, output, examples, args.to, metadata=_metadata(args, content)))
+        print(export(model, output, examples, args.to, metadata=metadata))
         if args.optimize:
             print(optimize(output, output))
     data = flags.data_of(args)
@@ -478,30 +460,6 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{small}: validation accuracy {rounded:.4f} (float32 {exact:.4f})")
 
 
-def _input_shape(given: tuple[int, ...] | None, path: Path, arguments: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of one input: the given one, or the one that a checkpoint stores."""
-    stored = tuple(arguments.get("image_shape", ()))
-    if given and stored and given != stored:
-        asked, known = ("x".join(map(str, size)) for size in (given, stored))
-        raise PruningError(f"--input-shape {asked}: {path} takes {known}")
-    if not given and not stored:
-        raise PruningError(f"{path} does not say what its inputs are: give --input-shape, such as 3x224x224")
-    return given or stored
-
-
-def _metadata(args: argparse.Namespace, content: dict[str, Any]) -> dict[str, Any]:
-    """What an exported file says of itself."""
-    facts = content["provenance"]
-    metadata = {"model": content["class"], "provenance": facts, "exported": provenance()}
-    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
-        raise PruningError("--mean and --std go together: as many numbers for both")
-    if args.mean:
-        metadata["normalisation"] = {"mean": args.mean, "std": args.std}
-    elif "normalisation" in facts:
-        metadata["normalisation"] = facts["normalisation"]
-    return metadata
-
-
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
@@ -511,6 +469,19 @@ def _report(args: argparse.Namespace) -> None:
     from pruning.report import report  # matplotlib is needed for this alone
 
     print(report(args.run, args.output))
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="weights of the dense network, to show beside it"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the ending .html"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="of the classes, in their order (default: numbers)"
+    )
+    flags.checkpoint_flags(parser)
 
 
 COMMANDS: dict[str, Command] = {
@@ -525,5 +496,6 @@ COMMANDS: dict[str, Command] = {
         _export_flags,
         _export,
     ),
+    "demo": ("make one HTML file in which a network says what is drawn", _demo_flags, demo_checkpoint),
     "report": ("make one HTML file that shows a run", _report_flags, _report),
 }

@@ -99,17 +99,15 @@ def export(
     except (TypeError, ValueError) as error:
         raise ExportError(f"the metadata is not plain data: {error}") from error
 
-    folded = _folded(whole, batches[-1])
+    ready = folded(whole, batches[-1])
     size = torch.export.Dim("batch")
     any_size = tuple({0: size} for _ in examples)
     try:
         with quiet():
-            program = torch.export.export(folded, tuple(batches[-1]), dynamic_shapes=any_size)
-            content = _WRITERS[format](folded, program, batches[-1], facts)
+            program = torch.export.export(ready, tuple(batches[-1]), dynamic_shapes=any_size)
+            content = _WRITERS[format](ready, program, batches[-1], facts)
     except Exception as error:  # an exporter can fail in any way
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported to {format}: {_cause(error)}"
-        ) from error
+        raise ExportError(f"{type(model).__name__} cannot be exported to {format}: {cause(error)}") from error
 
     worst = 0.0
 
@@ -157,7 +155,7 @@ def _described(examples: list[Tensor], outputs: Any) -> dict[str, Any]:
     return {**facts, "torch": str(torch.__version__)}
 
 
-def _folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
+def folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
     """The model with BatchNorm folded; tracing is for those that have one."""
     if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         return model
@@ -165,7 +163,7 @@ def _folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
     return fold_batchnorm(model, trace(model, batch)).requires_grad_(False)
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """What an exporter stumbled on, in one line: of a chain of errors the first one."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pruning.budget import PLACES, Budget, LatencyBudget
 from pruning.checkpoint import load, read_plain
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.errors import PruningError
-from pruning.graph import Inputs
+from pruning.graph import Inputs, tensors
 from pruning.plan import RANKINGS
 from pruning.prune import NAMES as SCORES
 from pruning.sources import Data, arguments_of, make_data, make_model
@@ -74,6 +75,28 @@ def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool =
             metavar="CxHxW",
             help="of one example, to trace with random ones where no data is given: 3x224x224",
         )
+
+
+def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Of commands that make something of a checkpoint, on the CPU."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of a network")
+    parser.add_argument(
+        "--input-shape",
+        metavar="CxHxW",
+        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
+    )
+    parser.add_argument(
+        "--mean", type=cli.number(float("-inf")), nargs="+", metavar="X",
+        help="what was subtracted from each channel of the training images; default: as the checkpoint says",
+    )  # fmt: skip
+    parser.add_argument("--std", type=cli.number(0), nargs="+", metavar="X", help="what each was divided by")
+    parser.add_argument("--model", metavar="NAME", help="factory of the dense network, as doctor takes it")
+    parser.add_argument(
+        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    data_flags(parser, required=False, shape=False)
+    parser.set_defaults(device="cpu")
 
 
 def run_flags(parser: argparse.ArgumentParser) -> None:
@@ -305,6 +328,30 @@ def input_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text.lower()):
         raise PruningError(f"--input-shape {text!r}: expected sizes such as 1x28x28 or 3x224x224")
     return tuple(int(size) for size in text.lower().split("x"))
+
+
+def image_shape(
+    args: argparse.Namespace, content: Mapping[str, Any], data: Data | None = None
+) -> tuple[int, ...]:
+    """The shape of one input: as --input-shape, the content of `args.checkpoint` or the data say."""
+    given, stored = input_shape(args), tuple(content["arguments"].get("image_shape", ()))
+    if given and stored and given != stored:
+        asked, known = ("x".join(map(str, size)) for size in (given, stored))
+        raise PruningError(f"--input-shape {asked}: {args.checkpoint} takes {known}")
+    if not given and not stored and data is None:
+        raise PruningError(
+            f"{args.checkpoint} does not say what its inputs are: give --input-shape, such as 3x224x224"
+        )
+    return given or stored or tuple(tensors(examples(args, data))[0].shape[1:])
+
+
+def normalisation(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`mean` and `std` by channel: as --mean and --std or the content of a checkpoint say."""
+    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
+        raise PruningError("--mean and --std go together: as many numbers for both")
+    if args.mean:
+        return {"mean": args.mean, "std": args.std}
+    return content["provenance"].get("normalisation")
 
 
 def examples(args: argparse.Namespace, data: Data | None) -> Inputs:

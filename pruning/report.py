@@ -7,7 +7,6 @@ light or dark setting.
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,36 +17,17 @@ from pruning.budget import LABELS
 from pruning.checkpoint import read, replace_file
 from pruning.curves import Sensitivity
 from pruning.errors import PruningError
+from pruning.page import document
+from pruning.page import text as _text
 
 Event = Mapping[str, Any]
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dae1; --soft: #f3f5f8;
-  --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --paper: #14181e; --line: #353c47; --soft: #1e242d; --accent: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-h1, h2 { line-height: 1.25; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .9rem; margin-top: .3rem; }
 figure img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px;
   padding: .4rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; }
-.card { background: var(--soft); border-radius: 8px; padding: .7rem 1rem; min-width: 9rem; }
-.card b { display: block; font-size: 1.35rem; color: var(--accent); }
-.card span { font-size: .85rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
 @media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
 
@@ -74,13 +54,8 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         _epochs(events),
         _provenance(folder, settings),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(folder.name)}: pruning report</title><style>{_CSS}</style></head><body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
-    )
+    body = "\n".join(section for section in sections if section)
+    page = document(f"{folder.name}: pruning report", body, _CSS)
     path = Path(output) if output is not None else folder / "report.html"
     replace_file(path, page.encode())
     return path
@@ -316,7 +291,3 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _embedded(figure: Any) -> str:
     """A figure as a data address."""
     return f"data:image/svg+xml;base64,{base64.b64encode(plots.svg(figure)).decode()}"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

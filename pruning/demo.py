@@ -1,0 +1,313 @@
+"""One HTML file in which a network says what is drawn: it runs in the page, without a server.
+
+The exported network becomes a list of operations (`pruning.program`), which a few hundred lines
+of JavaScript in the page run. The page checks itself: it computes what PyTorch computed on
+images that both know, and says how far apart they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning import flags
+from pruning.checkpoint import read, read_plain, replace_file
+from pruning.cost import count
+from pruning.errors import ExportError, PruningError
+from pruning.export import TOLERANCE, folded
+from pruning.modes import thread_count
+from pruning.page import document, text
+from pruning.program import program_of
+from pruning.runtimes import difference, first_line
+from pruning.sources import BUILT_IN, IMAGENET, Data
+
+#: Thickness of the pen in pixels of 28 x 28 images. Chosen on the embedded validation digits.
+PEN = 2.4
+#: How many images of noise the page checks itself with.
+NOISE = 3
+#: Most test images to click on, and most batches that are searched for them.
+EXAMPLES, SEARCHED = 10, 20
+#: Most bytes of weights: browsers do not open much longer files.
+LARGEST = 300_000_000
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A page that was written. `difference` is the largest of its programs' from PyTorch, `size` in bytes."""
+
+    path: Path
+    networks: tuple[str, ...]
+    size: int
+    difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {' and '.join(self.networks)}, {self.size:,} bytes; the page's operations give "
+            f"PyTorch's outputs to {self.difference:.1e} of the largest (tolerance {TOLERANCE:g}). "
+            "Open it in a browser"
+        )
+
+
+@dataclass(frozen=True)
+class Images:
+    """What networks take: shape (C, H, W), the normalisation by channel, and images to click on.
+
+    `examples` are pairs of pixels (C, H, W), uint8, and the number of their class.
+    """
+
+    shape: tuple[int, ...]
+    mean: Sequence[float]
+    std: Sequence[float]
+    examples: Sequence[tuple[Tensor, int]] = ()
+
+    def __post_init__(self) -> None:
+        size = "x".join(map(str, self.shape))
+        if len(self.shape) != 3 or self.shape[0] not in (1, 3):
+            raise PruningError(
+                f"inputs of {size}: a page can draw images of 1 or 3 channels, such as 1x28x28"
+            )
+        if not len(self.mean) == len(self.std) == self.shape[0] or min(self.std) <= 0:
+            raise PruningError(
+                f"inputs of {size} need a mean and a positive standard deviation for each channel; given: "
+                f"{list(self.mean)} and {list(self.std)}"
+            )
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (C, H, W) as the networks take them, (1, C, H, W); the page computes the same."""
+        mean, std = (np.array(each, dtype=np.float64).reshape(-1, 1, 1) for each in (self.mean, self.std))
+        return torch.from_numpy(((pixels.numpy() / 255 - mean) / std).astype(np.float32))[None]
+
+    def noise(self) -> list[Tensor]:
+        """Pixels at random, always the same: demo.js draws them likewise."""
+        state, found = 1, []
+        for _ in range(NOISE * int(np.prod(self.shape))):
+            state = (state * 1664525 + 1013904223) % 2**32
+            found.append(state >> 24)
+        return list(torch.tensor(found, dtype=torch.uint8).reshape(NOISE, *self.shape))
+
+
+def demo(
+    networks: Mapping[str, nn.Module],
+    path: str | Path,
+    images: Images,
+    *,
+    title: str | None = None,
+    classes: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Demo:
+    """Write a page in which networks say what is drawn, side by side.
+
+    Args:
+        networks: classifiers by the name they are shown with, the main one last; left as
+            they are.
+        path: replaced where it exists.
+        title: of the page, by default the networks' names.
+        classes: their names in order, by default their numbers.
+        facts: plain data on how each was made, shown at the end.
+
+    Raises `ExportError` when a network cannot be traced or has an operation without a rule, which is
+    named; `PruningError` for what is no classifier. Then nothing is written.
+    """
+    inputs = [images.normalised(pixels) for pixels in (*images.noise(), *(x for x, _ in images.examples))]
+    worst, shown = 0.0, []
+    for name, model in networks.items():
+        found, apart = _network(name, model, inputs)
+        worst = max(worst, apart)
+        shown.append(found)
+    weights = sum(each["bytes"] for each in shown)
+    if weights > LARGEST:
+        raise PruningError(f"{weights:,} bytes of weights are too many for a page, which holds {LARGEST:,}")
+    sizes = {len(each["expected"][0]) for each in shown}
+    if len(sizes) > 1 or (classes is not None and {len(classes)} != sizes):
+        given = [*(f"{each['name']}: {len(each['expected'][0])}" for each in shown)]
+        given += [f"names: {len(classes)}"] if classes is not None else []
+        raise PruningError(f"the numbers of classes differ: {', '.join(given)}")
+    names = list(classes) if classes is not None else [str(i) for i in range(*sizes)]
+    if any(truth >= len(names) for _, truth in images.examples):
+        raise PruningError(f"the test images have more classes than the networks, {len(names)}")
+    data = {
+        "input": {"shape": list(images.shape), "mean": list(images.mean), "std": list(images.std)},
+        "classes": names,
+        "networks": shown,
+        "noise": NOISE,
+        "examples": [
+            {"pixels": _encoded(pixels.contiguous().numpy().tobytes()), "truth": truth}
+            for pixels, truth in images.examples
+        ],
+        "tolerance": TOLERANCE,
+        "pen": PEN,
+    }
+    page = _page(title or " beside ".join(reversed(list(networks))), images, data, facts or {}).encode()
+    replace_file(path, page)
+    return Demo(Path(path), tuple(networks), len(page), worst)
+
+
+def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], float]:
+    """What the page holds of a network, and how far its program is from it."""
+    whole = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            expected = [whole(x) for x in inputs]
+    except Exception as error:  # of the user's model
+        raise PruningError(
+            f"{name} does not run on inputs of shape {tuple(inputs[0].shape[1:])}: {first_line(error)}"
+        ) from error
+    first = expected[0]
+    if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[1] < 2:
+        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise PruningError(f"{name} is no classifier: outputs (N, classes) were expected, it gives {got}")
+    ready = folded(whole, [inputs[0]])
+    program = program_of(ready, inputs[0])
+    apart = max(difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True))
+    if not apart <= TOLERANCE:
+        raise ExportError(
+            f"{name}: its operations differ from the model by {apart:.1e} of the largest output (tolerance "
+            f"{TOLERANCE:g}). Does the model take a Python value from a tensor?"
+        )
+    cost = count(ready, inputs[0])
+    found = {
+        "name": name,
+        "params": cost.params,
+        "macs": cost.macs,
+        "bytes": len(program.weights),
+        "probabilities": program.probabilities,
+        "program": program.to_json(),
+        "weights": _encoded(program.weights),
+        "expected": [[float(f"{value:.9g}") for value in y.flatten().tolist()] for y in expected],
+    }
+    return found, apart
+
+
+def _encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _page(title: str, images: Images, data: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    def beside(name: str) -> str:
+        return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+    channels, height, width = images.shape
+    several = len(data["networks"]) > 1
+    digits = data["classes"] == [str(i) for i in range(10)] and channels == 1
+    made = (
+        f"<details><summary>{text(name)}: how it was made</summary>"
+        f"<pre>{text(json.dumps(facts[name], indent=2))}</pre></details>"
+        for name in facts
+    )
+    parts = {
+        "title": text(title),
+        "what": "a digit" if digits else "something",
+        "runs": "networks run" if several else "network runs",
+        "see": "networks see" if several else "network sees",
+        "colours": "" if channels == 3 else "hidden",
+        "size": f"{width} × {height}",
+        "facts": "".join(made),
+        "script": beside("program.js") + beside("demo.js").replace('"use strict";\n', ""),
+        # In a script element nothing but the end of one needs an escape.
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+    }
+    body = re.sub(r"@(\w+)@", lambda found: parts[found[1]], beside("demo.html"))
+    return document(title, body, beside("demo.css"))
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+def demo_checkpoint(args: argparse.Namespace) -> None:
+    """`python -m pruning demo`."""
+    network, content = flags.network_with(args, args.checkpoint), read(args.checkpoint)
+    against = None if args.against is None else flags.network_with(args, args.against)
+    data = flags.data_of(args)
+    output = args.output or args.checkpoint.with_suffix(".html")
+    for path in filter(None, (args.checkpoint, args.against)):
+        if output.exists() and output.samefile(path):
+            raise PruningError(f"--output {output} is a checkpoint; give another name")
+    images = _images(args, content, data)
+    name = _name(args, content, network)
+    models, facts, title = {name: network}, {name: content["provenance"]}, name
+    if against is not None:
+        stored = read_plain(args.against)
+        stored = stored if isinstance(stored, dict) and "provenance" in stored else {"provenance": {}}
+        other = _name(args, stored, against)
+        names = ("dense", "pruned") if other == name else (other, name)
+        title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"
+        models = dict(zip(names, (against, network), strict=True))
+        facts = dict(zip(names, (stored["provenance"], content["provenance"]), strict=True))
+    classes = args.classes or content["provenance"].get("classes") or _class_names(data)
+    with thread_count(1):
+        made = {name: each for name, each in facts.items() if each}
+        print(demo(models, output, images, title=title, classes=classes, facts=made))
+
+
+def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> Images:
+    """What the network takes, as flags, its checkpoint or the data say."""
+    size = flags.image_shape(args, content, data)
+    scales = flags.normalisation(args, content) or _usual(content, data)
+    if scales is None:
+        raise PruningError(
+            f"{args.checkpoint} does not say how its images were normalised: give --mean and --std "
+            "(0 and 1 for pixels as they are)"
+        )
+    images = Images(size, scales["mean"], scales["std"])
+    return images if data is None else replace(images, examples=_examples(images, data))
+
+
+def _usual(content: Mapping[str, Any], data: Data | None) -> dict[str, Any] | None:
+    """The normalisation that `pruning.sources` gives the data which the checkpoint or --data names."""
+    for name in (content["provenance"].get("dataset"), data.name if data is not None else None):
+        if name in BUILT_IN:
+            _, mean, std = BUILT_IN[name]
+            return {"mean": mean, "std": std}
+    if data is not None and Path(data.name).is_dir():
+        return dict(zip(("mean", "std"), IMAGENET, strict=True))
+    return None
+
+
+def _class_names(data: Data | None) -> list[str] | None:
+    """What torchvision's data sets call their classes; MNIST calls them "0 - zero"."""
+    found: Any = getattr(data, "validation", None)
+    while hasattr(found, "dataset"):
+        found = found.dataset
+    names = getattr(found, "classes", None)
+    if names is None:
+        return None
+    return [str(i) if str(name).startswith(f"{i} - ") else str(name) for i, name in enumerate(names)]
+
+
+def _name(args: argparse.Namespace, content: Mapping[str, Any], model: nn.Module) -> str:
+    """What a network is called: by its factory where that is known, else by its class."""
+    made = content["provenance"].get("model") or {}
+    named = args.model or (made.get("name") if isinstance(made, dict) else None)
+    return named.rpartition(":")[2] if named else type(model).__name__
+
+
+def _examples(images: Images, data: Data) -> list[tuple[Tensor, int]]:
+    """The first test image of each class, as pixels."""
+    found: dict[int, Tensor] = {}
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (images.mean, images.std))
+    for number, (inputs, targets) in enumerate(data.test if data.test is not None else data.validation):
+        if number == SEARCHED or len(found) == EXAMPLES:
+            break
+        if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != images.shape:
+            got = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise PruningError(f"data {data.name!r} gives {got}, the network takes {images.shape}")
+        for x, truth in zip(inputs, targets.tolist(), strict=True):
+            if truth not in found and len(found) < EXAMPLES:
+                found[truth] = x * std + mean
+    if any(x.min() < -0.01 or x.max() > 1.01 for x in found.values()):
+        raise PruningError(
+            f"data {data.name!r}: by this mean and standard deviation its pixels are not from 0 to 1; are "
+            "--mean and --std those of the data?"
+        )
+    return [((255 * x).round().clamp(0, 255).to(torch.uint8), truth) for truth, x in sorted(found.items())]
