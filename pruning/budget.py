@@ -100,7 +100,7 @@ class LatencyBudget:
     runtime: str = "eager"
     threads: int = 1
     batch_size: int = 0
-    seconds: float = 2.0
+    seconds: float = 1.0
     dense: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

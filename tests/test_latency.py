@@ -99,7 +99,7 @@ def test_the_command_says_what_it_measured(tmp_path, monkeypatch, capsys):
     from pruning import cli
     from pruning.__main__ import main
 
-    words = ["prune", "--model", "squeezenet1_1", "--input-shape", "3x64x64", "--score", "l2"]
+    words = ["prune", "--model", "models:LeNet5", "--input-shape", "1x28x28", "--score", "l2"]
     monkeypatch.setattr(
         sys, "argv", ["pruning", *words, "--max-latency", "0.9x", "--output", str(tmp_path / "s.pth")]
     )
