@@ -275,3 +275,32 @@ def images(count: int = 2) -> Tensor:
 def snapshot(net: nn.Module) -> dict[str, Tensor]:
     """Its state as it is now, not to change with it."""
     return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def batches(count=4, size=16, seed=3):
+    """Images whose class is the brightest of four places."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, size, 3, 14, 14, generator=draw)
+    labels = torch.randint(0, 4, (count, size), generator=draw)
+    for batch, classes in zip(images, labels, strict=True):
+        for image, label in zip(batch, classes, strict=True):
+            image[:, 3 * int(label) : 3 * int(label) + 3] += 1.5
+    return list(zip(images, labels, strict=True))
+
+
+def same(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Shuffled:
+    """Batches in a new order each time, from the global generator, as a DataLoader gives them."""
+
+    def __init__(self):
+        self.batches = batches()
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return (self.batches[i] for i in torch.randperm(len(self.batches)).tolist())

@@ -1,61 +1,22 @@
-"""Law 7 and the stages: determinism, resuming, and what each stage is to do."""
+"""The training loop and stage 3: schedules, the best epoch, averages, resuming, teachers."""
 
 from __future__ import annotations
-
-import json
 
 import nets
 import pytest
 import torch
+from nets import Shuffled, batches, same
 from torch import nn
 
 from pruning import (
-    Budget,
-    PruneConfig,
     PruningError,
-    Run,
-    ScalePull,
-    SlimConfig,
     TrainConfig,
     TrainingDiverged,
     accuracy,
-    count,
     distillation,
     finetune,
     fit,
-    slim,
-    sparsify,
-    trace,
 )
-
-
-def batches(count=4, size=16, seed=3):
-    """Images whose class is the brightest of four places."""
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, size, 3, 14, 14, generator=draw)
-    labels = torch.randint(0, 4, (count, size), generator=draw)
-    for batch, classes in zip(images, labels, strict=True):
-        for image, label in zip(batch, classes, strict=True):
-            image[:, 3 * int(label) : 3 * int(label) + 3] += 1.5
-    return list(zip(images, labels, strict=True))
-
-
-def same(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-class Shuffled:
-    """Batches in a new order each time, from the global generator, as a DataLoader gives them."""
-
-    def __init__(self):
-        self.batches = batches()
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return (self.batches[i] for i in torch.randperm(len(self.batches)).tolist())
 
 
 def test_training_learns():
@@ -174,124 +135,6 @@ def test_settings_are_checked_when_they_are_made(bad):
         TrainConfig(**{"epochs": 1, **bad})
 
 
-def test_stage_1_takes_no_moving_average():
-    with pytest.raises(PruningError, match="no exact zeros"):
-        SlimConfig(Budget(params=5), TrainConfig(1, ema=0.9), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
-
-
-# Stage 1
-
-
-def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
-    net = nets.make("lenet")
-    traced = trace(net, nets.images())
-    pull = ScalePull(net, traced, strength=2.0)
-    dense = pull.cost_model(pull.cost_model.full)
-    freed = pull.cost_model.freed(pull.cost_model.full)
-    norms = [net.features.bn1, net.features.bn2, net.classifier.bn1, net.classifier.bn2]
-    before = [norm.weight.detach().clone() for norm in norms]
-    pull.step(lr=0.25)
-    for i, (norm, old) in enumerate(zip(norms, before, strict=True)):
-        by = 0.25 * 2.0 * (freed["params"][i] / dense.params + freed["macs"][i] / dense.macs)
-        expected = nn.functional.softshrink(old, by)
-        largest = old.abs().argmax()
-        expected[largest] = old[largest]  # the channel that keeps the group alive
-        torch.testing.assert_close(norm.weight.detach(), expected)
-
-
-def test_a_pull_under_a_budget_weighs_what_is_over_it():
-    net = nets.make("lenet")
-    traced = trace(net, nets.images())
-    dense = ScalePull(net, traced, 1.0).dense
-    # Twice over the limit on params, four times over that on MACs: excesses of 1 and 3.
-    budget = Budget(params=dense.params // 2, macs=dense.macs // 4)
-    weights = ScalePull(net, traced, 1.0, budget).weights
-    assert weights["params"] == pytest.approx(0.5, rel=0.02)
-    assert weights["macs"] == pytest.approx(1.5, rel=0.02)
-    assert ScalePull(net, traced, 1.0, Budget(params=10**9)).weights == {"params": 1.0, "macs": 1.0}
-
-
-def test_a_pull_strong_enough_gives_exact_zeros_and_then_pulls_by_what_is_left():
-    net = nets.make("lenet")
-    pull = ScalePull(net, trace(net, nets.images()), strength=1.0)
-    with torch.no_grad():
-        net.features.bn2.weight[:4] = 1e-4
-        net.features.bn2.weight[4] = 2.0  # the largest is spared
-    pull.refresh()
-    pull.step(lr=1.0)
-    assert (net.features.bn2.weight[:4] == 0).all() and (net.features.bn2.weight[4:] != 0).any()
-    assert pull.alive()["features.conv2"] == int((net.features.bn2.weight != 0).sum())
-    before = [float(threshold.max()) for _, threshold in pull.thresholds]
-    pull.refresh()
-    assert float(pull.thresholds[0][1].max()) < before[0], "conv1 frees less once conv2 is narrower"
-
-
-def test_no_pull_is_strong_enough_to_empty_a_group():
-    for name in ("lenet", "residual", "dense"):
-        net = nets.make(name)
-        pull = ScalePull(net, trace(net, nets.images()), strength=1e6)
-        pull.step(lr=1.0)
-        assert all(pull.alive()[group] == 1 for group in pull.scales)
-
-
-def test_the_strength_is_found_from_the_budget():
-    """Without resistance the pull over the way ahead leaves just what the budget allows."""
-    net = nets.make("lenet")
-    traced = trace(net, nets.images())
-    budget = Budget(params="40%", macs="60%").resolve(ScalePull(net, traced, 0.0).dense)
-    pull = ScalePull(net, traced, None, budget)
-    pull.step(lr=1.0)
-    assert pull.alive() == traced.widths, "without a way to go nothing pulls"
-    pull.refresh(way=20.0)
-    for _ in range(20):
-        pull.step(lr=1.0 + 1e-6)
-    assert not budget.excess(pull.cost_model(pull.alive()))
-    pull.refresh(way=20.0)
-    assert pull.strength == 0, "once the budget is met the pull ends"
-
-
-def test_a_pull_that_is_resisted_grows():
-    net = nets.make("lenet")
-    traced = trace(net, nets.images())
-    pull = ScalePull(net, traced, None, Budget(params=300))
-    pull.refresh(way=20.0)
-    before = pull.strength
-    pull.refresh(way=10.0)  # half of the way is gone, and no scale has moved
-    assert pull.resistance == 4.0 and pull.strength == pytest.approx(8 * before)
-    other = ScalePull(net, traced, None, Budget(params=300))
-    other.load_state_dict(pull.state_dict())
-    assert other.state_dict() == pull.state_dict()
-
-
-def test_sparsify_comes_half_of_the_way_to_the_budget():
-    net = nets.make("lenet")
-    cost_model = ScalePull(net, trace(net, nets.images()), 0.0).cost_model
-    budget, dense = Budget(params="25%"), cost_model(cost_model.full)
-    sparsify(net, batches(), TrainConfig(8, lr=0.05), nets.images(), budget=budget)
-    left = cost_model(ScalePull(net, trace(net, nets.images()), 0.0).alive())
-    assert 0.25 * dense.params < left.params < 0.75 * dense.params
-    with pytest.raises(PruningError, match="found from a budget, and none was given"):
-        sparsify(nets.make("lenet"), batches(), TrainConfig(1), nets.images())
-
-
-def test_sparsify_turns_channels_off_where_plain_training_does_not():
-    zeros = {}
-    for strength in (0.0, 6.0):
-        net = nets.make("lenet")
-        sparsify(net, batches(), TrainConfig(6), nets.images(), strength=strength)
-        zeros[strength] = sum(int((m.weight == 0).sum()) for m in net.modules()
-                              if isinstance(m, nn.modules.batchnorm._BatchNorm))  # fmt: skip
-    assert zeros[0.0] == 0 and zeros[6.0] >= 3
-
-
-def test_sparsify_without_a_norm_says_so():
-    with pytest.raises(PruningError, match="no prunable group of this model has a BatchNorm"):
-        sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
-
-
-# Stage 3
-
-
 def test_distillation_in_closed_form():
     teacher, student = nets.make("lenet", 1), nets.make("lenet", 2)
     images, labels = batches(1)[0]
@@ -313,117 +156,3 @@ def test_the_teacher_is_not_trained():
     teacher = nets.make("lenet", 1)
     finetune(nets.make("lenet", 2), batches(), TrainConfig(1), teacher=teacher)
     assert same(teacher, nets.make("lenet", 1))
-
-
-# The pipeline
-
-
-CONFIG = SlimConfig(
-    Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
-    prune=PruneConfig(2, TrainConfig(1, lr=0.02), layers=True),
-    finetune=TrainConfig(2, lr=0.05, ema=0.5), distill=0.3,
-)  # fmt: skip
-
-
-def pipeline(run=None, log=lambda _: None, config=CONFIG):
-    torch.manual_seed(0)
-    data = batches()
-    return slim(nets.make("lenet"), Shuffled(), data[0][0], config,
-                validate=lambda m: accuracy(m, data), calibration=data, run=run, log=log)  # fmt: skip
-
-
-def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
-    lines = []
-    result = pipeline(Run(tmp_path / "run", {}), lines.append)
-    cost_model = ScalePull(result.model, trace(result.model, nets.images()), 0).cost_model
-    dense = ScalePull(result.dense, trace(result.dense, nets.images()), 0).cost_model
-    got, before = cost_model(cost_model.full), dense(dense.full)
-    assert got.params <= 0.3 * before.params + 0.5 and got.macs <= 0.5 * before.macs + 0.5
-    assert [line.split(":")[0] for line in lines if "whole layers" not in line] == [
-        "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2", "stage 3, fine-tune",
-    ]  # fmt: skip
-    assert all("asked ≤" in line for line in lines[-3:-1]) and f"{got.params:,} params" in lines[-2]
-    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
-    assert [event["params"] for event in events if "asked" in event][-1] == got.params
-
-
-def test_the_same_seed_gives_the_same_network():
-    assert same(pipeline().model, pipeline().model)
-
-
-@pytest.mark.parametrize("epochs", range(1, 7))
-def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
-    whole = Run(tmp_path / "whole", {"seed": 0})
-    expected = pipeline(whole)
-
-    class Killed(Exception):
-        pass
-
-    class Mortal(Run):
-        saves = 0
-
-        def save(self, state):
-            super().save(state)
-            self.saves += 1
-            if self.saves == epochs:
-                self.note(stage="lost", epoch=0)  # happened after the state was saved
-                raise Killed
-
-    with pytest.raises(Killed):
-        pipeline(Mortal(tmp_path / "cut", {"seed": 0}))
-    torch.manual_seed(12345)
-    resumed = pipeline(Run(tmp_path / "cut", {"seed": 0}, resume=True))
-    assert same(resumed.model, expected.model) and same(resumed.dense, expected.dense)
-    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
-    assert histories[0] == histories[1]
-
-
-def test_a_run_is_not_mixed_with_another(tmp_path):
-    Run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(PruningError, match="holds a run already"):
-        Run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(PruningError, match=r"other settings \(seed\)"):
-        Run(tmp_path / "run", {"seed": 1}, resume=True)
-    with pytest.raises(PruningError, match="no run to resume"):
-        Run(tmp_path / "elsewhere", {"seed": 0}, resume=True)
-
-
-def test_an_unreachable_budget_is_refused_before_training(tmp_path):
-    config = SlimConfig(Budget(params=5), TrainConfig(1), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
-    with pytest.raises(PruningError, match="cannot be reached"):
-        pipeline(Run(tmp_path / "run", {}), config=config)
-    assert not (tmp_path / "run" / "history.jsonl").exists()
-
-
-def test_slim_takes_a_budget_and_batches_alone():
-    torch.manual_seed(0)
-    labels = torch.arange(32) % 4
-    batches = [(torch.randn(32, 3, 14, 14) + labels[:, None, None, None], labels)]
-    lines = []
-    result = slim(nets.make("lenet"), batches, budget=Budget(macs="40%"), validate=batches, log=lines.append)
-    before, after = (count(net, batches[0][0]).macs for net in (nets.make("lenet"), result.model))
-    assert after <= 0.4 * before and result.epochs == 8 + 5 * 2 + 40
-    assert lines[-1].startswith("stage 3, fine-tune: 40 epochs")
-    with pytest.raises(PruningError, match="either a config or a budget"):
-        slim(nets.make("lenet"), batches, validate=batches)
-
-
-def test_zeros_are_held_once_the_budget_is_met():
-    """Where stage 1 is at its goal nothing is pulled, and what is 0 does not come back."""
-    net, images = nets.make("lenet"), nets.images(8)
-    traced = trace(net, images)
-    with torch.no_grad():
-        for norm in (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            norm.weight[: len(norm.weight) // 2] = 0
-    dense = ScalePull(net, traced, 0.0).dense
-    pull = ScalePull(net, traced, None, Budget(macs="90%").resolve(dense))
-    pull.refresh(way=1.0)
-    alive = pull.alive()
-    assert pull.strength == 0 and sum(alive.values()) < sum(traced.widths.values())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    for _ in range(3):
-        nn.functional.cross_entropy(net.train()(images), torch.arange(8) % 4).backward()
-        optimizer.step()
-        pull.step(0.05)
-    assert pull.alive() == alive

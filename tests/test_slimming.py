@@ -1,0 +1,114 @@
+"""The three stages as one pipeline: budgets, law 7 (determinism and resuming), runs."""
+
+from __future__ import annotations
+
+import json
+
+import nets
+import pytest
+import torch
+from nets import Shuffled, batches, same
+
+from pruning import (
+    Budget,
+    PruneConfig,
+    PruningError,
+    Run,
+    ScalePull,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    count,
+    slim,
+    trace,
+)
+
+CONFIG = SlimConfig(
+    Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
+    prune=PruneConfig(2, TrainConfig(1, lr=0.02), layers=True),
+    finetune=TrainConfig(2, lr=0.05, ema=0.5), distill=0.3,
+)  # fmt: skip
+
+
+def pipeline(run=None, log=lambda _: None, config=CONFIG):
+    torch.manual_seed(0)
+    data = batches()
+    return slim(nets.make("lenet"), Shuffled(), data[0][0], config,
+                validate=lambda m: accuracy(m, data), calibration=data, run=run, log=log)  # fmt: skip
+
+
+def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
+    lines = []
+    result = pipeline(Run(tmp_path / "run", {}), lines.append)
+    cost_model = ScalePull(result.model, trace(result.model, nets.images()), 0).cost_model
+    dense = ScalePull(result.dense, trace(result.dense, nets.images()), 0).cost_model
+    got, before = cost_model(cost_model.full), dense(dense.full)
+    assert got.params <= 0.3 * before.params + 0.5 and got.macs <= 0.5 * before.macs + 0.5
+    assert [line.split(":")[0] for line in lines if "whole layers" not in line] == [
+        "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2", "stage 3, fine-tune",
+    ]  # fmt: skip
+    assert all("asked ≤" in line for line in lines[-3:-1]) and f"{got.params:,} params" in lines[-2]
+    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
+    assert [event["params"] for event in events if "asked" in event][-1] == got.params
+
+
+def test_the_same_seed_gives_the_same_network():
+    assert same(pipeline().model, pipeline().model)
+
+
+@pytest.mark.parametrize("epochs", range(1, 7))
+def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
+    whole = Run(tmp_path / "whole", {"seed": 0})
+    expected = pipeline(whole)
+
+    class Killed(Exception):
+        pass
+
+    class Mortal(Run):
+        saves = 0
+
+        def save(self, state):
+            super().save(state)
+            self.saves += 1
+            if self.saves == epochs:
+                self.note(stage="lost", epoch=0)  # happened after the state was saved
+                raise Killed
+
+    with pytest.raises(Killed):
+        pipeline(Mortal(tmp_path / "cut", {"seed": 0}))
+    torch.manual_seed(12345)
+    resumed = pipeline(Run(tmp_path / "cut", {"seed": 0}, resume=True))
+    assert same(resumed.model, expected.model) and same(resumed.dense, expected.dense)
+    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path):
+    Run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(PruningError, match="holds a run already"):
+        Run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(PruningError, match=r"other settings \(seed\)"):
+        Run(tmp_path / "run", {"seed": 1}, resume=True)
+    with pytest.raises(PruningError, match="no run to resume"):
+        Run(tmp_path / "elsewhere", {"seed": 0}, resume=True)
+
+
+def test_an_unreachable_budget_is_refused_before_training(tmp_path):
+    config = SlimConfig(Budget(params=5), TrainConfig(1), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
+    with pytest.raises(PruningError, match="cannot be reached"):
+        pipeline(Run(tmp_path / "run", {}), config=config)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_slim_takes_a_budget_and_batches_alone():
+    torch.manual_seed(0)
+    labels = torch.arange(32) % 4
+    batches = [(torch.randn(32, 3, 14, 14) + labels[:, None, None, None], labels)]
+    lines = []
+    result = slim(nets.make("lenet"), batches, budget=Budget(macs="40%"), validate=batches, log=lines.append)
+    before, after = (count(net, batches[0][0]).macs for net in (nets.make("lenet"), result.model))
+    assert after <= 0.4 * before and result.epochs == 8 + 5 * 2 + 40
+    assert lines[-1].startswith("stage 3, fine-tune: 40 epochs")
+    with pytest.raises(PruningError, match="either a config or a budget"):
+        slim(nets.make("lenet"), batches, validate=batches)
