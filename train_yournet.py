@@ -175,8 +175,12 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
 
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", type=Path, default=recipe)
-    chosen = first.parse_known_args(argv)[0].recipe
-    flags.set_defaults(**vars(flags.parse_args(["--recipe", str(chosen), *cli.read_recipe(chosen, flags)])))
+    first.add_argument("--max-latency")
+    given = first.parse_known_args(argv)[0]
+    wanted = cli.read_recipe(given.recipe, flags)
+    if given.max_latency is not None:  # in place of the recipe's limits on counts
+        wanted = [flag for flag in wanted if not flag.startswith("--max-")]
+    flags.set_defaults(**vars(flags.parse_args(["--recipe", str(given.recipe), *wanted])))
     args = flags.parse_args(argv)
     if args.resume:
         args.output = args.output or newest_run()
