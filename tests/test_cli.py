@@ -244,6 +244,18 @@ def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
     assert figures["score_uncapped"] >= 140 and figures["score"] == 100
 
 
+def test_a_budget_of_latency_goes_before_the_recipe_s_limits(tmp_path):
+    folder = tmp_path / "run"
+    done = command("train_yournet.py", *SHORT, "--max-latency", "0.8x", "--runtime-batch", 64, "--no-layers",
+                   "--output", folder, cwd=tmp_path)  # fmt: skip
+    events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    timed = [event["latency"] for event in events if "latency" in event]
+    assert len(timed) == 1 and timed[0]["pruned"] <= 0.8 * timed[0]["dense"], "the last pruning step measures"
+    assert "asked ≤ 0.8x in eager, 1 thread, got" in done.stdout
+    words = ("--max-latency", "0.8x", "--max-params", 2000)
+    assert "--max-latency stands alone" in refused("train_yournet.py", *words)
+
+
 def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('start = "mlp"\nmax-params = "30%"\nlayers = false\nfinetune-epochs = 7\n')
