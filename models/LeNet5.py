@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class LeNet5(nn.Module):
     """
 
     pool_before_activation = False
+    pooling: Callable[[], nn.Module] = partial(nn.MaxPool2d, 2)
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class LeNet5(nn.Module):
             features[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel_size, bias=not batch_norm)
             if batch_norm:
                 features[f"bn{number}"] = nn.BatchNorm2d(outputs)
-            activation = (f"relu{number}", nn.ReLU()), (f"pool{number}", nn.MaxPool2d(2))
+            activation = (f"relu{number}", nn.ReLU()), (f"pool{number}", self.pooling())
             features.update(reversed(activation) if self.pool_before_activation else activation)
             height, width = (height - kernel_size + 1) // 2, (width - kernel_size + 1) // 2
         if min(height, width) < 1:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from models.LeNet5 import LeNet5
+from models.pooling import HalvingMaxPool
 from models.rebuild import rebuilt
 
 
 class YourNet(LeNet5):
     """LeNet-5 with pooling before ReLU, which computes the same on a quarter of the values.
 
+    Large batches are pooled by `models.pooling`, with the same outputs.
+
     Slimming starts from it at LeNet-5's widths with `batch_norm=True`. What it saves is
     the narrow network with BatchNorm folded into the layers before it.
     """
 
     pool_before_activation = True
+    pooling = HalvingMaxPool
 
     @classmethod
     def like(cls, slimmed: nn.Module) -> YourNet:

@@ -160,3 +160,19 @@ def test_the_budgets_of_the_recipes_are_those_of_the_paper_and_can_be_met(name):
     left = [float(str(limit).rstrip("%")) for limit in (budget.params, budget.macs)]
     assert left == pytest.approx([100 - cut for cut in CUTS[name]])
     reachable(getattr(models, name)(), torch.randn(2, 3, 32, 32), budget)
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 26, 26), (8, 3, 7, 9), (2, 3, 6, 6), (9, 1, 2, 2)])
+def test_pooling_of_large_batches_gives_the_same_and_trains_the_same(shape):
+    from models.pooling import HalvingMaxPool
+
+    images = torch.randn(shape).round(decimals=1)  # with equal values
+    quick, plain = HalvingMaxPool().eval(), nn.MaxPool2d(2)
+    with torch.no_grad():
+        assert torch.equal(quick(images), plain(images))
+    gradients = []
+    for pool in (quick, plain):
+        leaf = images.clone().requires_grad_()
+        pool(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
