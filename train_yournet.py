@@ -63,7 +63,7 @@ def main() -> None:
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
     dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)
-    reachable(dense, example, config.budget, args.ignore, config.prune)
+    target = None if args.resume else reachable(dense, example, config.budget, args.ignore, config.prune)
     teacher = load(args.teacher, device=args.device) if args.teacher else None
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume, tensorboard=args.tensorboard)
@@ -102,6 +102,7 @@ def main() -> None:
         example,
         config,
         validate=validate,
+        target=target,
         calibration=calibration,
         teacher=teacher,
         ignored=args.ignore,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pruning.cost import Cost
@@ -91,7 +91,6 @@ class LatencyBudget:
         threads: of the runtime, on the CPU.
         batch_size: examples in a pass; 0 takes as many as the example inputs have.
         seconds: for which two whole networks are compared, each time.
-        dense: what the result is compared with, where it is not the model to prune.
 
     Raises `PruningError` for a limit that is not one.
     """
@@ -101,7 +100,6 @@ class LatencyBudget:
     threads: int = 1
     batch_size: int = 0
     seconds: float = 1.0
-    dense: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.runtime not in PLACES:

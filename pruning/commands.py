@@ -194,7 +194,8 @@ def _slim(args: argparse.Namespace) -> None:
     model, data = flags.network(args), flags.data_of(args)
     assert data is not None
     example = flags.examples(args, data)
-    reachable(model, example, config.budget, args.ignore, config.prune)
+    # What cannot be reached is refused before there is a run.
+    target = None if args.resume else reachable(model, example, config.budget, args.ignore, config.prune)
     run = _start(args)
     print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
     torch.manual_seed(args.seed)
@@ -209,6 +210,7 @@ def _slim(args: argparse.Namespace) -> None:
         example,
         config,
         validate=validate,
+        target=target,
         calibration=calibration,
         ignored=args.ignore,
         run=run,

@@ -74,6 +74,11 @@ def channels_stand_alone(layer: nn.Module) -> bool:
     return is_depthwise(layer)
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a convolution's or linear layer's input along which its channels lie, from the end."""
+    return -1 - len(getattr(layer, "kernel_size", ()))
+
+
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each channel is convolved alone, so that it goes in and out at once."""
     return (

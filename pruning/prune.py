@@ -88,7 +88,7 @@ def prune(
         check: compare the outputs with those that the plan asks for, which takes two forward
             passes; without it `difference` is NaN.
         limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`; of
-            latency `floor`, `most` and `multiple`.
+            latency `floor`, `most` and `multiple`, and `dense`, what the time is compared with.
 
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.

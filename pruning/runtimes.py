@@ -42,7 +42,8 @@ class Exported(nn.Module):
         if runtime not in _OPENERS:
             raise ExportError(f"runtime {runtime!r} is unknown; there are: {', '.join(_OPENERS)}")
         self.path, self.runtime, self.metadata = Path(path), runtime, dict[str, Any]()
-        modules = {"onnxruntime": needed("onnxruntime")} if runtime == "onnxruntime" else {}
+        if runtime == "onnxruntime":
+            needed(runtime)
         try:
             content = self.path.read_bytes()
         except OSError as error:
@@ -50,7 +51,7 @@ class Exported(nn.Module):
         try:
             with quiet():
                 # A function, not a child: torch's exported programs refuse to change modes.
-                self._run, stored = _OPENERS[runtime](content, threads, **modules)
+                self._run, stored = _OPENERS[runtime](content, threads)
                 self.metadata.update({key: json.loads(value) for key, value in stored.items()})
         except Exception as error:  # reading a damaged file can fail in any way
             raise ExportError(
@@ -64,11 +65,17 @@ class Exported(nn.Module):
 Opened = tuple[Callable[..., Any], Mapping[str, Any]]
 
 
-def _open_onnx(content: bytes, threads: int, onnxruntime: Any) -> Opened:
+def onnx_session(content: bytes, threads: int) -> Any:
+    """An ONNX model in ONNX Runtime, on the CPU. Raises `ExportError` where that is not installed."""
+    onnxruntime = needed("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what goes wrong is raised; the rest would be printed
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _open_onnx(content: bytes, threads: int) -> Opened:
+    session = onnx_session(content, threads)
     names = [argument.name for argument in session.get_inputs()]
     wanted = [result.name for result in session.get_outputs()]  # asked for anew at each call otherwise
 

@@ -54,6 +54,7 @@ def slim(
     *,
     validate: Validate | Iterable[tuple[Any, Any]],
     budget: Budget | LatencyBudget | None = None,
+    target: Budget | None = None,
     calibration: Sequence[tuple[Any, Any]] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss = cross_entropy,
@@ -78,6 +79,8 @@ def slim(
         budget: what the result may cost, in place of a config. Under a budget of latency the
             stages first aim at the MACs of a network that meets it, found by measuring; the last
             pruning step then meets the budget itself.
+        target: what `reachable` gave for it, where it was asked before; a budget of latency is
+            not measured again then.
         calibration: batches for the scores; the same ones each time. By default the first
             `CALIBRATION_BATCHES` training batches.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
@@ -100,12 +103,11 @@ def slim(
     ignored = tuple(ignored)
     last = config.prune.iterations + 1
     progress = _Progress(run, model)
-    latency = replace(config.budget, dense=model) if isinstance(config.budget, LatencyBudget) else None
     if "target" in progress.state:
         target = Budget(**progress.state["target"])
-    else:
+    elif target is None:
         target = reachable(model, example_inputs, config.budget, ignored, config.prune)
-        progress.state["target"] = target.limits()
+    progress.state["target"] = target.limits()
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
 
@@ -153,8 +155,12 @@ def slim(
         line = progress.line
         if progress.resume(iteration) is None:
             share = target.share(progress.start, iteration, config.prune.iterations)
-            asked = latency if latency is not None and iteration == last - 1 else share
-            step = prune(small, example_inputs, asked, remove=removed, **step_options)
+            if isinstance(config.budget, LatencyBudget) and iteration == last - 1:
+                step = prune(
+                    small, example_inputs, config.budget, remove=removed, dense=model, **step_options
+                )
+            else:
+                step = prune(small, example_inputs, share, remove=removed, **step_options)
             small, removed = ready(step.model, example_inputs, config.prune.score), ()
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))

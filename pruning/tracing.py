@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
-from pruning.layers import Side, is_depthwise, layer_width, parts, rule_for
+from pruning.layers import Side, channel_dim, is_depthwise, layer_width, parts, rule_for
 from pruning.meta import run_operation, without_computing
 from pruning.operations import Operation, follow
 
@@ -157,7 +157,7 @@ class _Follower(TorchDispatchMode):
         return after
 
     def _weighted(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        dim = -1 - len(getattr(module, "kernel_size", ()))  # of a linear layer the last
+        dim = channel_dim(module)
         labels = self.book.of(x)
         uses, positions = self.found.uses.get(name, (0.0, 0.0))
         now = output.numel() / layer_width(module, "out") / self.batch

@@ -16,7 +16,8 @@ from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import CostModel, time_forward
 from pruning.importance import l2
-from pruning.latency import LatencyTable, _between, _interpolated, even_scores
+from pruning.latency import _between, even_scores
+from pruning.layer_times import LatencyTable, _interpolated
 from pruning.plan import ascending, lowest_widths
 
 
@@ -120,6 +121,11 @@ def test_a_limit_in_milliseconds_and_a_batch_of_its_own():
     assert [
         len(x) for x in (LatencyBudget("1x", batch_size=5).batch_of(IMAGES[:2]), budget.batch_of(IMAGES))
     ] == [5, 1]
+
+
+def test_a_limit_that_is_met_already_leaves_everything():
+    step = prune(wide(), IMAGES, LatencyBudget("1.5x", seconds=0.1), score="l2")
+    assert step.after == step.before and step.latency is not None and step.latency.networks == 2
 
 
 def test_what_cannot_be_reached_is_refused_with_what_the_narrowest_takes():
