@@ -25,6 +25,17 @@ from pruning.training import to_device
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
+    _factory_flags(group)
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
+    )
+    group.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
+    group.add_argument(
+        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+    )
+
+
+def _factory_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--model",
         metavar="NAME",
@@ -34,13 +45,26 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
     )
+    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+
+
+def ignore_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers that keep their channels: layer4.*, conv1",
     )
-    group.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
-    group.add_argument(
-        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
+
+
+def calibration_flag(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=cli.whole_number(1),
+        default=default,
+        metavar="N",
+        help="examples of the training split for scores",
     )
 
 
@@ -68,7 +92,6 @@ def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool =
         "--workers", type=cli.whole_number(0), default=0, metavar="N", help="processes that read images"
     )
     group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
-    parser.set_defaults(data_required=required)
     if shape and not required:
         group.add_argument(
             "--input-shape",
@@ -90,11 +113,7 @@ def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         help="what was subtracted from each channel of the training images; default: as the checkpoint says",
     )  # fmt: skip
     parser.add_argument("--std", type=cli.number(0), nargs="+", metavar="X", help="what each was divided by")
-    parser.add_argument("--model", metavar="NAME", help="factory of the dense network, as doctor takes it")
-    parser.add_argument(
-        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
+    _factory_flags(parser)
     data_flags(parser, required=False, shape=False)
     parser.set_defaults(device="cpu")
 
@@ -186,13 +205,7 @@ def budget_flags(parser: argparse.ArgumentParser) -> None:
         default="global",
         help="compare the scores of all groups, or take the same share of every group",
     )
-    plan.add_argument(
-        "--ignore",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="layers that keep their channels: layer4.*, conv1",
-    )
+    ignore_flag(plan)
     plan.add_argument(
         "--floor",
         type=cli.whole_number(1),
@@ -305,10 +318,14 @@ def _stored(path: Path) -> dict[str, Any] | None:
 
 
 def data_of(args: argparse.Namespace) -> Data | None:
+    """The data that flags name, if they name any."""
+    return None if args.data is None else required_data(args)
+
+
+def required_data(args: argparse.Namespace) -> Data:
+    """The data that flags name; raises `PruningError` where they name none."""
     if args.data is None:
-        if args.data_required:
-            raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
-        return None
+        raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
     return make_data(
         args.data,
         folder=args.data_dir,

@@ -1,0 +1,57 @@
+"""`python -m pruning finetune`: train a pruned network further."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pruning import cli, flags
+from pruning.commands.results import finish, start
+from pruning.config import TrainConfig
+from pruning.errors import PruningError
+from pruning.slimming import tune
+from pruning.training import accuracy
+
+SUMMARY = "train a pruned network further"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    flags.training_flags(parser)
+    parser.add_argument("--epochs", type=cli.whole_number(1), default=20, metavar="N", help="to train")
+    parser.add_argument("--rate", type=cli.number(0), default=0.05, help="highest learning rate")
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="checkpoint of --model, for --distill")
+    flags.run_flags(parser)
+    flags.result_flags(parser)
+
+
+def execute(args: argparse.Namespace) -> None:
+    model, data = flags.network(args), flags.required_data(args)
+    if bool(args.distill) != (args.teacher is not None):
+        raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
+    example = flags.examples(args, data)
+    teacher = None
+    if args.teacher is not None:
+        teacher = flags.network_with(args, args.teacher)
+    run = start(args)
+    config = TrainConfig(
+        args.epochs,
+        lr=args.rate,
+        weight_decay=args.weight_decay,
+        ema=args.ema,
+        channels_last=args.channels_last,
+    )
+
+    def validate(network: nn.Module) -> float:
+        return accuracy(network, data.validation)
+
+    before = validate(model)
+    torch.manual_seed(args.seed)
+    tuned = tune(model, data.train, config, validate=validate, run=run, teacher=teacher, distill=args.distill)
+    after = validate(tuned)
+    written = finish(args, run, tuned, example, data, epochs=args.epochs, accuracy=after)
+    print(f"{written} ({before:.4f} before)")

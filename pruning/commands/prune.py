@@ -1,0 +1,53 @@
+"""`python -m pruning prune`: remove channels in one step, without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pruning import flags
+from pruning.commands.results import save_network
+from pruning.errors import PruningError
+from pruning.prune import prune
+from pruning.training import accuracy
+
+SUMMARY = "remove channels in one step, without training"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=False)
+    flags.budget_flags(parser)
+    flags.result_flags(parser)
+    flags.calibration_flag(parser, 1024)
+    parser.add_argument("--output", type=Path, default=Path("small.pth"), metavar="FILE", help="checkpoint")
+
+
+def execute(args: argparse.Namespace) -> None:
+    model, data = flags.network(args), flags.data_of(args)
+    example = flags.examples(args, data)
+    calibration = data.calibration(args.calibration) if data is not None else []
+    if not calibration and args.score in ("taylor", "sensitivity"):
+        raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
+    step = prune(
+        model,
+        example,
+        flags.budget(args),
+        score=args.score,
+        calibration=calibration,
+        ignored=args.ignore,
+        ranking=args.ranking,
+        floor=args.floor,
+        most=args.most,
+        multiple=args.multiple,
+    )
+    save_network(args, args.output, step.model, example)
+    print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
+    if step.latency is not None:
+        print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
+    narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
+    print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
+    if data is not None:
+        before, after = (accuracy(m, data.validation) for m in (model, step.model))
+        print(f"validation accuracy, without training: {before:.4f} before, {after:.4f} after")
+    print(f"{args.output}: outputs agree with the plan to {step.difference:.1e}")

@@ -1,0 +1,79 @@
+"""`python -m pruning sensitivity`: narrow each group alone, and draw what is lost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pruning import cli, flags
+from pruning.checkpoint import replace_file
+from pruning.config import TrainConfig
+from pruning.errors import PruningError
+from pruning.graph import first_examples
+from pruning.prune import NAMES as SCORES
+from pruning.sensitivity import sensitivity
+
+SUMMARY = "narrow each group alone, and draw what is lost"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    parser.add_argument("--score", choices=[n for n in SCORES if n != "sensitivity"], default="taylor",
+                        help="which channels of a group go first")  # fmt: skip
+    flags.ignore_flag(parser)
+    parser.add_argument(
+        "--widths", type=cli.whole_number(1), default=8, metavar="N", help="so many of each group"
+    )
+    parser.add_argument(
+        "--examples", type=cli.whole_number(2), metavar="N", help="of the validation split (default: all)"
+    )
+    flags.calibration_flag(parser, 1024)
+    parser.add_argument(
+        "--finetune-epochs", type=cli.whole_number(0), default=0, metavar="N",
+        help="also train each point so long on the calibration examples",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("sensitivity"), metavar="FOLDER",
+        help="receives curves.json (from which an interrupted analysis goes on), curves.csv and the pictures",
+    )  # fmt: skip
+
+
+def execute(args: argparse.Namespace) -> None:
+    try:
+        from pruning import plots
+    except ImportError as error:
+        raise PruningError(f"drawing needs matplotlib: pip install matplotlib ({error})") from error
+
+    model, data = flags.network(args), flags.required_data(args)
+    example = flags.examples(args, data)
+    validation, seen = [], 0
+    for inputs, targets in data.validation:
+        room = args.examples - seen if args.examples else len(targets)
+        validation.append((first_examples(inputs, room), first_examples(targets, room)))
+        seen += len(validation[-1][1])
+        if args.examples and seen >= args.examples:
+            break
+    brief = TrainConfig(args.finetune_epochs, lr=0.02) if args.finetune_epochs else None
+    found = sensitivity(
+        model,
+        example,
+        validation,
+        calibration=data.calibration(args.calibration),
+        widths=args.widths,
+        score=args.score,
+        finetune=brief,
+        ignored=args.ignore,
+        path=args.output / "curves.json",
+    )
+    replace_file(args.output / "curves.csv", found.to_csv().encode())
+    plots.save(plots.sensitivity_curves(found), args.output / "curves")
+    plots.save(plots.sensitivity_map(found), args.output / "map")
+    plots.save(plots.lost_per_cost(found), args.output / "cost")
+    print(f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples")
+    for group, channels in found.channels.items():
+        narrow = found.curve(group)[0]
+        print(f"  {group}: {channels} channels; at {narrow[0]} accuracy {narrow[1].accuracy:.4f}")
+    for layer, reason in found.skipped.items():
+        print(f"  {layer} keeps all its channels: {reason}")
+    print(f"{args.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")

@@ -1,0 +1,66 @@
+"""`python -m pruning slim`: train, prune and fine-tune a model under a budget."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+
+import torch
+from torch import nn
+
+from pruning import flags
+from pruning.checkpoint import provenance, replace_file, save
+from pruning.commands.results import finish, start
+from pruning.cost import count
+from pruning.errors import PruningError
+from pruning.mistakes import mistakes
+from pruning.slimming import reachable, slim
+from pruning.training import accuracy
+
+SUMMARY = "train, prune and fine-tune a model under a budget"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    flags.stage_flags(parser)
+    flags.run_flags(parser)
+    flags.result_flags(parser)
+    flags.calibration_flag(parser, 2048)
+
+
+def execute(args: argparse.Namespace) -> None:
+    config = flags.slim_config(args)
+    model, data = flags.network(args), flags.required_data(args)
+    example = flags.examples(args, data)
+    # What cannot be reached is refused before there is a run.
+    target = None if args.resume else reachable(model, example, config.budget, args.ignore, config.prune)
+    run = start(args)
+    print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
+    torch.manual_seed(args.seed)
+    calibration = data.calibration(args.calibration)
+
+    def validate(network: nn.Module) -> float:
+        return accuracy(network, data.validation)
+
+    result = slim(
+        model,
+        data.train,
+        example,
+        config,
+        validate=validate,
+        target=target,
+        calibration=calibration,
+        ignored=args.ignore,
+        run=run,
+        log=lambda line: print(line, flush=True),
+    )
+    best = validate(result.model)
+    written = finish(args, run, result.model, example, data, epochs=result.epochs, accuracy=best)
+    if run.writes:
+        save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+        with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
+            compared = mistakes(result.dense, result.model, data.validation)
+            replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())
+    print(written)

@@ -1,0 +1,72 @@
+"""`python -m pruning test`: measure accuracy, cost and time of a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruning import cli, flags
+from pruning.checkpoint import replace_file
+from pruning.cost import count, time_forward
+from pruning.errors import PruningError
+from pruning.graph import first_examples, tensors
+from pruning.training import accuracy, to_device
+
+SUMMARY = "measure accuracy, cost and time of a network"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.model_flags(parser)
+    flags.data_flags(parser, required=True)
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="weights of the dense --model, to compare with"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the data")
+    parser.add_argument("--seconds", type=cli.number(0.1), default=3.0, help="to time the forward passes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+
+
+def execute(args: argparse.Namespace) -> None:
+    model, data = flags.network(args), flags.required_data(args)
+    batches = getattr(data, args.split)
+    if batches is None:
+        raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
+    models = {"network": model.eval()}
+    if args.weights is not None and (args.against is not None or args.model is not None):
+        models = {"dense": flags.network_with(args, args.against).eval(), **models}
+    batch = to_device(next(iter(batches)), torch.device(args.device))[0]
+    size = min(args.batch_size, len(tensors(batch)[0]))
+    timed = {n: first_examples(batch, n) for n in sorted({1, size})}
+    times = {
+        n: time_forward(models, inputs, seconds=args.seconds, threads=args.threads)
+        for n, inputs in timed.items()
+    }
+    rows = []
+    for name, each in models.items():
+        cost = count(each, first_examples(batch, 1))
+        trained = name == "network" or args.against is not None
+        rows.append(
+            {
+                "network": name,
+                "accuracy": accuracy(each, batches) if trained else None,
+                "params": cost.params,
+                "macs": cost.macs,
+                **{f"ms_batch_{size}": found[name].median for size, found in times.items()},
+            }
+        )
+    heads = list(rows[0])
+    print("  ".join(f"{head:>16}" for head in heads))
+    for row in rows:
+        print("  ".join(f"{_shown(value):>16}" for value in row.values()))
+    if args.json:
+        replace_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "-")
