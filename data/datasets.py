@@ -32,6 +32,12 @@ class Split(NamedTuple):
     def to(self, device: str | torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
+    def first(self, number: int | None) -> Split:
+        """The first so many images; all of them for None. Raises `DataError` where there are fewer."""
+        if number is not None and not 1 <= number <= len(self.labels):
+            raise DataError(f"{number:,} images were asked for, the split has {len(self.labels):,}")
+        return Split(self.images[:number], self.labels[:number])
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -116,19 +122,25 @@ def loaders(
     batch_size: int = 64,
     size: int | None = None,
     augment: float = 0.0,
+    train: int | None = None,
+    validation: int | None = None,
 ) -> tuple[Batches, Batches, Batches]:
     """Training, validation and test batches by name: a factory for `python -m pruning --data`.
 
     Args:
         size: height and width to which images are padded with 0 (32 for networks made for CIFAR).
         augment: strength of rotation, shift and scaling of the training images.
+        train, validation: use the first so many images of these splits alone.
     """
     dataset = load(name, folder)
+    dataset = replace(
+        dataset, train=dataset.train.first(train), validation=dataset.validation.first(validation)
+    )
     if size is not None:
         dataset = dataset.padded(size)
     varied = augmentation(augment)
-    train = dataset.batches("train", batch_size, shuffle=True, augment=varied)
-    return train, dataset.batches("validation", batch_size), dataset.batches("test", batch_size)
+    learned = dataset.batches("train", batch_size, shuffle=True, augment=varied)
+    return learned, dataset.batches("validation", batch_size), dataset.batches("test", batch_size)
 
 
 def _auto(folder: Path) -> Dataset:

@@ -216,3 +216,14 @@ def test_loaders_give_three_splits_padded_to_the_middle():
     assert (images[:, :, :2] == images.min()).all()
     with pytest.raises(data.DataError, match="cannot be padded"):
         data.loaders("mnist5k", size=20)
+
+
+def test_loaders_of_a_part_of_the_images():
+    whole = data.load("mnist5k")
+    train, validation, test = data.loaders("mnist5k", batch_size=40, train=100, validation=60)
+    assert (len(train), len(validation), len(test)) == (2, 2, 25)
+    labels = torch.cat([labels for _, labels in validation])
+    assert torch.equal(labels, whole.validation.labels[:60])
+    for wrong in (0, 501):
+        with pytest.raises(data.DataError, match=f"{wrong} images were asked for, the split has 500"):
+            data.loaders("mnist5k", validation=wrong)
