@@ -5,7 +5,8 @@
     python -m benchmarks.runtimes --device cuda
 
 LeNet-5 (the reference), the dense network that the main job starts from (LeNet-5 with BatchNorm, as
-it is trained and with BatchNorm folded) and YourNet, in
+it is trained and with BatchNorm folded), YourNet, and the floor, LeNet-5 with a single channel in each
+hidden layer, in
 
 - eager: PyTorch as it is;
 - torchscript: a frozen trace;
@@ -68,6 +69,8 @@ from pruning.plan import RANKINGS
 from pruning.runtimes import first_line
 
 REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
+#: LeNet-5 with a single channel in each hidden layer: no narrower one is quicker.
+FLOOR = "one channel a layer"
 #: The second copy of a network.
 AGAIN = "again"
 EAGER, SCRIPT, COMPILED = "eager", "torchscript", "compiled"
@@ -162,14 +165,14 @@ def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         try:
             made = {
                 (runtime, name): written(runtime, folder / name, networks[name], calibration, args)
-                for name in (REFERENCE, FOLDED, YOURS)
+                for name in (REFERENCE, FOLDED, YOURS, FLOOR)
             }
             again = {(runtime, AGAIN): made[runtime, YOURS]}
             running.update({key: opened(path, args) for key, path in {**made, **again}.items()})
             files.update(made)
         except ExportError as error:  # above all of a package that is not installed
             left_out[runtime] = str(error)
-    untrained = () if args.dense else (TRAINED, FOLDED)
+    untrained = (FLOOR,) if args.dense else (TRAINED, FOLDED, FLOOR)
     accuracies = [
         {
             "runtime": runtime,
@@ -212,6 +215,7 @@ def digit_networks(args: argparse.Namespace, calibration: list[Tensor]) -> dict[
         TRAINED: dense,
         FOLDED: fold_batchnorm(dense, trace(dense, calibration[0])),
         YOURS: load(args.yournet),
+        FLOOR: models.YourNet((1, 1), (1, 1)),
     }
     return {name: net.to(args.device).eval() for name, net in networks.items()}
 

@@ -61,6 +61,10 @@ class Exported(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         return self._run(*inputs)
 
+    def __call__(self, *inputs: Tensor) -> Any:
+        # Past the hooks of a module, which cost as much as a layer of a small network.
+        return self._run(*inputs)
+
 
 Opened = tuple[Callable[..., Any], Mapping[str, Any]]
 
@@ -81,8 +85,8 @@ def _open_onnx(content: bytes, threads: int) -> Opened:
 
     def run(*inputs: Tensor) -> Any:
         feed = {name: x.numpy(force=True) for name, x in zip(names, inputs, strict=True)}
-        outputs = tuple(torch.from_numpy(array) for array in session.run(wanted, feed))
-        return outputs[0] if len(outputs) == 1 else outputs
+        outputs = [torch.from_numpy(array) for array in session.run(wanted, feed)]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     stored = session.get_modelmeta().custom_metadata_map
     return run, {key: value for key, value in stored.items() if _is_json(value)}
