@@ -37,7 +37,8 @@ class SensitivityPoint:
     """One group at one width, all others whole.
 
     `params` and `macs` are those of the whole network at this point, BatchNorm folded;
-    `readings` go by stage (see `STAGES`).
+    `readings` go by stage (see `STAGES`). `milliseconds` are what its layers take together, per
+    example, each measured alone; None where that was not asked for.
     """
 
     group: str
@@ -45,6 +46,7 @@ class SensitivityPoint:
     params: int
     macs: int
     readings: dict[str, Reading]
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Sensitivity:
         order: for every group its channels from the least important on.
         skipped: layers whose channels cannot be removed, with the reason and the cure.
         points: one per group and width, the full width left out.
+        dense_milliseconds: what the layers of the model take, as those of the points, in `runtime`.
     """
 
     channels: dict[str, int]
@@ -64,6 +67,8 @@ class Sensitivity:
     order: dict[str, list[int]]
     skipped: dict[str, str]
     points: list[SensitivityPoint] = field(default_factory=list)
+    dense_milliseconds: float | None = None
+    runtime: str | None = None
 
     def curve(self, group: str, stage: str = "recalibrated") -> list[tuple[int, Reading]]:
         """(width, reading) of a group from its narrowest to its full width."""
@@ -143,10 +148,14 @@ class Sensitivity:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         readings = list(asdict(self.dense))
-        freed = ["params_freed", "macs_freed"]
+        freed = ["params_freed", "macs_freed", "milliseconds_freed"]
         writer.writerow(["group", "channels", "width", *freed, "stage", *readings])
         for point in self.points:
-            less = [self.dense_cost.params - point.params, self.dense_cost.macs - point.macs]
+            less: list[Any] = [self.dense_cost.params - point.params, self.dense_cost.macs - point.macs]
+            if self.dense_milliseconds is None or point.milliseconds is None:
+                less.append("")
+            else:
+                less.append(f"{self.dense_milliseconds - point.milliseconds:.6f}")
             for stage, reading in point.readings.items():
                 place = [point.group, self.channels[point.group], point.width]
                 writer.writerow([*place, *less, stage, *asdict(reading).values()])

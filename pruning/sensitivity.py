@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pruning.budget import Budget
+from pruning.budget import Budget, LatencyBudget
 from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
@@ -27,6 +27,7 @@ from pruning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, call
 from pruning.grouping import trace
+from pruning.layer_times import LatencyTable
 from pruning.modes import eval_mode
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
@@ -63,6 +64,7 @@ def sensitivity(
     score: Score = "l2",
     finetune: TrainConfig | None = None,
     ignored: Iterable[Ignored] = (),
+    runtime: str | None = None,
     path: str | Path | None = None,
     label: str = "sensitivity",
 ) -> Sensitivity:
@@ -75,6 +77,8 @@ def sensitivity(
         widths: so many of each group, evenly spaced; None takes every one.
         score: which channels of a group go first, as `prune` takes it.
         finetune: also train each small model on the calibration batches.
+        runtime: also measure what layers take in it (`eager`, `onnxruntime`) at several widths, for
+            one example on one thread, and with that what each point takes.
         path: a JSON file that receives every point as it is there, and from which an
             interrupted analysis goes on.
 
@@ -107,7 +111,14 @@ def sensitivity(
     )
     settings = [widths, str(score), finetune and asdict(finetune), sorted(traced.ignored)]
     file = _File(path, _fingerprint(model, settings, validation))
-    result.points.extend(file.points)
+    if file.found is not None:
+        known = file.found
+        result = replace(
+            result,
+            points=known.points,
+            runtime=known.runtime,
+            dense_milliseconds=known.dense_milliseconds,
+        )
     done = {(point.group, point.width) for point in result.points}
 
     inputs = [batch[0] for batch in calibration]
@@ -134,7 +145,24 @@ def sensitivity(
                 result.points.append(SensitivityPoint(name, width, cost.params, cost.macs, readings))
                 file.write(result)
                 bar.update()
+    if runtime is not None and (todo or runtime != result.runtime):
+        result = _timed(result, model, example_inputs, traced, LatencyBudget("1x", runtime, batch_size=1))
+        file.write(result)
     return result
+
+
+def _timed(
+    result: Sensitivity, model: nn.Module, inputs: Inputs, traced: Trace, place: LatencyBudget
+) -> Sensitivity:
+    """The same with the time of every point, from one table of layers."""
+    table = LatencyTable(model, place.batch_of(inputs), traced, place, np.ones(len(traced.groups)))
+    full = traced.widths
+
+    def milliseconds(widths: dict[str, int]) -> float:
+        return float(table.milliseconds(np.array(list(widths.values()), dtype=np.float64)))
+
+    points = [replace(p, milliseconds=milliseconds({**full, p.group: p.width})) for p in result.points]
+    return replace(result, points=points, runtime=place.runtime, dense_milliseconds=milliseconds(full))
 
 
 def joint(
@@ -224,7 +252,7 @@ class _File:
     def __init__(self, path: str | Path | None, fingerprint: str):
         self.path = None if path is None else Path(path)
         self.fingerprint = fingerprint
-        self.points: list[SensitivityPoint] = []
+        self.found: Sensitivity | None = None
         if self.path is None or not self.path.exists():
             return
         try:
@@ -236,7 +264,7 @@ class _File:
             raise PruningError(
                 f"{self.path} is the analysis of another model, data or settings: choose another file"
             )
-        self.points = found.points
+        self.found = found
 
     def write(self, result: Sensitivity) -> None:
         if self.path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 
@@ -205,8 +206,25 @@ def test_results_survive_json_and_csv():
     found = sensitivity(nets.make("lenet"), nets.images(), data(), widths=2)
     assert Sensitivity.from_json(json.loads(json.dumps(found.to_json()))) == found
     lines = found.to_csv().splitlines()
-    assert lines[0].startswith("group,channels,width,params_freed,macs_freed,stage,loss")
+    assert lines[0].startswith("group,channels,width,params_freed,macs_freed,milliseconds_freed,stage,loss")
     assert len(lines) == 1 + sum(len(p.readings) for p in found.points)
+
+
+def test_a_point_also_says_what_its_layers_take():
+    net = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 8, 3), nn.Flatten(), nn.Linear(800, 4))
+    plain = sensitivity(net, nets.images(), data(), widths=2)
+    assert plain.dense_milliseconds is None and all(p.milliseconds is None for p in plain.points)
+    found = sensitivity(net, nets.images(), data(), widths=2, runtime="eager")
+    assert Sensitivity.from_json(json.loads(json.dumps(found.to_json()))) == found
+    (narrow,) = (p for p in found.points if (p.group, p.width) == ("0", 1))
+    assert 0 < narrow.milliseconds < 0.5 * found.dense_milliseconds, "a hundredth of the arithmetic"
+    for row in csv.DictReader(found.to_csv().splitlines()):
+        (point,) = (p for p in found.points if (p.group, p.width) == (row["group"], int(row["width"])))
+        freed = found.dense_milliseconds - point.milliseconds
+        assert float(row["milliseconds_freed"]) == pytest.approx(freed, abs=1e-6)
+        assert int(row["macs_freed"]) == found.dense_cost.macs - point.macs
+    (untimed, *_) = csv.DictReader(plain.to_csv().splitlines())
+    assert untimed["milliseconds_freed"] == ""
 
 
 def test_prune_measures_sensitivity_where_that_is_the_score():

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pruning import cli, flags
+from pruning.budget import PLACES
 from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
@@ -32,6 +33,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--finetune-epochs", type=cli.whole_number(0), default=0, metavar="N",
         help="also train each point so long on the calibration examples",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runtime", choices=PLACES, default="eager",
+        help="where layers are timed, for one example on one thread",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("sensitivity"), metavar="FOLDER",
@@ -64,16 +69,21 @@ def execute(args: argparse.Namespace) -> None:
         score=args.score,
         finetune=brief,
         ignored=args.ignore,
+        runtime=args.runtime,
         path=args.output / "curves.json",
     )
     replace_file(args.output / "curves.csv", found.to_csv().encode())
     plots.save(plots.sensitivity_curves(found), args.output / "curves")
     plots.save(plots.sensitivity_map(found), args.output / "map")
     plots.save(plots.lost_per_cost(found), args.output / "cost")
-    print(f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples")
+    print(
+        f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples; its layers take "
+        f"{found.dense_milliseconds:.3f} ms in {args.runtime}"
+    )
     for group, channels in found.channels.items():
-        narrow = found.curve(group)[0]
-        print(f"  {group}: {channels} channels; at {narrow[0]} accuracy {narrow[1].accuracy:.4f}")
+        narrow = min((p for p in found.points if p.group == group), key=lambda point: point.width)
+        reached = f"accuracy {narrow.readings['recalibrated'].accuracy:.4f}, {narrow.milliseconds:.3f} ms"
+        print(f"  {group}: {channels} channels; at {narrow.width} {reached}")
     for layer, reason in found.skipped.items():
         print(f"  {layer} keeps all its channels: {reason}")
     print(f"{args.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")
