@@ -20,7 +20,7 @@ h1, h2 { line-height: 1.25; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); }
+thead th { border-bottom: 2px solid var(--line); white-space: normal; vertical-align: bottom; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; }
 .card { background: var(--soft); border-radius: 8px; padding: .7rem 1rem; min-width: 9rem; }
 .card b { display: block; font-size: 1.35rem; color: var(--accent); }
