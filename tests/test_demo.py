@@ -22,12 +22,12 @@ from torch import nn
 
 import data
 from models import CompactNet
-from pruning import ExportError, PruningError, cli, load, program, save
+from pruning import ExportError, PruningError, cli, load, save
 from pruning.__main__ import main
 from pruning.commands import parse
-from pruning.demo import Images, demo
+from pruning.demo import Images, demo, program
+from pruning.demo.lowering import program_of
 from pruning.export import TOLERANCE, folded
-from pruning.program import program_of
 from pruning.runtimes import difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -490,12 +490,15 @@ def test_a_page_needs_nothing_else(tmp_path):
 
 
 def test_what_the_package_installs_holds_the_parts_of_the_page():
-    listed = re.search(r"^pruning = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
-    patterns = re.findall(r'"(.*?)"', listed)
-    others = {p.name for p in (ROOT / "pruning").iterdir() if p.suffix not in (".py", ".pyc") and p.is_file()}
-    assert others == {
-        p.name for pattern in patterns for p in (ROOT / "pruning").glob(pattern) if p.suffix != ".py"
+    settings = cli.tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(p.parent.relative_to(ROOT).parts): p.parent for p in ROOT.glob("pruning/**/__init__.py")
     }
+    assert set(settings["packages"]) == set(folders)
+    for package, folder in folders.items():
+        others = {p.name for p in folder.iterdir() if p.suffix not in (".py", ".pyc") and p.is_file()}
+        patterns = settings["package-data"].get(package, [])
+        assert others == {p.name for each in patterns for p in folder.glob(each) if p.suffix != ".py"}
 
 
 class Lacking(nn.Module):
@@ -562,7 +565,7 @@ def test_bad_networks_classes_and_images_are_named(tmp_path, monkeypatch):
             tmp_path / "x",
             SMALL,
         )
-    monkeypatch.setattr("pruning.demo.LARGEST", 5000)
+    monkeypatch.setattr("pruning.demo.writer.LARGEST", 5000)
     with pytest.raises(PruningError, match=r"[\d,]+ bytes of weights are too many for a page"):
         demo({"a": nets.make("lenet"), "b": nets.make("lenet")}, tmp_path / "x", SMALL)
     monkeypatch.undo()

@@ -1,5 +1,5 @@
 "use strict";
-// Runs what pruning/program.py writes: operations on flat Float32Arrays whose sizes are known.
+// Runs what pruning/demo/program.py writes: operations on flat Float32Arrays whose sizes are known.
 // (ONNX Runtime's build for browsers would be more than ten megabytes in every page.)
 
 /** A program and its weights, made ready: `run(input)` gives the output, valid until the next run. */

@@ -1,19 +1,13 @@
-"""One HTML file in which a network says what is drawn: it runs in the page, without a server.
-
-The exported network becomes a list of operations (`pruning.program`), which a few hundred lines
-of JavaScript in the page run. The page checks itself: it computes what PyTorch computed on
-images that both know, and says how far apart they are.
-"""
+"""Writes the page: what networks take (`Images`), the check of their programs, and the HTML file."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning import flags
-from pruning.checkpoint import read, read_plain, replace_file
+from pruning.checkpoint import replace_file
 from pruning.cost import count
+from pruning.demo.lowering import program_of
 from pruning.errors import ExportError, PruningError
 from pruning.export import TOLERANCE, folded
-from pruning.modes import thread_count
 from pruning.page import document, text
-from pruning.program import program_of
 from pruning.runtimes import difference, first_line
-from pruning.sources import BUILT_IN, IMAGENET, Data
 
 #: Thickness of the pen in pixels of 28 x 28 images. Chosen on the embedded validation digits.
 PEN = 2.4
 #: How many images of noise the page checks itself with.
 NOISE = 3
-#: Most test images to click on, and most batches that are searched for them.
-EXAMPLES, SEARCHED = 10, 20
 #: Most bytes of weights: browsers do not open much longer files.
 LARGEST = 300_000_000
 
@@ -219,95 +208,3 @@ def _page(title: str, images: Images, data: Mapping[str, Any], facts: Mapping[st
     }
     body = re.sub(r"@(\w+)@", lambda found: parts[found[1]], beside("demo.html"))
     return document(title, body, beside("demo.css"))
-
-
-# --- the command ----------------------------------------------------------------------
-
-
-def demo_checkpoint(args: argparse.Namespace) -> None:
-    """`python -m pruning demo`."""
-    network, content = flags.network_with(args, args.checkpoint), read(args.checkpoint)
-    against = None if args.against is None else flags.network_with(args, args.against)
-    data = flags.data_of(args)
-    output = args.output or args.checkpoint.with_suffix(".html")
-    for path in filter(None, (args.checkpoint, args.against)):
-        if output.exists() and output.samefile(path):
-            raise PruningError(f"--output {output} is a checkpoint; give another name")
-    images = _images(args, content, data)
-    name = _name(args, content, network)
-    models, facts, title = {name: network}, {name: content["provenance"]}, name
-    if against is not None:
-        stored = read_plain(args.against)
-        stored = stored if isinstance(stored, dict) and "provenance" in stored else {"provenance": {}}
-        other = _name(args, stored, against)
-        names = ("dense", "pruned") if other == name else (other, name)
-        title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"
-        models = dict(zip(names, (against, network), strict=True))
-        facts = dict(zip(names, (stored["provenance"], content["provenance"]), strict=True))
-    classes = args.classes or content["provenance"].get("classes") or _class_names(data)
-    with thread_count(1):
-        made = {name: each for name, each in facts.items() if each}
-        print(demo(models, output, images, title=title, classes=classes, facts=made))
-
-
-def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> Images:
-    """What the network takes, as flags, its checkpoint or the data say."""
-    size = flags.image_shape(args, content, data)
-    scales = flags.normalisation(args, content) or _usual(content, data)
-    if scales is None:
-        raise PruningError(
-            f"{args.checkpoint} does not say how its images were normalised: give --mean and --std "
-            "(0 and 1 for pixels as they are)"
-        )
-    images = Images(size, scales["mean"], scales["std"])
-    return images if data is None else replace(images, examples=_examples(images, data))
-
-
-def _usual(content: Mapping[str, Any], data: Data | None) -> dict[str, Any] | None:
-    """The normalisation that `pruning.sources` gives the data which the checkpoint or --data names."""
-    for name in (content["provenance"].get("dataset"), data.name if data is not None else None):
-        if name in BUILT_IN:
-            _, mean, std = BUILT_IN[name]
-            return {"mean": mean, "std": std}
-    if data is not None and Path(data.name).is_dir():
-        return dict(zip(("mean", "std"), IMAGENET, strict=True))
-    return None
-
-
-def _class_names(data: Data | None) -> list[str] | None:
-    """What torchvision's data sets call their classes; MNIST calls them "0 - zero"."""
-    found: Any = getattr(data, "validation", None)
-    while hasattr(found, "dataset"):
-        found = found.dataset
-    names = getattr(found, "classes", None)
-    if names is None:
-        return None
-    return [str(i) if str(name).startswith(f"{i} - ") else str(name) for i, name in enumerate(names)]
-
-
-def _name(args: argparse.Namespace, content: Mapping[str, Any], model: nn.Module) -> str:
-    """What a network is called: by its factory where that is known, else by its class."""
-    made = content["provenance"].get("model") or {}
-    named = args.model or (made.get("name") if isinstance(made, dict) else None)
-    return named.rpartition(":")[2] if named else type(model).__name__
-
-
-def _examples(images: Images, data: Data) -> list[tuple[Tensor, int]]:
-    """The first test image of each class, as pixels."""
-    found: dict[int, Tensor] = {}
-    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (images.mean, images.std))
-    for number, (inputs, targets) in enumerate(data.test if data.test is not None else data.validation):
-        if number == SEARCHED or len(found) == EXAMPLES:
-            break
-        if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != images.shape:
-            got = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise PruningError(f"data {data.name!r} gives {got}, the network takes {images.shape}")
-        for x, truth in zip(inputs, targets.tolist(), strict=True):
-            if truth not in found and len(found) < EXAMPLES:
-                found[truth] = x * std + mean
-    if any(x.min() < -0.01 or x.max() > 1.01 for x in found.values()):
-        raise PruningError(
-            f"data {data.name!r}: by this mean and standard deviation its pixels are not from 0 to 1; are "
-            "--mean and --std those of the data?"
-        )
-    return [((255 * x).round().clamp(0, 255).to(torch.uint8), truth) for truth, x in sorted(found.items())]

@@ -316,7 +316,7 @@ paper.addEventListener("blur", () => {
 
 // --- check and time -----------------------------------------------------------------
 
-/** Images of noise, always the same: pruning/demo.py draws them likewise. */
+/** Images of noise, always the same: pruning/demo/writer.py draws them likewise. */
 function noise(count) {
   let state = 1;
   return Array.from({ length: count }, () =>

@@ -1,0 +1,161 @@
+"""Rules: what an operation of ATen becomes in a program.
+
+A rule takes the builder, the shape of the output and the operation's arguments, and gives a value,
+or a tensor where nothing depends on the input. The rules of layers are in `pruning.demo.layer_rules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning.demo.builder import Builder, Lacking, Value, strides_of
+from pruning.demo.layer_rules import LAYERS
+
+
+def _map(name: str) -> Callable[..., Value]:
+    return lambda b, shape, x, *values: b.map(name, x, *values)
+
+
+def _zip(name: str) -> Callable[..., Value]:
+    return lambda b, shape, x, other: b.zip(name, x, other)
+
+
+def _same(b: Builder, shape: Any, x: Value, *_: Any, **__: Any) -> Value:
+    return x
+
+
+def _reshaped(b: Builder, shape: Sequence[int], x: Any, *_: Any) -> Value:
+    return Value(b.value(x).at, tuple(shape))
+
+
+def _full(value: float) -> Callable[..., Tensor]:
+    return lambda b, shape, *_, **__: torch.full(shape, value)
+
+
+def _add(b: Builder, shape: Any, x: Any, other: Any, alpha: float = 1) -> Value:
+    return b.zip("add", x, other if alpha == 1 else b.zip("multiply", other, alpha))
+
+
+def _subtract(b: Builder, shape: Any, x: Any, other: Any, alpha: float = 1) -> Value:
+    return b.zip("subtract", x, other if alpha == 1 else b.zip("multiply", other, alpha))
+
+
+def _divide(b: Builder, shape: Any, x: Any, other: Any, rounding_mode: str | None = None) -> Value:
+    if rounding_mode is not None:
+        raise Lacking(f"div with rounding mode {rounding_mode}")
+    return b.zip("divide", x, other)
+
+
+def _clamp(b: Builder, shape: Any, x: Any, min: Any = None, max: Any = None) -> Value:
+    if isinstance(min, Tensor | Value) or isinstance(max, Tensor | Value):
+        raise Lacking("clamp between tensors")
+    bounds = (None if bound is None or math.isinf(bound) else bound for bound in (min, max))
+    return b.map("clamp", x, *bounds)
+
+
+def _gelu(b: Builder, shape: Any, x: Any, approximate: str = "none") -> Value:
+    return b.map("gelu" if approximate == "none" else "gelu_tanh", x)
+
+
+def _leaky_relu(b: Builder, shape: Any, x: Any, negative_slope: float = 0.01) -> Value:
+    return b.map("leaky_relu", x, negative_slope)
+
+
+def _elu(b: Builder, shape: Any, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
+    return b.map("elu", x, alpha, scale, input_scale)
+
+
+def _cat(b: Builder, shape: Sequence[int], parts: Sequence[Any], dim: int = 0) -> Value:
+    values = [x for x in map(b.value, parts) if x.shape != (0,)]
+    strides, at, pieces = strides_of(shape), 0, []
+    for x in values:
+        pieces.append((x.shape, 0, strides_of(x.shape), at * strides[dim], strides))
+        at += x.shape[dim]
+    return b.place(values, shape, pieces)
+
+
+def _index_select(b: Builder, shape: Sequence[int], x: Any, dim: int, index: Any) -> Value:
+    if not isinstance(index, Tensor):
+        raise Lacking("index_select by an index that depends on the input")
+    x, places = b.value(x), index.tolist()
+    starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(places)], strict=True)
+    return _cat(b, shape, [_narrowed(b, x, dim, places[i], j - i) for i, j in runs], dim)
+
+
+def _narrowed(b: Builder, x: Value, dim: int, start: int, length: int) -> Value:
+    return b.view(x, lambda t: t.narrow(dim, start, length))
+
+
+def _reduce(name: str, pair: bool = False) -> Callable[..., Any]:
+    """A reduction over dimensions, which are brought to the end; `pair` for those that tell places, too."""
+
+    def rule(b: Builder, shape: Sequence[int], x: Any, dim: Any = None, *_: Any, **__: Any) -> Any:
+        x = b.value(x)
+        axes = [dim] if isinstance(dim, int) else list(dim or range(len(x.shape)))
+        moved = [axis % len(x.shape) for axis in axes]
+        kept = [axis for axis in range(len(x.shape)) if axis not in moved]
+        ordered = b.view(x, lambda t: t.permute(*kept, *sorted(moved)))
+        made = b.rows(name, ordered, math.prod(x.shape[axis] for axis in moved), shape)
+        return (made, None) if pair and dim is not None else made
+
+    return rule
+
+
+def _along(name: str) -> Callable[..., Value]:
+    """Rows along one dimension, which stay as long as they are."""
+
+    def rule(b: Builder, shape: Sequence[int], x: Any, dim: int, *_: Any) -> Value:
+        moved = b.view(x, lambda t: t.movedim(dim, -1))
+        made = b.rows(name, moved, shape[dim], moved.shape)
+        return b.view(made, lambda t: t.movedim(-1, dim))
+
+    return rule
+
+
+#: ATen's operations by name, without the views (which need no rule). A new one is a row here.
+RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("clone", "alias", "detach", "contiguous", "lift_fresh_copy"), _same),
+    "_to_copy": lambda b, shape, x, dtype=None, **_: b.zip("ne", x, 0) if dtype is torch.bool else x,
+    **dict.fromkeys(("_unsafe_view", "reshape", "_reshape_copy"), _reshaped),
+    "zeros_like": _full(0.0),
+    "ones_like": _full(1.0),
+    "full_like": lambda b, shape, x, value, **_: torch.full(shape, value),
+    # elementwise
+    "relu": lambda b, shape, x: b.map("clamp", x, 0, None),
+    "clamp": _clamp,
+    "clamp_min": lambda b, shape, x, min: _clamp(b, shape, x, min),
+    "clamp_max": lambda b, shape, x, max: _clamp(b, shape, x, None, max),
+    "hardtanh": lambda b, shape, x, low=-1, high=1: b.map("clamp", x, low, high),
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "gelu": _gelu,
+    **{name: _map(name) for name in ("sigmoid", "tanh", "exp", "log", "log1p", "sqrt", "rsqrt", "abs", "neg",
+                                     "reciprocal", "erf", "logical_not")},
+    "add": _add,
+    "sub": _subtract,
+    "rsub": lambda b, shape, x, other, alpha=1: _subtract(b, shape, other, x, alpha),
+    "mul": _zip("multiply"),
+    "div": _divide,
+    **{name: _zip(name) for name in ("maximum", "minimum", "pow", "eq", "ne", "gt", "ge", "lt", "le")},
+    "where": lambda b, shape, choice, x, other: b.zip("where", choice, x, other),
+    **LAYERS,
+    # over dimensions
+    "mean": _reduce("mean"),
+    "sum": _reduce("sum"),
+    "amax": _reduce("max"),
+    "amin": _reduce("min"),
+    "max": _reduce("max", pair=True),
+    "min": _reduce("min", pair=True),
+    "any": _reduce("max"),
+    "_softmax": _along("softmax"),
+    "_log_softmax": _along("log_softmax"),
+    "cat": _cat,
+    "index_select": _index_select,
+    "constant_pad_nd": lambda b, shape, x, pad, value=0.0: b.pad(x, pad, value),
+}  # fmt: skip
