@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None or os.name != "posix", reason="needs Chromium")
 #: Becomes the browser, which speaks the protocol on the descriptors 3 and 4.
 START = """
 import fcntl, os, sys

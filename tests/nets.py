@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import LeNet5, YourNet
+from pruning.demo import Images
 
 
 class Block(nn.Module):
@@ -251,6 +252,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "patches": Patches,
     "attention": lambda: Patches(attention=True),
 }
+#: Those images, as a page must know them.
+SMALL = Images((3, 14, 14), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def make(name: str, seed: int = 0) -> nn.Module:

@@ -6,6 +6,8 @@ import ast
 import sys
 from pathlib import Path
 
+from pruning.cli import tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,3 +48,15 @@ def test_thop_and_matplotlib_each_have_one_door():
 def test_models_and_data_know_nothing_of_each_other():
     assert not {"models", "eval"} & {name for _, name in imports("data")}
     assert not {"data", "eval"} & {name for _, name in imports("models")}
+
+
+def test_what_the_package_installs_holds_the_parts_of_the_page():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(p.parent.relative_to(ROOT).parts): p.parent for p in ROOT.glob("pruning/**/__init__.py")
+    }
+    assert set(settings["packages"]) == set(folders)
+    for package, folder in folders.items():
+        others = {p.name for p in folder.iterdir() if p.suffix not in (".py", ".pyc") and p.is_file()}
+        patterns = settings["package-data"].get(package, [])
+        assert others == {p.name for each in patterns for p in folder.glob(each) if p.suffix != ".py"}

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import nets
 import pytest
 import torch
+from browser import BROWSER
 
 from pruning import (
     Budget,
@@ -128,7 +129,6 @@ document.title = JSON.stringify({inner: innerWidth, page: document.documentEleme
   wide: wide.length, broken: broken.length, images: document.images.length});
 });
 </script></body>"""
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
