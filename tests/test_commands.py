@@ -67,28 +67,14 @@ def nothing():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run the program in a folder that holds a user's module; exit code, output and errors."""
+def run(tmp_path, monkeypatch, toolkit):
+    """The program in a folder that holds a user's module."""
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cli, "RUNS", tmp_path / "runs")
     sys.modules.pop("mine", None)
-    threads = torch.get_num_threads()
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["pruning", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.run(program.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    yield call
-    torch.set_num_threads(threads)
+    return toolkit
 
 
 NET = ("--model", "mine:Net", "--data", "mine:digits")

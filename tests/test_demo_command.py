@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import sys
 from pathlib import Path
 
 import nets
@@ -15,31 +14,10 @@ from nets import SMALL
 from PIL import Image
 from torch import nn
 
-from pruning import ExportError, PruningError, cli, save
-from pruning.__main__ import main
+from pruning import ExportError, PruningError, save
 from pruning.demo import Images, demo
 
 YOURNET = Path(__file__).resolve().parent.parent / "checkpoints" / "YourNet" / "best.pth"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`python -m pruning demo …` in this process: exit code, output and errors."""
-    threads = torch.get_num_threads()
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["pruning", "demo", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.run(main)
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    yield call
-    torch.set_num_threads(threads)
 
 
 class Lacking(nn.Module):
@@ -122,9 +100,9 @@ def test_bad_networks_classes_and_images_are_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_refuses(tmp_path, run, monkeypatch):
+def test_the_command_refuses(tmp_path, toolkit):
     def refused(*words):
-        code, _, err = run(*words)
+        code, _, err = toolkit("demo", *words)
         said = [line for line in err.splitlines() if not line.startswith("NOTICE: these are 5,000")]
         assert code == 2 and len(said) == 1, err
         return said[0]
@@ -156,7 +134,7 @@ def test_the_command_refuses(tmp_path, run, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "net.pth", "other.pth"]
 
 
-def test_the_command_names_networks_and_classes(tmp_path, run):
+def test_the_command_names_networks_and_classes(tmp_path, toolkit):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net = torchvision.models.squeezenet1_1(num_classes=3)
@@ -167,9 +145,10 @@ def test_the_command_names_networks_and_classes(tmp_path, run):
         for folder in (tmp_path / "pictures" / split / name for split in ("train", "val")):
             folder.mkdir(parents=True)
             Image.new("RGB", (40, 40), (200, 10 * i, 30)).save(folder / "one.png")
-    words = ["--model", "squeezenet1_1", "--model-arg", "num_classes=3", "--against", tmp_path / "dense.pt"]
+    words = ["demo", tmp_path / "small.pth", "--against", tmp_path / "dense.pt"]
+    words += ["--model", "squeezenet1_1", "--model-arg", "num_classes=3"]
     words += ["--data", tmp_path / "pictures", "--image-size", 33]
-    code, out, err = run(tmp_path / "small.pth", *words)
+    code, out, err = toolkit(*words)
     assert code == 0, err
     page = (tmp_path / "small.html").read_text()
     assert "dense and pruned" in out and "<h1>squeezenet1_1, pruned and dense</h1>" in page
@@ -179,6 +158,6 @@ def test_the_command_names_networks_and_classes(tmp_path, run):
     pixels = [list(base64.b64decode(each["pixels"]))[:: 33 * 33] for each in shown["examples"]]
     assert pixels == [[200, 0, 30], [200, 10, 30], [200, 20, 30]]
     (tmp_path / "small.html").unlink()
-    assert run(tmp_path / "small.pth", *words, "--classes", "a", "b")[0] == 2
-    code, _, err = run(tmp_path / "small.pth", *words, "--classes", "a", "b", "c")
+    assert toolkit(*words, "--classes", "a", "b")[0] == 2
+    code, _, err = toolkit(*words, "--classes", "a", "b", "c")
     assert code == 0 and '"classes":["a","b","c"]' in (tmp_path / "small.html").read_text()

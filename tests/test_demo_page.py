@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -18,7 +16,6 @@ from PIL import Image
 
 import data
 from pruning import load
-from pruning.commands import parse
 from pruning.demo import Images, demo
 from pruning.export import TOLERANCE
 from pruning.runtimes import difference
@@ -83,17 +80,14 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(tmp_path_factory, toolkit):
     """YourNet beside LeNet-5, with digits to click on, as the command writes it."""
     path = tmp_path_factory.mktemp("demo") / "page.html"
     words = ["--against", LENET, "--output", path, "--data", "data:loaders", "--data-arg", "name=mnist5k"]
-    args, command = parse(["demo", *map(str, [YOURNET, *words])])
-    threads, said = torch.get_num_threads(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        command(args)
-    torch.set_num_threads(threads)
+    code, said, err = toolkit("demo", YOURNET, *words)
+    assert code == 0, err
     size = f"{path.stat().st_size:,} bytes"
-    assert re.fullmatch(f"{path}: LeNet5 and YourNet, {size}; the page's operations .*\n", said.getvalue())
+    assert re.fullmatch(f"{path}: LeNet5 and YourNet, {size}; the page's operations .*\n", said)
     return path
 
 

@@ -21,14 +21,12 @@ from pruning import (
     ExportError,
     PruningError,
     accuracy,
-    cli,
     export,
     load,
     prune,
     save,
     time_forward,
 )
-from pruning.__main__ import main
 from pruning.checkpoint import read
 from pruning.cost import Latency
 from pruning.export import SUFFIXES, TOLERANCE
@@ -68,15 +66,13 @@ def command(*words, check=True, **variables):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(toolkit):
     """`python -m pruning export …`, which must refuse its input, within this process; what it says."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["pruning", "export", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.run(main)
-        assert end.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        code, _, err = toolkit("export", *words)
+        assert code == 2, err
+        return err.strip().splitlines()[-1]
 
     return run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import nets
 import numpy as np
@@ -96,18 +95,10 @@ def test_the_pruned_network_is_as_quick_as_asked(runtime):
         assert times["small"].median < 0.8 * times["dense"].median
 
 
-def test_the_command_says_what_it_measured(tmp_path, monkeypatch, capsys):
-    from pruning import cli
-    from pruning.__main__ import main
-
+def test_the_command_says_what_it_measured(tmp_path, toolkit):
     words = ["prune", "--model", "models:LeNet5", "--input-shape", "1x28x28", "--score", "l2"]
-    monkeypatch.setattr(
-        sys, "argv", ["pruning", *words, "--max-latency", "0.9x", "--output", str(tmp_path / "s.pth")]
-    )
-    threads = torch.get_num_threads()
-    cli.run(main)
-    torch.set_num_threads(threads)
-    out = capsys.readouterr().out
+    code, out, err = toolkit(*words, "--max-latency", "0.9x", "--output", tmp_path / "s.pth")
+    assert code == 0, err
     ratio = float(re.search(r"time: .* \((\d\.\d+)x\); \d+ networks were timed", out)[1])
     assert 0 < ratio <= 0.9 and (tmp_path / "s.pth").exists()
 
