@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.graph import Group, Inputs, Trace, call, tensors
+from pruning.graph import Group, Inputs, Trace, call, call_until, tensors
 from pruning.meta import without_storage
 from pruning.modes import eval_mode, hooked
 from pruning.surgery import replace_module
@@ -172,27 +172,10 @@ def _passes_input_on(module: nn.Module, use: _Use) -> bool:
             return False
 
 
-class Reached(Exception):
-    """Ends a forward pass at the layer whose input was wanted."""
-
-
 def _input_of(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
-    """What a layer receives in a forward pass, which ends there."""
-    received: list[Tensor] = []
-
-    def hook(_: nn.Module, args: Any) -> None:
-        received.append(args[0].detach())
-        raise Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        with torch.no_grad(), eval_mode(model):
-            call(model, inputs)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    return received[0]
+    """What a layer receives in a forward pass."""
+    with torch.no_grad():
+        return call_until(model, inputs, name, "in").detach()
 
 
 def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:

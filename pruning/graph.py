@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.layers import Side
+from pruning.modes import eval_mode, hooked
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
@@ -96,6 +98,31 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was waited for."""
+
+
+def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
+    """The first input of a layer (side `in`) or its output (`out`) in a forward pass, which ends there."""
+    found: list[Any] = []
+
+    def receives(_: nn.Module, args: Any) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    def returns(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    module = model.get_submodule(layer)
+    handle = (
+        module.register_forward_pre_hook(receives) if side == "in" else module.register_forward_hook(returns)
+    )
+    with hooked([handle]), eval_mode(model), contextlib.suppress(_Reached):
+        call(model, inputs)
+    return found[0]
 
 
 def tensors(output: Any) -> list[Tensor]:

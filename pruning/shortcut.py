@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.depth import Reached
-from pruning.graph import Trace, call, tensors
+from pruning.graph import Trace, call, call_until, tensors
 from pruning.modes import eval_mode, hooked
 
 
@@ -42,22 +41,9 @@ class Shortcut:
         self.passing, self.returning, self.cached = [], "", []
 
     def _output(self, model: nn.Module, batch: Any) -> Any:
-        """What the last module returns for a batch, the forward pass ending there."""
-        found: list[Any] = []
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output)
-            raise Reached
-
-        handle = model.get_submodule(self.returning).register_forward_hook(hook)
-        try:
-            with torch.inference_mode(), eval_mode(model):
-                call(model, batch)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+        """What the last module returns for a batch."""
+        with torch.inference_mode():
+            return call_until(model, batch, self.returning, "out")
 
     def _is_enough(self, model: nn.Module, batch: Any) -> bool:
         with torch.inference_mode(), eval_mode(model):
