@@ -12,7 +12,6 @@ assignment's recipe, to compare with), state.pth (to resume from) and best.pth: 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -48,7 +47,6 @@ from train_lenet5 import REFERENCE_EPOCHS, train_reference
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
 #: Used in its place where only the embedded digits can be had, or are asked for.
 RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
-CALIBRATION_IMAGES = 2048
 
 
 def main() -> None:
@@ -59,7 +57,7 @@ def main() -> None:
     if dataset.name == "mnist5k" and args.recipe == RECIPE:
         args = arguments(recipe=RECIPE_MNIST5K)
     config = slim_config(args)
-    calibration = list(itertools.islice(dataset.batches("train", 256), CALIBRATION_IMAGES // 256))
+    calibration = dataset.calibration()
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
     dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)

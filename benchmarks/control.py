@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ import data
 import models
 import train_yournet
 from benchmarks.peers import KINDS, Peer, cost, regularized
+from benchmarks.results import percent
 from benchmarks.table import (
     arguments,
     fingerprint,
@@ -94,7 +94,7 @@ def trained(path: Path, seed: int, kind: str, dataset: str, epochs: int) -> dict
     args = train_yournet.arguments(["--recipe", str(path), "--data", dataset])
     config = slim_config(args)
     splits = data.load(dataset, ROOT / "data", quiet=True)
-    calibration = list(itertools.islice(splits.batches("train", 256), 8))
+    calibration = splits.calibration()
     example = calibration[0][0][:8]
     augment = data.augmentation(args.augment)
     batches = splits.batches("train", args.batch_size, shuffle=True, augment=augment)
@@ -143,14 +143,8 @@ def with_peer(
     """Train, prune in iterations, and fine-tune a network in place, with another's pruner."""
     loss = regularized(cross_entropy) if kind == "bn-scale" else cross_entropy
     learn(net, config.sparsify, loss=loss)
-    dense = cost(net, example)
-    asked = config.counts.resolve(dense)
-    peer = Peer(kind, net, example, calibration)
-    steps = config.prune.iterations
-    for step in range(1, steps + 1):
-        peer.reach(asked.share(dense, step, steps))
-        learn(net, config.prune.recover)
-    spent = config.sparsify.epochs + steps * config.prune.recover.epochs
+    Peer(kind, net, example, calibration).iterate(config, lambda: learn(net, config.prune.recover))
+    spent = config.sparsify.epochs + config.prune.iterations * config.prune.recover.epochs
     learn(net, replace(config.finetune, epochs=max(0, epochs - spent)), keep_best=True)
 
 
@@ -199,12 +193,10 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def _line(row: str, kind: str, runs: list[dict[str, Any]]) -> str:
-    percent = [100 * run["accuracy"] for run in runs]
-    spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
     widths = "-".join(map(str, runs[0]["widths"]))
     return (
         f"| {row} | {kind} | {widths} | {runs[0]['params']:,} | {runs[0]['macs']:,} | "
-        f"{statistics.mean(percent):.2f}{spread} | {len(runs)} |"
+        f"{percent([run['accuracy'] for run in runs])} | {len(runs)} |"
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,9 +24,9 @@ from torch import nn
 
 import data
 import models
+from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
 from pruning import Budget, ScalePull, TrainConfig, cli, fit, prune, trace
-from pruning.checkpoint import replace_file
 
 CONFIG = TrainConfig(1, lr=0.01, weight_decay=1e-3)
 
@@ -48,11 +47,9 @@ def main() -> None:
     use_threads(args.threads)
     dataset = data.load(args.data, ROOT / "data")
     batches = list(itertools.islice(dataset.batches("train", 64, shuffle=True), args.steps))
-    calibration = list(itertools.islice(dataset.batches("train", 256), 8))
+    calibration = dataset.calibration()
     result = {name: measured(name, dataset, batches, calibration, args.rounds) for name in args.starts}
-    text = json.dumps(result, indent=1) + "\n"
-    replace_file(args.json, text.encode())
-    print(text, end="")
+    print(write_json(args.json, result), end="")
 
 
 def measured(

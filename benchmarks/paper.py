@@ -12,7 +12,6 @@ pruning starts from. What is in the file of results is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 import data
+from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import accuracy, cli, count, load
@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="only print what is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = read_json(args.results, {})
     for name in () if args.print else args.models:
         print(name, flush=True)
         if name not in results:
             results[name] = slimmed(name, args)
-            replace_file(args.results, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+            write_json(args.results, results, sort_keys=True)
             replace_file(args.table, markdown(results).encode())
     print(markdown(results))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruning import Budget, CostModel, PruningError, cross_entropy, trace
+from pruning import Budget, CostModel, PruningError, SlimConfig, cross_entropy, trace
 
 #: How a pruner of torch-pruning is made: its importance, its class, and the L1 factor on γ.
 KINDS = ("bn-scale", "magnitude", "taylor")
@@ -79,6 +79,14 @@ class Peer:
             raise PruningError(
                 f"torch-pruning's {self.kind} pruner ends at {cost(self.model, self.example)}, over {budget}"
             )
+
+    def iterate(self, config: SlimConfig, recover: Callable[[], Any]) -> None:
+        """Reach the budget of a pipeline in as many steps as it takes, each followed by `recover`."""
+        dense, steps = cost(self.model, self.example), config.prune.iterations
+        asked = config.counts.resolve(dense)
+        for step in range(1, steps + 1):
+            self.reach(asked.share(dense, step, steps))
+            recover()
 
 
 def regularized(loss: Callable[..., Tensor], strength: float = REGULARIZATION) -> Callable[..., Tensor]:

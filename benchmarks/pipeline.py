@@ -25,11 +25,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -47,9 +45,9 @@ from torchvision.datasets import MNIST
 
 import data
 import models
-from benchmarks import timing
+from benchmarks import results, timing
 from benchmarks.peers import Peer, cost
-from benchmarks.zoo import peak_memory
+from benchmarks.process import peak_memory, run_module
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from pruning import (
@@ -102,7 +100,7 @@ def main() -> None:
         "runs": runs,
         "provenance": provenance(),
     }
-    timing.write(args.output, result, markdown(result))
+    results.write(args.output, result, markdown(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -135,12 +133,10 @@ def arguments() -> argparse.Namespace:
 def in_process(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run in a process of its own."""
     settings = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in SETTINGS]
-    command = [sys.executable, "-m", "benchmarks.pipeline", *settings, f"--side={side}", f"--seed={seed}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or "killed").splitlines()[-1]
-        raise PruningError(f"{side}, seed {seed} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return run_module("pipeline", [*settings, f"--side={side}", f"--seed={seed}"])
+    except PruningError as error:
+        raise PruningError(f"{side}, seed {seed} failed: {error}") from None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         import torch_pruning  # noqa: F401  (imports are not timed)
     started, processor = time.perf_counter(), os.times()
     dataset = data.load(args.data, ROOT / "data", quiet=True)
-    calibration = list(itertools.islice(dataset.batches("train", 256), 8))
+    calibration = dataset.calibration()
     torch.manual_seed(args.seed)
     dense = models.start("lenet5", dataset.image_shape, dataset.classes)
     config = settings(args)
@@ -229,11 +225,7 @@ def with_torch_pruning(
     learn = partial(plain, net, batches, validate)
     learn(config.sparsify, regularize=peer.pruner.regularize)
     ended("stage 1, sparsify")
-    dense = cost(net, example)
-    asked, steps = config.counts.resolve(dense), config.prune.iterations
-    for step in range(1, steps + 1):
-        peer.reach(asked.share(dense, step, steps))
-        learn(config.prune.recover)
+    peer.iterate(config, lambda: learn(config.prune.recover))
     ended("stage 2, prune")
     learn(config.finetune, keep_best=True)
     ended("stage 3, fine-tune")
@@ -310,22 +302,18 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     rows = []
     for side, found in result["sides"].items():
-        percent = [100 * value for value in found["accuracy"]]
-        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
-        costs = [f"{found[key]:,.1f}" for key in COLUMNS]
-        accuracy_cell = f"{statistics.mean(percent):.2f}{spread}"
-        rows.append(
-            [side, *costs, accuracy_cell, f"{found['params']:,}", f"{found['macs']:,}", str(len(percent))]
-        )
+        figures = [f"{found[key]:,.1f}" for key in COLUMNS] + [results.percent(found["accuracy"])]
+        sizes = [f"{found[key]:,}" for key in ("params", "macs")]
+        rows.append([side, *figures, *sizes, str(len(found["accuracy"]))])
     heads = ["side", *COLUMNS.values(), "accuracy %", "params", "MACs", "runs"]
-    lines += timing.table(heads, rows)
+    lines += results.table(heads, rows)
     heads = ["ours ÷", *(f"{head} (least to most)" for head in COLUMNS.values())]
     rows = [
         [side, *(timing.shown(found[key]) if key in found else "–" for key in COLUMNS)]
         for side, found in result["ratios"].items()
     ]
     if rows:
-        lines += timing.table(heads, rows)
+        lines += results.table(heads, rows)
     loaders = {side: found["seconds"] for side, found in result["sides"].items() if side in LOADERS}
     if loaders and OURS in result["sides"]:
         quicker = min(loaders, key=loaders.__getitem__)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import data
 import models
-from benchmarks import timing
+from benchmarks import results, timing
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import (
@@ -97,7 +97,7 @@ def main() -> None:
         result.update(digits(args, Path(folder)))
         result["torchvision"] = [row for name in args.models for row in halved(name, args, Path(folder))]
     result["provenance"] = provenance()
-    timing.write(args.output, result, markdown(result))
+    results.write(args.output, result, markdown(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -287,9 +287,10 @@ def halved(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, 
     for runtime in [known for known in (EAGER, FLOAT) if known in args.runtimes]:
         running: dict[str, nn.Module] = {**networks, AGAIN: copy.deepcopy(networks["pruned"])}
         if runtime == FLOAT:
-            paths = {key: folder / f"{name}-{key}.{runtime}" for key in networks}
-            for key, path in paths.items():
-                export(networks[key], path, images, "onnx")
+            paths = {
+                key: written(runtime, folder / f"{name}-{key}", net, [images], args)
+                for key, net in networks.items()
+            }
             running = {key: opened(path, args) for key, path in {**paths, AGAIN: paths["pruned"]}.items()}
         found = timed({(runtime, key): net for key, net in running.items()}, images[:1].to(args.device), args)
         times = {key: latency for (_, key), latency in found.items()}
@@ -318,7 +319,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['threads']} thread{'s' * (result['threads'] > 1)}{', pinned' * result['pinned']}; "
         f"{timing.described(result['machine'])}.",
         "",
-        *timing.table(
+        *results.table(
             ["runtime", "network", "bytes", "accuracy %"],
             [
                 [row["runtime"], row["network"], f"{row['bytes'] or 0:,}", f"{100 * row['accuracy']:.2f}"]
@@ -329,13 +330,13 @@ def markdown(result: dict[str, Any]) -> str:
     heads = ["runtime", "network", "ms per image (p90)", "÷ LeNet-5", "÷ LeNet-5 in eager", "control"]
     for size in dict.fromkeys(row["batch"] for row in result["times"]):
         lines += [f"Batch {size}; ratios with their 95 % intervals:", ""]
-        lines += timing.table(heads, [_cells(row) for row in result["times"] if row["batch"] == size])
+        lines += results.table(heads, [_cells(row) for row in result["times"] if row["batch"] == size])
     if result["torchvision"]:
         heads = ["network", "runtime", "MACs, dense ÷ pruned", "ms dense (p90)", "ms pruned (p90)",
                  "time ÷ dense", "speed-up ÷ reduction of MACs", "slower than dense", "control"]  # fmt: skip
         how = "multiples of {multiple} channels, ranking {ranking}".format_map(result["torchvision"][0])
         lines += [f"torchvision's networks at half of their MACs, {how}, batch 1:", ""]
-        lines += timing.table(heads, [_halved_cells(row) for row in result["torchvision"]])
+        lines += results.table(heads, [_halved_cells(row) for row in result["torchvision"]])
     return "\n".join([*lines, *verdict(result)]) + "\n"
 
 

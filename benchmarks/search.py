@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import data
+from benchmarks.results import deviation, percent, read_json, write_json
 from benchmarks.table import CHECKPOINTS, fingerprint, measured, read_results, train
 from eval.cli import ROOT
 from pruning import Budget, cli
-from pruning.checkpoint import replace_file
 from pruning.plots import Point, front, pareto, save
 
 LADDER = ("700:30k", "1000:36k", "1485:47.4k", "2500:60k", "5000:100k", "10000:150k", "20000:200k")
@@ -100,11 +99,11 @@ def fill(args: argparse.Namespace, limits: str, seed: int) -> None:
     train(folder, flags, args.threads)
     content = read(args.results)
     content["runs"].append({**key, **measured(folder / "best.pth", args.data)})
-    replace_file(args.results, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(args.results, content)
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+    return read_json(path, {"runs": []})
 
 
 def mean(runs: list[dict[str, Any]], key: str) -> float:
@@ -127,19 +126,13 @@ def points(runs: list[dict[str, Any]], axis: str) -> list[Point]:
     found = []
     for group in by_budget(runs).values():
         accuracies = [run["accuracy"] for run in group]
-        spread = statistics.stdev(accuracies) if len(group) > 1 else 0.0
-        found.append(Point(mean(group, axis), statistics.mean(accuracies), "", spread))
+        found.append(Point(mean(group, axis), statistics.mean(accuracies), "", deviation(accuracies)))
     return found
 
 
 def row_points(rows: list[dict[str, Any]], axis: str) -> list[Point]:
     return [
-        Point(
-            row[axis],
-            statistics.mean(row["accuracy"]),
-            row["row"],
-            statistics.stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0.0,
-        )
+        Point(row[axis], statistics.mean(row["accuracy"]), row["row"], deviation(row["accuracy"]))
         for row in rows
     ]
 
@@ -147,11 +140,9 @@ def row_points(rows: list[dict[str, Any]], axis: str) -> list[Point]:
 def markdown(runs: list[dict[str, Any]]) -> str:
     lines = ["| budget | params | MACs | accuracy % | seeds |", "|---|---|---|---|---|"]
     for limits, group in by_budget(runs).items():
-        percent = [100 * run["accuracy"] for run in group]
-        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
         lines.append(
             f"| {limits} | {mean(group, 'params'):,.0f} | {mean(group, 'macs'):,.0f} | "
-            f"{statistics.mean(percent):.2f}{spread} | {len(group)} |"
+            f"{percent([run['accuracy'] for run in group])} | {len(group)} |"
         )
     return "\n".join(lines)
 

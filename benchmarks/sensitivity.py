@@ -11,8 +11,6 @@ docs/sensitivity*.png and .svg.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ import torch
 import data
 import models
 import train_yournet
+from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
 from pruning import Budget, accuracy, cli, joint, plots, prune, sensitivity, sparsify
-from pruning.checkpoint import replace_file
 from pruning.flags import slim_config
 
 BUDGETS = ("75%", "50%", "35%", "25%")
@@ -42,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     use_threads(args.threads)
     dataset = data.load(args.data, ROOT / "data")
-    calibration = list(itertools.islice(dataset.batches("train", 256), 8))
+    calibration = dataset.calibration()
     validation = list(dataset.batches("validation", 500))
     example = calibration[0][0][:8]
     config = slim_config(train_yournet.arguments([]))
@@ -79,9 +77,7 @@ def main() -> None:
         "dense": {"loss": found.dense.loss, "accuracy": found.dense.accuracy},
         "plans": plans,
     }
-    text = json.dumps(result, indent=1) + "\n"
-    replace_file(args.output / "benchmarks" / "sensitivity.json", text.encode())
-    print(text, end="")
+    print(write_json(args.output / "benchmarks" / "sensitivity.json", result), end="")
     for name, figure in {
         "sensitivity": plots.sensitivity_curves(found),
         "sensitivity-map": plots.sensitivity_map(found),

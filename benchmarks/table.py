@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import statistics
 import subprocess
 import sys
 import threading
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import data
+from benchmarks.results import percent, read_json, write_json
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, accuracy, cli, count, load
@@ -80,8 +79,7 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
         content["rows"] = [old for old in content["rows"] if old["row"] != row]
         content["rows"].append(summary(*key, runs))
         write_results(args.checkpoints, content)
-        best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
-        if best["seed"] == seed:
+        if best_of(runs)["seed"] == seed:
             replace_file(path.with_name("best.pth"), (folder / "best.pth").read_bytes())
 
 
@@ -132,7 +130,7 @@ def measured(checkpoint: Path, dataset: str) -> dict[str, Any]:
 def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A row of the file: the network that is best on validation, and every seed."""
     runs = sorted(runs, key=lambda run: run["seed"])
-    best = max(runs, key=lambda run: (run["validation"], -run["seed"]))
+    best = best_of(runs)
     return {
         "row": row,
         "checkpoint": f"checkpoints/{row}/best.pth",
@@ -145,6 +143,11 @@ def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> 
         **{key: best[key] for key in ("params", "macs", "macs_with_bias", "widths")},
         "runs": runs,
     }
+
+
+def best_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run that is best on the validation split; among equals that of the lowest seed."""
+    return max(runs, key=lambda run: (run["validation"], -run["seed"]))
 
 
 def fingerprint(recipe: Path) -> str:
@@ -161,13 +164,12 @@ def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> 
 
 
 def read_results(checkpoints: Path) -> dict[str, Any]:
-    path = checkpoints / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {"rows": [], "controls": []}
+    return read_json(checkpoints / "results.json", {"rows": [], "controls": []})
 
 
 def write_results(checkpoints: Path, content: dict[str, Any]) -> None:
     content["rows"].sort(key=lambda row: row["row"])
-    replace_file(checkpoints / "results.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(checkpoints / "results.json", content)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -177,11 +179,9 @@ def markdown(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
-        percent = [100 * value for value in row["accuracy"]]
-        spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
         lines.append(
             f"| {row['row']} | {'-'.join(map(str, row['widths']))} | {row['params']:,} | {row['macs']:,} | "
-            f"{row['macs_with_bias']:,} | {statistics.mean(percent):.2f}{spread} | {len(percent)} |"
+            f"{row['macs_with_bias']:,} | {percent(row['accuracy'])} | {len(row['accuracy'])} |"
         )
     return "\n".join(lines)
 

@@ -1,10 +1,9 @@
-"""What benchmarks of time share: the machine, ratios and their controls, files and tables."""
+"""What benchmarks of time share: the machine, ratios and their controls, compiled networks."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pruning import Latency, PruningError, time_ratio
-from pruning.checkpoint import replace_file
 from pruning.runtimes import difference, quiet
 
 #: A network beside its own copy should take as long; further from 1 than this, ratios are spoiled.
@@ -99,16 +97,3 @@ def compile_ahead(network: nn.Module, batch: Tensor, path: Path) -> Compiled:
     if not apart <= 1e-3:  # sums may be taken in another order
         raise PruningError(f"its outputs differ from the network's by {apart:.1e} of the largest")
     return made
-
-
-def write(path: Path, result: Any, text: str) -> None:
-    """Write figures as JSON and a text as Markdown beside it, each whole or not at all; print the text."""
-    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
-    replace_file(path.with_suffix(".md"), text.encode())
-    print(text, end="")
-
-
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table, and an empty one."""
-    heads = list(heads)
-    return [*(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)), ""]

@@ -22,7 +22,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +33,8 @@ import torch
 from torch import nn
 from torchvision import models
 
+from benchmarks.process import peak_memory, run_module
+from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, count, load, prune, save, trace
 from pruning.checkpoint import replace_file
@@ -65,7 +66,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print(json.dumps(SIDES[args.side](args.models[0], args.folder)))
         return
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = read_json(args.results, {})
     for name in () if args.print else args.models:
         if name in results:
             continue
@@ -74,7 +75,7 @@ def main() -> None:
             if "error" not in found["ours"]:
                 found["ours"].update(in_process(name, "reload", folder, args))
         results[name] = found
-        replace_file(args.results, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+        write_json(args.results, results, sort_keys=True)
         replace_file(args.table, markdown(results).encode())
         print(line(name, found), flush=True)
     if args.print:
@@ -83,18 +84,13 @@ def main() -> None:
 
 def in_process(name: str, side: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """One side of a network, in a process of its own; what went wrong where something did."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--models", name, "--side", side, "--folder", folder]
-    command += ["--threads", str(args.threads)]
+    flags = ["--models", name, "--side", side, "--folder", folder, "--threads", str(args.threads)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=args.patience, cwd=ROOT, check=False
-        )
+        return run_module("zoo", flags, timeout=args.patience)
     except subprocess.TimeoutExpired:
         return {"error": f"over {args.patience:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip() or "killed").splitlines()[-1]
-        return {"error": last.removeprefix("error: ")}
-    return json.loads(done.stdout.splitlines()[-1])
+    except PruningError as error:
+        return {"error": str(error).removeprefix("error: ")}
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -195,16 +191,6 @@ def measured(step: Callable[[nn.Module, torch.Tensor], None], name: str) -> tupl
 
 
 SIDES = {"ours": ours, "peer": peer, "reload": reload}
-
-
-def peak_memory() -> float:
-    """The most memory that this process has held, in MB; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def markdown(results: dict[str, Any]) -> str:

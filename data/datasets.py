@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,6 +93,10 @@ class Dataset:
             drop_last=shuffle,
             augment=augment,
         )
+
+    def calibration(self) -> list[tuple[Tensor, Tensor]]:
+        """The first 2,048 training images, as they are, in batches: for scores and channel means."""
+        return list(islice(self.batches("train", 256), 8))
 
 
 def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False) -> Dataset:

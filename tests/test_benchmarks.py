@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pipeline, runtimes, timing
+from benchmarks import pipeline, results, runtimes, timing
 from pruning import CheckpointError, cli, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +187,7 @@ def test_a_compiler_that_fails_is_left_out(tmp_path):
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    timing.write(tmp_path / "out.json", {"ratio": 1}, "one\n")
+    results.write(tmp_path / "out.json", {"ratio": 1}, "one\n")
     assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
     assert (tmp_path / "out.md").read_text() == "one\n" == capsys.readouterr().out
 
@@ -196,7 +196,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(CheckpointError, match="no space left"):
-        timing.write(tmp_path / "out.json", {"ratio": 2}, "two\n")
+        results.write(tmp_path / "out.json", {"ratio": 2}, "two\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
     assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
 

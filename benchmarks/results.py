@@ -1,0 +1,48 @@
+"""What benchmarks share about results: files, each whole or as it was, tables, accuracies of several runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pruning.checkpoint import replace_file
+
+
+def read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, or the default where there is none yet."""
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> str:
+    """Write results as JSON; returns the text."""
+    text = json.dumps(content, indent=1, sort_keys=sort_keys) + "\n"
+    replace_file(path, text.encode())
+    return text
+
+
+def write(path: Path, result: Any, text: str) -> None:
+    """Write results as JSON and a text as Markdown beside it; print the text."""
+    write_json(path, result)
+    replace_file(path.with_suffix(".md"), text.encode())
+    print(text, end="")
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table, and an empty one."""
+    heads = list(heads)
+    return [*(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)), ""]
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of several runs; 0 for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def percent(accuracies: Sequence[float]) -> str:
+    """The mean of several runs in percent, with their standard deviation where there is one."""
+    shares = [100 * value for value in accuracies]
+    spread = f" ± {statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{statistics.mean(shares):.2f}{spread}"
