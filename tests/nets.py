@@ -296,7 +296,7 @@ def same(one, other):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-class Shuffled:
+class ShuffledBatches:
     """Batches in a new order each time, from the global generator, as a DataLoader gives them."""
 
     def __init__(self):

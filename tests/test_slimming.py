@@ -7,7 +7,7 @@ import json
 import nets
 import pytest
 import torch
-from nets import Shuffled, batches, same
+from nets import ShuffledBatches, batches, same
 
 from pruning import (
     Budget,
@@ -33,7 +33,7 @@ CONFIG = SlimConfig(
 def pipeline(run=None, log=lambda _: None, config=CONFIG):
     torch.manual_seed(0)
     data = batches()
-    return slim(nets.make("lenet"), Shuffled(), data[0][0], config,
+    return slim(nets.make("lenet"), ShuffledBatches(), data[0][0], config,
                 validate=lambda m: accuracy(m, data), calibration=data, run=run, log=log)  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
-from nets import Shuffled, batches, same
+from nets import ShuffledBatches, batches, same
 from torch import nn
 
 from pruning import (
@@ -83,7 +83,7 @@ def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, em
         net = nets.make("lenet")
         states = []
         torch.manual_seed(1)
-        fit(net, Shuffled(), TrainConfig(4, ema=ema), keep_best=True, resume=resume,
+        fit(net, ShuffledBatches(), TrainConfig(4, ema=ema), keep_best=True, resume=resume,
             validate=lambda m: accuracy(m, batches(1)),
             on_epoch=lambda epoch: states.append(pack(epoch.state())))  # fmt: skip
         return net, states

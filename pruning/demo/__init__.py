@@ -5,7 +5,6 @@ of JavaScript in the page run. The page checks itself: it computes what PyTorch 
 images that both know, and says how far apart they are.
 """
 
-from pruning.demo.command import demo_checkpoint
 from pruning.demo.writer import Demo, Images, demo
 
-__all__ = ["Demo", "Images", "demo", "demo_checkpoint"]
+__all__ = ["Demo", "Images", "demo"]
