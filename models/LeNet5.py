@@ -31,7 +31,8 @@ class LeNet5(nn.Module):
     """
 
     pool_before_activation = False
-    pooling: Callable[[], nn.Module] = partial(nn.MaxPool2d, 2)
+    # As a method it would be given the network.
+    pooling: Callable[[], nn.Module] = staticmethod(partial(nn.MaxPool2d, 2))
 
     def __init__(
         self,
