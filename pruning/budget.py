@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +143,8 @@ def _parse(what: str, limit: int | str, dense: int) -> int:
             share = float(text[:-1]) / 100
             if not 0 < share <= 1:
                 raise PruningError(f"{what} budget {limit!r}: a percentage is above 0 and at most 100")
-            return round(share * dense)
+            # Never more than was asked; what is a whole number but for rounding errors stays it.
+            return max(1, math.floor(share * dense + 1e-6))
         factor = _SUFFIXES.get(text[-1:], 1)
         count = float(text[:-1] if text[-1:] in _SUFFIXES else text) * factor
         if count < 1 or count != round(count):

@@ -14,7 +14,7 @@ from pruning.agreement import compare, outputs_of
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import layer_width, narrow
-from pruning.modes import eval_mode, hooked
+from pruning.modes import eval_mode, hooked, on_input
 from pruning.norms import recalibrate
 from pruning.plan import Plan
 from pruning.surgery import Constants, apply, dropped_positions, foldable_constants, others
@@ -97,34 +97,34 @@ def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, cons
             layer = model.get_submodule(name) if side != "self" else None
             if side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
-                hook = _replace_channels(lies[name, side], drop, value)
-                handles.append(layer.register_forward_pre_hook(hook))
+                handles.append(on_input(layer, _replace_channels(lies[name, side], drop, value)))
             elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
-                handles.append(layer.register_forward_hook(_norm_over_kept(layer, lies[name, side], drop)))
+                hook = _norm_over_kept(layer, lies[name, side], drop)
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         return call(model, inputs)
 
 
-def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[nn.Module, Any], Any]:
-    def replace(_: nn.Module, args: Any) -> Any:
-        x = args[0].movedim(dim, -1).clone()
-        x[..., drop.to(x.device)] = value.to(x)
-        return (x.movedim(-1, dim), *args[1:])
+def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
+    def replace(x: Tensor) -> Tensor:
+        changed = x.movedim(dim, -1).clone()
+        changed[..., drop.to(x.device)] = value.to(x)
+        return changed.movedim(-1, dim)
 
     return replace
 
 
 def _norm_over_kept(
     layer: nn.LayerNorm | nn.GroupNorm, dim: int, drop: Tensor
-) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
     """What a norm that mixes channels gives when it sees the kept ones alone; 0 for the others."""
     keep = others(layer_width(layer, "out"), drop)
     smaller = copy.deepcopy(layer)
     narrow(smaller, "out", keep)
 
-    def normalise(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def normalise(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         kept = keep.to(output.device)
-        return torch.zeros_like(output).index_copy(
-            dim, kept, smaller(args[0].index_select(dim, kept)).to(output.dtype)
-        )
+        x = args[0] if args else kwargs["input"]
+        values = smaller(x.index_select(dim, kept)).to(output.dtype)
+        return torch.zeros_like(output).index_copy(dim, kept, values)
 
     return normalise

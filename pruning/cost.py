@@ -65,6 +65,7 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
         from thop import profile
 
     params = sum(p.numel() for p in probe.parameters())
+    probe = getattr(probe, "_orig_mod", probe)  # of a compiled model, whose attributes are its own twice
     probe.eval()
     rules: dict[type[nn.Module], Callable[..., None]] = {}
     for layer in probe.modules():
@@ -72,21 +73,26 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
             rules[type(layer)] = _transposed
         elif not isinstance(layer, _COUNTED) and not list(layer.children()):
             rules[type(layer)] = _zero  # of a layer: thop skips whatever is inside one with a rule
-    args = _positional(inputs)
+    whole = _Called(probe, inputs)
     with torch.no_grad():
         with Shapes(), FlopCounterMode(display=False) as flops:
             call(probe, inputs)
         with Shapes(), _BiasCounter(probe) as biases:
-            macs, _ = profile(probe, inputs=args, custom_ops=rules, verbose=False)
+            macs, _ = profile(whole, inputs=(), custom_ops=rules, verbose=False)
     macs = max(macs, flops.get_total_flops() / 2)
-    batch = tensors(args)[0].shape[0]
+    batch = tensors(inputs)[0].shape[0]
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
 
 
-def _positional(inputs: Inputs) -> tuple[Any, ...]:
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    return tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)
+class _Called(nn.Module):
+    """A model and its inputs, for thop, which knows inputs by position alone."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs):
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self) -> Any:
+        return call(self.model, self.inputs)
 
 
 def _zero(layer: nn.Module, args: Any, output: Any) -> None:
@@ -196,14 +202,14 @@ class CostModel:
                 per_product = numel / max(1.0, float(out_width * (in_fixed + into @ self.full)))
                 rows.append(_Row(out, out_fixed, into, in_fixed, per_product, 0.0, 0.0, 0.0))
             else:
-                weight: Any = layer.weight
-                kernel = float(weight.numel() / (out_width * (in_fixed + into @ self.full)))
+                with eval_mode(layer):  # in training a parametrized weight may change as it is read
+                    weight: Any = layer.weight
+                    kernel = weight.numel() / float(out_width * (in_fixed + into @ self.full))
+                # A weight that another layer has already counted, or that is computed from others.
+                own_weight = kernel if f"{name}.weight".lstrip(".") in loose else 0.0
                 bias = float(use.bias)
-                rows.append(
-                    _Row(
-                        out, out_fixed, into, in_fixed, kernel, kernel * use.uses, bias, use.positions * bias
-                    )
-                )
+                macs, bias_macs = kernel * use.uses, use.positions * bias
+                rows.append(_Row(out, out_fixed, into, in_fixed, own_weight, macs, bias, bias_macs))
 
         def column(name: str, *shape: int) -> np.ndarray:
             return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)

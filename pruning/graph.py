@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.layers import Side
-from pruning.modes import eval_mode, hooked
+from pruning.modes import eval_mode, hooked, on_input
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
@@ -108,8 +108,8 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
     """The first input of a layer (side `in`) or its output (`out`) in a forward pass, which ends there."""
     found: list[Any] = []
 
-    def receives(_: nn.Module, args: Any) -> None:
-        found.append(args[0])
+    def receives(x: Tensor) -> None:
+        found.append(x)
         raise _Reached
 
     def returns(_: nn.Module, __: Any, output: Any) -> None:
@@ -117,9 +117,7 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
         raise _Reached
 
     module = model.get_submodule(layer)
-    handle = (
-        module.register_forward_pre_hook(receives) if side == "in" else module.register_forward_hook(returns)
-    )
+    handle = on_input(module, receives) if side == "in" else module.register_forward_hook(returns)
     with hooked([handle]), eval_mode(model), contextlib.suppress(_Reached):
         call(model, inputs)
     return found[0]

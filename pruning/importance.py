@@ -21,7 +21,7 @@ from pruning.training import Loss, cross_entropy, to_device
 Scores = dict[str, Tensor]
 Groups = Mapping[str, Group]
 _NORM = nn.modules.batchnorm._NormBase
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
 def bn_scale(model: nn.Module, groups: Groups) -> Scores:
@@ -80,7 +80,7 @@ def taylor(
         for chosen in members.values()
         for member in chosen
         for kind in ("weight", "bias")
-        if (parameter := getattr(model.get_submodule(member.layer), kind)) is not None
+        if (parameter := getattr(model.get_submodule(member.layer), kind, None)) is not None
     }
     scores = {name: torch.zeros(group.channels) for name, group in groups.items()}
     if not scores:

@@ -16,7 +16,7 @@ from pruning.budget import LatencyBudget
 from pruning.cost import CostModel
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import Side, channel_dim, is_depthwise, layer_width, narrow, parts
-from pruning.modes import eval_mode, hooked, thread_count
+from pruning.modes import eval_mode, hooked, on_input, thread_count
 from pruning.plan import Order
 from pruning.runtimes import needed, onnx_session
 
@@ -131,10 +131,10 @@ def _received(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, l
     """The shapes that each layer receives in a forward pass, one for each time it runs."""
     shapes: dict[str, list[torch.Size]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _, args: shapes.setdefault(name, []).append(args[0].shape)
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda x: shapes.setdefault(name, []).append(x.shape)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles = [on_input(model.get_submodule(name), watch(name)) for name in names]
     with hooked(handles), torch.no_grad(), eval_mode(model):
         call(model, inputs)
     return shapes

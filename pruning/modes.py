@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -31,6 +32,20 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def on_input(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call a function on what a layer receives, by position or by name; what it returns takes its place."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            changed = see(args[0])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        changed = see(kwargs[name])
+        return None if changed is None else (args, {**kwargs, name: changed})
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ class ScalePull:
             for weight, index, channel in entries:
                 pull = torch.zeros_like(weight, requires_grad=False)
                 strength = self.strength * share[group] / len(entries)  # a channel's share, over its norms
-                pull[index] = torch.where(channel == spared, 0.0, strength)
+                pull[index] = torch.where(channel == spared, 0.0, strength).to(pull.dtype)
                 if self.budget is not None and not self.distance:
                     # There already: nothing is pulled, but what is 0 must not come back.
                     dead = magnitudes[group].to(channel.device)[channel] == 0

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import Side, layer_width, narrow, output_rows, parts
-from pruning.modes import eval_mode, hooked
+from pruning.modes import eval_mode, hooked, on_input
 from pruning.plan import Plan
 
 #: For consumers of pruned channels, the value each of their input channels is taken to have
@@ -140,9 +140,9 @@ def channel_constants(
     spread: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def hook(name: str, dim: int) -> Callable[[nn.Module, Any], None]:
-        def observe(_: nn.Module, args: Any) -> None:
-            values = args[0].detach().movedim(dim, 0).flatten(1)
+    def watch(name: str, dim: int) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            values = x.detach().movedim(dim, 0).flatten(1)
             low, high = values.amin(1).cpu(), values.amax(1).cpu()
             if name in sums:
                 low, high = torch.minimum(low, spread[name][0]), torch.maximum(high, spread[name][1])
@@ -160,7 +160,7 @@ def channel_constants(
                 if _pads_with_zeros(layer) or member.layer in counts:
                     continue
                 counts[member.layer] = 0
-                handles.append(layer.register_forward_pre_hook(hook(member.layer, member.dim)))
+                handles.append(on_input(layer, watch(member.layer, member.dim)))
         for inputs in batches:
             for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
                 call(model, variant)

@@ -236,6 +236,25 @@ def yournet() -> nn.Module:
     return YourNet((5,), (8,), image_shape=(3, 14, 14), batch_norm=True, classes=4)
 
 
+class Words(nn.Module):
+    """Two classes of sentences, or with `tied` the next word, by the same weights that read the last one."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words, self.wide, self.slim = nn.Embedding(10, 4), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 10 if tied else 2)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, sentences: Tensor) -> Tensor:
+        return self.head(self.slim(torch.relu(self.wide(self.words(sentences).mean(1)))))
+
+
+def words() -> Tensor:
+    """Two sentences, (2, 10), in which every word is."""
+    return torch.stack([torch.arange(10), torch.arange(9, -1, -1)])
+
+
 #: Every network takes (N, 3, 14, 14) images.
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,

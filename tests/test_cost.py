@@ -8,12 +8,16 @@ import nets
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LeNet5, YourNet
 from pruning import (
+    CostModel,
     Latency,
+    Plan,
     PruningError,
+    apply,
     count,
     fold_batchnorm,
     time_forward,
@@ -164,3 +168,37 @@ def test_times_that_were_not_taken_together_have_no_ratio():
 def test_nothing_to_time_is_an_error():
     with pytest.raises(PruningError, match="no model to time"):
         time_forward({}, torch.randn(1))
+
+
+def test_weights_that_are_shared_or_computed_from_others_count_once():
+    """Of the whole network and of what surgery leaves, in the closed form as in the count."""
+    tied = nets.Words(tied=True)
+    normed = torch.nn.Sequential(
+        parametrizations.weight_norm(torch.nn.Conv2d(3, 8, 3)), torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 2, 3),
+    )  # fmt: skip
+    for net, inputs in ((tied, nets.words()), (normed, nets.images())):
+        traced = trace(net, inputs)
+        cost_model = CostModel(net, traced)
+        assert cost_model(cost_model.full).params == sum(p.numel() for p in net.parameters())
+        plan = Plan({name: tuple(range(group.channels - 2)) for name, group in traced.groups.items()})
+        assert plan.keep, "there is something to narrow"
+        assert cost_model(plan.widths).params == count(apply(net, traced, plan), inputs).params
+
+
+def test_inputs_by_name_reach_the_arguments_of_that_name():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.slim = torch.nn.Linear(8, 3), torch.nn.Linear(2, 3)
+
+        def forward(self, *, first, second):
+            return self.wide(first) + self.slim(second)
+
+    cost = count(Two(), {"second": torch.randn(4, 2), "first": torch.randn(4, 8)})
+    assert cost.macs == 8 * 3 + 2 * 3
+
+
+def test_a_compiled_model_costs_what_it_is_made_of():
+    net, images = LeNet5(), torch.randn(1, 1, 28, 28)
+    assert count(torch.compile(net), images) == count(net, images)

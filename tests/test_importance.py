@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import PruningError, trace
+from pruning import PruningError, cross_entropy, trace
 from pruning.importance import bn_scale, l1, l2, taylor
+from pruning.prune import score_channels
 
 
 def with_norm():
@@ -107,3 +108,13 @@ def test_taylor_needs_a_batch_and_a_finite_loss():
         taylor(net, groups, [])
     with pytest.raises(PruningError, match="loss on calibration batch 0 is nan"):
         taylor(net, groups, [(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))])
+
+
+@pytest.mark.parametrize("score", ["l1", "l2", "taylor"])
+def test_the_channels_of_an_embedding_are_scored_by_their_weights(score):
+    net = nets.Words()
+    with torch.no_grad():
+        net.words.weight[:, [0, 1, 3]] = 0
+    batches = [(nets.words(), torch.tensor([0, 1]))]
+    scores = score_channels(net, trace(net, nets.words()), score, batches, cross_entropy)["words"]
+    assert scores[2] > 0 and scores[[0, 1, 3]].tolist() == [0, 0, 0]

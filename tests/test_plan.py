@@ -107,7 +107,7 @@ def test_multiples_are_kept_without_overshooting(share):
     plan = plan_within(Budget(params=f"{share}%").resolve(cost_model(cost_model.full)), traced, cost_model,
                        {"0": torch.rand(30)}, multiple=8)  # fmt: skip
     width = plan.widths["0"]
-    limit = (round((30 * 6 + 2) * share / 100) - 2) // 6
+    limit = ((30 * 6 + 2) * share // 100 - 2) // 6
     assert width == max(w for w in (1, 8, 16, 24, 30) if w <= limit)
 
 
@@ -187,3 +187,11 @@ def test_a_plan_survives_json():
     plan = Plan({"a": (2, 0), "b": (1,)})
     assert plan.keep["a"] == (0, 2) and Plan.from_json(plan.to_json()) == plan
     assert hash(plan) == hash(Plan.from_json(plan.to_json()))
+
+
+def test_a_percentage_is_never_exceeded_by_rounding():
+    assert Budget("33%").resolve(Cost(params=499, macs=1, macs_with_bias=1)).params == 164  # 164.67
+    assert (
+        Budget("29%").resolve(Cost(params=100, macs=1, macs_with_bias=1)).params == 29
+    )  # 28.999... in floats
+    assert Budget(macs="1%").resolve(Cost(params=1, macs=50, macs_with_bias=1)).macs == 1, "a count is from 1"

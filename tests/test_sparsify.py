@@ -150,3 +150,11 @@ def test_zeros_are_held_once_the_budget_is_met():
         optimizer.step()
         pull.step(0.05)
     assert pull.alive() == alive
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scales_of_any_dtype_are_pulled(dtype):
+    net = nets.make("lenet").to(dtype)
+    pull = ScalePull(net, trace(net, nets.images().to(dtype)), strength=1e9)
+    pull.step(lr=1.0)
+    assert set(pull.alive().values()) == {1}, "all but the largest of each group"

@@ -329,3 +329,20 @@ def test_equalized_channels_have_mean_square_one_behind_relu_and_are_as_they_wer
     nn.init.normal_(net[1].weight)
     x = torch.randn(8, 4)
     assert torch.equal(equalize(net, trace(net, x), x)[1].weight, net[1].weight)
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+            self.second, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            hidden = torch.relu(self.norm(input=self.first(input=x)))
+            return self.head(input=torch.relu(self.second(input=hidden)).mean((2, 3)))
+
+    net = Keywords()
+    batches = [(nets.images(), torch.zeros(len(nets.images()), dtype=torch.int64))]
+    step = prune(net, nets.images(), Budget(params="50%"), calibration=batches)
+    assert step.after.params <= 0.5 * step.before.params and step.difference < 1e-5
