@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruning.agreement import compare, outputs_of
+from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import layer_width, narrow
@@ -51,7 +52,7 @@ def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
     At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend
     on what surgery touches, and a check of equivalence would see nothing.
     """
-    lively = copy.deepcopy(model).eval()
+    lively = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
 
     def draw(tensor: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, cons
             if side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
                 handles.append(on_input(layer, _replace_channels(lies[name, side], drop, value)))
-            elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+            elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
                 hook = _norm_over_kept(layer, lies[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         return call(model, inputs)
@@ -114,7 +115,7 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
 
 
 def _norm_over_kept(
-    layer: nn.LayerNorm | nn.GroupNorm, dim: int, drop: Tensor
+    layer: nn.LayerNorm | nn.RMSNorm | nn.GroupNorm, dim: int, drop: Tensor
 ) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
     """What a norm that mixes channels gives when it sees the kept ones alone; 0 for the others."""
     keep = others(layer_width(layer, "out"), drop)

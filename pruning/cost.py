@@ -125,7 +125,14 @@ class _BiasCounter:
 
 def uncounted(model: nn.Module) -> dict[str, str]:
     """Layers with weights that the count of MACs leaves out: name to type."""
-    counts_nothing = (*_COUNTED, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+    counts_nothing = (
+        *_COUNTED,
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+        nn.PReLU,
+    )
     return {
         name: type(module).__name__
         for name, module in model.named_modules()

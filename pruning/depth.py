@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Inputs, Trace, call, call_until, tensors
 from pruning.meta import without_storage
@@ -184,7 +185,7 @@ def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
     The activation behind them now sees the tensor that they received, which others may use,
     too: it must not write into it.
     """
-    smaller = copy.deepcopy(model)
+    smaller = copied(model)
     for name in layer.bypassed:
         replace_module(smaller, name, nn.Identity())
     for module in smaller.modules():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.checkpoint import replace_file
+from pruning.copies import copied
 from pruning.errors import ExportError
 from pruning.graph import tensors
 from pruning.grouping import trace
@@ -83,7 +84,7 @@ def export(
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             needed(package)
-    whole = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    whole = copied(model).cpu().eval().requires_grad_(False)
     batches = [_noise(examples, size) for size in CHECKED]
     try:
         with torch.no_grad():

@@ -41,6 +41,11 @@ def distillation(
         with torch.no_grad():
             wanted = call(teacher, inputs)
         logits = seen[-1]
+        if not isinstance(logits, Tensor) or not isinstance(wanted, Tensor):
+            raise PruningError(
+                f"distillation is for models that give logits: the student gives a {type(logits).__name__}, "
+                f"the teacher a {type(wanted).__name__}. Train without it: distill=0"
+            )
         if logits.shape != wanted.shape:
             raise PruningError(
                 f"the teacher's outputs have shape {tuple(wanted.shape)}, the student's "

@@ -7,7 +7,6 @@ with the reason for every layer that is left out.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call, tensors
 from pruning.labels import Flow, SideUse, Ties
@@ -27,6 +27,10 @@ from pruning.tracing import flow
 
 #: Layers that make channels.
 _MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+_NOT_RUN = (
+    "it does not run on the example inputs: should it read channels that are pruned, it will no longer fit. "
+    "Give inputs that reach it, or ignore the layers before it"
+)
 
 
 def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Trace:
@@ -66,6 +70,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
             )
     makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
     skipped = {layer: why for layer, why in skipped.items() if layer in found.uses and layer not in makers}
+    skipped.update(_unseen(model, found))
 
     foldable = _foldable(model, found)
     uses = {
@@ -73,6 +78,22 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         for name, (used, positions) in found.uses.items()
     }
     return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs)
+
+
+def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
+    """Layers that would have channels, had the pass shown them; each with the reason why it did not."""
+    shown = {name for name, _ in found.sides} | found.borrowed
+    holders = {name.rpartition(".")[0] for name in shown}
+    for name, layer in model.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if not own or name in shown or ("weight" in own and name in holders):
+            continue
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            yield name, "recurrent layers are not narrowed"
+        elif isinstance(layer, _MAKERS) and "weight" not in own:
+            yield name, "its weight is computed from others; remove what does that to let it be pruned"
+        elif isinstance(layer, _MAKERS):
+            yield name, _NOT_RUN
 
 
 def _rigid(
@@ -90,7 +111,7 @@ def _rigid(
     example = pytree.tree_map(to_meta, inputs) if quick else inputs
 
     def fresh() -> nn.Module:
-        return on_meta(model) if quick else copy.deepcopy(model)
+        return on_meta(model) if quick else copied(model)
 
     def shapes(probe: nn.Module) -> list[torch.Size]:
         with torch.no_grad(), Shapes() if quick else contextlib.nullcontext():

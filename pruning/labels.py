@@ -88,6 +88,7 @@ class Flow:
         follows: for every convolution and linear layer, what reads its output; the empty
             text is anything but a norm.
         other_macs: of matrix products and convolutions outside those layers, for one example.
+        borrowed: layers in the table whose tensors were read by something else than themselves.
         probe: the copy of the model that ran, if on the meta device.
     """
 
@@ -99,6 +100,7 @@ class Flow:
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     follows: dict[str, list[str]] = field(default_factory=dict)
     other_macs: float = 0.0
+    borrowed: set[str] = field(default_factory=set)
     probe: nn.Module | None = None
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from pruning.grouping import trace as find_groups
 from pruning.importance import Groups, Scores
 from pruning.layer_times import POINTS, LatencyTable
 from pruning.norms import fold_batchnorm
-from pruning.plan import Order, Plan, ascending, lowest_widths, most_important
+from pruning.plan import Order, Plan, ascending, lowest_widths, most_important, require_multiple
 from pruning.runtimes import RUNTIMES, Exported
 from pruning.surgery import apply
 
@@ -65,6 +66,7 @@ def plan_latency(
     multiple: int = 1,
     ranking: str = "global",
     dense: nn.Module | None = None,
+    **others: Any,
 ) -> tuple[Plan, LatencyFound]:
     """The channels to keep so that a forward pass takes no longer than the budget.
 
@@ -75,10 +77,16 @@ def plan_latency(
             channels; which ones pay is otherwise found by measuring.
         dense: what the result is compared with; by default the model itself.
 
-    Raises `PruningError` when no plan is fast enough; it says what the narrowest takes.
+    Raises `PruningError` when no plan is fast enough, and says what the narrowest takes; and for
+    limits that only a plan under a budget of counts can keep.
     """
+    if others:
+        raise PruningError(
+            f"{', '.join(others)}: not kept under a budget of latency; give a budget of counts"
+        )
     if ranking != "global":
         raise PruningError(f"ranking {ranking!r}: a budget of latency is met by the global ranking alone")
+    require_multiple(multiple)
     inputs = budget.batch_of(inputs)
     order = ascending(trace, scores)
     lowest = lowest_widths(trace, order, floor, most)

@@ -47,6 +47,7 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
     (nn.modules.batchnorm._NormBase, Rule(_STATISTICS, {}, "num_features")),  # InstanceNorm too
     (nn.GroupNorm, Rule({"weight": 0, "bias": 0}, {}, "num_channels", parts="num_groups")),
     (nn.LayerNorm, Rule({"weight": -1, "bias": -1}, {}, "normalized_shape")),
+    (nn.RMSNorm, Rule({"weight": -1}, {}, "normalized_shape")),
     (nn.PReLU, Rule({"weight": 0}, {}, "num_parameters")),
     (nn.Embedding, Rule({"weight": 1}, {}, "embedding_dim")),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pruning.copies import copied
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def without_computing(run: Callable[[nn.Module, Any], T], model: nn.Module, inpu
     try:
         return run(on_meta(model), pytree.tree_map(to_meta, inputs))
     except Exception:  # of a foreign model: the second run tells whether it is at fault
-        return run(copy.deepcopy(model), pytree.tree_map(_detached, inputs))
+        return run(copied(model), pytree.tree_map(_detached, inputs))
 
 
 def without_storage(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> tuple[Any, Any]:
@@ -55,7 +56,7 @@ def on_meta(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    return copied(model, memo, to_meta)
 
 
 def to_meta(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pruning.budget import LABELS, Budget
@@ -115,6 +116,7 @@ def plan_within(
     """
     if ranking not in RANKINGS:
         raise PruningError(f"ranking {ranking!r}: one of {', '.join(RANKINGS)}")
+    require_multiple(multiple)
     groups = cost_model.groups
     order = ascending(trace, scores)
     lowest, full = lowest_widths(trace, order, floor, most), cost_model.full.copy()
@@ -150,6 +152,12 @@ def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
 def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
     """The channels of each scored group from the least important on; of equals the later goes first."""
     return {g: _ascending(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
+
+
+def require_multiple(multiple: int) -> None:
+    """Raise `PruningError` for what widths cannot be multiples of."""
+    if not isinstance(multiple, int) or multiple < 1:
+        raise PruningError(f"multiple {multiple!r}: widths are multiples of a whole number from 1")
 
 
 def lowest_widths(
@@ -233,7 +241,7 @@ def _least_important(
 
 def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Channels from the least important on, with their scores."""
-    values = scores.detach().double().cpu().numpy()
+    values = torch.as_tensor(scores).detach().double().cpu().numpy()
     if values.shape != (channels,):
         raise PruningError(f"scores of group {group!r} have shape {values.shape}, expected ({channels},)")
     if not np.isfinite(values).all():
@@ -244,8 +252,8 @@ def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, n
 
 def _lowest(group: str, channels: int, floor: int, most: float) -> int:
     """The narrowest that a group may get in one plan."""
-    if floor < 1:
-        raise PruningError(f"floor {floor} of group {group!r}: a group keeps at least 1 channel")
+    if not isinstance(floor, int) or floor < 1:
+        raise PruningError(f"floor {floor!r} of group {group!r}: a whole number of channels, at least 1")
     if not 0 <= most <= 1:
         raise PruningError(f"share {most} of group {group!r} that may be dropped: from 0 to 1")
     return min(channels, max(floor, math.ceil(channels * (1 - most) - 1e-9)))

@@ -62,7 +62,7 @@ def prune(
     budget: Budget | LatencyBudget,
     *,
     score: Score = "taylor",
-    calibration: Sequence[tuple[Any, Any]] = (),
+    calibration: Iterable[tuple[Any, Any]] = (),
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
     remove: Iterable[str] = (),
@@ -93,7 +93,7 @@ def prune(
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
     """
-    ignored = tuple(ignored)
+    ignored, calibration = tuple(ignored), list(calibration)
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from pruning import checkpoint
 from pruning.budget import Budget, LatencyBudget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
+from pruning.copies import copied
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
@@ -93,7 +94,11 @@ def slim(
     if (config is None) == (budget is None):
         raise PruningError("slim needs either a config or a budget")
     config = config or SlimConfig.within(budget or Budget())
-    validate = validate if callable(validate) else partial(_accuracy_on, validate)
+    if isinstance(batches, Iterator):
+        raise PruningError(
+            "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
+        )
+    validate = partial(_figure, validate if callable(validate) else partial(_accuracy_on, validate))
     device = next(model.parameters()).device
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
@@ -180,6 +185,15 @@ def slim(
     )
     log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
     return Slimmed(small, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
+
+
+def _figure(validate: Validate, model: nn.Module) -> float:
+    """What `validate` gives, as a number."""
+    value = validate(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise PruningError(f"validate gave {value!r}: a number was expected, higher is better") from error
 
 
 def tune(
@@ -273,7 +287,7 @@ class _Progress:
     def __init__(self, run: Run | None, model: nn.Module):
         self.run = run
         self.state: dict[str, Any] = (run.state if run else None) or {"stage": 0, "fit": None}
-        self.network, self.dense = copy.deepcopy(model), copy.deepcopy(model)
+        self.network, self.dense = copied(model), copied(model)
         if self.state["fit"] is not None:
             weights = self.state["fit"]["model"]
             rebuild(self.network, {**self.state["layers"], "state_dict": weights})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call
 from pruning.layers import Side, layer_width, narrow, output_rows, parts
@@ -42,7 +42,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
         for name, side in dropped
         if side != "self" and isinstance(weight := getattr(model.get_submodule(name), "weight", None), Tensor)
     ]
-    small = copy.deepcopy(model, {id(weight): weight for weight in narrowed})
+    small = copied(model, {id(weight): weight for weight in narrowed})
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:

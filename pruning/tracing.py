@@ -75,12 +75,14 @@ class _Follower(TorchDispatchMode):
         self.inside = 0
         self.handles: list[Any] = []
         owned: set[int] = set()
+        self.holders: dict[int, str] = {}
         for name, module in probe.named_modules():
             rule = rule_for(module)
             own = dict(module.named_parameters(recurse=False))
             known = rule is not None and own.keys() <= {*rule.out, *rule.into}
             if known or isinstance(module, nn.modules.dropout._DropoutNd):
                 owned.update(id(t) for t in (*own.values(), *module.buffers(recurse=False)))
+                self.holders.update((id(t), name) for t in own.values())
                 self._hook(module, self._enter(name, module), self._leave(name, module))
             else:
                 self._hook(module, self._come(f"{name} ({type(module).__name__})".lstrip()), self._go)
@@ -181,7 +183,7 @@ class _Follower(TorchDispatchMode):
     ) -> None:
         """A layer whose channels go in and out at once."""
         labels = self.book.of(x)
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             lies = varying(labels)
             front = lies[0] if len(lies) == 1 else x.ndim - 1
             dim = front - x.ndim
@@ -230,6 +232,8 @@ class _Follower(TorchDispatchMode):
         for leaf in pytree.tree_leaves(arguments):
             if isinstance(leaf, Tensor) and leaf in self.makers:
                 self.found.follows[self.makers[leaf]].append(norm)
+            if id(leaf) in self.holders:
+                self.found.borrowed.add(self.holders[id(leaf)])
 
     def finish(self, output: Any) -> None:
         """Fix what the model gives back."""

@@ -153,3 +153,10 @@ def test_slimming_under_a_budget_of_latency(tmp_path):
     with pytest.raises(PruningError, match="params, MACs or channels"):
         _ = config.counts
     assert SlimConfig.within(Budget(macs="50%")).counts == Budget(macs="50%")
+
+
+def test_limits_that_a_budget_of_latency_does_not_keep_are_refused():
+    with pytest.raises(PruningError, match="widths: not kept under a budget of latency"):
+        prune(
+            nets.make("lenet"), nets.images(), LatencyBudget("0.9x"), score="l2", widths={"features.conv1": 3}
+        )

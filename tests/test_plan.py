@@ -195,3 +195,18 @@ def test_a_percentage_is_never_exceeded_by_rounding():
         Budget("29%").resolve(Cost(params=100, macs=1, macs_with_bias=1)).params == 29
     )  # 28.999... in floats
     assert Budget(macs="1%").resolve(Cost(params=1, macs=50, macs_with_bias=1)).macs == 1, "a count is from 1"
+
+
+@pytest.mark.parametrize(
+    "limit", [{"multiple": 0}, {"multiple": -2}, {"multiple": 2.5}, {"floor": 0}, {"floor": 2.5}]
+)
+def test_limits_that_are_none_are_refused(limit):
+    _, traced, cost_model = chain(8)
+    with pytest.raises(PruningError, match="whole number"):
+        plan_within(Budget(params=30), traced, cost_model, {"0": torch.rand(8)}, **limit)
+
+
+def test_scores_may_be_plain_numbers():
+    _, traced, cost_model = chain(3)
+    plan = plan_within(Budget(channels=1), traced, cost_model, {"0": [0.5, 2.0, 1.0]})
+    assert plan.keep["0"] == (1,)

@@ -112,3 +112,12 @@ def test_slim_takes_a_budget_and_batches_alone():
     assert lines[-1].startswith("stage 3, fine-tune: 40 epochs")
     with pytest.raises(PruningError, match="either a config or a budget"):
         slim(nets.make("lenet"), batches, validate=batches)
+
+
+def test_what_slim_cannot_train_on_or_choose_by_is_refused():
+    config = SlimConfig.within(Budget(params="50%"))
+    net, given = nets.make("lenet"), batches()
+    with pytest.raises(PruningError, match="not an iterator"):
+        slim(net, iter(given), config=config, validate=given)
+    with pytest.raises(PruningError, match="validate gave None"):
+        slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)

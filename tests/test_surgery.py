@@ -346,3 +346,58 @@ def test_layers_may_be_called_by_keyword():
     batches = [(nets.images(), torch.zeros(len(nets.images()), dtype=torch.int64))]
     step = prune(net, nets.images(), Budget(params="50%"), calibration=batches)
     assert step.after.params <= 0.5 * step.before.params and step.difference < 1e-5
+
+
+class Keeps(nn.Module):
+    """A model that keeps an activation, as those do whose features are looked at later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.seen = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), []
+
+    def forward(self, x):
+        self.features = torch.relu(self.stem(x))
+        self.seen.append({"features": self.features})
+        return self.head(self.features.mean((2, 3)))
+
+
+def test_what_a_training_step_left_in_a_model_does_not_keep_it_from_being_pruned():
+    net = Keeps()
+    net(nets.images()).sum().backward()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(net)
+    step = prune(net, nets.images(), Budget(params="50%"), score="l2")
+    assert step.difference < 1e-5 and step.after.params <= 0.5 * step.before.params
+
+
+def test_a_weight_that_hooks_compute_is_left_alone_and_named():
+    normed = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
+    net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    step = prune(net, nets.images(), Budget(params="70%"), score="l2")
+    assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
+
+
+def test_layers_that_do_not_run_on_the_inputs_are_named():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.heads = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+            self.memory = nn.LSTM(8, 8)
+
+        def forward(self, x, task=0):
+            return self.heads[task](torch.relu(self.stem(x)).mean((2, 3)))
+
+    skipped = trace(Heads(), (nets.images(), 1)).skipped
+    assert "does not run on the example inputs" in skipped["heads.0"]
+    assert "output" in skipped["heads.1"] and "recurrent" in skipped["memory"]
+    assert not [
+        why for why in trace(nets.make("attention"), nets.images()).skipped.values() if "not run" in why
+    ]
+
+
+def test_root_mean_square_norms_are_narrowed():
+    net = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
+    nn.init.normal_(net[1].weight)
+    step = prune(net, torch.randn(4, 5, 6), Budget(channels=7), score="l2")
+    assert step.model[1].normalized_shape == (7,) and step.model[1].weight.shape == (7,)
+    assert step.difference < 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.checkpoint import replace_file
+from pruning.copies import copied
 from pruning.cost import count
 from pruning.demo.lowering import program_of
 from pruning.errors import ExportError, PruningError
@@ -144,7 +144,7 @@ def demo(
 
 def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], float]:
     """What the page holds of a network, and how far its program is from it."""
-    whole = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    whole = copied(model).cpu().float().eval().requires_grad_(False)
     try:
         with torch.no_grad():
             expected = [whole(x) for x in inputs]
