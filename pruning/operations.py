@@ -105,13 +105,17 @@ def pointwise(book: Labels, op: Operation) -> None:
     for i, other in enumerate(aligned):
         if i == first:
             continue
-        sizes = [shapes[i][d] for d in lies]
-        if other is None:
-            if any(size > 1 for size in sizes):
-                book.fix(result, f"{combines} with a tensor of fixed size")
-        elif not varying(other) and all(size == 1 for size in sizes) and lies:
-            continue  # one value for all channels
-        elif set(varying(other)) <= set(lies) and all(size > 1 for size in sizes):
+        wide = [d for d in lies if shapes[i][d] > 1]
+        expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
+        if expanded == wide and not varying(other):
+            # One value for all channels. The size that it was expanded to may be written in the code.
+            if wide:
+                book.found.rigid.append(result.flatten().numpy())
+            elif other is not None and not lies:
+                book.tie(result, other, f"{combines} with a tensor of fixed size")
+        elif other is None:
+            book.fix(result, f"{combines} with a tensor of fixed size")
+        elif set(varying(other)) <= set(lies) and wide == lies:
             book.tie(result, other, f"{combines} with a tensor of fixed size")
         else:
             for each in (result, other):

@@ -242,3 +242,25 @@ def test_a_model_that_looks_at_values_is_traced_on_its_own_device():
             return self.head(x)
 
     assert set(trace(Looks(), nets.images()).groups) == {"a", "b"}
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_one_map_for_all_channels_ties_none_of_them(written):
+    """Spatial attention: the map is expanded to the channels' size, which the code may hold as a number."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.map, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x):
+            y = torch.relu(self.stem(x))
+            weight = torch.sigmoid(self.map(y))
+            return self.head(y * (weight.expand(-1, 8, -1, -1) if written else weight.expand_as(y)))
+
+    net = Attention()
+    if written:
+        assert "tied to its width" in trace(net, nets.images()).skipped["stem"]
+    else:
+        step = prune(net, nets.images(), Budget(channels=3), score="l2")
+        assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
