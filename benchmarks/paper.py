@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def main() -> None:
         if name not in results:
             results[name] = slimmed(name, args)
             write_json(args.results, results, sort_keys=True)
-            replace_file(args.table, markdown(results).encode())
+    if not args.print:
+        replace_file(args.table, markdown(results).encode())
     print(markdown(results))
 
 
@@ -59,23 +59,15 @@ def slimmed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Slim a network, and measure what came out beside what went in on the test split."""
     folder = args.runs / name
     images = {"name": args.data, "size": SIZE, "train": args.train, "validation": args.validation}
-    command = [
-        "--config",
-        str(RECIPE),
-        "--model",
-        f"models:{name}",
-        "--model-arg",
-        f"image_shape=[1,{SIZE},{SIZE}]",
-    ]
+    shape = f"image_shape=[1,{SIZE},{SIZE}]"
+    command = ["--config", str(RECIPE), "--model", f"models:{name}", "--model-arg", shape]
     command += ["--data-arg", *(f"{key}={value}" for key, value in images.items())]
     command += ["--threads", str(args.threads), "--output", str(folder)]
     if (folder / "config.json").exists():
         command.append("--resume")
-    started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "pruning", "slim", *command], check=True, cwd=ROOT)
-    seconds = time.perf_counter() - started
     test = data.loaders(args.data, batch_size=EVALUATION_BATCH, size=SIZE)[2]
-    found: dict[str, Any] = {"data": images, "seconds": seconds}
+    found: dict[str, Any] = {"data": images}
     for kind, file in (("dense", "dense.pth"), ("slim", "best.pth")):
         net = load(folder / file)
         cost = count(net, next(iter(test))[0][:1])
@@ -91,12 +83,12 @@ def markdown(results: dict[str, Any]) -> str:
         "Each slimmed to 50 % of its MACs by `recipes/short.toml`: three epochs with the pull on the "
         "scales, two pruning steps with an epoch after each, three epochs of fine-tuning. Made by "
         "`python -m benchmarks.paper`, one run each; accuracies on all test images. The dense network is "
-        "the one that pruning began with, trained for less long, so that the slim one may be ahead. These "
-        "runs show that the stages work on these networks, not what they can reach: the recipes for "
+        "the one that pruning began with, which was trained for less long: the slim one may be ahead of it. "
+        "These runs show that the stages work on these networks, not what they can reach; the recipes for "
         "CIFAR-10 train as the paper does.",
         "",
-        "| network | images | params | | MACs | | accuracy %, after stage 1 | slim | minutes |",
-        "|" + "---|" * 9,
+        "| network | images | params | | MACs | | accuracy %, after stage 1 | slim |",
+        "|" + "---|" * 8,
     ]
     for name in filter(results.__contains__, NAMES):
         found = results[name]
@@ -106,7 +98,6 @@ def markdown(results: dict[str, Any]) -> str:
             f"{found['data']['train']:,} of {found['data']['name']}",
             *(f"{dense[k]:,} | {slim[k] / dense[k]:.0%}" for k in ("params", "macs")),
             *(f"{100 * each['accuracy']:.2f}" for each in (dense, slim)),
-            f"{found['seconds'] / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -259,3 +259,15 @@ def test_both_ways_to_the_data_give_the_same_images():
     _, ours = pipeline.splits(digits, cli.argparse.Namespace(side="memory", batch_size=32))
     for (images, labels), (same, targets) in zip(loaded, ours, strict=True):
         assert torch.equal(labels, targets) and torch.allclose(images, same, atol=1e-6)
+
+
+def test_the_papers_networks_are_run_once_and_tabled(tmp_path):
+    where = ["--runs", tmp_path, "--results", tmp_path / "out.json", "--table", tmp_path / "out.md"]
+    flags = ["--models", "resnet20", "--data", "mnist5k", "--train", 128, "--validation", 64, "--threads", 1]
+    benchmark("paper", *flags, *where)
+    found = json.loads((tmp_path / "out.json").read_text())["resnet20"]
+    assert found["slim"]["macs"] <= 0.5 * found["dense"]["macs"] and 0 <= found["slim"]["accuracy"] <= 1
+    assert "| resnet20 | 128 of mnist5k | 271,994 |" in (tmp_path / "out.md").read_text()
+    before = (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns
+    benchmark("paper", *flags, *where)
+    assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"
