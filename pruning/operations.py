@@ -66,6 +66,14 @@ def follow(book: Labels, op: Operation) -> None:
     labels = book.of(op.operands[0])
     if rule is None or labels is None:
         return book.unknown(op.name, op.operands)
+    for other in op.operands[1:]:  # the indices of an unpooling go with its channels; a grid says where
+        also = book.of(other)
+        if also is None or other is op.operands[0]:
+            continue
+        if varying(also) == varying(labels) and also.shape == labels.shape:
+            book.tie(labels, also, f"{book.where()} uses it in {op.name} beside a tensor of fixed size")
+        else:
+            book.fix(also, f"{book.where()} takes places from it ({op.name})")
     return rule(book, op, labels)
 
 

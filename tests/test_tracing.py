@@ -5,6 +5,7 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning
 import torchvision
 from torch import nn
@@ -264,3 +265,37 @@ def test_one_map_for_all_channels_ties_none_of_them(written):
     else:
         step = prune(net, nets.images(), Budget(channels=3), score="l2")
         assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
+
+
+def test_what_says_where_to_sample_keeps_its_channels():
+    """Optical flow: of the two channels of a grid neither can go."""
+
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.flow = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+            self.edges, self.head = nn.Conv2d(2, 6, 1), nn.Conv2d(14, 3, 1)
+
+        def forward(self, x):
+            y = torch.relu(self.stem(x))
+            flow = self.flow(y)
+            moved = F.grid_sample(y, flow.permute(0, 2, 3, 1).tanh(), align_corners=False)
+            return self.head(torch.cat([moved, torch.relu(self.edges(flow))], 1))
+
+    step = prune(Flow(), nets.images(), Budget(channels=8), score="random", ranking="group")
+    assert "takes places from it" in step.trace.skipped["flow"]
+    assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
+
+
+def test_unpooling_follows_the_indices_of_its_pooling():
+    class Unpooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x):
+            small, places = F.max_pool2d(torch.relu(self.stem(x)), 2, return_indices=True)
+            return self.head(F.max_unpool2d(small, places, 2))
+
+    step = prune(Unpooled(), nets.images(), Budget(channels=3), score="l2")
+    assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
