@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -124,8 +125,37 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, whatever holds them."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    """The tensors in a model's output, whatever holds them: plain objects and dataclasses too."""
+    found: list[Tensor] = []
+    _collect(output, found, set())
+    return found
+
+
+def _collect(output: Any, found: list[Tensor], above: set[int]) -> None:
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif id(leaf) not in above:  # objects may refer to each other
+            above.add(id(leaf))
+            for value in _held(leaf):
+                _collect(value, found, above)
+
+
+def _held(leaf: Any) -> list[Any]:
+    """What an object that is no container of torch's pytree holds; nothing for code and modules."""
+    if isinstance(leaf, type | nn.Module | ModuleType | FunctionType | MethodType | str | bytes):
+        return []
+    if isinstance(leaf, Mapping):  # of another type than dict, such as a UserDict
+        return list(leaf.values())
+    if isinstance(leaf, list | tuple | set | frozenset):
+        return list(leaf)
+    held = list(getattr(leaf, "__dict__", {}).values())
+    for kind in type(leaf).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
+                held.append(getattr(leaf, name))
+    return held
 
 
 def first_examples(inputs: Inputs, count: int) -> Any:

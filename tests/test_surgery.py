@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import random
+import types
 
 import nets
 import pytest
@@ -22,7 +25,7 @@ from pruning import (
     trace,
     verify,
 )
-from pruning.agreement import TOLERANCE
+from pruning.agreement import TOLERANCE, compare
 
 
 def some_plan(traced, names=None, seed=0):
@@ -200,6 +203,64 @@ def test_features_that_are_an_output_too_are_kept():
     assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
     step = prune(TwoOutputs(), nets.images(), Budget(params="80%"), score="l2")
     assert step.plan.widths["b"] < 5
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: object
+    features: object
+
+
+class Slotted:
+    __slots__ = ("features", "logits")
+
+    def __init__(self, logits, features):
+        self.logits, self.features = logits, features
+
+
+class Answers(nn.Module):
+    """Its outputs lie in an object that torch's pytree does not know."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.a, self.b, self.c, self.hold = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1), hold
+
+    def forward(self, x):
+        features = torch.relu(self.a(x))
+        return self.hold(self.c(torch.relu(self.b(features))), features)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        Answer,
+        Slotted,
+        lambda logits, features: types.SimpleNamespace(found=[{"a": features}], logits=logits),
+        lambda logits, features: collections.UserDict(logits=logits, features=features),
+    ],
+)
+def test_outputs_in_objects_are_kept_and_compared(hold):
+    net, images = Answers(hold), nets.images()
+    traced = trace(net, images)
+    assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
+    plan = some_plan(traced)
+    small = apply(net, traced, plan)
+    assert verify(net, small, traced, plan, images) <= TOLERANCE
+    with torch.no_grad():
+        small.a.weight.add_(1)
+    with pytest.raises(PruningError, match="not equivalent"):
+        verify(net, small, traced, plan, images)
+
+
+def test_outputs_without_a_tensor_are_refused():
+    net = Answers(lambda logits, features: Answer(logits.sum().tolist(), None))
+    with pytest.raises(PruningError, match="returns no tensor"):
+        prune(net, nets.images(), Budget(params="80%"), score="l2")
+
+
+def test_complex_outputs_are_compared():
+    assert compare([torch.ones(3) * 1j], [torch.zeros(3) * 1j])[1] == 1
+    assert compare([torch.ones(3) * 1j], [torch.ones(3) * 1j]) == ("", 0)
 
 
 def test_what_cannot_be_pruned_is_named_with_the_reason():
