@@ -80,6 +80,7 @@ class Trace:
         uses: for every convolution and linear layer, how often it is used.
         ignored: the layers that were asked to stay as they are, those inside them included.
         other_macs: of products outside such layers (attention), for one example.
+        inputs: the example inputs; whether folding changes nothing is checked on them.
     """
 
     groups: dict[str, Group]
@@ -88,6 +89,7 @@ class Trace:
     uses: dict[str, LayerUse] = field(repr=False)
     ignored: frozenset[str] = frozenset()
     other_macs: float = 0.0
+    inputs: Any = field(default=None, repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -156,6 +158,11 @@ def _held(leaf: Any) -> list[Any]:
             if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
                 held.append(getattr(leaf, name))
     return held
+
+
+def fresh(inputs: Any) -> Any:
+    """Inputs of their own for a pass: models may change theirs in place, or pop from them."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def first_examples(inputs: Inputs, count: int) -> Any:
