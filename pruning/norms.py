@@ -3,28 +3,85 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils import _pytree as pytree
 
 from pruning.agreement import compare, outputs_of
+from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
+from pruning.grouping import can_fold
 from pruning.layers import layer_width, parts
 from pruning.modes import eval_mode
 from pruning.surgery import replace_module
 
 
-def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
+def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None) -> nn.Module:
     """A copy in eval mode in which every BatchNorm that directly follows a layer is part of it.
 
     The norm's place is taken by `nn.Identity`. γ, β and the running statistics go into the
-    layer's weight and a bias, which changes nothing in eval mode.
+    layer's weight and a bias, which changes nothing in eval mode. That is checked: norms for
+    which the outputs differ (of modules whose code does more than their type says) are left
+    as they are, with a warning that names them.
+
+    Args:
+        inputs: example inputs to check with; by default those of the trace.
+
+    Raises `PruningError` when the model does not run on them.
     """
-    folded = copy.deepcopy(model).eval()
-    for name, norm_name in trace.foldable.items():
+    given = copy.deepcopy(model).eval()
+    pairs = {name: norm for name, norm in trace.foldable.items() if can_fold(given, name, norm)}
+    if not pairs:
+        return given
+    inputs = _on_device_of(given, trace.inputs if inputs is None else inputs)
+    expected = outputs_of(given, inputs)
+    if isinstance(expected, Exception):
+        raise PruningError(
+            f"{type(model).__name__} does not run on the example inputs of its trace "
+            f"({type(expected).__name__}: {expected}); give those that it takes as `inputs`"
+        ) from expected
+    precise: list[Any] = []  # the model and its outputs in double precision, once they are needed
+
+    def differs(folded: nn.Module) -> bool:
+        if not compare(expected, outputs_of(folded, inputs))[0]:
+            return False
+        # A deep network may amplify rounding; in double precision that is told from an error.
+        if not precise:
+            doubled = copy.deepcopy(given).double()
+            precise.extend([pytree.tree_map(_double, inputs)])
+            precise.append(outputs_of(doubled, precise[0]))
+        return bool(compare(precise[1], outputs_of(copy.deepcopy(folded).double(), precise[0]))[0])
+
+    folded = _folded(given, pairs)
+    if not differs(folded):
+        return folded
+    right: dict[str, str] = {}
+    waiting = [list(pairs)]
+    while waiting:  # halves, until those at fault are found
+        names = waiting.pop()
+        tried = {name: pairs[name] for name in (*right, *names)}
+        if tried.keys() != pairs.keys() and not differs(_folded(given, tried)):
+            right = tried
+        elif len(names) > 1:
+            waiting += [names[len(names) // 2 :], names[: len(names) // 2]]
+    left = [norm for name, norm in pairs.items() if name not in right]
+    warnings.warn(
+        f"{', '.join(left)} cannot be folded: the outputs would change. Their parameters and MACs "
+        "come on top of what a plan counts",
+        stacklevel=2,
+    )
+    return _folded(given, right)
+
+
+def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
+    """A copy with these norms (layer name to norm name) folded."""
+    folded = copy.deepcopy(model)
+    for name, norm_name in pairs.items():
         layer: Any = folded.get_submodule(name)
         norm: Any = folded.get_submodule(norm_name)
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval

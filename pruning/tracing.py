@@ -242,8 +242,8 @@ class _Follower(TorchDispatchMode):
         outputs = tensors(output)
         if not outputs:
             raise PruningError(
-                f"{self.name} returns no tensor (a {type(output).__name__}), so whether a smaller one computes "
-                "the same cannot be checked; let it return tensors, in whatever holds them"
+                f"{self.name} returns no tensor (a {type(output).__name__}), so whether a smaller one "
+                "computes the same cannot be checked; let it return tensors, in whatever holds them"
             )
         self._read(outputs, "")
         for leaf in outputs:
