@@ -90,13 +90,23 @@ def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
     return folded
 
 
+def _on_device_of(model: nn.Module, inputs: Any) -> Any:
+    """Inputs where the model is now; it may have been moved since it was traced."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
     """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
 
     After surgery they still are those of the wider network. Batches of one example have no
-    variance and are left out; without others, for frozen norms and for those that keep no
-    statistics, nothing changes. `keep` names modules whose norms stay as they are. Returns
-    the model, in the mode it had.
+    variance and are left out; without others, for frozen norms, for those that do not run and
+    for those that keep no statistics, nothing changes. `keep` names modules whose norms stay
+    as they are. Returns the model, in the mode it had.
     """
     inside = tuple(f"{name}." for name in keep)
     norms = [
@@ -106,20 +116,31 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         if m.weight is None or m.weight.requires_grad
     ]
-    batches = [inputs for inputs in batches if len(tensors(inputs)[0]) > 1]
-    if not norms or not batches:
+    if not norms:
         return model
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch then takes the plain mean over all batches
-            norm.train()
-        for inputs in batches:
-            call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    before = [(norm, norm.momentum, [t.clone() for t in _statistics(norm)]) for norm in norms]
+    finished = False
+    try:
+        with torch.no_grad(), eval_mode(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch then takes the plain mean over all batches
+                norm.train()
+            for inputs in batches:
+                if len(tensors(inputs)[0]) > 1:
+                    call(model, inputs)
+        finished = True
+    finally:
+        for norm, momentum, statistics in before:
+            norm.momentum = momentum
+            if not finished or not norm.num_batches_tracked:  # it did not run
+                for tensor, values in zip(_statistics(norm), statistics, strict=True):
+                    tensor.copy_(values)
     return model
+
+
+def _statistics(norm: Any) -> list[Tensor]:
+    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]
 
 
 def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
