@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from pruning.agreement import compare, outputs_of
 from pruning.copies import copied
 from pruning.errors import PruningError
-from pruning.graph import Inputs, Trace, call
+from pruning.graph import Inputs, Trace, fresh
 from pruning.layers import layer_width, narrow
-from pruning.modes import eval_mode, hooked, on_input
+from pruning.modes import hooked, on_input
 from pruning.norms import recalibrate
 from pruning.plan import Plan
 from pruning.surgery import Constants, apply, dropped_positions, foldable_constants, others
@@ -64,16 +64,14 @@ def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
                 parameter.copy_(draw(parameter) * (2 / max(1, parameter[0].numel())) ** 0.5)
             else:
                 parameter.copy_(1 + draw(parameter) / 4)
-    return recalibrate(lively, [inputs])
+    return recalibrate(lively, [fresh(inputs)])
 
 
 def _difference(
     model: nn.Module, small: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
 ) -> tuple[str, float]:
-    oracle = outputs_of(lambda: _run_masked(model, trace, plan, inputs, constants))
-    with eval_mode(small):
-        result = outputs_of(lambda: call(small, inputs))
-    return compare(oracle, result)
+    oracle = _run_masked(model, trace, plan, inputs, constants)
+    return compare(oracle, outputs_of(small, inputs))
 
 
 def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
@@ -88,12 +86,14 @@ def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
     return f", at fault: {', '.join(culprits)}" if culprits else ""
 
 
-def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants) -> Any:
+def _run_masked(
+    model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
+) -> list[Tensor] | Exception:
     """The model's outputs with the dropped channels at their constants; it is left as it was."""
     constants = foldable_constants(trace, model, constants)
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     handles: list[RemovableHandle] = []
-    with hooked(handles), eval_mode(model):
+    with hooked(handles):
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
             if side == "in" and layer is not None:
@@ -102,7 +102,7 @@ def _run_masked(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, cons
             elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
                 hook = _norm_over_kept(layer, lies[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        return call(model, inputs)
+        return outputs_of(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -180,7 +180,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             for attribute in filter(None, (rule.in_count, rule.parts)):
                 counts[attribute] = getattr(layer, attribute)
             layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
-    folded = [name for name, layer in model.named_modules() if type(layer) is nn.Identity]
+    everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
+    folded = [name for name, layer in everywhere if type(layer) is nn.Identity]
     not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return {"layers": layers, "folded": folded, "not_in_place": not_in_place, "state_dict": state}

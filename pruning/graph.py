@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Trace:
         uses: for every convolution and linear layer, how often it is used.
         ignored: the layers that were asked to stay as they are, those inside them included.
         other_macs: of products outside such layers (attention), for one example.
+        inputs: the example inputs; whether folding changes nothing is checked on them.
     """
 
     groups: dict[str, Group]
@@ -87,6 +89,7 @@ class Trace:
     uses: dict[str, LayerUse] = field(repr=False)
     ignored: frozenset[str] = frozenset()
     other_macs: float = 0.0
+    inputs: Any = field(default=None, repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -124,8 +127,42 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, whatever holds them."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    """The tensors in a model's output, whatever holds them: plain objects and dataclasses too."""
+    found: list[Tensor] = []
+    _collect(output, found, set())
+    return found
+
+
+def _collect(output: Any, found: list[Tensor], above: set[int]) -> None:
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif id(leaf) not in above:  # objects may refer to each other
+            above.add(id(leaf))
+            for value in _held(leaf):
+                _collect(value, found, above)
+
+
+def _held(leaf: Any) -> list[Any]:
+    """What an object that is no container of torch's pytree holds; nothing for code and modules."""
+    if isinstance(leaf, type | nn.Module | ModuleType | FunctionType | MethodType | str | bytes):
+        return []
+    if isinstance(leaf, Mapping):  # of another type than dict, such as a UserDict
+        return list(leaf.values())
+    if isinstance(leaf, list | tuple | set | frozenset):
+        return list(leaf)
+    held = list(getattr(leaf, "__dict__", {}).values())
+    for kind in type(leaf).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
+                held.append(getattr(leaf, name))
+    return held
+
+
+def fresh(inputs: Any) -> Any:
+    """Inputs of their own for a pass: models may change theirs in place, or pop from them."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def first_examples(inputs: Inputs, count: int) -> Any:

@@ -21,6 +21,7 @@ from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call,
 from pruning.labels import Flow, SideUse, Ties
 from pruning.layers import Side, layer_width, parts
 from pruning.meta import Shapes, on_meta, to_meta
+from pruning.modes import eval_mode
 from pruning.plan import Plan
 from pruning.surgery import cut
 from pruning.tracing import flow
@@ -77,7 +78,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         name: LayerUse(used, positions, model.get_submodule(name).bias is not None or name in foldable)
         for name, (used, positions) in found.uses.items()
     }
-    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs)
+    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs, inputs)
 
 
 def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
@@ -286,11 +287,12 @@ def _obstacle(
 def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     """The names of the layers to ignore, each with what asked for it."""
     keep: dict[str, str] = {}
+    first = {id(module): name for name, module in model.named_modules()}  # of several names of a module
     for entry in ignored:
         described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
         matched = [
             name
-            for name, module in model.named_modules()
+            for name, module in model.named_modules(remove_duplicate=False)
             if (isinstance(entry, str) and fnmatchcase(name, entry))
             or (isinstance(entry, type) and isinstance(module, entry))
             or module is entry
@@ -301,36 +303,69 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
                 "pattern from named_modules(), a module type, or one of its modules"
             )
         for name in matched:
-            inner = model.get_submodule(name).named_modules(prefix=name)
-            keep.update({layer: repr(described) for layer, _ in inner})
+            inner = model.get_submodule(name).modules()
+            keep.update({first[id(module)]: repr(described) for module in inner})
     return keep
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Parameters that two layers hold: each full name with the other's."""
+    """Parameters that two layers hold: each full name with the other's.
+
+    A layer that is registered under two names is one layer, and counts under the first.
+    """
     holders: dict[int, str] = {}
     shared: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = holders.setdefault(id(parameter), name)
-        if other != name:
-            shared.update({name: other, other: name})
+    for layer, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{layer}.{own}" if layer else own
+            other = holders.setdefault(id(parameter), name)
+            if other != name:
+                shared.update({name: other, other: name})
     return shared
+
+
+#: Layers that BatchNorm can be folded into, and kinds of it that can be folded.
+_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
     """BatchNorm layers that alone read the output of the layer before them."""
     pairs = {}
-    for name, readers in found.follows.items():
-        norm_name = readers[0] if readers else ""
-        if not norm_name or set(readers) != {norm_name}:
-            continue
-        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
-        if (
-            isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            and norm.running_mean is not None
-            and found.calls[name] == found.calls[norm_name] == len(readers)
-            and norm.num_features == layer_width(layer, "out")
-        ):
-            pairs[name] = norm_name
+    shared = _shared_parameters(model)
+    with eval_mode(model):
+        for name, readers in found.follows.items():
+            norm_name = readers[0] if readers else ""
+            if not norm_name or set(readers) != {norm_name}:
+                continue
+            if (
+                can_fold(model, name, norm_name)
+                and found.calls[name] == found.calls[norm_name] == len(readers)
+                and found.sides[name, "out"].dim == found.sides[norm_name, "out"].dim
+                and not found.borrowed & {name, norm_name}
+                and f"{name}.weight" not in shared
+                and f"{name}.bias" not in shared
+            ):
+                pairs[name] = norm_name
     return pairs
+
+
+def can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
+    """Whether a layer and the norm behind it, of a model in eval mode, do what their types say."""
+    layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    return (
+        _as_torch_made_it(layer, _INTO)
+        and _as_torch_made_it(norm, _NORMS)
+        and isinstance(norm.running_mean, torch.Tensor)
+        and not norm.training  # some keep to the statistics of the batch
+        and norm.num_features == layer_width(layer, "out")
+    )
+
+
+def _as_torch_made_it(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a layer computes what one of these types does: without code of its own, or hooks."""
+    base = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    if base is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
+    own = ("__call__", "forward", "_conv_forward", "weight", "bias")  # a parametrization is a property
+    return all(getattr(type(layer), name, None) is getattr(base, name, None) for name in own)

@@ -25,6 +25,25 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever passes do to a model's buffers (a counter, spectral norm's vectors) is undone afterwards."""
+    before = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, values in before:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+@contextlib.contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that were registered, until the end of the block."""
     try:

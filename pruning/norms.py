@@ -3,28 +3,85 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils import _pytree as pytree
 
 from pruning.agreement import compare, outputs_of
+from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
+from pruning.grouping import can_fold
 from pruning.layers import layer_width, parts
 from pruning.modes import eval_mode
 from pruning.surgery import replace_module
 
 
-def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
+def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None) -> nn.Module:
     """A copy in eval mode in which every BatchNorm that directly follows a layer is part of it.
 
     The norm's place is taken by `nn.Identity`. γ, β and the running statistics go into the
-    layer's weight and a bias, which changes nothing in eval mode.
+    layer's weight and a bias, which changes nothing in eval mode. That is checked: norms for
+    which the outputs differ (of modules whose code does more than their type says) are left
+    as they are, with a warning that names them.
+
+    Args:
+        inputs: example inputs to check with; by default those of the trace.
+
+    Raises `PruningError` when the model does not run on them.
     """
-    folded = copy.deepcopy(model).eval()
-    for name, norm_name in trace.foldable.items():
+    given = copy.deepcopy(model).eval()
+    pairs = {name: norm for name, norm in trace.foldable.items() if can_fold(given, name, norm)}
+    if not pairs:
+        return given
+    inputs = _on_device_of(given, trace.inputs if inputs is None else inputs)
+    expected = outputs_of(given, inputs)
+    if isinstance(expected, Exception):
+        raise PruningError(
+            f"{type(model).__name__} does not run on the example inputs of its trace "
+            f"({type(expected).__name__}: {expected}); give those that it takes as `inputs`"
+        ) from expected
+    precise: list[Any] = []  # the model and its outputs in double precision, once they are needed
+
+    def differs(folded: nn.Module) -> bool:
+        if not compare(expected, outputs_of(folded, inputs))[0]:
+            return False
+        # A deep network may amplify rounding; in double precision that is told from an error.
+        if not precise:
+            doubled = copy.deepcopy(given).double()
+            precise.extend([pytree.tree_map(_double, inputs)])
+            precise.append(outputs_of(doubled, precise[0]))
+        return bool(compare(precise[1], outputs_of(copy.deepcopy(folded).double(), precise[0]))[0])
+
+    folded = _folded(given, pairs)
+    if not differs(folded):
+        return folded
+    right: dict[str, str] = {}
+    waiting = [list(pairs)]
+    while waiting:  # halves, until those at fault are found
+        names = waiting.pop()
+        tried = {name: pairs[name] for name in (*right, *names)}
+        if tried.keys() != pairs.keys() and not differs(_folded(given, tried)):
+            right = tried
+        elif len(names) > 1:
+            waiting += [names[len(names) // 2 :], names[: len(names) // 2]]
+    left = [norm for name, norm in pairs.items() if name not in right]
+    warnings.warn(
+        f"{', '.join(left)} cannot be folded: the outputs would change. Their parameters and MACs "
+        "come on top of what a plan counts",
+        stacklevel=2,
+    )
+    return _folded(given, right)
+
+
+def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
+    """A copy with these norms (layer name to norm name) folded."""
+    folded = copy.deepcopy(model)
+    for name, norm_name in pairs.items():
         layer: Any = folded.get_submodule(name)
         norm: Any = folded.get_submodule(norm_name)
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
@@ -33,13 +90,23 @@ def fold_batchnorm(model: nn.Module, trace: Trace) -> nn.Module:
     return folded
 
 
+def _on_device_of(model: nn.Module, inputs: Any) -> Any:
+    """Inputs where the model is now; it may have been moved since it was traced."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
     """Take the running statistics of every BatchNorm anew, as means over the batches, in place.
 
     After surgery they still are those of the wider network. Batches of one example have no
-    variance and are left out; without others, for frozen norms and for those that keep no
-    statistics, nothing changes. `keep` names modules whose norms stay as they are. Returns
-    the model, in the mode it had.
+    variance and are left out; without others, for frozen norms, for those that do not run and
+    for those that keep no statistics, nothing changes. `keep` names modules whose norms stay
+    as they are. Returns the model, in the mode it had.
     """
     inside = tuple(f"{name}." for name in keep)
     norms = [
@@ -49,20 +116,31 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         if m.weight is None or m.weight.requires_grad
     ]
-    batches = [inputs for inputs in batches if len(tensors(inputs)[0]) > 1]
-    if not norms or not batches:
+    if not norms:
         return model
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch then takes the plain mean over all batches
-            norm.train()
-        for inputs in batches:
-            call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    before = [(norm, norm.momentum, [t.clone() for t in _statistics(norm)]) for norm in norms]
+    finished = False
+    try:
+        with torch.no_grad(), eval_mode(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch then takes the plain mean over all batches
+                norm.train()
+            for inputs in batches:
+                if len(tensors(inputs)[0]) > 1:
+                    call(model, inputs)
+        finished = True
+    finally:
+        for norm, momentum, statistics in before:
+            norm.momentum = momentum
+            if not finished or not norm.num_batches_tracked:  # it did not run
+                for tensor, values in zip(_statistics(norm), statistics, strict=True):
+                    tensor.copy_(values)
     return model
+
+
+def _statistics(norm: Any) -> list[Tensor]:
+    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]
 
 
 def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
@@ -80,8 +158,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
     without γ and β.
     """
     equal = copy.deepcopy(model)
-    with eval_mode(model):
-        expected = outputs_of(lambda: call(model, inputs))
+    expected = outputs_of(model, inputs)
     for group in trace.groups.values():
         norms = [m for m in group.side("out") if _scaled_norm(equal.get_submodule(m.layer))]
         consumers = [(m, equal.get_submodule(m.layer)) for m in group.side("in")]
@@ -106,9 +183,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
                 dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
                 weight = layer.get_parameter("weight")
                 weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
-        with eval_mode(equal):
-            got = outputs_of(lambda: call(equal, inputs))
-        if compare(expected, got)[0]:
+        if compare(expected, outputs_of(equal, inputs))[0]:
             for name, layer in before.items():
                 replace_module(equal, name, layer)
     return equal

@@ -227,6 +227,8 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into a submodule's place."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put a module into a submodule's place, under each of the names that it may have."""
+    replaced = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, held in parent._modules.items() if held is replaced]:
+            setattr(parent, child, module)

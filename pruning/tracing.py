@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
+from pruning.graph import tensors
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
 from pruning.layers import Side, channel_dim, is_depthwise, layer_width, parts, rule_for
 from pruning.meta import run_operation, without_computing
@@ -71,6 +72,7 @@ class _Follower(TorchDispatchMode):
     def __init__(self, probe: nn.Module, found: Flow, batch: int):
         super().__init__()
         self.found, self.batch = found, batch
+        self.name = type(probe).__name__
         self.makers = WeakTensorKeyDictionary()
         self.inside = 0
         self.handles: list[Any] = []
@@ -237,7 +239,12 @@ class _Follower(TorchDispatchMode):
 
     def finish(self, output: Any) -> None:
         """Fix what the model gives back."""
-        self._read(output, "")
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.book.fix(self.book.of(leaf), "its channels are the model's output, whose size is kept")
+        outputs = tensors(output)
+        if not outputs:
+            raise PruningError(
+                f"{self.name} returns no tensor (a {type(output).__name__}), so whether a smaller one "
+                "computes the same cannot be checked; let it return tensors, in whatever holds them"
+            )
+        self._read(outputs, "")
+        for leaf in outputs:
+            self.book.fix(self.book.of(leaf), "its channels are the model's output, whose size is kept")

@@ -175,6 +175,36 @@ def test_a_calibration_set_of_one_image_changes_no_statistics():
     assert accuracy(step.model, [(nets.images(), torch.tensor([0, 1]))]) >= 0
 
 
+def test_norms_that_do_not_run_keep_their_statistics():
+    """An auxiliary head, say, which calibration does not reach."""
+
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.aux = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x, aux=False):
+            return self.aux(x) if aux else self.norm(x)
+
+    net = Aux()
+    net.aux(torch.randn(8, 3))
+    net.aux.running_mean.fill_(5)
+    before = nets.snapshot(net.aux)
+    recalibrate(net, [torch.randn(8, 3) + 2])
+    assert all(torch.equal(before[key], value) for key, value in net.aux.state_dict().items())
+    assert (net.norm.running_mean > 1).all()
+
+
+def test_recalibration_that_fails_changes_nothing():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    nn.init.normal_(net[0].running_mean)
+    before = nets.snapshot(net)
+    with pytest.raises(RuntimeError):
+        recalibrate(net, [torch.randn(8, 3), torch.randn(8, 4)])
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert net[0].momentum == 0.1
+
+
 def test_frozen_norms_keep_their_statistics():
     net = nets.make("residual")
     frozen = net.stem[1].requires_grad_(False).running_mean.clone()

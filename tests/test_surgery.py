@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import random
+import types
 
 import nets
 import pytest
@@ -18,11 +21,14 @@ from pruning import (
     channel_constants,
     equalize,
     fold_batchnorm,
+    load,
     prune,
+    save,
     trace,
     verify,
 )
-from pruning.agreement import TOLERANCE
+from pruning.agreement import TOLERANCE, compare
+from pruning.graph import tensors
 
 
 def some_plan(traced, names=None, seed=0):
@@ -181,6 +187,154 @@ def test_an_output_read_twice_is_not_folded():
     assert trace(net, images).groups.keys() == {"conv"}
 
 
+@dataclasses.dataclass
+class Answer:
+    logits: object
+    features: object
+
+
+class Folding(nn.Module):
+    """A convolution, a norm behind it and a head; the first two may be of any kind."""
+
+    def __init__(self, conv=nn.Conv2d, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.norm, self.head = conv(3, 4, 3), norm(4), nn.Conv2d(4, 2, 1)
+        lively(self.norm)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+def lively(norm):
+    """Statistics, scales and shifts that folding cannot leave out unseen."""
+    for tensor in (norm.running_mean, norm.weight, norm.bias):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return nn.functional.gelu(super().forward(x))
+
+
+class BatchStatistics(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class ConvAndActivation(nn.Conv2d):
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class ReadsWeight(Folding):
+    def forward(self, x):
+        return super().forward(x) * self.conv.weight.norm()
+
+
+class ReadsOutput(Folding):
+    def forward(self, x):
+        seen = self.conv(x)
+        return Answer(self.head(torch.relu(self.norm(seen))), seen)
+
+
+class OverTime(nn.Module):
+    """BatchNorm1d takes dimension 1 for channels; those of the linear layer lie along the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(14, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        lively(self.norm)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.first(x.flatten(1, 2)[:, :4]))))
+
+
+def with_a_hook():
+    net = Folding()
+    net.norm.register_forward_hook(lambda _, __, output: output * 2)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Folding(norm=NormAndActivation),
+        lambda: Folding(norm=BatchStatistics),
+        lambda: Folding(conv=ConvAndActivation),
+        lambda: Folding(conv=Standardised),
+        lambda: Folding(conv=lambda *sizes: nn.utils.parametrizations.weight_norm(nn.Conv2d(*sizes))),
+        ReadsWeight,
+        ReadsOutput,
+        OverTime,
+        with_a_hook,
+    ],
+)
+def test_a_norm_that_does_not_fold_without_change_is_left_and_counted(make):
+    torch.manual_seed(0)
+    net, images = make().eval(), nets.images()
+    traced = trace(net, images)
+    assert traced.foldable == {}
+    assert compare(tensors(net(images)), tensors(fold_batchnorm(net, traced)(images)))[0] == ""
+
+
+class ByTheSide(nn.Module):
+    """A middle convolution whose weight is read where no trace sees it: through numpy."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = Folding(), Folding(), Folding()
+
+    def forward(self, x):
+        scale = float(abs(self.middle.conv.weight.detach().numpy()).sum()) if x.device.type == "cpu" else 1
+        return [block(x) * scale for block in (self.first, self.middle, self.last)]
+
+
+def test_folding_is_checked_and_only_the_norm_at_fault_is_left():
+    net, images = ByTheSide().eval(), nets.images()
+    traced = trace(net, images)
+    pairs = {f"{block}.conv": f"{block}.norm" for block in ("first", "middle", "last")}
+    traced = dataclasses.replace(traced, foldable=pairs)
+    with pytest.warns(UserWarning, match=r"middle\.norm cannot be folded"):
+        folded = fold_batchnorm(net, traced)
+    assert compare(net(images), folded(images))[0] == ""
+    assert isinstance(folded.middle.norm, nn.BatchNorm2d)
+    assert isinstance(folded.first.norm, nn.Identity) and isinstance(folded.last.norm, nn.Identity)
+    with pytest.raises(PruningError, match="does not run on the example inputs"):
+        fold_batchnorm(net, traced, torch.randn(2, 5))
+
+
+def test_a_layer_with_two_names_is_one_layer(tmp_path):
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+            self.block = nn.Sequential(self.conv, self.norm, nn.ReLU())
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.block(x))
+
+    torch.manual_seed(0)
+    net, images = Alias().eval(), nets.images()
+    lively(net.norm)
+    traced = trace(net, images)
+    assert set(traced.groups) == {"conv"}
+    assert set(trace(net, images, ["block.0"]).groups) == set()  # by its other name
+    step = prune(net, images, Budget(params="60%"), score="l2")
+    folded = fold_batchnorm(step.model, trace(step.model, images))
+    assert folded.conv is folded.block[0] and isinstance(folded.block[1], nn.Identity)
+    assert sum(p.numel() for p in folded.parameters()) == step.after.params
+    torch.testing.assert_close(folded(images), step.model(images), rtol=1e-4, atol=1e-5)
+    save(tmp_path / "small.pth", folded)
+    assert torch.equal(load(tmp_path / "small.pth", Alias)(images), folded(images))
+
+
 def test_the_output_layer_is_kept_and_named():
     traced = trace(nets.make("lenet"), nets.images())
     assert "output" in traced.skipped["classifier.fc3"]
@@ -200,6 +354,58 @@ def test_features_that_are_an_output_too_are_kept():
     assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
     step = prune(TwoOutputs(), nets.images(), Budget(params="80%"), score="l2")
     assert step.plan.widths["b"] < 5
+
+
+class Slotted:
+    __slots__ = ("features", "logits")
+
+    def __init__(self, logits, features):
+        self.logits, self.features = logits, features
+
+
+class Answers(nn.Module):
+    """Its outputs lie in an object that torch's pytree does not know."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.a, self.b, self.c, self.hold = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1), hold
+
+    def forward(self, x):
+        features = torch.relu(self.a(x))
+        return self.hold(self.c(torch.relu(self.b(features))), features)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        Answer,
+        Slotted,
+        lambda logits, features: types.SimpleNamespace(found=[{"a": features}], logits=logits),
+        lambda logits, features: collections.UserDict(logits=logits, features=features),
+    ],
+)
+def test_outputs_in_objects_are_kept_and_compared(hold):
+    net, images = Answers(hold), nets.images()
+    traced = trace(net, images)
+    assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
+    plan = some_plan(traced)
+    small = apply(net, traced, plan)
+    assert verify(net, small, traced, plan, images) <= TOLERANCE
+    with torch.no_grad():
+        small.a.weight.add_(1)
+    with pytest.raises(PruningError, match="not equivalent"):
+        verify(net, small, traced, plan, images)
+
+
+def test_outputs_without_a_tensor_are_refused():
+    net = Answers(lambda logits, features: Answer(logits.sum().tolist(), None))
+    with pytest.raises(PruningError, match="returns no tensor"):
+        prune(net, nets.images(), Budget(params="80%"), score="l2")
+
+
+def test_complex_outputs_are_compared():
+    assert compare([torch.ones(3) * 1j], [torch.zeros(3) * 1j])[1] == 1
+    assert compare([torch.ones(3) * 1j], [torch.ones(3) * 1j]) == ("", 0)
 
 
 def test_what_cannot_be_pruned_is_named_with_the_reason():
