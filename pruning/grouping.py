@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
@@ -352,7 +353,8 @@ def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
 
 def can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
     """Whether a layer and the norm behind it, of a model in eval mode, do what their types say."""
-    layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    layer: Any = model.get_submodule(name)
+    norm: Any = model.get_submodule(norm_name)
     return (
         _as_torch_made_it(layer, _INTO)
         and _as_torch_made_it(norm, _NORMS)

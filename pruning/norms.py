@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
 
 from pruning.agreement import compare, outputs_of
+from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
 from pruning.grouping import can_fold
@@ -34,7 +35,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
 
     Raises `PruningError` when the model does not run on them.
     """
-    given = copy.deepcopy(model).eval()
+    given = copied(model).eval()
     pairs = {name: norm for name, norm in trace.foldable.items() if can_fold(given, name, norm)}
     if not pairs:
         return given
@@ -157,7 +158,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
     A group for which the outputs on `inputs` then differ is left as it is, and so are channels
     without γ and β.
     """
-    equal = copy.deepcopy(model)
+    equal = copied(model)
     expected = outputs_of(model, inputs)
     for group in trace.groups.values():
         norms = [m for m in group.side("out") if _scaled_norm(equal.get_submodule(m.layer))]

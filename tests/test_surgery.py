@@ -576,6 +576,7 @@ def test_what_a_training_step_left_in_a_model_does_not_keep_it_from_being_pruned
     assert step.difference < 1e-5 and step.after.params <= 0.5 * step.before.params
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_weight_that_hooks_compute_is_left_alone_and_named():
     normed = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
     net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
