@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pruning.copies import copied
 from pruning.errors import PruningError
-from pruning.graph import Group, Inputs, Trace, call, call_until, tensors
+from pruning.graph import Group, Inputs, Trace, call, call_until, fresh, tensors
 from pruning.meta import without_storage
 from pruning.modes import eval_mode, hooked
 from pruning.surgery import replace_module
@@ -123,7 +123,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
         handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
         handles.append(module.register_forward_hook(end(name)))
     with hooked(handles), torch.no_grad(), eval_mode(model):
-        call(model, inputs)
+        call(model, fresh(inputs))
     return seen
 
 
@@ -200,7 +200,7 @@ def _runs(model: nn.Module, layer: Removable, inputs: Inputs) -> bool:
     try:
         if not layer.joined:
             with torch.no_grad(), eval_mode(model):
-                shapes = [t.shape for t in tensors(call(model, inputs))]
+                shapes = [t.shape for t in tensors(call(model, fresh(inputs)))]
             return shapes == [t.shape for t in _trainable_outputs(probe, inputs)]
         before, after = (_input_of(m, layer.joined, inputs) for m in (model, probe))
         joined = model.get_submodule(layer.joined)
@@ -224,7 +224,7 @@ def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     An operation that writes into a tensor which the backward pass needs is found here.
     """
     with torch.enable_grad(), eval_mode(model):
-        outputs = tensors(call(model, inputs))
+        outputs = tensors(call(model, fresh(inputs)))
         total = torch.stack([t.float().sum() for t in outputs if t.requires_grad]).sum()
         total.backward()
     return outputs

@@ -15,6 +15,7 @@ from pruning.cost import Cost, CostModel, uncounted
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs
 from pruning.grouping import trace
+from pruning.modes import buffers_unchanged
 from pruning.plan import Plan
 from pruning.surgery import apply
 
@@ -99,6 +100,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@buffers_unchanged
 def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Diagnosis:
     """Look at a model as pruning would, and change nothing.
 

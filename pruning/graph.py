@@ -122,7 +122,7 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Side) -> Any:
     module = model.get_submodule(layer)
     handle = on_input(module, receives) if side == "in" else module.register_forward_hook(returns)
     with hooked([handle]), eval_mode(model), contextlib.suppress(_Reached):
-        call(model, inputs)
+        call(model, fresh(inputs))
     return found[0]
 
 

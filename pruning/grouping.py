@@ -22,7 +22,7 @@ from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call,
 from pruning.labels import Flow, SideUse, Ties
 from pruning.layers import Side, layer_width, parts
 from pruning.meta import Shapes, on_meta, to_meta
-from pruning.modes import eval_mode
+from pruning.modes import buffers_unchanged, eval_mode
 from pruning.plan import Plan
 from pruning.surgery import cut
 from pruning.tracing import flow
@@ -35,6 +35,7 @@ _NOT_RUN = (
 )
 
 
+@buffers_unchanged
 def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Trace:
     """Find the channel groups of a model.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.graph import Group, Member
+from pruning.graph import Group, Member, fresh
 from pruning.layers import output_rows
 from pruning.modes import eval_mode
 from pruning.training import Loss, cross_entropy, to_device
@@ -90,7 +90,7 @@ def taylor(
     with eval_mode(model), torch.enable_grad():
         for batch in batches:
             inputs, targets = to_device(batch, device)
-            value = loss(model, inputs, targets)
+            value = loss(model, fresh(inputs), targets)
             if not torch.isfinite(value):
                 raise PruningError(
                     f"the loss on calibration batch {count} is {value.item()}: no gradient to score by"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
@@ -41,6 +44,20 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(values)
+
+
+def buffers_unchanged(step: Step) -> Step:
+    """A function of a model that leaves the model's buffers as they were, whatever passes do to them.
+
+    Passes need not be meant: to read a weight with spectral norm, in training mode, changes buffers.
+    """
+
+    @functools.wraps(step)
+    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with buffers_kept(model):
+            return step(model, *args, **kwargs)
+
+    return cast(Step, whole)
 
 
 @contextlib.contextmanager

@@ -53,10 +53,10 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
             return False
         # A deep network may amplify rounding; in double precision that is told from an error.
         if not precise:
-            doubled = copy.deepcopy(given).double()
+            doubled = copied(given).double()
             precise.extend([pytree.tree_map(_double, inputs)])
             precise.append(outputs_of(doubled, precise[0]))
-        return bool(compare(precise[1], outputs_of(copy.deepcopy(folded).double(), precise[0]))[0])
+        return bool(compare(precise[1], outputs_of(copied(folded).double(), precise[0]))[0])
 
     folded = _folded(given, pairs)
     if not differs(folded):
@@ -81,7 +81,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
 
 def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
     """A copy with these norms (layer name to norm name) folded."""
-    folded = copy.deepcopy(model)
+    folded = copied(model)
     for name, norm_name in pairs.items():
         layer: Any = folded.get_submodule(name)
         norm: Any = folded.get_submodule(norm_name)

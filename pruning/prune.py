@@ -15,10 +15,11 @@ from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace
+from pruning.graph import Ignored, Inputs, Trace, fresh
 from pruning.grouping import trace
 from pruning.importance import Groups, Scores
 from pruning.latency import LatencyFound, plan_latency
+from pruning.modes import buffers_unchanged
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.surgery import apply, channel_constants, may_leave_constants
@@ -56,6 +57,7 @@ class Step:
     latency: LatencyFound | None = None
 
 
+@buffers_unchanged
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
@@ -113,7 +115,7 @@ def prune(
         traced = trace(model, example_inputs, ignored)
         removed.append(name)
     if removed:
-        recalibrate(model, batches)
+        recalibrate(model, map(fresh, batches))
         cost_model = CostModel(model, traced)
 
     enough = isinstance(asked, Budget) and removed and not asked.excess(cost_model(cost_model.full))
@@ -156,7 +158,7 @@ def prune(
     if difference == 0:  # the outputs may not depend on what was cut: ask random weights
         lively = enliven(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
-    recalibrate(small, batches)
+    recalibrate(small, map(fresh, batches))
     parallel.weights_of_first(small)
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)
 

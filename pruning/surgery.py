@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.copies import copied
 from pruning.errors import PruningError
-from pruning.graph import Inputs, Trace, call
+from pruning.graph import Inputs, Trace, call, fresh
 from pruning.layers import Side, layer_width, narrow, output_rows, parts
-from pruning.modes import eval_mode, hooked, on_input
+from pruning.modes import buffers_unchanged, eval_mode, hooked, on_input
 from pruning.plan import Plan
 
 #: For consumers of pruned channels, the value each of their input channels is taken to have
@@ -123,6 +123,7 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
     return False
 
 
+@buffers_unchanged
 def channel_constants(
     model: nn.Module, trace: Trace, batches: Iterable[Inputs], *, exact_only: bool = False
 ) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def channel_constants(
                 handles.append(on_input(layer, watch(member.layer, member.dim)))
         for inputs in batches:
             for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
-                call(model, variant)
+                call(model, fresh(variant))
 
     constants = {}
     for name, total in sums.items():

@@ -19,6 +19,7 @@ from pruning import (
     PruningError,
     apply,
     channel_constants,
+    doctor,
     equalize,
     fold_batchnorm,
     load,
@@ -150,6 +151,45 @@ def test_surgery_leaves_the_model_its_mode_and_its_gradients_alone():
     assert all(p.grad is None and p.requires_grad for p in step.model.parameters())
     ours = {p.data_ptr() for p in net.parameters()}
     assert not any(p.data_ptr() in ours for p in step.model.parameters())
+
+
+class Restless(nn.Module):
+    """It counts its passes, normalises its input in place and draws random numbers in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 6, 3))
+        self.b, self.c, self.d = nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, batch):
+        self.passes += 1
+        x = batch.pop("images")
+        x -= 0.5
+        x = torch.relu(self.b(self.a(x)))
+        x = x + self.c(x).sigmoid() * torch.randn_like(x)
+        return self.d(nn.functional.dropout(x, 0.5, training=True))
+
+
+def test_a_restless_model_is_pruned_and_neither_it_nor_its_inputs_change():
+    torch.manual_seed(0)
+    net, images = Restless().train(), nets.images()
+    batch = {"images": images.clone()}
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    calibration = [(({"images": images.clone()},), torch.zeros(2, 10, 10).long())]
+    assert not doctor(net, (batch,)).trial
+    assert torch.equal(torch.get_rng_state(), state)
+    for score, data in (("l2", []), ("taylor", calibration)):
+        step = prune(net, (batch,), Budget(macs="70%"), score=score, calibration=data)
+        assert step.plan.widths["b"] < 8 and step.model.c.out_channels == step.plan.widths["b"]
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert torch.equal(batch["images"], images) and torch.equal(calibration[0][0][0]["images"], images)
+    small = step.model
+    with torch.no_grad():
+        small.c.weight.zero_()  # what scales the noise is compared, too
+    traced = trace(net, (batch,))
+    with pytest.raises(PruningError, match="not equivalent"):
+        verify(net, small, traced, step.plan, (batch,))
 
 
 @pytest.mark.parametrize(("dtype", "difference"), [(torch.float64, 1e-12), (torch.bfloat16, 0.125)])
@@ -406,6 +446,13 @@ def test_outputs_without_a_tensor_are_refused():
 def test_complex_outputs_are_compared():
     assert compare([torch.ones(3) * 1j], [torch.zeros(3) * 1j])[1] == 1
     assert compare([torch.ones(3) * 1j], [torch.ones(3) * 1j]) == ("", 0)
+
+
+def test_infinite_outputs_agree_with_themselves_alone():
+    masked = torch.tensor([1.0, -float("inf")])
+    assert compare([masked], [masked.clone()]) == ("", 0)
+    assert compare([masked], [-masked])[0] and compare([masked], [torch.zeros(2)])[0]
+    assert compare([masked * 0], [masked * 0])[0], "NaN agrees with nothing"
 
 
 def test_what_cannot_be_pruned_is_named_with_the_reason():
