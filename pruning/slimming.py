@@ -29,7 +29,17 @@ from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.run import Run
 from pruning.sparsify import ScalePull, sparsify
-from pruning.training import BatchSource, Epoch, Loss, Validate, accuracy, cross_entropy, fit, to_device
+from pruning.training import (
+    BatchSource,
+    Epoch,
+    Loss,
+    Validate,
+    accuracy,
+    cross_entropy,
+    device_of,
+    fit,
+    to_device,
+)
 from pruning.trials import Trial, ready, superfluous_layers
 
 
@@ -290,7 +300,8 @@ class _Progress:
         self.network, self.dense = copied(model), copied(model)
         if self.state["fit"] is not None:
             weights = self.state["fit"]["model"]
-            rebuild(self.network, {**self.state["layers"], "state_dict": weights})
+            rebuild(self.network.cpu(), {**self.state["layers"], "state_dict": weights})
+            self.network.to(device_of(model))
         if "dense" in self.state:
             self.dense.load_state_dict(self.state["dense"])
         self.dense.eval()

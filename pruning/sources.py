@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pruning.checkpoint import read, read_plain
+from pruning.checkpoint import fit, read, read_plain
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import first_examples, tensors
-from pruning.load_pruned import rebuild
 from pruning.training import BatchSource
 
 #: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
@@ -117,11 +116,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     content = read_plain(path)
     kind = type(model).__name__
     if isinstance(content, dict) and "format" in content:
-        try:
-            rebuild(model, read(path))
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit {kind}: {error}") from error
-        return
+        return fit(path, model, read(path))
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
