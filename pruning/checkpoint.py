@@ -229,9 +229,9 @@ def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
         found: Any = importlib.import_module(module_name)
         for part in qualified.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of the user's module
         raise CheckpointError(
-            f"{path}: its class {name!r} cannot be imported ({error}). "
+            f"{path}: its class {name!r} cannot be imported ({type(error).__name__}: {error}). "
             "Run from where it can, or give a factory"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

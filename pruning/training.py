@@ -90,6 +90,20 @@ def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
     )
 
 
+def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str | None:
+    """Why accuracy cannot be taken of a model's outputs on the first of these batches; None where it can.
+
+    Labels that the model has no class for are a mistake, and no reason.
+    """
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
+        inputs, targets = to_device(next(iter(batches)), device_of(model))
+        try:
+            logits_for(targets, call(model, inputs))
+        except PruningError as error:
+            return str(error)
+    return None
+
+
 def require_classifier(model: nn.Module, *sources: Iterable[tuple[Any, Any]]) -> None:
     """Raise `PruningError` unless the usual loss can be taken of the first batch of each source.
 
