@@ -57,6 +57,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
     for name, value in content.items():
         if {f"--{name}", f"--no-{name}"} & words:
             continue
+        if name in ("config", "recipe"):
+            raise PruningError(
+                f"{path}: a recipe cannot name another one ({name} = {value!r}); give it its flags"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise PruningError(

@@ -217,6 +217,8 @@ def tune(
 ) -> nn.Module:
     """Stage 3 alone, resumable: fine-tune a copy of a pruned model, and keep its best epoch.
 
+    Where no epoch is as good as the model was, it stays as it was.
+
     Args:
         run: keeps the state after every epoch, and goes on from it.
         options: further arguments of `finetune`.
@@ -224,7 +226,7 @@ def tune(
     progress = _Progress(run, model)
     small = progress.network
     inside = progress.options(0, "fine-tune", small)
-    return finetune(small, batches, config, validate=validate, **inside, **options)
+    return finetune(small, batches, config, validate=validate, keep_start=True, **inside, **options)
 
 
 def _accuracy_on(batches: Iterable[tuple[Any, Any]], model: nn.Module) -> float:

@@ -156,6 +156,7 @@ def fit(
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
+    keep_start: bool = False,
     before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -170,6 +171,7 @@ def fit(
         validate: asked after every epoch.
         keep_best: end with the weights of the epoch that `validate` liked best (the later
             one of equals) instead of the last.
+        keep_start: with it the weights that the model has now are among those to choose from.
         before_epoch: called at the start of every epoch with its number, from 1.
         after_step: called after every optimizer step with the learning rate it used.
         on_epoch: called after every epoch; may keep `epoch.state()`, from which `resume`
@@ -192,6 +194,9 @@ def fit(
         training = _Training(model, config, steps, device, extra)
         if resume is not None:
             training.restore(resume)
+        elif keep_best and keep_start and validate is not None:
+            with torch.random.fork_rng():  # the epochs are those without it
+                training.end_epoch(0, validate(training.shown))
 
         total, done = config.epochs * steps, training.epoch * steps
         with tqdm(

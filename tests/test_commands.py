@@ -14,6 +14,7 @@ from PIL import Image
 
 from pruning import __main__ as program
 from pruning import cli
+from pruning.modes import thread_count
 
 MODULE = """
 import torch
@@ -43,6 +44,9 @@ def linear():
 
 def plain():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3))
+
+def sized(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 3))
 
 def broken():
     raise RuntimeError("no such thing\\n  as a net")
@@ -328,6 +332,42 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_pa
     assert not (tmp_path / "no").exists(), "nothing is begun"
     assert code == 2 and message in err and "Traceback" not in err, err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_finetuning_writes_nothing_worse_than_its_start(run, tmp_path):
+    words = ("--data", "mine:digits", "--epochs", 1)
+    assert run("finetune", "--model", "mine:Net", *words[:2], "--epochs", 8, "--output", "good")[0] == 0
+    code, out, err = run("finetune", "--model", "mine:Net", "--weights", "good/best.pth", *words, "--rate", 2,
+                         "--output", "worse")  # fmt: skip
+    assert code == 0, err
+    after, before = out.rpartition("validation ")[2].replace(" before)", "").split(" (")
+    assert float(after) >= float(before) > 0.9
+
+
+def test_a_checkpoint_of_a_factory_names_it_where_it_cannot_do_without(run):
+    words = ("--model", "mine:sized", "--data", "mine:digits", "--model-arg", "width=6")
+    assert run("prune", *words, *BUDGET)[0] == 0
+    code, _, err = run("test", "--weights", "small.pth", "--data", "mine:digits")
+    assert code == 2 and "give --model mine:sized --model-arg width=6" in err
+
+
+def test_a_recipe_names_no_other(run, tmp_path):
+    (tmp_path / "run.toml").write_text('config = "other.toml"\nmax-macs = "60%"\n')
+    code, _, err = run("prune", *NET, "--config", "run.toml")
+    assert code == 2 and "run.toml: a recipe cannot name another one" in err
+
+
+def test_threads_are_at_most_those_of_torch(run, monkeypatch):
+    from pruning.commands import test as command
+
+    used = []
+    timed = command.time_forward
+    monkeypatch.setattr(
+        command, "time_forward", lambda *args, **how: used.append(how["threads"]) or timed(*args, **how)
+    )
+    with thread_count(1):
+        assert run("test", *NET, "--threads", 4, "--seconds", 0.1)[0] == 0
+    assert set(used) == {1}
 
 
 def test_meta_is_no_device(run):

@@ -62,6 +62,18 @@ def test_the_best_epoch_is_kept_the_later_of_equals():
     assert all(torch.equal(value, seen[2][key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("keep_start", [True, False])
+def test_the_start_is_a_candidate_where_that_is_asked(keep_start):
+    scores = iter([0.9, 0.5, 0.4] if keep_start else [0.5, 0.4])
+    net, seen = nets.make("lenet"), []
+    start = nets.snapshot(net)
+    fit(net, batches(), TrainConfig(2), validate=lambda _: next(scores),
+        keep_best=True, keep_start=keep_start, on_epoch=lambda epoch: seen.append((epoch.number, nets.snapshot(net))))  # fmt: skip
+    assert [number for number, _ in seen] == [1, 2]
+    kept = start if keep_start else seen[0][1]
+    assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
+
+
 def test_a_moving_average_in_closed_form():
     seen = []
     net = nets.make("lenet")
