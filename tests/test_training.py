@@ -68,7 +68,8 @@ def test_the_start_is_a_candidate_where_that_is_asked(keep_start):
     net, seen = nets.make("lenet"), []
     start = nets.snapshot(net)
     fit(net, batches(), TrainConfig(2), validate=lambda _: next(scores),
-        keep_best=True, keep_start=keep_start, on_epoch=lambda epoch: seen.append((epoch.number, nets.snapshot(net))))  # fmt: skip
+        keep_best=True, keep_start=keep_start,
+        on_epoch=lambda epoch: seen.append((epoch.number, nets.snapshot(net))))  # fmt: skip
     assert [number for number, _ in seen] == [1, 2]
     kept = start if keep_start else seen[0][1]
     assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
