@@ -2,11 +2,12 @@
 
     {"format": 1, "class": "models.YourNet:YourNet", "arguments": {...},
      "layers": {"features.conv1": {"out_channels": 3, ...}, ...}, "folded": [...],
-     "not_in_place": [...], "state_dict": {...}, "provenance": {...}}
+     "not_in_place": [...], "state_dict": {...}, "buffers": {...}, "provenance": {...}}
 
 The network is made by calling the class with the arguments, then every layer is given the
 channel counts in `layers`: so a pruned network loads whether or not its class can build
-narrow widths. Loading needs torch and the class, nothing else.
+narrow widths. `buffers` are those with persistent=False, which a state dict leaves out: they hold
+channels, too. Loading needs torch and the class, nothing else.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
 from pruning.layers import rule_for
-from pruning.load_pruned import rebuild
+from pruning.load_pruned import rebuild, takes
 
 FORMAT = 1
 
@@ -47,14 +48,16 @@ def save(
 
     Args:
         arguments: plain data that the model's class is called with; by default the
-            model's attribute `config`, and without one no argument.
+            model's attribute `config`, where that is a mapping with which the class can be called,
+            and else no argument.
         provenance: plain data on how the model was made (see `provenance`).
 
     Raises `CheckpointError` when the file cannot be written, or holds what is not plain data.
     """
     kind = type(model)
     if arguments is None:
-        arguments = getattr(model, "config", {})
+        config = getattr(model, "config", None)
+        arguments = config if isinstance(config, Mapping) and takes(kind, config) else {}
     content = {
         "format": FORMAT,
         "class": f"{kind.__module__}:{kind.__qualname__}",
@@ -74,31 +77,43 @@ def load(
     """The network of a checkpoint, in eval mode.
 
     Args:
-        factory: makes the unpruned network when called with the stored arguments; needed
-            where the class cannot be imported or takes other arguments.
+        factory: makes the unpruned network when called with the stored arguments, or with none
+            where it cannot take those; needed where the class cannot be imported or takes others.
 
     Raises `CheckpointError` for a file that is missing, damaged, foreign or from a newer
-    version, and for a class that is not an importable `nn.Module`. Nothing in the file is
-    executed besides the constructor of that class.
+    version, for a class that is not an importable `nn.Module`, and where more than channels
+    differs from what it makes. Nothing in the file is executed besides the constructor of that class.
     """
     content = read(path)
-    make = factory or _find_class(path, content["class"])
+    make, arguments = factory or _find_class(path, content["class"]), content["arguments"]
+    if factory is not None and not takes(factory, arguments):
+        arguments = {}
     try:
-        model = make(**content["arguments"])
+        model = make(**arguments)
     except Exception as error:  # of the user's class
         raise CheckpointError(
-            f"{path}: {content['class']} could not be made with {content['arguments']}: "
+            f"{path}: {content['class']} could not be made with {arguments}: "
             f"{type(error).__name__}: {error}. Give a factory that makes the unpruned network"
         ) from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{path}: the factory gave a {type(model).__name__}, not an nn.Module")
+    fit(path, model, content)
+    return model.to(device).eval()
+
+
+def fit(path: str | Path, model: nn.Module, content: Mapping[str, Any]) -> None:
+    """Give a freshly made dense network the widths and weights of a checkpoint's content, in place.
+
+    Raises `CheckpointError` where they do not fit it.
+    """
     try:
         rebuild(model, content)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {error}. Was the class changed since it was saved?"
+            f"{path} does not fit {type(model).__name__}: {reason}. Was the class changed since it was "
+            "saved, or is the factory another one?"
         ) from error
-    return model.to(device).eval()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -113,6 +128,12 @@ def read(path: str | Path) -> dict[str, Any]:
     missing = {"class", "arguments", "layers", "folded", "state_dict", "provenance"} - content.keys()
     if missing:
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    kinds = {"class": str, "folded": list, **dict.fromkeys(("arguments", "layers", "state_dict"), dict)}
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            raise CheckpointError(
+                f"{path} is damaged: its {key} is a {type(content[key]).__name__}, not a {kind.__name__}"
+            )
     return content
 
 
@@ -137,10 +158,10 @@ def write(path: str | Path, content: Any) -> None:
     """Write plain data and tensors: to a temporary file that then takes the name."""
     path = Path(path)
     buffer = io.BytesIO()
-    torch.save(content, buffer)
     try:
+        torch.save(content, buffer)
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
+    except (pickle.PickleError, AttributeError, TypeError) as error:  # what cannot be pickled raises any
         raise CheckpointError(
             f"{path} was not written: only tensors and plain data can be stored ({error})"
         ) from error
@@ -183,8 +204,23 @@ def describe(model: nn.Module) -> dict[str, Any]:
     everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
     folded = [name for name, layer in everywhere if type(layer) is nn.Identity]
     not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return {"layers": layers, "folded": folded, "not_in_place": not_in_place, "state_dict": state}
+    # What a module's `get_extra_state` gives may be anything; `write` refuses what is not plain data.
+    state = {
+        name: value.detach().cpu() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
+    buffers = {
+        name: buffer.cpu()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in state
+    }
+    return {
+        "layers": layers,
+        "folded": folded,
+        "not_in_place": not_in_place,
+        "state_dict": state,
+        "buffers": buffers,
+    }
 
 
 def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
@@ -193,9 +229,9 @@ def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
         found: Any = importlib.import_module(module_name)
         for part in qualified.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of the user's module
         raise CheckpointError(
-            f"{path}: its class {name!r} cannot be imported ({error}). "
+            f"{path}: its class {name!r} cannot be imported ({type(error).__name__}: {error}). "
             "Run from where it can, or give a factory"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

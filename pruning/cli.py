@@ -57,6 +57,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
     for name, value in content.items():
         if {f"--{name}", f"--no-{name}"} & words:
             continue
+        if name in ("config", "recipe"):
+            raise PruningError(
+                f"{path}: a recipe cannot name another one ({name} = {value!r}); give it its flags"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise PruningError(
@@ -106,7 +110,8 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # In one line, whatever the user's code or a library put into its own message.
+        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
@@ -147,12 +152,14 @@ def number(least: float, most: float = float("inf")) -> Callable[[str], float]:
 
 
 def device(text: str) -> str:
-    """An argument type: a device that torch can use here."""
+    """An argument type: a device that torch can use here and that holds values."""
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else "it is not available"
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+    if torch.device(text).type == "meta":
+        raise argparse.ArgumentTypeError(f"{text!r} holds no values to prune: expected cpu or cuda")
     return text
 
 

@@ -15,7 +15,7 @@ from pruning import cli
 from pruning.budget import PLACES, Budget, LatencyBudget
 from pruning.checkpoint import load, read_plain
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.errors import PruningError
+from pruning.errors import CheckpointError, PruningError
 from pruning.graph import Inputs, tensors
 from pruning.plan import RANKINGS
 from pruning.prune import NAMES as SCORES
@@ -303,18 +303,35 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
         model = make_model(args.model, arguments_of(args.model_arg), weights)
     elif weights is not None:
         made = _stored(weights)
-        model = make_model(made["name"], made["arguments"], weights) if made else load(weights)
+        if made is not None and ":" not in made["name"]:
+            model = make_model(made["name"], made["arguments"], weights)
+        else:
+            model = _loaded(weights, made)
     else:
         raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
     return model.to(args.device)
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    """The torchvision classifier that a checkpoint says it was made of; other names are not imported."""
+    """What a checkpoint says it was made of: the `name` of a factory and its `arguments`."""
     content = read_plain(path)
-    facts = content.get("provenance", {}) if isinstance(content, dict) else {}
-    made = facts.get("model")
-    return made if isinstance(made, dict) and ":" not in made.get("name", ":") else None
+    facts = content.get("provenance") if isinstance(content, dict) else None
+    made = facts.get("model") if isinstance(facts, dict) else None
+    return made if isinstance(made, dict) and {"name", "arguments"} <= made.keys() else None
+
+
+def _loaded(path: Path, made: dict[str, Any] | None) -> nn.Module:
+    """The network of a checkpoint by its class alone; a factory of another's is named, not imported."""
+    try:
+        return load(path)
+    except CheckpointError as error:
+        if made is None:
+            raise
+        given = "".join(f" {key}={value!r}" for key, value in made["arguments"].items())
+        flags = f"--model {made['name']}" + (f" --model-arg{given}" if given else "")
+        raise CheckpointError(
+            f"{path} needs the factory that made its network: give {flags} ({error})"
+        ) from error
 
 
 def data_of(args: argparse.Namespace) -> Data | None:

@@ -3,14 +3,15 @@
     from load_pruned import load_pruned
     model = load_pruned("small.pth", lambda: torchvision.models.resnet18(num_classes=10))
 
-This file stands on its own: it may be copied beside a checkpoint and used where the toolkit
-is not installed. The checkpoint is one plain dict, read with `weights_only=True`: its class and
-the arguments that make the dense network, the channel counts of every layer, and the weights.
+It needs no toolkit. A checkpoint is one plain dict, read with `weights_only=True`: the class and arguments
+that make the dense network, the channel counts of every layer, and the weights.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,67 +19,101 @@ import torch
 from torch import Tensor, nn
 
 
-def load_pruned(
-    path: Any, factory: Callable[..., nn.Module] | None = None, device: str | torch.device = "cpu"
-) -> nn.Module:
-    """The network of a checkpoint, in eval mode.
+def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, device: Any = "cpu") -> nn.Module:
+    """The network of a checkpoint, in eval mode; one that does not fit raises ValueError.
 
-    Args:
-        factory: makes the dense network when called with the stored arguments; by default
-            the stored class is imported.
+    `factory` makes the dense network, with the stored arguments if it takes them; by default the class does.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
+    found: Any = factory
     if factory is None:
         module, _, name = content["class"].partition(":")
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found = operator.attrgetter(name)(importlib.import_module(module))
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise ValueError(f"{content['class']!r} is not a class of networks; give a factory")
-        factory = found
-    model = factory(**content["arguments"])
-    rebuild(model, content)
+    model = found(**(content["arguments"] if factory is None or takes(factory, content["arguments"]) else {}))
+    try:
+        rebuild(model, content)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return model.to(device).eval()
+
+
+def takes(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a factory can be called with these arguments."""
+    try:
+        return inspect.signature(factory).bind(**arguments) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     """Give a freshly made dense network the channel counts and weights of a checkpoint, in place.
 
-    Raises AttributeError, RuntimeError or ValueError where they do not fit it.
+    Layers may have fewer channels than there; anything else raises one of the errors caught above.
     """
-    for name in content["folded"]:  # a norm that is part of the layer before it
-        _put(model, name, nn.Identity())
+    passed_on = 0  # what a layer received that is gone as a whole; the next one receives it now
+    for name in content["folded"]:  # a norm that is part of the layer before it, or such a layer
+        gone, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")
+        passed_on = max(passed_on, getattr(gone, "in_channels", 0), getattr(gone, "in_features", 0))
+        setattr(model.get_submodule(owner), attribute, nn.Identity())
     for name in content.get("not_in_place", ()):
         setattr(model.get_submodule(name), "inplace", False)  # noqa: B010 - nn.Module declares none
     for name, counts in content["layers"].items():
-        layer = model.get_submodule(name)
         for attribute, count in counts.items():
-            if not hasattr(layer, attribute):
-                raise ValueError(f"layer {name!r} is now a {type(layer).__name__} without {attribute}")
-            setattr(layer, attribute, tuple(count) if isinstance(count, list) else count)
-    state = content["state_dict"]
-    for name, wanted in state.items():
-        _make_room(model, name, wanted)
+            made = getattr(model.get_submodule(name), attribute)
+            *rest, channels = count if isinstance(count, list) else [count]
+            *fixed, most = made if isinstance(made, tuple) else [made]
+            if rest != fixed or not 1 <= channels <= max(most, passed_on if attribute[:3] == "in_" else 0):
+                raise ValueError(f"{name}.{attribute} is stored as {count}, the factory makes {made}")
+            setattr(model.get_submodule(name), attribute, tuple(count) if isinstance(made, tuple) else count)
+    became: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+    for name, stored in content["state_dict"].items():
+        if isinstance(stored, Tensor):  # and not what a module's `get_extra_state` gave
+            _make_room(model, name, stored, name.rpartition(".")[0] in content["layers"], became)
     versioned = model.state_dict()  # some classes ask for the versions that it carries
     versioned.clear()
-    versioned.update(state)
+    versioned.update(content["state_dict"])
     model.load_state_dict(versioned)
+    for name, stored in content.get("buffers", {}).items():  # those with persistent=False
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(attribute, stored.clone(), persistent=False)
 
 
-def _make_room(model: nn.Module, name: str, wanted: Tensor) -> None:
-    """Let a parameter or buffer have a stored tensor's shape and type; folding may have added it."""
+def _make_room(model: nn.Module, name: str, stored: Tensor, counted: bool, became: dict[Tensor, Any]) -> None:
+    """Let a parameter or buffer have a stored shape and type; what is tied stays so where the values are."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    present = getattr(module, attribute, None)
-    if isinstance(present, Tensor) and (present.shape, present.dtype) == (wanted.shape, wanted.dtype):
-        return
-    if attribute in module._parameters:
-        trained = present.requires_grad if isinstance(present, Tensor) else wanted.is_floating_point()
-        setattr(module, attribute, nn.Parameter(torch.empty_like(wanted), requires_grad=trained))
-    elif attribute in module._buffers:
-        setattr(module, attribute, torch.empty_like(wanted))
+    made: Any = {**module._buffers, **module._parameters}.get(attribute)
+    shape = tuple(made.shape) if made is not None else tuple(stored.shape)
+    sizes = _sizes(module, attribute) if counted else ()
+    expected = sizes + shape[len(sizes) :]
+    fewer = stored.ndim == len(shape) and all(map(int.__le__, stored.shape, shape))
+    if tuple(stored.shape) != expected and (sizes or not fewer):
+        given = tuple(stored.shape)
+        raise ValueError(f"{name} is stored as {given}, not {expected}: the factory makes {shape}")
+    twins = became.setdefault(stored if made is None else made, [])
+    room = next((t for s, t in twins if s.dtype == stored.dtype and torch.equal(s, stored)), None)
+    if room is None:
+        unchanged = not twins and made is not None and (shape, made.dtype) == (stored.shape, stored.dtype)
+        room = made if unchanged else torch.empty_like(stored)
+    if attribute in module._parameters and not isinstance(room, nn.Parameter):
+        room = nn.Parameter(room, made.requires_grad if made is not None else stored.is_floating_point())
+    if attribute in module._parameters or attribute in module._buffers:  # else `load_state_dict` refuses it
+        setattr(module, attribute, room)
+    twins.append((stored, room))
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
+def _sizes(layer: Any, attribute: str) -> Any:
+    """The first sizes of a layer's tensor, by its channel counts; none where they do not tell."""
+    if attribute not in ("weight", "bias", "running_mean", "running_var"):
+        return ()
+    if isinstance(layer, nn.LayerNorm | nn.Embedding):
+        return getattr(layer, "normalized_shape", None) or (layer.num_embeddings, layer.embedding_dim)
+    counts = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
+    out = next(getattr(layer, count) for count in counts if hasattr(layer, count))
+    into = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
+    if attribute != "weight" or not into:
+        return (out,)
+    out, into = (into, out) if getattr(layer, "transposed", False) else (out, into)
+    return (out, into // getattr(layer, "groups", 1))

@@ -52,6 +52,10 @@ class Run:
         self.state: dict[str, Any] | None = None
         if resume and state.exists():
             self.state = checkpoint.read_plain(state)
+            if not isinstance(self.state, dict) or not isinstance(self.state.get("lines"), int):
+                raise PruningError(
+                    f"{state} is not the state of a run: delete it to begin anew, or choose another folder"
+                )
         self.lines = self.state["lines"] if self.state is not None else 0
         if resume and self.writes:
             self._cut_history(self.lines)
@@ -64,6 +68,11 @@ class Run:
             raise PruningError(f"{self.folder} holds no run to resume") from None
         except (OSError, ValueError) as error:
             raise PruningError(f"{config} cannot be read: {error}") from error
+        if not isinstance(before, dict):
+            raise PruningError(
+                f"{config} holds a {type(before).__name__}, the settings of a run were expected: choose "
+                "another folder"
+            )
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
             raise PruningError(

@@ -34,7 +34,7 @@ from pruning.plan import Plan, plan_within
 from pruning.prune import Score, score_channels
 from pruning.shortcut import Shortcut
 from pruning.surgery import apply, channel_constants
-from pruning.training import cross_entropy, fit, to_device
+from pruning.training import cross_entropy, fit, logits_for, to_device
 
 #: From logits and targets to one value per example.
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -221,7 +221,7 @@ class _Judge:
 
     def _require_every_class(self, model: nn.Module, count: int) -> None:
         with torch.no_grad(), eval_mode(model):
-            classes = call(model, self.inputs[0]).shape[1]
+            classes = logits_for(self.validation[0][1], call(model, self.inputs[0])).shape[1]
         present = set(torch.cat([targets.flatten().cpu() for _, targets in self.validation]).tolist())
         missing = [c for c in range(classes) if c not in present]
         if missing and count >= 10 * classes:

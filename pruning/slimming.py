@@ -29,7 +29,17 @@ from pruning.plan import plan_within
 from pruning.prune import Step, prune
 from pruning.run import Run
 from pruning.sparsify import ScalePull, sparsify
-from pruning.training import BatchSource, Epoch, Loss, Validate, accuracy, cross_entropy, fit, to_device
+from pruning.training import (
+    BatchSource,
+    Epoch,
+    Loss,
+    Validate,
+    accuracy,
+    cross_entropy,
+    device_of,
+    fit,
+    to_device,
+)
 from pruning.trials import Trial, ready, superfluous_layers
 
 
@@ -207,6 +217,8 @@ def tune(
 ) -> nn.Module:
     """Stage 3 alone, resumable: fine-tune a copy of a pruned model, and keep its best epoch.
 
+    Where no epoch is as good as the model was, it stays as it was.
+
     Args:
         run: keeps the state after every epoch, and goes on from it.
         options: further arguments of `finetune`.
@@ -214,7 +226,7 @@ def tune(
     progress = _Progress(run, model)
     small = progress.network
     inside = progress.options(0, "fine-tune", small)
-    return finetune(small, batches, config, validate=validate, **inside, **options)
+    return finetune(small, batches, config, validate=validate, keep_start=True, **inside, **options)
 
 
 def _accuracy_on(batches: Iterable[tuple[Any, Any]], model: nn.Module) -> float:
@@ -290,7 +302,8 @@ class _Progress:
         self.network, self.dense = copied(model), copied(model)
         if self.state["fit"] is not None:
             weights = self.state["fit"]["model"]
-            rebuild(self.network, {**self.state["layers"], "state_dict": weights})
+            rebuild(self.network.cpu(), {**self.state["layers"], "state_dict": weights})
+            self.network.to(device_of(model))
         if "dense" in self.state:
             self.dense.load_state_dict(self.state["dense"])
         self.dense.eval()

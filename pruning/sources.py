@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pruning.checkpoint import read, read_plain
+from pruning.checkpoint import fit, read, read_plain
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import first_examples, tensors
-from pruning.load_pruned import rebuild
 from pruning.training import BatchSource
 
 #: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
@@ -80,10 +79,13 @@ def factory(name: str) -> Callable[..., Any]:
             )
         return lambda **arguments: models.get_model(name, **arguments)
     module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise PruningError(f"{name!r}: expected package.module:factory, such as mine:Net")
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise PruningError(f"{name!r}: module {module_name!r} cannot be imported: {error}") from error
+    except Exception as error:  # of the user's module
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise PruningError(f"{name!r}: module {module_name!r} cannot be imported: {kind}{error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise PruningError(
@@ -117,11 +119,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     content = read_plain(path)
     kind = type(model).__name__
     if isinstance(content, dict) and "format" in content:
-        try:
-            rebuild(model, read(path))
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit {kind}: {error}") from error
-        return
+        return fit(path, model, read(path))
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -182,7 +180,7 @@ def make_data(
         sets["train"] = Subset(sets["train"], order[held_out:])
         sets["validation"] = Subset(sets["validation"], order[:held_out])
     loaders = {
-        split: DataLoader(
+        split: _Loader(
             images,
             batch_size,
             shuffle=split == "train",
@@ -220,10 +218,34 @@ def _image_folder(root: Path, size: int) -> tuple[dict[str, Any], bool]:
     for split, place in places.items():
         recipe = transforms.Compose(varied if split == "train" else still)
         try:
-            sets[split] = datasets.ImageFolder(str(place), recipe)
+            sets[split] = datasets.ImageFolder(str(place), recipe, loader=_read_image)
         except FileNotFoundError as error:
             raise PruningError(f"{place} is no image folder: {error}") from error
     return sets, places["validation"] != places["train"]
+
+
+def _read_image(path: str) -> Any:
+    """An image of a folder. Raises `PruningError` that names a file which is none."""
+    try:
+        return _torchvision().datasets.folder.default_loader(path)
+    except Exception as error:  # what a damaged file raises depends on its format
+        raise PruningError(f"image {path} cannot be read ({error}): replace it, or take it away") from error
+
+
+class _Loader(DataLoader[Any]):
+    """Says in one line what went wrong in a process that reads images; torch adds its traceback."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except PruningError as error:
+                said = str(error).strip().splitlines()[-1]
+                raise PruningError(said.removeprefix(f"{PruningError.__module__}.PruningError: ")) from error
+            yield batch
 
 
 def _torchvision() -> Any:

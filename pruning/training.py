@@ -50,8 +50,70 @@ class Epoch(NamedTuple):
 
 
 def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    """The usual loss of a classifier."""
-    return F.cross_entropy(call(model, inputs), targets)
+    """The usual loss of a classifier.
+
+    Raises `PruningError` where outputs and targets are not a classifier's (see `logits_for`).
+    """
+    logits = logits_for(targets, call(model, inputs))
+    try:
+        return F.cross_entropy(logits, targets.long())
+    except IndexError as error:
+        raise _no_such_class(logits, targets) from error
+
+
+def logits_for(targets: Any, outputs: Any) -> Tensor:
+    """The outputs of a model, if they are logits (N, classes, ...) and the targets number their classes.
+
+    Raises `PruningError` for anything else: of one output the cross entropy is always 0, and
+    targets of another shape would be compared with every example.
+    """
+    if not isinstance(outputs, Tensor):
+        given = f"the network gives a {type(outputs).__name__}"
+    elif outputs.ndim < 2 or outputs.shape[1] < 2:
+        given = f"the network gives outputs of shape {tuple(outputs.shape)}"
+    elif not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        given = f"the targets are {targets.dtype if isinstance(targets, Tensor) else type(targets).__name__}"
+    elif targets.shape != outputs.shape[:1] + outputs.shape[2:]:
+        given = f"the targets have shape {tuple(targets.shape)}, the outputs {tuple(outputs.shape)}"
+    else:
+        return outputs
+    raise PruningError(
+        f"{given}: the usual loss and accuracy need logits (N, classes, ...) of at least two classes, and "
+        "whole-number targets (N, ...). Give your own loss and metric in Python, or score by l1 or l2"
+    )
+
+
+def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
+    return PruningError(
+        f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
+        f"{logits.shape[1]} classes, which count from 0: give a network with as many classes as the data"
+    )
+
+
+def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str | None:
+    """Why accuracy cannot be taken of a model's outputs on the first of these batches; None where it can.
+
+    Labels that the model has no class for are a mistake, and no reason.
+    """
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
+        inputs, targets = to_device(next(iter(batches)), device_of(model))
+        try:
+            logits_for(targets, call(model, inputs))
+        except PruningError as error:
+            return str(error)
+    return None
+
+
+def require_classifier(model: nn.Module, *sources: Iterable[tuple[Any, Any]]) -> None:
+    """Raise `PruningError` unless the usual loss can be taken of the first batch of each source.
+
+    Random numbers that come afterwards are as without this.
+    """
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
+        for batches in sources:
+            for batch in batches:
+                cross_entropy(model, *to_device(batch, device_of(model)))
+                break
 
 
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
@@ -67,13 +129,19 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
-    """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1."""
+    """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
+
+    Raises `PruningError` where outputs and targets are not a classifier's, or there is no batch.
+    """
     right, count = 0, 0
     device = device_of(model)
     with torch.inference_mode(), eval_mode(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)
-            right += int((call(model, inputs).argmax(1) == targets).sum())
+            logits = logits_for(targets, call(model, inputs))
+            if targets.numel() and int(targets.max()) >= logits.shape[1]:
+                raise _no_such_class(logits, targets)
+            right += int((logits.argmax(1) == targets).sum())
             count += targets.numel()
     if not count:
         raise PruningError("there is nothing to evaluate on: the given batches are empty")
@@ -88,6 +156,7 @@ def fit(
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
+    keep_start: bool = False,
     before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -102,6 +171,7 @@ def fit(
         validate: asked after every epoch.
         keep_best: end with the weights of the epoch that `validate` liked best (the later
             one of equals) instead of the last.
+        keep_start: with it the weights that the model has now are among those to choose from.
         before_epoch: called at the start of every epoch with its number, from 1.
         after_step: called after every optimizer step with the learning rate it used.
         on_epoch: called after every epoch; may keep `epoch.state()`, from which `resume`
@@ -124,6 +194,9 @@ def fit(
         training = _Training(model, config, steps, device, extra)
         if resume is not None:
             training.restore(resume)
+        elif keep_best and keep_start and validate is not None:
+            with torch.random.fork_rng():  # the epochs are those without it
+                training.end_epoch(0, validate(training.shown))
 
         total, done = config.epochs * steps, training.epoch * steps
         with tqdm(

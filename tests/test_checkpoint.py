@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nets
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 
 from models import LeNet5, YourNet
 from pruning import Budget, CheckpointError, fold_batchnorm, load, prune, save, trace
+from pruning.checkpoint import read
+from pruning.load_pruned import load_pruned
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +82,132 @@ def test_the_narrow_class_is_rebuilt_from_its_arguments_alone(tmp_path):
     rebuilt = YourNet(**content["arguments"])
     rebuilt.load_state_dict(content["state_dict"])
     assert type(load(tmp_path / "net.pth")) is YourNet and rebuilt.widths == (3, 7, 8)
+
+
+class Weighed(nn.Module):
+    """Channels meet a buffer that a state dict leaves out."""
+
+    def __init__(self, kernel=3):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, kernel, padding=1), nn.Conv2d(8, 6, 1)
+        self.register_buffer("scale", torch.arange(1.0, 9).view(1, 8, 1, 1), persistent=False)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)) * self.scale)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("loader", [load, load_pruned])
+def test_buffers_that_a_state_dict_leaves_out_come_back_narrow(loader, tmp_path):
+    small = prune(Weighed(), nets.images(), Budget(params="50%"), score="l2").model
+    assert small.scale.shape[1] < 8 and "scale" not in small.state_dict()
+    save(tmp_path / "net.pth", small)
+    again = loader(tmp_path / "net.pth", Weighed)
+    images = nets.images()
+    assert torch.equal(again(images), small.eval()(images)) and "scale" not in again.state_dict()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.out.weight = self.words.weight
+
+
+@pytest.mark.parametrize("loader", [load, load_pruned])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tied_weights_stay_tied_unless_they_were_parted(loader, dtype, tmp_path):
+    net = Tied().to(dtype)
+    save(tmp_path / "net.pth", net)
+    again = loader(tmp_path / "net.pth", Tied)
+    assert again.out.weight is again.words.weight and again.out.weight.dtype == dtype
+    net.out.weight = nn.Parameter(net.out.weight + 1)
+    save(tmp_path / "net.pth", net)
+    again = loader(tmp_path / "net.pth", Tied)
+    assert torch.equal(again.words.weight, net.words.weight)
+    assert torch.equal(again.out.weight, net.out.weight)
+
+
+def test_all_committed_checkpoints_load():
+    assert all(load(path) for path in (ROOT / "checkpoints").glob("*/*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value", "said"),
+    [
+        ("layers", "first", {"out_channels": 99}, r"first.out_channels is stored as 99, the factory makes 8"),
+        (
+            "layers",
+            "first",
+            {"out_channels": 2},
+            r"first.weight is stored as \(8, 3, 3, 3\), not \(2, 3, 3, 3\)",
+        ),
+        ("layers", "first", {"out_channels": 0}, "stored as 0"),
+        ("layers", "first", {"groups": 3}, "stored as 3, the factory makes 1"),
+        ("layers", "absent", {"out_channels": 1}, "absent"),
+        ("state_dict", "first.weight", torch.ones(2, 3), r"first.weight is stored as \(2, 3\)"),
+        ("state_dict", "second.bias", torch.ones(5), r"second.bias is stored as \(5,\), not \(6,\)"),
+        ("state_dict", "absent.weight", torch.ones(5), "absent"),
+        ("folded", None, None, "folded"),
+        ("layers", None, [], "layers"),
+    ],
+)
+def test_nothing_but_fewer_channels_is_loaded(key, name, value, said, tmp_path):
+    path = tmp_path / "net.pth"
+    save(path, Weighed())
+    content = read(path)
+    if name is None:
+        content[key] = value
+    elif isinstance(value, dict):
+        content[key].setdefault(name, {}).update(value)
+    else:
+        content[key][name] = value
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=said) as refused:
+        load(path, Weighed)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=said if name else "does not fit|object"):
+        load_pruned(path, Weighed)
+
+
+def test_another_kernel_than_the_factorys_is_refused(tmp_path):
+    save(tmp_path / "net.pth", prune(Weighed(5), nets.images(), Budget(params="80%"), score="l2").model)
+    for loader in (load, load_pruned):
+        assert loader(tmp_path / "net.pth", lambda: Weighed(5)).first.kernel_size == (5, 5)
+        with pytest.raises(
+            ValueError, match=r"first.weight is stored as .*5, 5\).* the factory makes .*3, 3\)"
+        ):
+            loader(tmp_path / "net.pth", Weighed)
+
+
+class Stateful(Weighed):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
+
+
+def test_a_config_that_the_class_does_not_take_is_left_out(tmp_path):
+    net = Weighed()
+    for config in ({"lr": 0.1}, SimpleNamespace(kernel=5), {1: 2}, "text"):
+        net.config = config
+        save(tmp_path / "net.pth", net)
+        assert read(tmp_path / "net.pth")["arguments"] == {}
+        assert load(tmp_path / "net.pth").first.kernel_size == (3, 3)
+    save(tmp_path / "net.pth", net, arguments={"lr": 0.1})  # as older versions stored such a config
+    for loader in (load, load_pruned):
+        assert loader(tmp_path / "net.pth", lambda: Weighed()).first.kernel_size == (3, 3)
+
+
+def test_extra_state_is_stored_where_it_is_plain(tmp_path):
+    save(tmp_path / "net.pth", Stateful())
+    for loader in (load, load_pruned):
+        assert loader(tmp_path / "net.pth", Stateful).version == 3
+    net = Stateful()
+    net.get_extra_state = lambda: {"made by": lambda: 3}
+    with pytest.raises(CheckpointError, match="only tensors and plain data"):
+        save(tmp_path / "net.pth", net)
 
 
 def written(tmp_path, **changes):

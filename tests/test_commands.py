@@ -14,6 +14,7 @@ from PIL import Image
 
 from pruning import __main__ as program
 from pruning import cli
+from pruning.modes import thread_count
 
 MODULE = """
 import torch
@@ -44,8 +45,19 @@ def linear():
 def plain():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3))
 
+def sized(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 3))
+
 def broken():
-    raise RuntimeError("no such thing as a net")
+    raise RuntimeError("no such thing\\n  as a net")
+
+class Says(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), 1
 
 def number():
     return 3
@@ -57,6 +69,12 @@ def digits(count=96, batch_size=32):
     images[:, 0, :5] += labels[:, None, None] - 1.0
     batches = [(images[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, count, batch_size)]
     return batches, batches[:1], batches[-1:]
+
+def regression():
+    return [[(images, labels[:, None].float()) for images, labels in split] for split in digits()]
+
+def beyond():
+    return [[(images, labels + 5) for images, labels in split] for split in digits()]
 
 def few():
     return digits()[0], []
@@ -260,12 +278,132 @@ BUDGET = ("--max-macs", "50%")
         (("slim", *NET, "--resume", *BUDGET), "--resume needs --output"),
         (("slim", *NET, "--resume", "--output", "nowhere", *BUDGET), "no run to resume"),
         (("test", "--data", "mine:digits"), "a model is needed"),
+        (("doctor", "--model", ":Net"), "expected package.module:factory"),
+        (("doctor", "--model", "mine:"), "expected package.module:factory"),
+        (("doctor", "--model", "raises:Net"), "module 'raises' cannot be imported: ValueError: not today"),
+        (("doctor", "--model", "unreadable:Net"), "module 'unreadable' cannot be imported: SyntaxError"),
+        (("prune", "--model", "mine:Pair", "--data", "mine:digits", *BUDGET), "the network gives a tuple"),
+        (
+            ("slim", "--model", "mine:Says", "--data", "mine:digits", *BUDGET, "--output", "no"),
+            "gives a dict",
+        ),
+        (("finetune", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
+        (("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
+        (
+            ("slim", "--model", "mine:Net", "--data", "mine:beyond", *BUDGET, "--output", "no"),
+            "go from 5 to 7",
+        ),
+        (
+            (
+                "prune",
+                "--model",
+                "mine:Net",
+                "--data",
+                "mine:beyond",
+                *BUDGET,
+                "--score",
+                "l2",
+                "--output",
+                "no",
+            ),
+            "has 3 classes",
+        ),
+        (
+            (
+                "slim",
+                *NET[:2],
+                "--model-arg",
+                "classes=1",
+                "--data",
+                "mine:regression",
+                *BUDGET,
+                "--output",
+                "no",
+            ),
+            "outputs of shape (32, 1)",
+        ),
         (("report", "nowhere"), "nowhere"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_path):
+    (tmp_path / "raises.py").write_text("raise ValueError('not today')")
+    (tmp_path / "unreadable.py").write_text("def f(:")
     code, _, err = run(*words)
+    assert not (tmp_path / "no").exists(), "nothing is begun"
     assert code == 2 and message in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_finetuning_writes_nothing_worse_than_its_start(run, tmp_path):
+    words = ("--data", "mine:digits", "--epochs", 1)
+    assert run("finetune", "--model", "mine:Net", *words[:2], "--epochs", 8, "--output", "good")[0] == 0
+    code, out, err = run("finetune", "--model", "mine:Net", "--weights", "good/best.pth", *words, "--rate", 2,
+                         "--output", "worse")  # fmt: skip
+    assert code == 0, err
+    after, before = out.rpartition("validation ")[2].replace(" before)", "").split(" (")
+    assert float(after) >= float(before) > 0.9
+
+
+def test_a_checkpoint_of_a_factory_names_it_where_it_cannot_do_without(run):
+    words = ("--model", "mine:sized", "--data", "mine:digits", "--model-arg", "width=6")
+    assert run("prune", *words, *BUDGET)[0] == 0
+    code, _, err = run("test", "--weights", "small.pth", "--data", "mine:digits")
+    assert code == 2 and "give --model mine:sized --model-arg width=6" in err
+
+
+def test_a_recipe_names_no_other(run, tmp_path):
+    (tmp_path / "run.toml").write_text('config = "other.toml"\nmax-macs = "60%"\n')
+    code, _, err = run("prune", *NET, "--config", "run.toml")
+    assert code == 2 and "run.toml: a recipe cannot name another one" in err
+
+
+def test_threads_are_at_most_those_of_torch(run, monkeypatch):
+    from pruning.commands import test as command
+
+    used = []
+    timed = command.time_forward
+    monkeypatch.setattr(
+        command, "time_forward", lambda *args, **how: used.append(how["threads"]) or timed(*args, **how)
+    )
+    with thread_count(1):
+        assert run("test", *NET, "--threads", 4, "--seconds", 0.1)[0] == 0
+    assert set(used) == {1}
+
+
+def test_meta_is_no_device(run):
+    code, _, err = run("prune", *NET, *BUDGET, "--device", "meta")
+    assert code == 2 and "'meta' holds no values to prune: expected cpu or cuda" in err
+
+
+@pytest.mark.parametrize("data", ["digits", "regression"])
+def test_what_is_no_classifier_is_pruned_and_timed_without_its_accuracy(run, tmp_path, data):
+    words = ("--model", "mine:Says" if data == "digits" else "mine:Net", "--data", f"mine:{data}")
+    code, out, err = run("prune", *words, *BUDGET, "--score", "l2")
+    assert code == 0 and "validation accuracy was not taken: the" in out, err
+    code, out, err = run("test", *words, "--weights", "small.pth", "--seconds", 0.1, "--json", "found.json")
+    assert code == 0 and "accuracy was not taken: the" in out, err
+    assert [row["accuracy"] for row in json.loads((tmp_path / "found.json").read_text())] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.pth"])
+def test_a_run_whose_files_are_others_is_not_resumed(run, tmp_path, name):
+    words = ("finetune", *NET, "--epochs", 1, "--output", "run")
+    assert run(*words)[0] == 0
+    if name == "config.json":
+        (tmp_path / "run" / name).write_text("[]")
+    else:
+        torch.save([], tmp_path / "run" / name)
+    code, _, err = run(*words, "--resume")
+    assert code == 2 and f"{name} " in err and "another folder" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(run, tmp_path, workers):
+    image_folder(tmp_path / "pictures", ["a", "b"])
+    (tmp_path / "pictures" / "b" / "damaged.png").write_text("no image")
+    code, _, err = run("prune", "--model", "squeezenet1_1", "--model-arg", "num_classes=2", *BUDGET,
+                       "--data", "pictures", "--image-size", 33, "--workers", workers)  # fmt: skip
+    assert code == 2 and "damaged.png cannot be read" in err and "Traceback" not in err, err
     assert len(err.strip().splitlines()) == 1
 
 

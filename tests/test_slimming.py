@@ -22,6 +22,7 @@ from pruning import (
     slim,
     trace,
 )
+from pruning.slimming import tune
 
 CONFIG = SlimConfig(
     Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
@@ -51,6 +52,15 @@ def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
     assert [event["params"] for event in events if "asked" in event][-1] == got.params
+
+
+def test_tuning_never_ends_worse_than_it_began_and_resumes_to_the_same_end(tmp_path):
+    net, data = nets.make("lenet"), batches()
+    start = nets.snapshot(net)
+    good = lambda m: float(all(torch.equal(value, start[key]) for key, value in m.state_dict().items()))  # noqa: E731
+    run = Run(tmp_path / "run", {})
+    assert good(tune(net, data, TrainConfig(2, lr=0.05), validate=good, run=run)) == 1
+    assert good(tune(net, data, TrainConfig(2, lr=0.05), validate=good, run=Run(run.folder, {}, resume=True)))
 
 
 def test_the_same_seed_gives_the_same_network():

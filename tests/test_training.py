@@ -62,6 +62,19 @@ def test_the_best_epoch_is_kept_the_later_of_equals():
     assert all(torch.equal(value, seen[2][key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("keep_start", [True, False])
+def test_the_start_is_a_candidate_where_that_is_asked(keep_start):
+    scores = iter([0.9, 0.5, 0.4] if keep_start else [0.5, 0.4])
+    net, seen = nets.make("lenet"), []
+    start = nets.snapshot(net)
+    fit(net, batches(), TrainConfig(2), validate=lambda _: next(scores),
+        keep_best=True, keep_start=keep_start,
+        on_epoch=lambda epoch: seen.append((epoch.number, nets.snapshot(net))))  # fmt: skip
+    assert [number for number, _ in seen] == [1, 2]
+    kept = start if keep_start else seen[0][1]
+    assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
+
+
 def test_a_moving_average_in_closed_form():
     seen = []
     net = nets.make("lenet")
@@ -116,6 +129,49 @@ def test_no_batches_is_an_error():
         fit(nets.make("lenet"), [], TrainConfig(1))
     with pytest.raises(PruningError, match="nothing to evaluate on"):
         accuracy(nets.make("lenet"), [])
+
+
+IMAGES, LABELS = torch.zeros(4, 3, 14, 14), torch.zeros(4, dtype=torch.long)
+
+
+class Gives(nn.Module):
+    """Gives what it is told, whatever it receives."""
+
+    def __init__(self, *shape, wrap=lambda outputs: outputs):
+        super().__init__()
+        self.weight, self.wrap = nn.Parameter(torch.zeros(shape)), wrap
+
+    def forward(self, _):
+        return self.wrap(self.weight * 1)
+
+
+@pytest.mark.parametrize(
+    ("net", "targets", "said"),
+    [
+        (Gives(4, 1), torch.zeros(4, 1), r"outputs of shape \(4, 1\)"),
+        (Gives(4, 1), LABELS, r"outputs of shape \(4, 1\)"),
+        (Gives(4), LABELS, r"outputs of shape \(4,\)"),
+        (Gives(4, 3, wrap=lambda outputs: {"logits": outputs}), LABELS, "the network gives a dict"),
+        (Gives(4, 3, wrap=lambda outputs: (outputs, 1)), LABELS, "the network gives a tuple"),
+        (Gives(4, 3), torch.zeros(4), "the targets are torch.float32"),
+        (Gives(4, 3), [0, 1, 2, 0], "the targets are list"),
+        (Gives(4, 3), LABELS[:, None], r"the targets have shape \(4, 1\), the outputs \(4, 3\)"),
+        (Gives(4, 3, 2, 2), LABELS, "the targets have shape"),
+        (Gives(4, 3), LABELS + 7, "the targets go from 7 to 7, but the network has 3 classes"),
+    ],
+)
+def test_the_usual_loss_and_accuracy_are_for_classifiers_alone(net, targets, said):
+    with pytest.raises(PruningError, match=said):
+        fit(net, [(IMAGES, targets)], TrainConfig(1))
+    with pytest.raises(PruningError, match=said):
+        accuracy(net, [(IMAGES, targets)])
+
+
+def test_labels_of_pixels_and_of_any_whole_numbers_are_fine():
+    pixels = LABELS[:, None, None].expand(4, 2, 2)
+    for dtype in (torch.uint8, torch.int32, torch.long):
+        fit(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))], TrainConfig(1))
+        assert accuracy(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
 
 
 @pytest.mark.parametrize(

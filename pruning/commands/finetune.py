@@ -13,7 +13,7 @@ from pruning.commands.results import finish, start
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.slimming import tune
-from pruning.training import accuracy
+from pruning.training import accuracy, require_classifier
 
 SUMMARY = "train a pruned network further"
 
@@ -37,6 +37,7 @@ def execute(args: argparse.Namespace) -> None:
     teacher = None
     if args.teacher is not None:
         teacher = flags.network_with(args, args.teacher)
+    require_classifier(model, data.train, data.validation)
     run = start(args)
     config = TrainConfig(
         args.epochs,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch import nn
+
 from pruning import flags
 from pruning.commands.results import save_network
 from pruning.errors import PruningError
 from pruning.prune import prune
-from pruning.training import accuracy
+from pruning.sources import Data
+from pruning.training import accuracy, no_classifier
 
 SUMMARY = "remove channels in one step, without training"
 
@@ -41,13 +44,19 @@ def execute(args: argparse.Namespace) -> None:
         most=args.most,
         multiple=args.multiple,
     )
+    lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example)
     print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
     if step.latency is not None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
-    if data is not None:
-        before, after = (accuracy(m, data.validation) for m in (model, step.model))
-        print(f"validation accuracy, without training: {before:.4f} before, {after:.4f} after")
-    print(f"{args.output}: outputs agree with the plan to {step.difference:.1e}")
+    print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _accuracies(before: nn.Module, after: nn.Module, data: Data) -> str:
+    """The line on accuracy; of a network that is no classifier, why there is none."""
+    if (reason := no_classifier(before, data.validation)) is not None:
+        return f"validation accuracy was not taken: {reason}"
+    first, then = (accuracy(model, data.validation) for model in (before, after))
+    return f"validation accuracy, without training: {first:.4f} before, {then:.4f} after"

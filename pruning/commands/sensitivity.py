@@ -13,6 +13,7 @@ from pruning.errors import PruningError
 from pruning.graph import first_examples
 from pruning.prune import NAMES as SCORES
 from pruning.sensitivity import sensitivity
+from pruning.training import require_classifier
 
 SUMMARY = "narrow each group alone, and draw what is lost"
 
@@ -52,6 +53,7 @@ def execute(args: argparse.Namespace) -> None:
 
     model, data = flags.network(args), flags.required_data(args)
     example = flags.examples(args, data)
+    require_classifier(model, data.train, data.validation)
     validation, seen = [], 0
     for inputs, targets in data.validation:
         room = args.examples - seen if args.examples else len(targets)

@@ -16,7 +16,7 @@ from pruning.cost import count
 from pruning.errors import PruningError
 from pruning.mistakes import mistakes
 from pruning.slimming import reachable, slim
-from pruning.training import accuracy
+from pruning.training import accuracy, require_classifier
 
 SUMMARY = "train, prune and fine-tune a model under a budget"
 
@@ -36,6 +36,7 @@ def execute(args: argparse.Namespace) -> None:
     example = flags.examples(args, data)
     # What cannot be reached is refused before there is a run.
     target = None if args.resume else reachable(model, example, config.budget, args.ignore, config.prune)
+    require_classifier(model, data.train, data.validation)
     run = start(args)
     print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
     torch.manual_seed(args.seed)

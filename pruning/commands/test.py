@@ -14,7 +14,7 @@ from pruning.checkpoint import replace_file
 from pruning.cost import count, time_forward
 from pruning.errors import PruningError
 from pruning.graph import first_examples, tensors
-from pruning.training import accuracy, to_device
+from pruning.training import accuracy, no_classifier, to_device
 
 SUMMARY = "measure accuracy, cost and time of a network"
 
@@ -42,9 +42,10 @@ def execute(args: argparse.Namespace) -> None:
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
-        n: time_forward(models, inputs, seconds=args.seconds, threads=args.threads)
+        n: time_forward(models, inputs, seconds=args.seconds, threads=torch.get_num_threads())
         for n, inputs in timed.items()
     }
+    reason = no_classifier(model, batches)
     rows = []
     for name, each in models.items():
         cost = count(each, first_examples(batch, 1))
@@ -52,7 +53,7 @@ def execute(args: argparse.Namespace) -> None:
         rows.append(
             {
                 "network": name,
-                "accuracy": accuracy(each, batches) if trained else None,
+                "accuracy": accuracy(each, batches) if trained and reason is None else None,
                 "params": cost.params,
                 "macs": cost.macs,
                 **{f"ms_batch_{size}": found[name].median for size, found in times.items()},
@@ -62,6 +63,8 @@ def execute(args: argparse.Namespace) -> None:
     print("  ".join(f"{head:>16}" for head in heads))
     for row in rows:
         print("  ".join(f"{_shown(value):>16}" for value in row.values()))
+    if reason is not None:
+        print(f"accuracy was not taken: {reason}")
     if args.json:
         replace_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
 
