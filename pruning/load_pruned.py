@@ -108,7 +108,7 @@ def _sizes(layer: Any, attribute: str) -> Any:
     """The first sizes of a layer's tensor, by its channel counts; none where they do not tell."""
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
         return ()
-    if isinstance(layer, nn.LayerNorm | nn.Embedding):
+    if isinstance(layer, nn.Embedding) or hasattr(layer, "normalized_shape"):
         return getattr(layer, "normalized_shape", None) or (layer.num_embeddings, layer.embedding_dim)
     counts = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
     out = next(getattr(layer, count) for count in counts if hasattr(layer, count))

@@ -50,15 +50,24 @@ class Epoch(NamedTuple):
 
 
 def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    """The usual loss of a classifier.
+    """The usual loss of a classifier. Targets are classes, or probabilities of the outputs' shape.
 
     Raises `PruningError` where outputs and targets are not a classifier's (see `logits_for`).
     """
-    logits = logits_for(targets, call(model, inputs))
+    logits = call(model, inputs)
+    if _probabilities(targets, logits):
+        return F.cross_entropy(logits, targets)
+    logits = logits_for(targets, logits)
     try:
         return F.cross_entropy(logits, targets.long())
     except IndexError as error:
         raise _no_such_class(logits, targets) from error
+
+
+def _probabilities(targets: Any, logits: Any) -> bool:
+    """Whether targets are a share of every class, as mixing or smoothing labels makes them."""
+    both = isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()
+    return both and targets.shape == logits.shape and logits.ndim > 1 and logits.shape[1] > 1
 
 
 def logits_for(targets: Any, outputs: Any) -> Tensor:

@@ -649,9 +649,13 @@ def test_layers_that_do_not_run_on_the_inputs_are_named():
     ]
 
 
-def test_root_mean_square_norms_are_narrowed():
+def test_root_mean_square_norms_are_narrowed(tmp_path):
     net = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
     nn.init.normal_(net[1].weight)
     step = prune(net, torch.randn(4, 5, 6), Budget(channels=7), score="l2")
     assert step.model[1].normalized_shape == (7,) and step.model[1].weight.shape == (7,)
     assert step.difference < 1e-5
+    save(tmp_path / "small.pth", step.model)
+    fresh = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(load(tmp_path / "small.pth", lambda: fresh)(x), step.model(x))

@@ -13,6 +13,7 @@ from pruning import (
     TrainConfig,
     TrainingDiverged,
     accuracy,
+    cross_entropy,
     distillation,
     finetune,
     fit,
@@ -212,3 +213,11 @@ def test_the_teacher_is_not_trained():
     teacher = nets.make("lenet", 1)
     finetune(nets.make("lenet", 2), batches(), TrainConfig(1), teacher=teacher)
     assert same(teacher, nets.make("lenet", 1))
+
+
+def test_the_usual_loss_takes_shares_of_classes():
+    net, (inputs, targets) = nn.Sequential(nn.Flatten(), nn.Linear(588, 4)), batches()[0]
+    shares = nn.functional.one_hot(targets, 4).float()
+    torch.testing.assert_close(cross_entropy(net, inputs, shares), cross_entropy(net, inputs, targets))
+    with pytest.raises(PruningError, match="whole-number targets"):
+        cross_entropy(net, inputs, shares[:, :3])
