@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 #: Of a layer, or `self` for a tensor that a model uses without a layer of the table around it.
@@ -127,7 +128,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         index, dim = keep, 0 if depthwise else dim
         if name == "weight" and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
-        kept = tensor.detach().index_select(dim, index.to(tensor.device))
+        kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
         if isinstance(tensor, nn.Parameter):
             setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         else:
@@ -140,3 +141,11 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         setattr(layer, rule.in_count, len(keep))
     if alone:
         setattr(layer, rule.parts, len(keep))
+
+
+def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:
+    """A tensor with its channels last in memory where those of another one lie so."""
+    for layout, ndim in {torch.channels_last: 4, torch.channels_last_3d: 5}.items():
+        if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+            return smaller.contiguous(memory_format=layout)
+    return smaller

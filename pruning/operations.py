@@ -318,6 +318,17 @@ def pixel_shuffle(book: Labels, op: Operation, labels: Tensor) -> None:
     return book.put(op.output, spread(by_output[:, 0].contiguous(), op.output.ndim, -3))
 
 
+def channel_shuffle(book: Labels, op: Operation, labels: Tensor) -> None:
+    """Channels of as many parts as `groups` in turn: every part keeps the same places."""
+    x = op.operands[0]
+    if varying(labels) not in ([], [1]):
+        return book.fix(labels, f"{book.where()} shuffles channels along another dimension")
+    by_part = vector_along(labels, 1, x.shape[1]).reshape(op.given["groups"], -1)
+    for other in by_part[1:]:
+        book.tie(by_part[0], other, FIXED_SIZE)
+    return book.put(op.output, spread(by_part.T.flatten(), x.ndim, 1))
+
+
 def patches(book: Labels, op: Operation, labels: Tensor) -> None:
     """F.unfold: every channel becomes as many rows as the kernel has places."""
     x = op.operands[0]
@@ -364,5 +375,6 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
     "index": index,
     "as_strided": restride,
     "pixel_shuffle": pixel_shuffle,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "im2col": patches,
 }  # fmt: skip

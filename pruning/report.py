@@ -7,8 +7,9 @@ light or dark setting.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pruning import plots
 from pruning.budget import LABELS
 from pruning.checkpoint import read, replace_file
 from pruning.curves import Sensitivity
-from pruning.errors import PruningError
+from pruning.errors import PruningError, UserError
 from pruning.page import document
 from pruning.page import text as _text
 
@@ -44,21 +45,35 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     settings, events = _read_run(folder)
-    sections = [
-        _heading(folder, settings),
-        _asked_and_got(events),
-        _before_and_after(folder, events),
-        _figures(folder, events),
-        _layers(events),
-        _steps(events),
-        _epochs(events),
-        _provenance(folder, settings),
-    ]
+    with _understood(folder / "history.jsonl"):
+        sections = [
+            _heading(folder, settings),
+            _asked_and_got(events),
+            _before_and_after(folder, events),
+            _figures(folder, events),
+            _layers(events),
+            _steps(events),
+            _epochs(events),
+            _provenance(folder, settings),
+        ]
     body = "\n".join(section for section in sections if section)
     page = document(f"{folder.name}: pruning report", body, _CSS)
     path = Path(output) if output is not None else folder / "report.html"
     replace_file(path, page.encode())
     return path
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """What is wrong with the content of a run's file is said of that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PruningError(
+            f"{path} is not what a run writes ({type(error).__name__}: {error}); take it away, or run again"
+        ) from error
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -70,7 +85,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise PruningError(f"{folder} holds no run: {Path(error.filename).name} is not there") from error
     except (OSError, ValueError) as error:
         raise PruningError(f"{folder} holds no run that can be read: {error}") from error
-    if not events or "stage" not in events[0]:
+    if not (events and isinstance(settings, dict) and all(isinstance(event, dict) for event in events)
+            and "stage" in events[0]):  # fmt: skip
         raise PruningError(
             f"{folder}: nothing has happened in this run yet, or its history is another tool's"
         )
@@ -132,11 +148,12 @@ def _before_and_after(folder: Path, events: Sequence[Event]) -> str:
         cards.append((f"{100 * best:.2f} %", "best validation of the last stage"))
     measured = folder / "indicators.json"
     if measured.exists():
-        content = json.loads(measured.read_text())
-        cards.append(
-            (f"{100 * content['accuracy']:.2f} %", f"accuracy on {content['dataset']}/{content['split']}")
-        )
-        cards.append((f"{content['infer_time_ms']:.4f} ms", f"per image at batch {content['batch_size']}"))
+        with _understood(measured):
+            found = json.loads(measured.read_text())
+            cards += [
+                (f"{100 * found['accuracy']:.2f} %", f"accuracy on {found['dataset']}/{found['split']}"),
+                (f"{found['infer_time_ms']:.4f} ms", f"per image at batch {found['batch_size']}"),
+            ]
     inner = "".join(
         f'<div class="card"><b>{_text(big)}</b><span>{_text(small)}</span></div>' for big, small in cards
     )
@@ -168,13 +185,17 @@ def _figures(folder: Path, events: Sequence[Event]) -> str:
         )  # fmt: skip
     analysis = folder / "sensitivity.json"
     if analysis.exists():
-        found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
-        figures += [
-            (plots.sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
-            (plots.sensitivity_map(found), "The same at a glance."),
-            (plots.lost_per_cost(found), "What the MACs cost that each group can give."),
-        ]
-    figures += _mistakes(folder)
+        with _understood(analysis):
+            found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
+            figures += [
+                (plots.sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
+                (plots.sensitivity_map(found), "The same at a glance."),
+                (plots.lost_per_cost(found), "What the MACs cost that each group can give."),
+            ]
+    compared = folder / "mistakes.json"
+    if compared.exists():
+        with _understood(compared):
+            figures += _mistakes(json.loads(compared.read_text()))
     inner = "".join(
         f'<figure><img alt="{_text(caption)}" src="{_embedded(figure)}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
@@ -183,12 +204,8 @@ def _figures(folder: Path, events: Sequence[Event]) -> str:
     return f'<h2>Figures</h2><div class="figures">{inner}</div>' if inner else ""
 
 
-def _mistakes(folder: Path) -> list[tuple[Any, str]]:
+def _mistakes(found: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Figures of `mistakes.json`, which the run wrote of its validation split."""
-    path = folder / "mistakes.json"
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
     figures: list[tuple[Any, str]] = []
     for kind, only, other in (("lost", "dense", "small"), ("won", "small", "dense")):
         kept = [example for example in found[kind] if example["image"]]

@@ -121,6 +121,24 @@ def test_a_folder_without_a_run_is_refused(tmp_path, lenet_run):
         report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("mistakes.json", "[1]"),
+        ("indicators.json", '{"accuracy": 1}'),
+        ("sensitivity.json", "{}"),
+        ("history.jsonl", "3"),
+        ("history.jsonl", '{"stage": "dense"}\n{"stage": "stage 2", "asked": {"params": "few"}}'),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_named(lenet_run, tmp_path, file, content):
+    shutil.copytree(lenet_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(PruningError, match=file if content != "3" else "another tool's"):
+        report(tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 PROBE = """<script>
 addEventListener("load", () => {
 const wide = [...document.body.children].filter(e => e.getBoundingClientRect().right > innerWidth + 1);

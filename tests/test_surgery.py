@@ -200,6 +200,13 @@ def test_dtype_is_kept(dtype, difference):
     assert step.difference < difference
 
 
+def test_layout_in_memory_is_kept():
+    net, images = nets.make("residual").to(memory_format=torch.channels_last), nets.images()
+    small = prune(net, images, Budget(macs="50%"), score="l1").model
+    weights = [p for p in small.parameters() if p.ndim == 4]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
 @pytest.mark.parametrize("name", nets.NETS)
 def test_folding_batchnorm_changes_nothing(name):
     net, images = nets.make(name), nets.images()

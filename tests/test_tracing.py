@@ -215,6 +215,17 @@ def test_pixel_shuffle_takes_its_channels_in_squares():
     assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
 
 
+def test_a_channel_shuffle_keeps_the_same_places_of_every_part():
+    shuffle, parts = nn.ChannelShuffle(4), nn.Conv2d(32, 8, 1, groups=4)
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), shuffle, parts, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    traced = trace(net, nets.images())
+    assert traced.widths["0"] == 2  # every part of the shuffle and of the convolution loses as many
+    plan = Plan({"0": (1,)})
+    small = apply(net, traced, plan)
+    assert small[0].out_channels == small[2].in_channels == 16
+    assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
+
+
 def test_a_head_that_runs_in_training_alone_is_narrowed_too():
     class Auxiliary(nn.Module):
         def __init__(self):
