@@ -28,7 +28,7 @@ from pruning.graph import tensors
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
 from pruning.layers import Side, channel_dim, is_depthwise, layer_width, parts, rule_for
 from pruning.meta import run_operation, without_computing
-from pruning.operations import Operation, follow
+from pruning.operations import Operation, follow, tensors_among
 
 _Weighted = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -143,7 +143,7 @@ class _Follower(TorchDispatchMode):
             self.inside -= 1
             if self.inside:
                 return
-            x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+            x = next(iter(tensors_among((args, kwargs))), None)
             if x is None or not isinstance(output, Tensor):
                 return
             if rule_for(module) is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
@@ -231,8 +231,8 @@ class _Follower(TorchDispatchMode):
         return output
 
     def _read(self, arguments: Any, norm: str) -> None:
-        for leaf in pytree.tree_leaves(arguments):
-            if isinstance(leaf, Tensor) and leaf in self.makers:
+        for leaf in tensors_among(arguments):
+            if leaf in self.makers:
                 self.found.follows[self.makers[leaf]].append(norm)
             if id(leaf) in self.holders:
                 self.found.borrowed.add(self.holders[id(leaf)])
