@@ -30,6 +30,8 @@ BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 }
 #: Of other images, as torchvision's pretrained networks expect them.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: So many examples of one class and none of another are no accident.
+FEW = 64
 #: Folders of an image folder's splits.
 SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -53,7 +55,10 @@ class Data:
         return first_examples(inputs, 2)
 
     def calibration(self, examples: int) -> list[tuple[Any, Any]]:
-        """Training batches that hold so many examples, or all."""
+        """Training batches that hold so many examples, or all.
+
+        Raises `PruningError` where they are enough to tell, and all of one class.
+        """
         batches: list[tuple[Any, Any]] = []
         count = 0
         for batch in self.train:
@@ -61,6 +66,7 @@ class Data:
             count += len(tensors(batch[0])[0])
             if count >= examples:
                 break
+        _require_several_classes(self.name, [targets for _, targets in batches])
         return batches
 
 
@@ -275,6 +281,18 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if "train" not in found:
         return {"train": root, "validation": root}
     return {"validation": found["train"], **found}
+
+
+def _require_several_classes(name: str, targets: Sequence[Any]) -> None:
+    """What examples of one class say of channels is said of that class alone."""
+    if not all(isinstance(t, Tensor) and t.ndim == 1 and not t.is_floating_point() for t in targets):
+        return  # not one class an example
+    found = torch.cat([*targets]) if targets else torch.empty(0)
+    if len(found) >= FEW and bool((found == found[0]).all()):
+        raise PruningError(
+            f"data {name!r}: the first {len(found):,} training examples are all of class {int(found[0])}; "
+            "shuffle the training batches, or give at least two classes"
+        )
 
 
 def _require_classes(name: str, sets: Mapping[str, Any]) -> None:

@@ -76,6 +76,9 @@ def regression():
 def beyond():
     return [[(images, labels + 5) for images, labels in split] for split in digits()]
 
+def lone():
+    return [[(images, labels * 0) for images, labels in split] for split in digits()]
+
 def few():
     return digits()[0], []
 
@@ -269,6 +272,8 @@ BUDGET = ("--max-macs", "50%")
         (("prune", *NET, "--max-params", "3"), "cannot be reached"),
         (("prune", "--model", "mine:Net", "--data", "mine:nothing", *BUDGET), "batches were expected"),
         (("prune", "--model", "mine:Net", "--data", "mine:few", *BUDGET), "no validation batches"),
+        (("prune", "--model", "mine:Net", "--data", "mine:lone", *BUDGET), "are all of class 0"),
+        (("slim", "--model", "mine:Net", "--data", "mine:lone", *BUDGET), "are all of class 0"),
         (("prune", "--model", "mine:Net", "--data", "cifar11", *BUDGET), "did you mean cifar10"),
         (("prune", *NET, "--weights", "absent.pth", *BUDGET), "no such file"),
         (("slim", "--model", "mine:Net", *BUDGET), "data is needed"),

@@ -139,6 +139,8 @@ def test_what_cannot_be_analysed_says_why():
         sensitivity(nets.make("lenet"), nets.images(), [])
     with pytest.raises(PruningError, match="none of class 3"):
         sensitivity(nets.make("lenet"), nets.images(), data(4, 20, classes=3))
+    with pytest.raises(PruningError, match="none of class 1, 2, 3"):
+        sensitivity(nets.make("lenet"), nets.images(), data(1, 20, classes=1))
 
 
 def reading(loss):
