@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,8 +138,6 @@ class _Pooled(NamedTuple):
 def _forms(model: Any) -> Iterator[Any]:
     """The model with its first pooling taken into the convolution before, with its first two, and so on."""
     onnx = needed("onnx")
-    if next((entry.version for entry in model.opset_import if not entry.domain), 0) < 18:
-        return  # ReduceMax takes its axes in another way
     form, taken = onnx.shape_inference.infer_shapes(model), 0
     facts = {entry.key: entry.value for entry in model.metadata_props}
     while (found := _first_pooled(form.graph)) is not None:
@@ -215,9 +214,11 @@ def _take_in(graph: Any, found: _Pooled) -> None:
     if len(conv.input) > 2:
         (bias,) = (tensor for tensor in graph.initializer if tensor.name == conv.input[2])
         made["bias"] = np.tile(onnx.numpy_helper.to_array(bias), len(places))
-    made["shape"] = np.array([0, len(places), channels, *image])  # 0 is the batch's own size
-    made["axis"] = np.array([1])
     name = pool.output[0]
+    # The places become the rows of an image of one channel: pooling over them costs less than a
+    # reduction over a dimension does. 0 is the batch's own size.
+    made["rows"] = np.array([0, 1, len(places), math.prod((channels, *image))])
+    made["shape"] = np.array([0, channels, *image])
     for what, array in made.items():
         graph.initializer.append(onnx.numpy_helper.from_array(array, f"{name}.{what}"))
     del conv.input[1:]
@@ -226,10 +227,30 @@ def _take_in(graph: Any, found: _Pooled) -> None:
     del conv.attribute[:]
     for key, value in {**kept, "strides": window, "kernel_shape": kernel}.items():
         conv.attribute.append(onnx.helper.make_attribute(key, value))
-    largest = onnx.helper.make_node("ReduceMax", [f"{name}.places", f"{name}.axis"], [name], keepdims=0)
+    make = onnx.helper.make_node
     at = next(i for i, node in enumerate(graph.node) if node.output[0] == name)
-    pool.CopyFrom(onnx.helper.make_node("Reshape", [pool.input[0], f"{name}.shape"], [f"{name}.places"]))
-    graph.node.insert(at + 1, largest)
+    flat = _flattens(graph, name)
+    largest = make(
+        "MaxPool", [f"{name}.places"], [name if flat else f"{name}.largest"], kernel_shape=[len(places), 1]
+    )
+    after = [largest] if flat else [largest, make("Reshape", [f"{name}.largest", f"{name}.shape"], [name])]
+    pool.CopyFrom(make("Reshape", [pool.input[0], f"{name}.rows"], [f"{name}.places"]))
+    for node in reversed(after):
+        graph.node.insert(at + 1, node)
     used = {read for node in graph.node for read in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def _flattens(graph: Any, name: str) -> bool:
+    """Whether all that reads a tensor is a flattening of all but the batch, to which any shape will do."""
+    readers = [node for node in graph.node if name in node.input]
+    if len(readers) != 1 or any(value.name == name for value in graph.output):
+        return False
+    if readers[0].op_type == "Flatten":
+        return _attributes(readers[0]).get("axis", 1) == 1
+    shapes = {tensor.name: tensor for tensor in graph.initializer}
+    if readers[0].op_type != "Reshape" or readers[0].input[1] not in shapes:
+        return False
+    wanted = needed("onnx").numpy_helper.to_array(shapes[readers[0].input[1]]).tolist()
+    return len(wanted) == 2 and wanted[0] in (0, -1) and wanted[1] != 0
