@@ -23,6 +23,7 @@ from pruning.norms import equalize, fold_batchnorm, recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.quantization import quantize
+from pruning.rounding import Rounding
 from pruning.run import Run
 from pruning.runtimes import Exported
 from pruning.sensitivity import joint, sensitivity
@@ -47,6 +48,7 @@ __all__ = [
     "PruneConfig",
     "PruningError",
     "Removable",
+    "Rounding",
     "Run",
     "ScalePull",
     "Sensitivity",

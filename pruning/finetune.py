@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.graph import call
+from pruning.rounding import Rounding
 from pruning.training import BatchSource, Loss, cross_entropy, fit
 
 
@@ -69,6 +70,7 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     distill: float = 0.9,
+    int8: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Train a pruned model in place, and end with its best epoch on the validation split.
@@ -76,6 +78,7 @@ def finetune(
     Args:
         batches, config: as `fit` takes them.
         teacher: gives the soft targets, with weight `distill`; None trains without.
+        int8: train and validate it as rounded to 8 bits (`Rounding`), for an int8 export.
         options: further arguments of `fit`; without `validate` the last epoch is kept.
 
     Returns the model in eval mode.
@@ -83,4 +86,8 @@ def finetune(
     loss = options.pop("loss", cross_entropy)
     if teacher is not None and distill:
         loss = distillation(teacher, distill, loss=loss)
-    return fit(model, batches, config, loss=loss, **{"keep_best": "validate" in options, **options})
+    options = {"keep_best": "validate" in options, **options}
+    if not int8:
+        return fit(model, batches, config, loss=loss, **options)
+    with Rounding(model) as rounding:
+        return fit(model, batches, config, loss=loss, extra=rounding, **options)

@@ -162,6 +162,10 @@ def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run,
 
     code, out, _ = run("finetune", *NET, "--weights", "first/best.pth", "--epochs", 2, "--output", "tuned")
     assert code == 0 and "validation" in out
+    words = ("finetune", *NET, "--weights", "first/best.pth", "--epochs", 2)
+    assert run(*words, "--int8", "--output", "rounded")[0] == 0  # other weights in the same layers
+    tuned, rounded = load("tuned/best.pth"), load("rounded/best.pth")
+    assert tuned.keys() == rounded.keys() and not all(torch.equal(tuned[key], rounded[key]) for key in tuned)
     code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/dense.pth",
                        "--seconds", 0.1, "--json", "figures.json")  # fmt: skip
     assert code == 0

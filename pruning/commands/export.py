@@ -19,6 +19,9 @@ from pruning.training import accuracy
 
 SUMMARY = "write a network for another runtime: ONNX, torch.export, TorchScript"
 
+#: From such a loss of accuracy on, training with the rounding is worth its time.
+WORTH_TRAINING = 0.002
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
@@ -73,3 +76,5 @@ def execute(args: argparse.Namespace) -> None:
                 accuracy(Exported(path, "onnxruntime"), data.validation) for path in (output, small)
             )
         print(f"{small}: validation accuracy {rounded:.4f} (float32 {exact:.4f})")
+        if exact - rounded > WORTH_TRAINING:
+            print("python -m pruning finetune --int8 trains a network to bear the rounding")

@@ -25,6 +25,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=cli.whole_number(1), default=20, metavar="N", help="to train")
     parser.add_argument("--rate", type=cli.number(0), default=0.05, help="highest learning rate")
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="checkpoint of --model, for --distill")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="train it as rounded to 8 bits, for export --int8, and keep the epoch that is best when rounded",
+    )
     flags.run_flags(parser)
     flags.result_flags(parser)
 
@@ -52,7 +57,16 @@ def execute(args: argparse.Namespace) -> None:
 
     before = validate(model)
     torch.manual_seed(args.seed)
-    tuned = tune(model, data.train, config, validate=validate, run=run, teacher=teacher, distill=args.distill)
+    tuned = tune(
+        model,
+        data.train,
+        config,
+        validate=validate,
+        run=run,
+        teacher=teacher,
+        distill=args.distill,
+        int8=args.int8,
+    )
     after = validate(tuned)
     written = finish(args, run, tuned, example, data, epochs=args.epochs, accuracy=after)
     print(f"{written} ({before:.4f} before)")
