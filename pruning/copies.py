@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
+from pruning.graph import tensors_among
 
 Model = TypeVar("Model", bound=nn.Module)
 #: What every module has: its parameters and children, which can be copied.
 _OWN = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, OrderedDict, set, list)
 
 
 def copied(
@@ -32,8 +34,12 @@ def copied(
     """
     known = {} if memo is None else memo
     for module in model.modules():
-        for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _OWN]):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+        # A module has a dozen containers, nearly all empty, on which deepcopy spends most of its time.
+        for own in vars(module).values():
+            if type(own) in _CONTAINERS and not own:
+                known[id(own)] = own.copy()
+        for leaf in tensors_among(value for key, value in vars(module).items() if key not in _OWN):
+            if not leaf.is_leaf:
                 known.setdefault(id(leaf), convert(leaf.detach()))
     try:
         return copy.deepcopy(model, known)

@@ -126,11 +126,10 @@ def _rigid(
             got = shapes(probe)
         except Exception as error:  # of a model that no longer fits together
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return "" if got == wanted else f"its outputs change from {wanted} to {got}"
+        return "" if got == found.outputs else f"its outputs change from {found.outputs} to {got}"
 
     at_fault = {}
     probe = found.probe or fresh()
-    wanted = shapes(probe)
     waiting = [suspect]
     while waiting:
         names = waiting.pop()

@@ -89,6 +89,7 @@ class Flow:
             text is anything but a norm.
         other_macs: of matrix products and convolutions outside those layers, for one example.
         borrowed: layers in the table whose tensors were read by something else than themselves.
+        outputs: shapes of what the model gave in eval mode.
         probe: the copy of the model that ran, if on the meta device.
     """
 
@@ -101,6 +102,7 @@ class Flow:
     follows: dict[str, list[str]] = field(default_factory=dict)
     other_macs: float = 0.0
     borrowed: set[str] = field(default_factory=set)
+    outputs: list[torch.Size] = field(default_factory=list)
     probe: nn.Module | None = None
 
 

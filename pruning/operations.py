@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pruning.graph import tensors_among
 from pruning.labels import NONE, Labels, compact, spread, varying, vector_along
 
 #: Why channels are fixed that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
-
-
-def tensors_among(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors of an operation's arguments, in order; torch's pytree takes ten times as long."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_among(value)
-        elif isinstance(value, dict):
-            found += tensors_among(value.values())
-    return found
 
 
 @dataclass

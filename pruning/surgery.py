@@ -47,17 +47,20 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
-    cut(small, trace, plan)
+    _cut(small, trace, dropped)
     small.zero_grad(set_to_none=True)
     return small
 
 
 def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
     """Take the channels that a plan does not keep out of a model, in place."""
+    _cut(model, trace, dropped_positions(trace, plan))
+
+
+def _cut(model: nn.Module, trace: Trace, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    dropped = dropped_positions(trace, plan).items()
     # Rows first: what is left of them is then less to gather columns from.
-    for (name, side), drop in sorted(dropped, key=lambda item: item[0][1] != "out"):
+    for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
         if side == "self":
             _narrow_tensor(model, name, lies[name, side], drop)
         else:

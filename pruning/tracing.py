@@ -24,11 +24,11 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph import tensors
+from pruning.graph import tensors, tensors_among
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
 from pruning.layers import Side, channel_dim, is_depthwise, layer_width, parts, rule_for
 from pruning.meta import run_operation, without_computing
-from pruning.operations import Operation, follow, tensors_among
+from pruning.operations import Operation, follow
 
 _Weighted = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -55,7 +55,9 @@ def _follow(probe: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any)
     batch = example[0].shape[0] if example and example[0].ndim else 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         with _Follower(probe.eval(), found, batch) as follower:
-            follower.finish(run(probe, inputs))
+            output = run(probe, inputs)
+            follower.finish(output)
+        found.outputs = [leaf.shape for leaf in tensors(output)]
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Its ties count; what it costs and what can be folded is a matter of eval mode.

@@ -10,7 +10,7 @@ import torch_pruning
 import torchvision
 from torch import nn
 
-from pruning import Budget, apply, prune, trace, verify
+from pruning import Budget, apply, meta, prune, trace, verify
 from pruning.agreement import TOLERANCE
 from pruning.graph import call
 from pruning.labels import Ties
@@ -310,3 +310,38 @@ def test_unpooling_follows_the_indices_of_its_pooling():
 
     step = prune(Unpooled(), nets.images(), Budget(channels=3), score="l2")
     assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("run", "x"),
+    [
+        (lambda x: F.layer_norm(x, (5, 6), empty(5, 6)), empty(4, 5, 6)),
+        (lambda x: F.layer_norm(x, (5,)), empty(4, 5, 6).transpose(1, 2)),
+        (lambda x: F.linear(x, empty(7, 6), empty(7)), empty(4, 6)),
+        (lambda x: F.batch_norm(x, *empty(2, 4)), empty(3, 4, 6)),
+        (lambda x: F.hardswish(x + x), empty(4, 6)),
+    ],
+)
+def test_shapes_are_those_that_torch_tells(run, x):
+    wanted = run(x)
+    with meta.Shapes():
+        got = run(x)
+    assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: F.layer_norm(x, (5,)),
+        lambda x: F.linear(x, empty(7, 5), empty(7)),
+        lambda x: F.linear(x, empty(7, 6), empty(5)),
+        lambda x: F.batch_norm(x, *empty(2, 5)),
+    ],
+)
+def test_shapes_that_do_not_fit_fail_as_in_torch(run):
+    with meta.Shapes(), pytest.raises(RuntimeError):
+        run(empty(4, 6))
