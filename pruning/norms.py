@@ -155,6 +155,11 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
     variance γ², so √(γ² + β²) brings every channel to the mean square 1. (|γ| alone would make
     a nearly constant channel, with a small γ and a larger β, a huge one, and training diverge.)
 
+    A layer that consumes small scales is left with small weights. With a BatchNorm of its own
+    behind it the size of its weights means nothing, but a step of training changes small ones by a
+    larger share (van Laarhoven, arXiv 1706.05350): so they get the norm back that they had, and the
+    statistics of that BatchNorm go with it.
+
     A group for which the outputs on `inputs` then differ is left as it is, and so are channels
     without γ and β.
     """
@@ -167,9 +172,9 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
             continue
         if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
             continue  # a norm over several groups
-        before = {
-            m.layer: copy.deepcopy(equal.get_submodule(m.layer)) for m in group.members if m.side != "self"
-        }
+        behind = {m.layer: trace.foldable[m.layer] for m, _ in consumers if m.layer in trace.foldable}
+        touched = {*(m.layer for m in group.members if m.side != "self"), *behind.values()}
+        before = {name: copy.deepcopy(equal.get_submodule(name)) for name in touched}
         norm: Any = equal.get_submodule(norms[0].layer)
         with torch.no_grad():
             size = torch.hypot(norm.weight, norm.bias)
@@ -184,10 +189,24 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
                 dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
                 weight = layer.get_parameter("weight")
                 weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
+            for name, norm_name in behind.items():
+                _restore_size(equal.get_submodule(name), before[name], equal.get_submodule(norm_name))
         if compare(expected, outputs_of(equal, inputs))[0]:
             for name, layer in before.items():
                 replace_module(equal, name, layer)
     return equal
+
+
+def _restore_size(layer: Any, before: Any, norm: Any) -> None:
+    """Give the weights of a layer the norm they had, in place; the BatchNorm behind it takes it out again."""
+    ratio = before.weight.norm() / layer.weight.norm()
+    if ratio.isfinite() and norm.running_mean is not None:
+        layer.weight.mul_(ratio)
+        if layer.bias is not None:
+            layer.bias.mul_(ratio)
+        norm.running_mean.mul_(ratio)
+        # So that variance + ε grows by the square, and what it divides by the ratio.
+        norm.running_var.add_(norm.eps).mul_(ratio.square()).sub_(norm.eps)
 
 
 def _scaled_norm(layer: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from pruning import (
     fold_batchnorm,
     load,
     prune,
+    recalibrate,
     save,
     trace,
     verify,
@@ -589,6 +590,21 @@ def test_equalized_channels_have_mean_square_one_behind_relu_and_are_as_they_wer
     nn.init.normal_(net[1].weight)
     x = torch.randn(8, 4)
     assert torch.equal(equalize(net, trace(net, x), x)[1].weight, net[1].weight)
+
+
+def test_a_layer_before_a_norm_keeps_the_size_of_its_weights_and_another_takes_on_the_scales():
+    net, x = nets.make("lenet"), nets.images()
+    with torch.no_grad():
+        for norm in (net.features.bn1, net.classifier.bn2):
+            norm.weight.mul_(0.01)
+            norm.bias.mul_(0.01)
+    recalibrate(net, [x])
+    equal = equalize(net, trace(net, x), x)
+    torch.testing.assert_close(torch.hypot(equal.features.bn1.weight, equal.features.bn1.bias), torch.ones(4))
+    torch.testing.assert_close(equal.features.conv2.weight.norm(), net.features.conv2.weight.norm())
+    consumer = list(equal.classifier.children())[-1].weight.norm()
+    assert consumer < 0.1 * list(net.classifier.children())[-1].weight.norm()
+    torch.testing.assert_close(equal(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_may_be_called_by_keyword():
