@@ -77,7 +77,7 @@ def pareto(
             label=name,
         )
         for point in points:
-            _annotate(axes, point, colour)
+            _annotate(axes, point, colour, above=True)
     if anchors:
         axes.scatter(
             [p.cost for p in anchors],
@@ -90,6 +90,7 @@ def pareto(
         for point in anchors:
             _annotate(axes, point, "#555555")
     axes.set_xscale("log")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_xlabel(f"{cost} (log scale)")
     axes.set_ylabel("accuracy, %")
     axes.legend(frameon=False, loc="lower right")
@@ -361,13 +362,15 @@ def _short(name: str) -> str:
     return name if len(name) <= 28 else f"…{name[-27:]}"
 
 
-def _annotate(axes: Any, point: Point, colour: str) -> None:
+def _annotate(axes: Any, point: Point, colour: str, *, above: bool = False) -> None:
+    """A point's label: to the left above it, or to the right below it."""
     if point.label:
         axes.annotate(
             point.label,
             (point.cost, 100 * point.accuracy),
             textcoords="offset points",
-            xytext=(5, -9),
+            xytext=(-5, 4) if above else (5, -9),
+            ha="right" if above else "left",
             fontsize=8,
             color=colour,
         )
