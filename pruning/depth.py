@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Inputs, Trace, call, call_until, fresh, tensors
+from pruning.layers import WEIGHTED
 from pruning.meta import without_storage
 from pruning.modes import eval_mode, hooked
 from pruning.surgery import replace_module
@@ -130,7 +131,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
 def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Removable | None:
     """The layer that makes a group's channels, when one other layer consumes all of them."""
     makers = [m.layer for m in group.side("out")]
-    weighted = [m for m in makers if isinstance(model.get_submodule(m), nn.modules.conv._ConvNd | nn.Linear)]
+    weighted = [m for m in makers if isinstance(model.get_submodule(m), WEIGHTED)]
     consumers = group.side("in")
     if len(weighted) != 1 or len(consumers) != 1 or group.side("self"):
         return None

@@ -15,6 +15,7 @@ from pruning.cost import Cost, CostModel, uncounted
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs
 from pruning.grouping import trace
+from pruning.layers import MAKERS
 from pruning.modes import buffers_unchanged
 from pruning.plan import Plan
 from pruning.surgery import apply
@@ -140,12 +141,11 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
 
 
 def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupFacts:
-    weighted = nn.modules.conv._ConvNd | nn.Linear | nn.Embedding
     out = [(m.layer, model.get_submodule(m.layer)) for m in group.side("out")]
     return GroupFacts(
         group.name,
         group.channels,
-        [name for name, layer in out if isinstance(layer, weighted)],
+        [name for name, layer in out if isinstance(layer, MAKERS)],
         [m.layer for m in group.side("in")],
         float(params),
         float(macs),

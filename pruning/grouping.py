@@ -20,15 +20,13 @@ from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call, tensors
 from pruning.labels import Flow, SideUse, Ties
-from pruning.layers import Side, layer_width, parts
+from pruning.layers import MAKERS, Side, layer_width, parts
 from pruning.meta import Shapes, on_meta, to_meta
 from pruning.modes import buffers_unchanged, eval_mode
 from pruning.plan import Plan
 from pruning.surgery import cut
 from pruning.tracing import flow
 
-#: Layers that make channels.
-_MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 _NOT_RUN = (
     "it does not run on the example inputs: should it read channels that are pruned, it will no longer fit. "
     "Give inputs that reach it, or ignore the layers before it"
@@ -93,9 +91,9 @@ def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
             continue
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
             yield name, "recurrent layers are not narrowed"
-        elif isinstance(layer, _MAKERS) and "weight" not in own:
+        elif isinstance(layer, MAKERS) and "weight" not in own:
             yield name, "its weight is computed from others; remove what does that to let it be pruned"
-        elif isinstance(layer, _MAKERS):
+        elif isinstance(layer, MAKERS):
             yield name, _NOT_RUN
 
 
@@ -165,7 +163,7 @@ def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, 
     makers = [
         (name, side.labels)
         for (name, which), side in sides.items()
-        if which == "out" and isinstance(model.get_submodule(name), _MAKERS)
+        if which == "out" and isinstance(model.get_submodule(name), MAKERS)
     ]
     for _, labels in makers:
         together.tie(labels[:-1], labels[1:])

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph import Group, Member, fresh
-from pruning.layers import output_rows
+from pruning.layers import MAKERS, output_rows
 from pruning.modes import eval_mode
 from pruning.training import Loss, cross_entropy, to_device
 
 Scores = dict[str, Tensor]
 Groups = Mapping[str, Group]
 _NORM = nn.modules.batchnorm._NormBase
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
 def bn_scale(model: nn.Module, groups: Groups) -> Scores:
@@ -131,7 +130,7 @@ def _scored_members(model: nn.Module, group: Group) -> list[Member]:
     """The norms of a group, or where it has none the layers that make its channels."""
     out = group.side("out")
     norms = [m for m in out if _has_scale(model.get_submodule(m.layer))]
-    return norms or [m for m in out if isinstance(model.get_submodule(m.layer), _WEIGHTED)]
+    return norms or [m for m in out if isinstance(model.get_submodule(m.layer), MAKERS)]
 
 
 def _weight(model: nn.Module, member: Member) -> Tensor:
@@ -156,7 +155,7 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
         total = torch.zeros(group.channels)
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
-            if isinstance(layer, _WEIGHTED):
+            if isinstance(layer, MAKERS):
                 rows = output_rows(layer, "weight", _weight(model, member))
                 norms = torch.linalg.vector_norm(rows, order, dim=1)
                 total += _per_channel(group, member, norms**order)

@@ -40,6 +40,10 @@ _CONV = Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_channels", "in_channe
 _TRANSPOSED = Rule({"weight": 1, "bias": 0}, {"weight": 0}, "out_channels", "in_channels", "groups")
 _STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 
+#: Convolutions and linear layers: a weight between channels that come in and channels that go out.
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+#: Layers that make channels.
+MAKERS = (*WEIGHTED, nn.Embedding)
 #: The first row whose type fits is taken. A new layer type is a row of this table, here.
 TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     (nn.modules.conv._ConvTransposeNd, _TRANSPOSED),

@@ -200,7 +200,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
 def _restore_size(layer: Any, before: Any, norm: Any) -> None:
     """Give the weights of a layer the norm they had, in place; the BatchNorm behind it takes it out again."""
     ratio = before.weight.norm() / layer.weight.norm()
-    if ratio.isfinite() and norm.running_mean is not None:
+    if ratio.isfinite():  # else all of them are 0
         layer.weight.mul_(ratio)
         if layer.bias is not None:
             layer.bias.mul_(ratio)

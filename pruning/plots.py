@@ -37,6 +37,8 @@ _STYLE: Any = {
 }
 
 
+#: Where the label of a point may be, in points of type: on its left, or on its right.
+_LEFT, _RIGHT = ((-5, 4), (-7, 0), (-5, -9)), ((5, -9), (7, 0), (5, 4))
 #: What a `Cost` counts, as it is printed.
 _COSTS = {"params": "params", "macs": "MACs"}
 
@@ -61,10 +63,14 @@ def pareto(
         anchors: results of others. cost: what the x axis counts.
     """
     figure, axes = _new(6.4, 4.4)
+    labelled: list[tuple[Point, str, tuple[tuple[int, int], ...]]] = []
+    lines: list[Any] = []
     for number, (name, points) in enumerate(series.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         ordered = front(points)
-        axes.plot([p.cost for p in ordered], [100 * p.accuracy for p in ordered], color=colour, lw=1.2)
+        lines += axes.plot(
+            [p.cost for p in ordered], [100 * p.accuracy for p in ordered], color=colour, lw=1.2
+        )
         axes.errorbar(
             [p.cost for p in points],
             [100 * p.accuracy for p in points],
@@ -76,8 +82,7 @@ def pareto(
             lw=1,
             label=name,
         )
-        for point in points:
-            _annotate(axes, point, colour, above=True)
+        labelled += [(point, colour, _LEFT + _RIGHT) for point in points]
     if anchors:
         axes.scatter(
             [p.cost for p in anchors],
@@ -87,13 +92,14 @@ def pareto(
             label="published",
             zorder=3,
         )
-        for point in anchors:
-            _annotate(axes, point, "#555555")
+        labelled += [(point, "#555555", _RIGHT + _LEFT) for point in anchors]
     axes.set_xscale("log")
+    axes.margins(x=0.15)
     axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_xlabel(f"{cost} (log scale)")
     axes.set_ylabel("accuracy, %")
     axes.legend(frameon=False, loc="lower right")
+    _label(axes, labelled, lines)
     return figure
 
 
@@ -226,7 +232,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
         )  # fmt: skip
     axes.set_yticks(places, [_short(n) for n in names], fontsize=8 if len(names) < 40 else 5)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set_xlabel("channels")
     axes.grid(axis="y", visible=False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
@@ -362,15 +368,44 @@ def _short(name: str) -> str:
     return name if len(name) <= 28 else f"…{name[-27:]}"
 
 
-def _annotate(axes: Any, point: Point, colour: str, *, above: bool = False) -> None:
-    """A point's label: to the left above it, or to the right below it."""
-    if point.label:
-        axes.annotate(
-            point.label,
-            (point.cost, 100 * point.accuracy),
-            textcoords="offset points",
-            xytext=(-5, 4) if above else (5, -9),
-            ha="right" if above else "left",
-            fontsize=8,
-            color=colour,
-        )
+def _label(axes: Any, points: Sequence[tuple[Point, str, Any]], lines: Sequence[Any]) -> None:
+    """The labels of points in their colours, each at the first place where it covers the least."""
+    axes.figure.draw_without_rendering()  # what is measured below has its place only now
+    spreads = [
+        (point.cost, 100 * (point.accuracy + share * point.spread))
+        for point, _, _ in points
+        for share in np.linspace(-1, 1, 41)
+    ]
+    marks = np.concatenate([axes.transData.transform(spreads), *(_pixels(axes, line) for line in lines)])
+    taken = [axes.get_legend().get_window_extent()]
+    for point, colour, offsets in points:
+        if not point.label:
+            continue
+        places = []
+        for x, y in offsets:
+            text = axes.annotate(
+                point.label,
+                (point.cost, 100 * point.accuracy),
+                textcoords="offset points",
+                xytext=(x, y),
+                ha="right" if x < 0 else "left",
+                va="center_baseline" if y == 0 else "baseline",
+                fontsize=8,
+                color=colour,
+            )
+            box = text.get_window_extent()
+            outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)
+            covered = 10 * box.count_overlaps(taken) + box.count_contains(marks) + 3 * outside
+            places.append((covered, text, box))
+        _, chosen, box = min(places, key=lambda place: place[0])
+        taken.append(box)
+        for _, text, _ in places:
+            if text is not chosen:
+                text.remove()
+
+
+def _pixels(axes: Any, line: Any) -> np.ndarray:
+    """Points along a line, in pixels of the figure."""
+    ends = axes.transData.transform(line.get_xydata())
+    steps = np.linspace(0, len(ends) - 1, 100 * len(ends))
+    return np.stack([np.interp(steps, np.arange(len(ends)), ends[:, i]) for i in range(2)], axis=1)

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.layers import rule_for
+from pruning.layers import WEIGHTED, rule_for
 from pruning.modes import on_input
 
 #: What share of a range each training batch contributes to it.
 MOMENTUM = 0.01
 #: Least size of a step, for tensors of zeros.
 LEAST_STEP = 1e-8
-
-_Weighted = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Rounding:
@@ -39,7 +37,7 @@ class Rounding:
 
     def __enter__(self) -> Rounding:
         for name, layer in self.model.named_modules():
-            if isinstance(layer, _Weighted):
+            if isinstance(layer, WEIGHTED):
                 self._attach(name, layer)
         return self
 
@@ -89,7 +87,11 @@ class Rounding:
 
 
 def rounded_weight(layer: nn.Module) -> Tensor:
-    """The weight of a convolution or linear layer on 255 levels, symmetric, for each output channel apart."""
+    """The weight of a convolution or linear layer on 255 levels, symmetric, for each output channel apart.
+
+    Of a transposed convolution in groups, channels at the same place of every group share theirs, as
+    they do in the int8 file.
+    """
     weight, rule = layer.weight, rule_for(layer)
     assert rule is not None and isinstance(weight, Tensor)
     dim = rule.out["weight"]

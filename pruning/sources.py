@@ -287,7 +287,7 @@ def _require_several_classes(name: str, targets: Sequence[Any]) -> None:
     """What examples of one class say of channels is said of that class alone."""
     if not all(isinstance(t, Tensor) and t.ndim == 1 and not t.is_floating_point() for t in targets):
         return  # not one class an example
-    found = torch.cat([*targets]) if targets else torch.empty(0)
+    found = torch.cat(list(targets)) if targets else torch.empty(0)
     if len(found) >= FEW and bool((found == found[0]).all()):
         raise PruningError(
             f"data {name!r}: the first {len(found):,} training examples are all of class {int(found[0])}; "

@@ -26,11 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pruning.errors import PruningError
 from pruning.graph import tensors, tensors_among
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
-from pruning.layers import Side, channel_dim, is_depthwise, layer_width, parts, rule_for
+from pruning.layers import WEIGHTED, Side, channel_dim, is_depthwise, layer_width, parts, rule_for
 from pruning.meta import run_operation, without_computing
 from pruning.operations import Operation, follow
-
-_Weighted = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> Flow:
@@ -152,7 +150,7 @@ class _Follower(TorchDispatchMode):
                 self.book.put(output, self.book.of(x))  # dropout; one slope for all channels
                 return
             self.found.calls[name] += 1
-            if isinstance(module, _Weighted):
+            if isinstance(module, WEIGHTED):
                 self._weighted(name, module, x, output)
             elif isinstance(module, nn.Embedding):
                 labels = self.side(name, module, "out", -1)

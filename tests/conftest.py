@@ -42,6 +42,21 @@ def toolkit():
     return run
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch, toolkit):
+    """`toolkit` in a folder that holds a user's module."""
+    import user
+
+    from pruning import cli
+
+    (tmp_path / "mine.py").write_text(user.MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli, "RUNS", tmp_path / "runs")
+    sys.modules.pop("mine", None)
+    return toolkit
+
+
 @pytest.fixture(scope="module")
 def chromium():
     with Browser() as browser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +212,14 @@ class Patches(nn.Module):
             x = x + self.attention(x, x, x, need_weights=False)[0]
         x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
         return self.head(x[:, 0])
+
+
+@dataclass
+class Answer:
+    """Outputs in an object that torch's pytree does not know."""
+
+    logits: object
+    features: object
 
 
 def plain(bias: bool = True) -> nn.Module:

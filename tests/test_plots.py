@@ -32,6 +32,14 @@ def test_a_pareto_figure_shows_every_point_and_its_spread(tmp_path):
     }  # fmt: skip
 
 
+def test_the_labels_of_near_points_do_not_cover_each_other():
+    ours = [Point(1000 + i, 0.97 + i / 2000, f"network {i}") for i in range(4)]
+    axes = pareto({"ours": ours}, [Point(1010, 0.9706, "of others")]).axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+
+
 def curves(groups=4, width=6):
     """An analysis of many groups, losing nothing until half of the channels are gone."""
     names = {f"block{i}.conv": width for i in range(groups)}

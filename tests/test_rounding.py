@@ -22,8 +22,9 @@ def test_a_linear_layer_in_closed_form():
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.27, 0.504]])
     with torch.no_grad(), Rounding(layer.eval()):
-        # Steps of 0.01 and, from -1 to 1.55, of 0.01 as well.
-        assert layer(torch.tensor([[-1.0, 1.554]])).item() == pytest.approx(1.27 * -1 + 0.5 * 1.554, abs=0.01)
+        step = 2.554 / 255  # from -1 to 1.554; 0 is level 100, -1 level 0, 1.554 level 255
+        rounded = 1.27 * -100 * step + 0.5 * 155 * step
+        assert layer(torch.tensor([[-1.0, 1.554]])).item() == pytest.approx(rounded, abs=1e-5)
         assert layer.weight.tolist() == [[pytest.approx(1.27), pytest.approx(0.504)]]
     assert torch.equal(rounded_weight(layer), torch.tensor([[1.27, 0.5]]))
 

@@ -1,0 +1,92 @@
+"""A module of a user: networks and data, good and bad, for the command line."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width=8, classes=3, bias=True):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, bias=bias),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, width, 3),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class Changed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3))
+
+
+def sized(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 3))
+
+
+def broken():
+    raise RuntimeError("no such thing\n  as a net")
+
+
+class Says(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), 1
+
+
+def number():
+    return 3
+
+
+def digits(count=96, batch_size=32):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = torch.randn(count, 1, 10, 10, generator=generator) / 4
+    images[:, 0, :5] += labels[:, None, None] - 1.0
+    batches = [(images[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, count, batch_size)]
+    return batches, batches[:1], batches[-1:]
+
+
+def regression():
+    return [[(images, labels[:, None].float()) for images, labels in split] for split in digits()]
+
+
+def beyond():
+    return [[(images, labels + 5) for images, labels in split] for split in digits()]
+
+
+def lone():
+    return [[(images, labels * 0) for images, labels in split] for split in digits()]
+
+
+def few():
+    return digits()[0], []
+
+
+def nothing():
+    return 5

@@ -1,0 +1,147 @@
+"""What `python -m pruning` says of mistakes: one clear line, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from user import NET, image_folder
+
+BUDGET = ("--max-macs", "50%")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("doctor",), "a model is needed"),
+        (("doctor", "--model", "mine:Nett", "--input-shape", "1x10x10"), "did you mean Net"),
+        (("doctor", "--model", "nowhere:Net", "--input-shape", "1x10x10"), "cannot be imported"),
+        (("doctor", "--model", "resnet81", "--input-shape", "1x10x10"), "did you mean resnet18"),
+        (("doctor", "--model", "mine:broken", "--input-shape", "1x10x10"), "no such thing as a net"),
+        (("doctor", "--model", "mine:number", "--input-shape", "1x10x10"), "an nn.Module was expected"),
+        (("doctor", "--model", "mine:Net", "--model-arg", "depth=3", "--input-shape", "1x10x10"), "depth"),
+        (("doctor", "--model", "mine:Net", "--model-arg", "depth", "--input-shape", "1x10x10"), "KEY=VALUE"),
+        (("doctor", "--model", "mine:Net", "--input-shape", "1xtenx10"), "3x224x224"),
+        (("doctor", "--model", "mine:Net", "--input-shape", "3x10x10"), "does not run on the example inputs"),
+        (("doctor", "--model", "mine:Net"), "inputs are needed"),
+        (
+            ("prune", "--model", "mine:linear", "--input-shape", "1x10x10", "--score", "l1", *BUDGET),
+            "no prunable",
+        ),
+        (("prune", "--model", "mine:Net", "--input-shape", "1x10x10", *BUDGET), "needs data"),
+        (("prune", *NET, "--max-macs", "0%"), "above 0"),
+        (("prune", *NET, "--max-macs", "120%"), "at most 100"),
+        (("prune", *NET), "at least one limit"),
+        (("prune", *NET, "--max-params", "3"), "cannot be reached"),
+        (("prune", "--model", "mine:Net", "--data", "mine:nothing", *BUDGET), "batches were expected"),
+        (("prune", "--model", "mine:Net", "--data", "mine:few", *BUDGET), "no validation batches"),
+        (("prune", "--model", "mine:Net", "--data", "mine:lone", *BUDGET), "are all of class 0"),
+        (("slim", "--model", "mine:Net", "--data", "mine:lone", *BUDGET), "are all of class 0"),
+        (("prune", "--model", "mine:Net", "--data", "cifar11", *BUDGET), "did you mean cifar10"),
+        (("prune", *NET, "--weights", "absent.pth", *BUDGET), "no such file"),
+        (("slim", "--model", "mine:Net", *BUDGET), "data is needed"),
+        (("prune", *NET, *BUDGET, "--max-latency", "0.5x"), "stands alone"),
+        (("prune", *NET, "--max-latency", "quick"), "0.5x"),
+        (("prune", *NET, "--max-latency", "1ms", "--ranking", "group"), "global ranking alone"),
+        (("slim", *NET, "--resume", *BUDGET), "--resume needs --output"),
+        (("slim", *NET, "--resume", "--output", "nowhere", *BUDGET), "no run to resume"),
+        (("test", "--data", "mine:digits"), "a model is needed"),
+        (("doctor", "--model", ":Net"), "expected package.module:factory"),
+        (("doctor", "--model", "mine:"), "expected package.module:factory"),
+        (("doctor", "--model", "raises:Net"), "module 'raises' cannot be imported: ValueError: not today"),
+        (("doctor", "--model", "unreadable:Net"), "module 'unreadable' cannot be imported: SyntaxError"),
+        (("prune", "--model", "mine:Pair", "--data", "mine:digits", *BUDGET), "the network gives a tuple"),
+        (
+            ("slim", "--model", "mine:Says", "--data", "mine:digits", *BUDGET, "--output", "no"),
+            "gives a dict",
+        ),
+        (("finetune", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
+        (("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
+        (
+            ("slim", "--model", "mine:Net", "--data", "mine:beyond", *BUDGET, "--output", "no"),
+            "go from 5 to 7",
+        ),
+        (
+            (
+                "prune",
+                "--model",
+                "mine:Net",
+                "--data",
+                "mine:beyond",
+                *BUDGET,
+                "--score",
+                "l2",
+                "--output",
+                "no",
+            ),
+            "has 3 classes",
+        ),
+        (
+            (
+                "slim",
+                *NET[:2],
+                "--model-arg",
+                "classes=1",
+                "--data",
+                "mine:regression",
+                *BUDGET,
+                "--output",
+                "no",
+            ),
+            "outputs of shape (32, 1)",
+        ),
+        (("report", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_path):
+    (tmp_path / "raises.py").write_text("raise ValueError('not today')")
+    (tmp_path / "unreadable.py").write_text("def f(:")
+    code, _, err = run(*words)
+    assert not (tmp_path / "no").exists(), "nothing is begun"
+    assert code == 2 and message in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_of_a_factory_names_it_where_it_cannot_do_without(run):
+    words = ("--model", "mine:sized", "--data", "mine:digits", "--model-arg", "width=6")
+    assert run("prune", *words, *BUDGET)[0] == 0
+    code, _, err = run("test", "--weights", "small.pth", "--data", "mine:digits")
+    assert code == 2 and "give --model mine:sized --model-arg width=6" in err
+
+
+def test_a_recipe_names_no_other(run, tmp_path):
+    (tmp_path / "run.toml").write_text('config = "other.toml"\nmax-macs = "60%"\n')
+    code, _, err = run("prune", *NET, "--config", "run.toml")
+    assert code == 2 and "run.toml: a recipe cannot name another one" in err
+
+
+def test_meta_is_no_device(run):
+    code, _, err = run("prune", *NET, *BUDGET, "--device", "meta")
+    assert code == 2 and "'meta' holds no values to prune: expected cpu or cuda" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.pth"])
+def test_a_run_whose_files_are_others_is_not_resumed(run, tmp_path, name):
+    words = ("finetune", *NET, "--epochs", 1, "--output", "run")
+    assert run(*words)[0] == 0
+    if name == "config.json":
+        (tmp_path / "run" / name).write_text("[]")
+    else:
+        torch.save([], tmp_path / "run" / name)
+    code, _, err = run(*words, "--resume")
+    assert code == 2 and f"{name} " in err and "another folder" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(run, tmp_path, workers):
+    image_folder(tmp_path / "pictures", ["a", "b"])
+    (tmp_path / "pictures" / "b" / "damaged.png").write_text("no image")
+    code, _, err = run("prune", "--model", "squeezenet1_1", "--model-arg", "num_classes=2", *BUDGET,
+                       "--data", "pictures", "--image-size", 33, "--workers", workers)  # fmt: skip
+    assert code == 2 and "damaged.png cannot be read" in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_whose_class_has_changed(run, tmp_path):
+    assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
+    code, _, err = run("test", "--model", "mine:Changed", "--weights", "small.pth", "--data", "mine:digits")
+    assert code == 2 and "small.pth does not fit Changed" in err

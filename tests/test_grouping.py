@@ -1,0 +1,124 @@
+"""What is pruned together, what is left alone, and the reasons that are given."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, PruningError, prune, trace
+
+
+def test_the_output_layer_is_kept_and_named():
+    traced = trace(nets.make("lenet"), nets.images())
+    assert "output" in traced.skipped["classifier.fc3"]
+
+
+def test_features_that_are_an_output_too_are_kept():
+    class TwoOutputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x):
+            features = self.a(x)
+            return {"features": features, "logits": self.c(torch.relu(self.b(features)))}
+
+    traced = trace(TwoOutputs(), nets.images())
+    assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
+    step = prune(TwoOutputs(), nets.images(), Budget(params="80%"), score="l2")
+    assert step.plan.widths["b"] < 5
+
+
+def test_what_cannot_be_pruned_is_named_with_the_reason():
+    net = nets.make("lenet")
+    net.features.conv2.weight.requires_grad_(False)
+    traced = trace(net, nets.images(), ignored=["classifier.fc1"])
+    assert set(traced.groups) == {"classifier.fc2"}
+    assert "features.conv2.weight is frozen" in traced.skipped["features.conv2"]
+    assert "features.conv2.weight is frozen" in traced.skipped["features.conv1"]
+    assert "ignored" in traced.skipped["classifier.fc1"]
+
+
+@pytest.mark.parametrize("ignored", ["classifier.*", nn.Linear])
+def test_ignored_by_pattern_and_by_type(ignored):
+    net = nets.make("lenet")
+    assert set(trace(net, nets.images(), [ignored]).groups) == {"features.conv1", "features.conv2"}
+
+
+def test_ignored_by_instance():
+    net = nets.make("lenet")
+    kept = trace(net, nets.images(), [net.features]).groups
+    assert set(kept) == {"classifier.fc1", "classifier.fc2"}
+
+
+def test_an_ignored_layer_that_is_not_there_is_an_error():
+    with pytest.raises(PruningError, match=r"'clasifier\.\*' matches no layer"):
+        trace(nets.make("lenet"), nets.images(), ["clasifier.*"])
+
+
+def test_a_shared_weight_is_named():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[2].weight = net[0].weight
+    traced = trace(net, torch.randn(2, 4))
+    assert "same tensor" in traced.skipped["0"] and "same tensor" in traced.skipped["2"]
+    assert traced.groups == {}
+
+
+def test_a_hard_coded_view_is_named_and_the_rest_is_pruned():
+    class Rigid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1)
+            self.head = nn.Linear(4 * 14 * 14, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(torch.relu(self.first(x))).view(-1, 4 * 14 * 14))
+
+    net = Rigid()
+    before = copy.deepcopy(net.state_dict())
+    traced = trace(net, nets.images())
+    assert set(traced.groups) == {"first"}
+    assert "tied to its width" in traced.skipped["conv"] and "invalid for input" in traced.skipped["conv"]
+    step = prune(net, nets.images(), Budget(macs="70%"), score="l2")
+    assert step.model.first.out_channels < 5 and step.model.conv.out_channels == 4
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_a_model_without_prunable_groups_says_why():
+    with pytest.raises(PruningError, match=r"no prunable group.*output"):
+        prune(nn.Linear(4, 2), torch.randn(2, 4), Budget(params="50%"), score="l2")
+
+
+def test_a_model_that_does_not_run_on_the_inputs():
+    with pytest.raises(PruningError, match="does not run on the example inputs"):
+        trace(nets.make("lenet"), torch.randn(2, 1, 14, 14))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_hooks_compute_is_left_alone_and_named():
+    normed = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
+    net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    step = prune(net, nets.images(), Budget(params="70%"), score="l2")
+    assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
+
+
+def test_layers_that_do_not_run_on_the_inputs_are_named():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.heads = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+            self.memory = nn.LSTM(8, 8)
+
+        def forward(self, x, task=0):
+            return self.heads[task](torch.relu(self.stem(x)).mean((2, 3)))
+
+    skipped = trace(Heads(), (nets.images(), 1)).skipped
+    assert "does not run on the example inputs" in skipped["heads.0"]
+    assert "output" in skipped["heads.1"] and "recurrent" in skipped["memory"]
+    assert not [
+        why for why in trace(nets.make("attention"), nets.images()).skipped.values() if "not run" in why
+    ]
