@@ -16,6 +16,7 @@ hidden layer, in
 - onnxruntime int8: that file quantized, calibrated on training images.
 
 All of them take turns on the same batch, about 2 ms at a time in random order, after a warm-up.
+Of exported files it is the runtime's own time, without conversions from and to tensors.
 Given are median and 90th percentile of the turns, and ratios of medians with their 95 % bootstrap
 interval (`pruning.time_ratio`). In each runtime a second copy of YourNet takes turns too; its ratio to
 the first is the control. Where that is not within 0.02 of 1, the machine was not quiet enough: the rows
@@ -262,6 +263,9 @@ def with_ratios(times: Mapping[Key, Latency], batch_size: int) -> list[dict[str,
             **timing.figures(latency),
             "to LeNet-5": timing.ratio(latency, times[runtime, REFERENCE]),
             "to LeNet-5 in eager": timing.ratio(latency, times[EAGER, REFERENCE]),
+            "to LeNet-5 as exported": timing.ratio(latency, times[FLOAT, REFERENCE])
+            if runtime in (FLOAT, QUICK, INT8) and (FLOAT, REFERENCE) in times
+            else None,
             "control": timing.ratio(times[runtime, AGAIN], times[runtime, YOURS]),
         }
         for (runtime, name), latency in sorted(times.items(), key=lambda item: RUNTIMES.index(item[0][0]))
@@ -327,7 +331,8 @@ def markdown(result: dict[str, Any]) -> str:
             ],
         ),
     ]
-    heads = ["runtime", "network", "ms per image (p90)", "÷ LeNet-5", "÷ LeNet-5 in eager", "control"]
+    heads = ["runtime", "network", "ms per image (p90)", "÷ LeNet-5", "÷ LeNet-5 as exported to ONNX",
+             "÷ LeNet-5 in eager", "control"]  # fmt: skip
     for size in dict.fromkeys(row["batch"] for row in result["times"]):
         lines += [f"Batch {size}; ratios with their 95 % intervals:", ""]
         lines += results.table(heads, [_cells(row) for row in result["times"] if row["batch"] == size])
@@ -341,7 +346,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    ratios = [timing.shown(row[key]) for key in ("to LeNet-5", "to LeNet-5 in eager")]
+    ratios = [
+        timing.shown(row[f"to LeNet-5{where}"]) if row[f"to LeNet-5{where}"] else ""
+        for where in ("", " as exported", " in eager")
+    ]
     times = f"{row['median ms']:.4f} ({row['p90 ms']:.4f})"
     return [row["runtime"], row["network"], times, *ratios, timing.shown_control(row["control"])]
 

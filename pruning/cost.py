@@ -7,6 +7,7 @@ with biases is given beside it, because some published figures include them.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -22,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import is_depthwise, rule_for
+from pruning.layers import WEIGHTED, is_depthwise, rule_for
 from pruning.meta import Shapes, without_computing
 from pruning.modes import eval_mode, thread_count
+from pruning.runtimes import Exported
 
-_COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase)
+_COUNTED = (*WEIGHTED, nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _BiasCounter:
 
     def __init__(self, model: nn.Module):
         self.total = 0
-        layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
+        layers = (m for m in model.modules() if isinstance(m, WEIGHTED))
         self.handles = [m.register_forward_hook(self._add) for m in layers if m.bias is not None]
 
     def _add(self, layer: nn.Module, args: Any, output: Tensor) -> None:
@@ -348,7 +350,8 @@ def time_forward(
     """Time the forward passes of several models side by side.
 
     The models take turns, a few passes at a time and in random order, so that whatever
-    else the machine does meets them alike. Only the forward pass is timed.
+    else the machine does meets them alike. Only the forward pass is timed; of an exported file
+    what its runtime does, without conversions from and to tensors.
 
     Args:
         inputs: one batch for all of them, on their device.
@@ -389,11 +392,16 @@ def time_forward(
 
 
 def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) -> Callable[[int], float]:
+    if isinstance(model, Exported):
+        once = model.prepared(*tensors(inputs))
+    else:
+        once = functools.partial(call, model, inputs)
+
     def run(passes: int) -> float:
         synchronise()
         start = time.perf_counter()
         for _ in range(passes):
-            call(model, inputs)
+            once()
         synchronise()
         return (time.perf_counter() - start) / passes
 

@@ -176,6 +176,17 @@ def test_accuracy_and_time_of_an_exported_file(format, tmp_path):
     assert times["file"].median > 0
 
 
+def test_a_timed_pass_computes_what_a_call_does_at_every_run(tmp_path):
+    net, images = load(COMMITTED), torch.randn(3, 1, 28, 28)
+    export(net, tmp_path / "net.onnx", images[:1], "onnx")
+    exported = Exported(tmp_path / "net.onnx", "onnxruntime")
+    once = exported.prepared(images)
+    for _ in range(2):
+        once()
+        found = once.args[0].copy_outputs_to_cpu()
+        torch.testing.assert_close(torch.from_numpy(found[0]), exported(images))
+
+
 class Fails(nn.Module):
     """A network that does what its name says and cannot be exported for it."""
 
