@@ -104,14 +104,23 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
+    parser = settings_parser(__doc__ or "", "pipeline")
     parser.add_argument(
         "--max-macs",
         default="25%",
         metavar="MACS",
         help="budget of the result; that of the main job is 24 %%",
     )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="to run")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in this process
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def settings_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the settings of runs, but the budget; what they give goes to `benchmarks/name.json`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
     parser.add_argument(
         "--ranking", choices=RANKINGS, default="group", help="of channels: by group, or over all layers"
     )
@@ -121,13 +130,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=cli.whole_number(2), default=64, help="of training")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
     parser.add_argument("--repeats", type=cli.whole_number(1), default=3, help="runs of each side")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="to run")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "pipeline.json", help="results; .md beside it"
+        "--output", type=Path, default=ROOT / "benchmarks" / f"{name}.json", help="results; .md beside it"
     )
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in this process
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
 def in_process(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

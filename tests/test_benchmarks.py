@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pipeline, results, runtimes, timing
+from benchmarks import equal_accuracy, pipeline, results, runtimes, timing
 from pruning import CheckpointError, cli, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +210,33 @@ def test_pinning_keeps_so_many_cores():
         assert len(os.sched_getaffinity(0)) == 1 and os.sched_getaffinity(0) <= before
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_costs_at_equal_accuracy_lie_between_those_of_the_budgets_around_it():
+    def point(accuracy, cost):
+        return {"budget": "", "accuracy": accuracy, **dict.fromkeys(equal_accuracy.COSTS, cost)}
+
+    ours = [point([0.90, 0.92], 100), point([0.95], 400)]
+    assert equal_accuracy.at_equal_accuracy(point([0.93], 400), ours)["MACs"] == 0.5  # √(100 · 400) / 400
+    assert equal_accuracy.at_equal_accuracy(point([0.95], 800), ours)["params"] == 0.5
+    assert equal_accuracy.at_equal_accuracy(point([0.96], 800), ours)["MACs"] is None
+    assert equal_accuracy.at_equal_accuracy(point([0.90], 800), ours)["MACs"] is None
+
+
+def test_networks_at_several_budgets_beside_torch_pruning(tmp_path):
+    pytest.importorskip("torch_pruning")
+    flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
+    flags += ["--repeats=1", "--threads=1", "--iterations=1", "--batch-size=128", "--seconds=0.1"]
+    printed = benchmark(
+        "equal_accuracy", *flags, "--budgets", "15%", "40%", f"--output={tmp_path}/out.json"
+    ).stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [point["budget"] for point in result["points"]["ours"]] == ["15%", "40%"]
+    for points in result["points"].values():
+        small, large = (point["MACs"] for point in points)
+        assert small <= 0.15 * 199_968 and small < large <= 0.4 * 199_968
+    assert all(run["milliseconds"]["64"] < run["milliseconds"]["1"] for run in result["runs"])
+    assert (tmp_path / "out.md").read_text() == printed
 
 
 def test_the_pipeline_beside_torch_pruning(tmp_path):

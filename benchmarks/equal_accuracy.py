@@ -1,0 +1,165 @@
+"""MACs and time at equal accuracy: slimming beside torch-pruning's BNScalePruner, at several budgets.
+
+    python -m benchmarks.equal_accuracy                 # on the embedded digits
+    MNIST_DIR=... python -m benchmarks.equal_accuracy --data mnist
+
+Both prune the same LeNet-5 in as many epochs of each stage on the same batches (sides `ours` and `memory`
+of `benchmarks.pipeline`) and choose widths over all layers. Accuracy is the mean over seeds on the test
+split. To every network of torch-pruning belongs a point on our curve with its accuracy, between the two
+budgets around it (straight in the logarithm of what is compared). Times are of forward passes in eager
+PyTorch, BatchNorm folded; all networks take turns.
+
+Writes benchmarks/equal_accuracy.json and benchmarks/equal_accuracy.md, and prints the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import data
+import models
+from benchmarks import results, timing
+from benchmarks.pipeline import MEMORY, OURS, SETTINGS, in_process, settings_parser
+from eval.cli import ROOT
+from pruning import cli, provenance, time_forward
+from pruning.plots import Point, front
+
+BATCHES = (1, 64)
+
+
+def main() -> None:
+    args = arguments()
+    machine, runs = timing.machine(), []
+    for seed in range(args.repeats):
+        for budget in args.budgets:
+            for side in (OURS, MEMORY):
+                one = argparse.Namespace(**vars(args), max_macs=budget)
+                runs.append({"side": side, "budget": budget, "seed": seed, **in_process(side, seed, one)})
+                print(
+                    f"{side}, {budget}, seed {seed}: {runs[-1]['macs']:,} MACs", file=sys.stderr, flush=True
+                )
+    for run, times in zip(runs, forward_times(runs, args), strict=True):
+        run["milliseconds"] = times
+    points = {side: [summary(runs, side, budget) for budget in args.budgets] for side in (OURS, MEMORY)}
+    result = {
+        "settings": {key: getattr(args, key) for key in SETTINGS if key != "max_macs"},
+        "machine": machine,
+        "points": points,
+        "at equal accuracy": [at_equal_accuracy(point, points[OURS]) for point in points[MEMORY]],
+        "runs": runs,
+        "provenance": provenance(),
+    }
+    results.write(args.output, result, markdown(result))
+
+
+def arguments() -> argparse.Namespace:
+    parser = settings_parser(__doc__ or "", "equal_accuracy")
+    parser.set_defaults(ranking="global")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        default=["8%", "12%", "18%", "27%", "40%"],
+        metavar="MACS",
+        help="of the results",
+    )
+    parser.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="of each measurement")
+    return parser.parse_args()
+
+
+def forward_times(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, float]]:
+    """Milliseconds per image of the network of every run, by batch size."""
+    shape = data.load(args.data, ROOT / "data", quiet=True).image_shape
+    networks = {
+        str(i): models.YourNet(run["widths"][:2], run["widths"][2:], image_shape=shape)
+        for i, run in enumerate(runs)
+    }
+    times: list[dict[str, float]] = [{} for _ in runs]
+    for size in BATCHES:
+        found = time_forward(networks, torch.randn(size, *shape), seconds=args.seconds)
+        for row, latency in zip(times, found.values(), strict=True):
+            row[str(size)] = round(latency.median, 5)
+    return times
+
+
+def summary(runs: Sequence[dict[str, Any]], side: str, budget: str) -> dict[str, Any]:
+    """What the seeds of a side come to at a budget: accuracies, and the means of the rest."""
+    chosen = [run for run in runs if (run["side"], run["budget"]) == (side, budget)]
+    return {
+        "budget": budget,
+        "accuracy": [run["accuracy"] for run in chosen],
+        "params": round(statistics.mean(run["params"] for run in chosen)),
+        "MACs": round(statistics.mean(run["macs"] for run in chosen)),
+        **{
+            f"ms, batch {size}": round(statistics.mean(run["milliseconds"][str(size)] for run in chosen), 5)
+            for size in BATCHES
+        },
+    }
+
+
+COSTS = ("params", "MACs", *(f"ms, batch {size}" for size in BATCHES))
+
+
+def at_equal_accuracy(point: dict[str, Any], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ours costs at the accuracy of a point, divided by what the point costs; None beyond our curve."""
+    wanted = statistics.mean(point["accuracy"])
+    found: dict[str, Any] = {"budget": point["budget"], "accuracy": wanted}
+    for key in COSTS:
+        curve = front([Point(each[key], statistics.mean(each["accuracy"])) for each in ours])
+        accuracies = [each.accuracy for each in curve]
+        if accuracies[0] <= wanted <= accuracies[-1]:
+            cost = math.exp(np.interp(wanted, accuracies, [math.log(each.cost) for each in curve]))
+            found[key] = round(cost / point[key], 3)
+        else:
+            found[key] = None
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same as tables."""
+    asked = result["settings"]
+    lines = [
+        f"{asked['data']}, batch {asked['batch_size']}, ranking {asked['ranking']}; epochs: "
+        f"{asked['sparsify_epochs']} of stage 1, {asked['recover_epochs']} after each of "
+        f"{asked['iterations']} pruning steps, {asked['finetune_epochs']} of fine-tuning. "
+        f"{timing.described(result['machine'])}.",
+        "",
+    ]
+    names = {OURS: "ours", MEMORY: "torch-pruning"}
+    rows = [
+        [
+            names[side],
+            point["budget"],
+            results.percent(point["accuracy"]),
+            *(_shown(point[key]) for key in COSTS),
+        ]
+        for side, points in result["points"].items()
+        for point in points
+    ]
+    lines += results.table(["side", "budget of MACs", "accuracy %", *COSTS], rows)
+    lines += ["What ours costs at the accuracy of torch-pruning's network, divided by what that costs:", ""]
+    rows = [
+        [
+            found["budget"],
+            f"{100 * found['accuracy']:.2f}",
+            *("beyond our curve" if found[key] is None else f"{found[key]:.2f}" for key in COSTS),
+        ]
+        for found in result["at equal accuracy"]
+    ]
+    lines += results.table(["budget of torch-pruning", "accuracy %", *COSTS], rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
