@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import WEIGHTED, is_depthwise, rule_for
+from pruning.layers import RECURRENT, WEIGHTED, is_depthwise, readers, rule_for
 from pruning.meta import Shapes, without_computing
 from pruning.modes import eval_mode, thread_count
 from pruning.runtimes import Exported
 
-_COUNTED = (*WEIGHTED, nn.RNNBase, nn.RNNCellBase)
+_COUNTED = (*WEIGHTED, *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
     for layer in probe.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
             rules[type(layer)] = _transposed
+        elif isinstance(layer, RECURRENT):
+            rules[type(layer)] = _recurrent
         elif not isinstance(layer, _COUNTED) and not list(layer.children()):
             rules[type(layer)] = _zero  # of a layer: thop skips whatever is inside one with a rule
     whole = _Called(probe, inputs)
@@ -104,6 +106,12 @@ def _zero(layer: nn.Module, args: Any, output: Any) -> None:
 def _transposed(layer: Any, args: Any, output: Any) -> None:
     """thop's own rule takes the output's positions; each weight meets every input position."""
     layer.total_ops += args[0].numel() * layer.weight[0].numel()
+
+
+def _recurrent(layer: Any, args: Any, output: Any) -> None:
+    """thop's own rules count biases and gates, too; each weight is used once at every time step."""
+    steps = tensors(args)[0].numel() / layer.input_size
+    layer.total_ops += round(steps * sum(p.numel() for p in layer.parameters() if p.ndim > 1))
 
 
 class _BiasCounter:
@@ -206,6 +214,16 @@ class CostModel:
                 into = share.get((name, "in"), nothing)
                 in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)
+            if isinstance(layer, RECURRENT):  # what it reads with; the rest stays as it is
+                taken = sum(weight.numel() for weight, _ in readers(layer))
+                weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+                steps = use.uses if use is not None else 0.0
+                per_channel = taken / rule.width(layer, "in")
+                rows.append(_Row(nothing, 1.0, into, in_fixed, per_channel, per_channel * steps, 0.0, 0.0))
+                self.layers.append("")
+                self.fixed_params += numel - taken
+                self.fixed_macs += steps * (weights - taken)
+                continue
             self.layers.append(name if use is not None else "")
             if use is None:  # a norm, a PReLU, a layer that is not run: so much per channel
                 per_product = numel / max(1.0, float(out_width * (in_fixed + into @ self.full)))

@@ -20,7 +20,7 @@ from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call, tensors
 from pruning.labels import Flow, SideUse, Ties
-from pruning.layers import MAKERS, Side, layer_width, parts
+from pruning.layers import MAKERS, RECURRENT, Side, layer_width, parts
 from pruning.meta import Shapes, on_meta, to_meta
 from pruning.modes import buffers_unchanged, eval_mode
 from pruning.plan import Plan
@@ -87,11 +87,12 @@ def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     holders = {name.rpartition(".")[0] for name in shown}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, RECURRENT):
+            yield name, "recurrent layers keep their hidden size"
+            continue
         if not own or name in shown or ("weight" in own and name in holders):
             continue
-        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
-            yield name, "recurrent layers are not narrowed"
-        elif isinstance(layer, MAKERS) and "weight" not in own:
+        if isinstance(layer, MAKERS) and "weight" not in own:
             yield name, "its weight is computed from others; remove what does that to let it be pruned"
         elif isinstance(layer, MAKERS):
             yield name, _NOT_RUN

@@ -6,6 +6,7 @@ group name, a float32 tensor of shape (channels,). The model is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def taylor(
         return scores
     count = 0
     device = next(model.parameters()).device
-    with eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), _differentiable(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)
             value = loss(model, fresh(inputs), targets)
@@ -110,6 +111,12 @@ def taylor(
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")
     return {name: score / count for name, score in scores.items()}
+
+
+def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Lets gradients through recurrent layers in eval mode, which cuDNN's refuse."""
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
 
 
 #: The scores that need no data, by name.

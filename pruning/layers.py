@@ -44,6 +44,8 @@ _STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 #: Layers that make channels.
 MAKERS = (*WEIGHTED, nn.Embedding)
+#: Layers that read channels and keep their hidden size.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 #: The first row whose type fits is taken. A new layer type is a row of this table, here.
 TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     (nn.modules.conv._ConvTransposeNd, _TRANSPOSED),
@@ -55,6 +57,8 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
     (nn.RMSNorm, Rule({"weight": -1}, {}, "normalized_shape")),
     (nn.PReLU, Rule({"weight": 0}, {}, "num_parameters")),
     (nn.Embedding, Rule({"weight": 1}, {}, "embedding_dim")),
+    (nn.RNNBase, Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size")),
+    (nn.RNNCellBase, Rule({}, {"weight_ih": 1}, "hidden_size", "input_size")),
 )
 
 
@@ -93,6 +97,19 @@ def is_depthwise(layer: nn.Module) -> bool:
     )
 
 
+def readers(layer: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
+    """The weights of a layer that input channels meet, each with the bias that is added to the product."""
+    rule = rule_for(layer)
+    assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
+    own = dict(layer.named_parameters(recurse=False))
+    return [(own[name], own.get(name.replace("weight", "bias"))) for name in rule.into if name in own]
+
+
+def is_recurrent(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's own recurrent ones, which can be taken as a whole."""
+    return isinstance(layer, RECURRENT) and type(layer).__module__ == nn.RNNBase.__module__
+
+
 def parts(layer: nn.Module) -> int:
     """Into how many equal parts a layer divides its channels; each must lose as many."""
     rule = rule_for(layer)
@@ -126,7 +143,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     assert rule is not None, f"{type(layer).__name__} has no row in pruning.layers.TABLE"
     size = rule.width(layer, side) // parts(layer)
     for name, dim in (rule.out if side == "out" else rule.into).items():
-        tensor = getattr(layer, name)
+        tensor = getattr(layer, name, None)
         if tensor is None:
             continue
         index, dim = keep, 0 if depthwise else dim
@@ -145,6 +162,8 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         setattr(layer, rule.in_count, len(keep))
     if alone:
         setattr(layer, rule.parts, len(keep))
+    if isinstance(layer, nn.RNNBase):
+        layer.flatten_parameters()  # on a GPU they lie in one piece
 
 
 def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
     from load_pruned import load_pruned
     model = load_pruned("small.pth", lambda: torchvision.models.resnet18(num_classes=10))
 
-It needs no toolkit. A checkpoint is one plain dict, read with `weights_only=True`: the class and arguments
-that make the dense network, the channel counts of every layer, and the weights.
+It needs no toolkit. A checkpoint is a plain dict: class and arguments of the dense network, counts, weights.
 """
 
 from __future__ import annotations
@@ -87,10 +86,9 @@ def _make_room(model: nn.Module, name: str, stored: Tensor, counted: bool, becam
     made: Any = {**module._buffers, **module._parameters}.get(attribute)
     shape = tuple(made.shape) if made is not None else tuple(stored.shape)
     sizes = _sizes(module, attribute) if counted else ()
-    expected = sizes + shape[len(sizes) :]
+    given, expected = tuple(stored.shape), sizes + shape[len(sizes) :]
     fewer = stored.ndim == len(shape) and all(map(int.__le__, stored.shape, shape))
-    if tuple(stored.shape) != expected and (sizes or not fewer):
-        given = tuple(stored.shape)
+    if given != expected and (sizes or not fewer):
         raise ValueError(f"{name} is stored as {given}, not {expected}: the factory makes {shape}")
     twins = became.setdefault(stored if made is None else made, [])
     room = next((t for s, t in twins if s.dtype == stored.dtype and torch.equal(s, stored)), None)
@@ -106,6 +104,8 @@ def _make_room(model: nn.Module, name: str, stored: Tensor, counted: bool, becam
 
 def _sizes(layer: Any, attribute: str) -> Any:
     """The first sizes of a layer's tensor, by its channel counts; none where they do not tell."""
+    if attribute in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+        return (len(getattr(layer, attribute)), layer.input_size)
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
         return ()
     if isinstance(layer, nn.Embedding) or hasattr(layer, "normalized_shape"):

@@ -17,7 +17,7 @@ from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, tensors
 from pruning.grouping import can_fold
-from pruning.layers import layer_width, parts
+from pruning.layers import layer_width, parts, readers
 from pruning.modes import eval_mode
 from pruning.surgery import replace_module
 
@@ -187,8 +187,8 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
                 factors = torch.ones(layer_width(layer, "in")).to(size)
                 factors[member.index] = by_channel[member.channel]
                 dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
-                weight = layer.get_parameter("weight")
-                weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
+                for weight, _ in readers(layer):
+                    weight.mul_(factors.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
             for name, norm_name in behind.items():
                 _restore_size(equal.get_submodule(name), before[name], equal.get_submodule(norm_name))
         if compare(expected, outputs_of(equal, inputs))[0]:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, fresh
-from pruning.layers import Side, layer_width, narrow, output_rows, parts
+from pruning.layers import Side, layer_width, narrow, output_rows, parts, readers
 from pruning.modes import buffers_unchanged, eval_mode, hooked, on_input
 from pruning.plan import Plan
 
@@ -203,22 +203,23 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Add what the dropped inputs of a layer contribute to its bias or the norm behind it."""
     layer = model.get_submodule(name)
-    weight = layer.get_parameter("weight").detach().cpu().double()
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
-    per_input = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-    if parts(layer) > 1:
-        inputs = values.view(parts(layer), -1).repeat_interleave(len(weight) // parts(layer), dim=0)
-        shift = (per_input * inputs).sum(1)
-    else:
-        shift = per_input @ values
     with torch.no_grad():
-        if layer.bias is not None:
-            bias = layer.get_parameter("bias")
-            bias.add_(shift.to(bias))
-        elif name in trace.foldable:
-            mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
-            mean.sub_(shift.to(mean))
+        for weight, bias in readers(layer):
+            per_input = weight.detach().cpu().double()
+            if per_input.ndim > 2:
+                per_input = per_input.flatten(2).sum(2)
+            if parts(layer) > 1:
+                inputs = values.view(parts(layer), -1).repeat_interleave(len(weight) // parts(layer), dim=0)
+                shift = (per_input * inputs).sum(1)
+            else:
+                shift = per_input @ values
+            if bias is not None:
+                bias.add_(shift.to(bias))
+            elif name in trace.foldable:
+                mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
+                mean.sub_(shift.to(mean))
 
 
 def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
     return {
         name: value
         for name, value in constants.items()
-        if model.get_submodule(name).bias is not None or name in trace.foldable
+        if name in trace.foldable or all(bias is not None for _, bias in readers(model.get_submodule(name)))
     }
 
 

@@ -26,7 +26,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pruning.errors import PruningError
 from pruning.graph import tensors, tensors_among
 from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
-from pruning.layers import WEIGHTED, Side, channel_dim, is_depthwise, layer_width, parts, rule_for
+from pruning.layers import (
+    WEIGHTED,
+    Side,
+    channel_dim,
+    is_depthwise,
+    is_recurrent,
+    layer_width,
+    parts,
+    rule_for,
+)
 from pruning.meta import run_operation, without_computing
 from pruning.operations import Operation, follow
 
@@ -81,7 +90,7 @@ class _Follower(TorchDispatchMode):
         for name, module in probe.named_modules():
             rule = rule_for(module)
             own = dict(module.named_parameters(recurse=False))
-            known = rule is not None and own.keys() <= {*rule.out, *rule.into}
+            known = rule is not None and (is_recurrent(module) or own.keys() <= {*rule.out, *rule.into})
             if known or isinstance(module, nn.modules.dropout._DropoutNd):
                 owned.update(id(t) for t in (*own.values(), *module.buffers(recurse=False)))
                 self.holders.update((id(t), name) for t in own.values())
@@ -143,8 +152,13 @@ class _Follower(TorchDispatchMode):
             self.inside -= 1
             if self.inside:
                 return
-            x = next(iter(tensors_among((args, kwargs))), None)
-            if x is None or not isinstance(output, Tensor):
+            x, *others = tensors_among((args, kwargs)) or (None,)
+            if x is None:
+                return
+            if is_recurrent(module):
+                self._recurrent(name, module, x, others)
+                return
+            if not isinstance(output, Tensor):
                 return
             if rule_for(module) is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
                 self.book.put(output, self.book.of(x))  # dropout; one slope for all channels
@@ -179,6 +193,19 @@ class _Follower(TorchDispatchMode):
             self.book.put(output, spread(outer, output.ndim, dim))
         self.makers[output] = name
         self.found.follows.setdefault(name, [])
+
+    def _recurrent(self, name: str, module: nn.Module, x: Tensor, states: list[Tensor]) -> None:
+        """A layer that reads channels at every time step; what it gives has its hidden size."""
+        self.found.calls[name] += 1
+        uses, positions = self.found.uses.get(name, (0.0, 0.0))
+        now = x.numel() / layer_width(module, "in") / self.batch
+        self.found.uses[name] = uses + now, positions + now
+        for state in states:
+            self.book.fix(self.book.of(state), f"{name} starts from it, and keeps its hidden size")
+        vector = self._along(self.book.of(x), x, -1, name)
+        if vector is not None:
+            inner = self.side(name, module, "in", -1)
+            self.book.tie(vector, inner, f"{name} also reads a tensor of fixed size beside its channels")
 
     def _channelwise(
         self, name: str, module: nn.Module, x: Tensor, output: Tensor, dim: int | None = None

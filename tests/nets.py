@@ -167,6 +167,27 @@ class Shuffled(nn.Module):
         return self.head(x).mean((2, 3))
 
 
+class Lines(nn.Module):
+    """Columns of an image read in order, as text recognition does, by a recurrent layer and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        )  # fmt: skip
+        self.read = nn.GRU(4 * 7, 5, num_layers=2, bidirectional=True)
+        self.mix, self.cell, self.head = nn.Linear(10, 6), nn.LSTMCell(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read, _ = self.read(self.columns(x).flatten(1, 2).permute(2, 0, 1))
+        state = None
+        for column in torch.relu(self.mix(read)):
+            state = self.cell(column, state)
+        assert state is not None
+        return self.head(state[0])
+
+
 class ChannelsNorm(nn.LayerNorm):
     """LayerNorm over the channels of images (ConvNeXt's)."""
 
@@ -279,6 +300,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "scaled": Scaled,
     "patches": Patches,
     "attention": lambda: Patches(attention=True),
+    "lines": Lines,
 }
 #: Those images, as a page must know them.
 SMALL = Images((3, 14, 14), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

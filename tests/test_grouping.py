@@ -106,6 +106,32 @@ def test_a_weight_that_hooks_compute_is_left_alone_and_named():
     assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
 
 
+def test_recurrent_layers_are_narrowed_where_they_read_and_keep_their_hidden_size():
+    class Starts(nn.Module):
+        """Neither what makes a first state nor what a layer of one's own reads can be narrowed."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.state, self.second = nn.Linear(3, 8), nn.Linear(3, 5), nn.Linear(5, 6)
+            self.read, self.last = nn.GRU(8, 5), More(6, 4)
+
+        def forward(self, x):
+            x = x.flatten(2).permute(2, 0, 1)
+            read, _ = self.read(torch.relu(self.first(x)), torch.relu(self.state(x[:1])))
+            return self.last(torch.relu(self.second(read)))[0]
+
+    class More(nn.RNN):
+        def forward(self, x):
+            return super().forward(x * x.mean())
+
+    traced = trace(Starts(), nets.images())
+    assert {(m.layer, m.side) for m in traced.groups["first"].members} == {("first", "out"), ("read", "in")}
+    assert "read starts from it" in traced.skipped["state"] and "state" not in traced.groups
+    assert "hidden size" in traced.skipped["read"]
+    step = prune(Starts(), nets.images(), Budget(channels=3), score="l2", ignored=["second"])
+    assert step.model.read.input_size == 3 and step.model.read.weight_ih_l0.shape == (15, 3)
+
+
 def test_layers_that_do_not_run_on_the_inputs_are_named():
     class Heads(nn.Module):
         def __init__(self):

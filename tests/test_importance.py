@@ -102,6 +102,15 @@ def test_a_dead_channel_scores_nothing():
         assert scores["0"][2] == 0 and scores["0"].any()
 
 
+def test_taylor_asks_no_gradients_of_cudnns_recurrent_layers():
+    net, seen = nets.make("lines"), []
+    net.read.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    before = torch.backends.cudnn.enabled
+    groups = trace(net, nets.images()).groups
+    taylor(net, groups, [(nets.images(4), torch.arange(4))])
+    assert seen[-1] is False and torch.backends.cudnn.enabled is before
+
+
 def test_taylor_needs_a_batch_and_a_finite_loss():
     net, groups = with_norm()
     with pytest.raises(PruningError, match="at least one calibration batch"):

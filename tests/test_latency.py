@@ -17,6 +17,7 @@ from pruning.cost import CostModel, time_forward
 from pruning.importance import l2
 from pruning.latency import _between, even_scores
 from pruning.layer_times import LatencyTable, _interpolated
+from pruning.layers import is_recurrent
 from pruning.plan import ascending, lowest_widths
 
 
@@ -44,7 +45,8 @@ def table(net, images, multiple=1, runtime="eager"):
 def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(name):
     net, images = nets.make(name), nets.images()
     measured, order, traced = table(net, images)
-    assert measured.times.keys() == traced.uses.keys()
+    reads_in_steps = {name for name in traced.uses if is_recurrent(net.get_submodule(name))}
+    assert measured.times.keys() == traced.uses.keys() - reads_in_steps
     path = measured.path(order)
     assert np.array_equal(path[0], CostModel(net, traced).full)
     times = [measured.milliseconds(widths) for widths in path]

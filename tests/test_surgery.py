@@ -103,6 +103,21 @@ def test_the_constant_of_a_channel_without_weights_is_folded_by_prune():
     torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
 
 
+def test_a_constant_is_folded_into_what_reads_it_step_by_step():
+    """Both directions of a recurrent layer, and a cell."""
+    net, images = nets.make("lines"), nets.images()
+    with torch.no_grad():
+        net.columns[5].weight[2], net.columns[5].bias[2] = 0, 0.7
+        net.mix.weight[1], net.mix.bias[1] = 0, 0.7
+    traced = trace(net, images)
+    plan = Plan({"columns.4": (0, 1, 3), "mix": (0, 2, 3, 4, 5)})
+    constants = channel_constants(net, traced, [images], exact_only=True)
+    small = apply(net, traced, plan, constants)
+    assert small.read.input_size == 3 * 7 and small.cell.input_size == 5
+    torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(apply(net, traced, plan)(images), net(images), atol=1e-3)
+
+
 def test_a_single_example_is_not_taken_for_a_constant():
     net = nets.make("plain")
     traced = trace(net, nets.images(1))
