@@ -103,6 +103,11 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors are; one without any, such as an exported file, takes the CPU."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 class _Reached(Exception):
     """Ends a forward pass at the layer that was waited for."""
 

@@ -45,6 +45,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
 
     Raises `PruningError` when the model does not run on the inputs.
     """
+    _refuse(model, inputs)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     keep = _match(model, ignored)
     shared = _shared_parameters(model)
@@ -79,6 +80,17 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         for name, (used, positions) in found.uses.items()
     }
     return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs, inputs)
+
+
+def _refuse(model: nn.Module, inputs: Inputs) -> None:
+    """Say what is wrong with a model or inputs that cannot be traced."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruningError("TorchScript has no layers to narrow; give the nn.Module that it was made of")
+    empty = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if empty:
+        raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
+    if any(x.ndim and not len(x) for x in tensors(inputs)[:1]):
+        raise PruningError("the example inputs are a batch of no examples; give at least one")
 
 
 def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:

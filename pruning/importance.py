@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.graph import Group, Member, fresh
+from pruning.graph import Group, Member, device_of, fresh
 from pruning.layers import MAKERS, output_rows
 from pruning.modes import eval_mode
 from pruning.training import Loss, cross_entropy, to_device
@@ -86,7 +86,7 @@ def taylor(
     if not scores:
         return scores
     count = 0
-    device = next(model.parameters()).device
+    device = device_of(model)
     with eval_mode(model), torch.enable_grad(), _differentiable(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.graph import call
+from pruning.graph import call, device_of
 from pruning.modes import eval_mode
-from pruning.training import device_of, to_device
+from pruning.training import to_device
 
 #: Larger images are not kept: they would make the run's folder large.
 MOST_PIXELS = 64 * 64

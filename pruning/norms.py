@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pruning.agreement import compare, outputs_of
 from pruning.copies import copied
 from pruning.errors import PruningError
-from pruning.graph import Inputs, Trace, call, tensors
+from pruning.graph import Inputs, Trace, call, device_of, tensors
 from pruning.grouping import can_fold
 from pruning.layers import layer_width, parts, readers
 from pruning.modes import eval_mode
@@ -93,7 +93,7 @@ def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
 
 def _on_device_of(model: nn.Module, inputs: Any) -> Any:
     """Inputs where the model is now; it may have been moved since it was traced."""
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
+from pruning.graph import device_of
 
 Plain = TypeVar("Plain")
 
@@ -124,7 +125,7 @@ def together(model: nn.Module) -> Iterator[nn.Module]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.forward = partial(_over_all, norm)  # type: ignore[method-assign]
-    device = next(model.parameters()).device
+    device = device_of(model)
     try:
         yield nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None

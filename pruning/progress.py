@@ -12,12 +12,12 @@ from pruning import checkpoint
 from pruning.budget import Budget
 from pruning.copies import copied
 from pruning.cost import Cost, CostModel
-from pruning.graph import Trace
+from pruning.graph import Trace, device_of
 from pruning.load_pruned import rebuild
 from pruning.prune import Step
 from pruning.run import Run
 from pruning.sparsify import ScalePull
-from pruning.training import Epoch, device_of
+from pruning.training import Epoch
 
 
 class Progress:

@@ -15,7 +15,7 @@ from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, fresh
+from pruning.graph import Ignored, Inputs, Trace, device_of, fresh
 from pruning.grouping import trace
 from pruning.importance import Groups, Scores
 from pruning.latency import LatencyFound, plan_latency
@@ -101,7 +101,7 @@ def prune(
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = [to_device(batch, device)[0] for batch in calibration]
     removed = []
     for name in remove:

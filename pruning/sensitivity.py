@@ -25,7 +25,7 @@ from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.errors import PruningError
-from pruning.graph import Ignored, Inputs, Trace, call
+from pruning.graph import Ignored, Inputs, Trace, call, device_of
 from pruning.grouping import trace
 from pruning.layer_times import LatencyTable
 from pruning.modes import eval_mode
@@ -93,7 +93,7 @@ def sensitivity(
         raise PruningError(
             f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'})"
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     validation = [to_device(batch, device) for batch in validation]
     calibration = [to_device(batch, device) for batch in calibration]
     judge = _Judge(model, validation)
@@ -176,7 +176,7 @@ def joint(
     ignored: Iterable[Ignored] = (),
 ) -> Joint:
     """The plan that the curves suggest for a budget, applied whole, and how well they foretold it."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
     target = budget.resolve(cost_model(cost_model.full))

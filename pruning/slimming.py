@@ -17,7 +17,7 @@ from pruning.cost import CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.finetune import distillation, finetune
-from pruning.graph import Ignored, Inputs, first_examples
+from pruning.graph import Ignored, Inputs, device_of, first_examples
 from pruning.grouping import trace
 from pruning.latency import even_scores, plan_latency
 from pruning.norms import equalize
@@ -104,7 +104,7 @@ def slim(
             "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
         )
     validate = partial(_figure, validate if callable(validate) else partial(_accuracy_on, validate))
-    device = next(model.parameters()).device
+    device = device_of(model)
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pruning import parallel
 from pruning.config import TrainConfig
 from pruning.errors import PruningError, TrainingDiverged
-from pruning.graph import call
+from pruning.graph import call, device_of
 from pruning.modes import channels_last, eval_mode
 
 #: From a model, its inputs and the targets to the loss of a batch, a scalar.
@@ -132,11 +132,6 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are; one without any, such as an exported file, takes the CPU."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
 
@@ -199,7 +194,7 @@ def fit(
 
     batches = parallel.shared(batches)
     with channels_last(model, config.channels_last), parallel.together(model) as trained:
-        device = next(model.parameters()).device
+        device = device_of(model)
         training = _Training(model, config, steps, device, extra)
         if resume is not None:
             training.restore(resume)

@@ -12,7 +12,7 @@ from torch import nn
 from pruning.budget import Budget
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.graph import Inputs
+from pruning.graph import Inputs, device_of
 from pruning.grouping import trace
 from pruning.modes import eval_mode
 from pruning.norms import equalize, recalibrate
@@ -57,7 +57,7 @@ class Trial:
     def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model without each layer it can do without, from the least calibration loss on."""
         traced = trace(model, self.example_inputs, self.options["ignored"])
-        device = next(model.parameters()).device
+        device = device_of(model)
         batches = [to_device(batch, device) for batch in self.options["calibration"]]
         losses, models = {}, {}
         for name, layer in removable(model, traced, self.example_inputs).items():

@@ -93,6 +93,25 @@ def test_a_model_without_prunable_groups_says_why():
         prune(nn.Linear(4, 2), torch.randn(2, 4), Budget(params="50%"), score="l2")
 
 
+@pytest.mark.filterwarnings("ignore:.*Lazy modules:UserWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "no layer was found"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyConv2d(2, 3)), "0.weight has no values yet"),
+        (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))), "TorchScript"),
+    ],
+)
+def test_a_model_with_nothing_to_narrow_says_what_it_is(make, message):
+    with pytest.raises(PruningError, match=message):
+        prune(make(), nets.images(), Budget(params="50%"), score="l2")
+
+
+def test_a_batch_of_no_examples_is_refused():
+    with pytest.raises(PruningError, match="batch of no examples"):
+        trace(nets.make("lenet"), nets.images(0))
+
+
 def test_a_model_that_does_not_run_on_the_inputs():
     with pytest.raises(PruningError, match="does not run on the example inputs"):
         trace(nets.make("lenet"), torch.randn(2, 1, 14, 14))
