@@ -27,7 +27,7 @@ import torch
 import data
 import models
 from benchmarks import results, timing
-from benchmarks.pipeline import MEMORY, OURS, SETTINGS, in_process, settings_parser
+from benchmarks.pipeline import MEMORY, OURS, SETTINGS, heading, in_process, settings_parser
 from eval.cli import ROOT
 from pruning import cli, provenance, time_forward
 from pruning.plots import Point, front
@@ -124,14 +124,7 @@ def at_equal_accuracy(point: dict[str, Any], ours: Sequence[dict[str, Any]]) -> 
 
 def markdown(result: dict[str, Any]) -> str:
     """The same as tables."""
-    asked = result["settings"]
-    lines = [
-        f"{asked['data']}, batch {asked['batch_size']}, ranking {asked['ranking']}; epochs: "
-        f"{asked['sparsify_epochs']} of stage 1, {asked['recover_epochs']} after each of "
-        f"{asked['iterations']} pruning steps, {asked['finetune_epochs']} of fine-tuning. "
-        f"{timing.described(result['machine'])}.",
-        "",
-    ]
+    lines = [heading(result, "several budgets of MACs"), ""]
     names = {OURS: "ours", MEMORY: "torch-pruning"}
     rows = [
         [

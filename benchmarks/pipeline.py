@@ -295,17 +295,21 @@ def ratios(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def heading(result: dict[str, Any], limit: str) -> str:
+    """The settings of runs, and where they ran."""
+    asked = result["settings"]
+    return (
+        f"{asked['data']}, batch {asked['batch_size']}, {asked['threads']} "
+        f"thread{'s' * (asked['threads'] > 1)}, {limit}, ranking {asked['ranking']}; epochs: "
+        f"{asked['sparsify_epochs']} of stage 1, {asked['recover_epochs']} after each of "
+        f"{asked['iterations']} pruning steps, {asked['finetune_epochs']} of fine-tuning. "
+        f"{timing.described(result['machine'])}."
+    )
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The same as tables."""
-    asked = result["settings"]
-    lines = [
-        f"{asked['data']}, batch {asked['batch_size']}, {asked['threads']} "
-        f"thread{'s' * (asked['threads'] > 1)}, at most {asked['max_macs']} of the MACs, ranking "
-        f"{asked['ranking']}; epochs: {asked['sparsify_epochs']} of stage 1, {asked['recover_epochs']} after "
-        f"each of {asked['iterations']} pruning steps, {asked['finetune_epochs']} of fine-tuning. "
-        f"{timing.described(result['machine'])}.",
-        "",
-    ]
+    lines = [heading(result, f"at most {result['settings']['max_macs']} of the MACs"), ""]
     rows = []
     for side, found in result["sides"].items():
         figures = [f"{found[key]:,.1f}" for key in COLUMNS] + [results.percent(found["accuracy"])]
