@@ -20,7 +20,6 @@ from pruning.forms import Optimized, optimize
 from pruning.graph import Group, Trace
 from pruning.grouping import trace
 from pruning.norms import equalize, fold_batchnorm, recalibrate
-from pruning.perturb import shrink_and_perturb
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.quantization import quantize
@@ -84,7 +83,6 @@ __all__ = [
     "removable",
     "save",
     "sensitivity",
-    "shrink_and_perturb",
     "slim",
     "sparsify",
     "time_forward",

@@ -113,8 +113,6 @@ class SlimConfig:
         strength: λ of the L1 pull on BatchNorm scales in stage 1; None finds it from the
             budget, 0 trains without it.
         distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
-        inherit: how much of the pruned weights stage 3 starts from, as `shrink_and_perturb` takes it;
-            1 leaves them as they are.
     """
 
     budget: Budget | LatencyBudget
@@ -123,7 +121,6 @@ class SlimConfig:
     finetune: TrainConfig
     strength: float | None = None
     distill: float = 0.0
-    inherit: float = 1.0
 
     def __post_init__(self) -> None:
         _require((self.strength or 0) >= 0, f"sparsity strength {self.strength}: at least 0")
@@ -132,7 +129,6 @@ class SlimConfig:
             f"decay of the moving average {self.sparsify.ema} in stage 1: 0 (an average has no exact zeros)",
         )
         _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
-        _require(0 <= self.inherit <= 1, f"share of inherited weights {self.inherit}: from 0 to 1")
 
     @classmethod
     def within(cls, budget: Budget | LatencyBudget) -> SlimConfig:

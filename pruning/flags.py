@@ -175,13 +175,6 @@ def stage_flags(parser: argparse.ArgumentParser) -> None:
             metavar="RATE",
             help=f"highest learning rate of {when}",
         )
-    group.add_argument(
-        "--inherit",
-        type=cli.number(0, 1),
-        default=1.0,
-        metavar="SHARE",
-        help="of the pruned weights that stage 3 starts from, the rest drawn anew; 1: as they are",
-    )
     training_flags(parser)
 
 
@@ -294,7 +287,6 @@ def slim_config(args: argparse.Namespace) -> SlimConfig:
         finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
         strength=args.sparsity,
         distill=args.distill,
-        inherit=args.inherit,
     )
 
 

@@ -21,7 +21,6 @@ from pruning.graph import Ignored, Inputs, device_of, first_examples
 from pruning.grouping import trace
 from pruning.latency import even_scores, plan_latency
 from pruning.norms import equalize
-from pruning.perturb import shrink_and_perturb
 from pruning.plan import plan_within
 from pruning.progress import Progress
 from pruning.prune import prune
@@ -180,8 +179,6 @@ def slim(
     label = "stage 3, fine-tune"
     if progress.resume(last) is None:
         small = equalize(small, trace(small, example_inputs), example_inputs)
-        if config.inherit < 1:
-            small = shrink_and_perturb(small, config.inherit)
     small = finetune(
         small,
         config=config.finetune,

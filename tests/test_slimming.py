@@ -27,7 +27,7 @@ from pruning.slimming import tune
 CONFIG = SlimConfig(
     Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
     prune=PruneConfig(2, TrainConfig(1, lr=0.02), layers=True),
-    finetune=TrainConfig(2, lr=0.05, ema=0.5), distill=0.3, inherit=0.8,
+    finetune=TrainConfig(2, lr=0.05, ema=0.5), distill=0.3,
 )  # fmt: skip
 
 
