@@ -155,7 +155,10 @@ def _times(
 def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
     """A copy of a layer with so many output and input channels, as many of each of its parts."""
     small, several = copy.deepcopy(layer).eval(), parts(layer)
-    wanted: dict[Side, int] = {"out": out} if is_depthwise(layer) else {"out": out, "in": into}
+    wanted: dict[Side, int] = {"out": out, "in": into}
+    if is_depthwise(layer):
+        each = layer_width(layer, "out") // layer_width(layer, "in")
+        wanted = {"out": max(1, out // each) * each}
     for side, width in wanted.items():
         of = layer_width(layer, side) // several
         first = torch.arange(max(1, width // several))

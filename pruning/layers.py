@@ -90,11 +90,11 @@ def channel_dim(layer: nn.Module) -> int:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each channel is convolved alone, so that it goes in and out at once."""
-    return (
-        isinstance(layer, nn.modules.conv._ConvNd)
-        and 1 < layer.groups == layer.in_channels == layer.out_channels
-    )
+    """Whether each channel is convolved alone, into one or several, so that they go in and out at once."""
+    if not isinstance(layer, nn.modules.conv._ConvNd) or not 1 < layer.groups == layer.in_channels:
+        return False
+    # The weight of a transposed one that makes several holds them along two dimensions.
+    return not isinstance(layer, nn.modules.conv._ConvTransposeNd) or layer.out_channels == layer.groups
 
 
 def readers(layer: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
@@ -157,11 +157,11 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
 
     count = rule.out_count if side == "out" else rule.in_count
     old = getattr(layer, count)
-    setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
     if depthwise:
-        setattr(layer, rule.in_count, len(keep))
+        setattr(layer, rule.in_count, len(keep) * getattr(layer, rule.in_count) // old)
+    setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
     if alone:
-        setattr(layer, rule.parts, len(keep))
+        setattr(layer, rule.parts, getattr(layer, rule.in_count) if depthwise else len(keep))
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()  # on a GPU they lie in one piece
 

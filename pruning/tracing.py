@@ -229,7 +229,10 @@ class _Follower(TorchDispatchMode):
             self.book.fix(own, f"the input of {name} has a fixed size")
             self.book.put(output, None)
         else:
-            self.book.tie(vector, own, f"the input of {name} has a fixed size in part")
+            each = len(own) // len(vector)  # a depthwise convolution may make several channels of one
+            self.book.tie(
+                vector.repeat_interleave(each), own, f"the input of {name} has a fixed size in part"
+            )
             self.book.put(output, spread(own, output.ndim, dim))
 
     def _along(self, labels: Tensor | None, x: Tensor, dim: int, name: str) -> Tensor | None:

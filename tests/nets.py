@@ -258,6 +258,22 @@ def plain(bias: bool = True) -> nn.Module:
     )
 
 
+def multiplied() -> nn.Module:
+    """A depthwise convolution makes two channels of each, as in EEGNet; another one follows."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 8, 3, groups=4, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ELU(),
+        nn.Conv2d(8, 16, 3, groups=8),
+        nn.Conv2d(16, 6, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 8 * 8, 4),
+    )
+
+
 def lenet(**options: object) -> nn.Module:
     return LeNet5((4, 6), (9, 7), image_shape=(3, 14, 14), batch_norm=True, classes=4, **options)  # type: ignore[arg-type]
 
@@ -294,6 +310,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "dense": Dense,
     "inverted": Inverted,
     "grouped": Grouped,
+    "multiplied": multiplied,
     "up_and_down": UpAndDown,
     "tokens": Tokens,
     "shuffled": Shuffled,
