@@ -50,13 +50,14 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
     keep = _match(model, ignored)
     shared = _shared_parameters(model)
     found = flow(model, call, inputs)
+    ran = {name for name, layer in model.named_modules() if isinstance(layer, MAKERS) and found.calls[name]}
 
     groups: dict[str, Group] = {}
     skipped: dict[str, str] = {}
     sized = set(found.ties.root(np.concatenate([np.arange(0), *found.rigid])).tolist())
     suspect = []
     for group, numbers, reason in _groups(model, found):
-        producers = [m.layer for m in group.side("out") if m.layer in found.uses]
+        producers = [m.layer for m in group.side("out") if m.layer in ran]
         reason = reason or _obstacle(group, model, keep, frozen, shared)
         if reason:
             skipped.update(dict.fromkeys(producers, reason))
@@ -71,7 +72,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
                 "views and splits from those of their inputs to let it be pruned"
             )
     makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
-    skipped = {layer: why for layer, why in skipped.items() if layer in found.uses and layer not in makers}
+    skipped = {layer: why for layer, why in skipped.items() if layer in ran and layer not in makers}
     skipped.update(_unseen(model, found))
 
     foldable = _foldable(model, found)

@@ -104,7 +104,7 @@ def taylor(
                     for kind in ("weight", "bias"):
                         gradient = gradients.get((member.layer, kind))
                         if gradient is not None:
-                            products = parameters[member.layer, kind].detach() * gradient
+                            products = parameters[member.layer, kind].detach() * gradient.to_dense()
                             rows = output_rows(model.get_submodule(member.layer), kind, products)
                             change += _per_channel(group, member, rows.sum(1))
                 scores[name] += change.square()

@@ -43,7 +43,7 @@ _STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 #: Convolutions and linear layers: a weight between channels that come in and channels that go out.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 #: Layers that make channels.
-MAKERS = (*WEIGHTED, nn.Embedding)
+MAKERS = (*WEIGHTED, nn.Embedding, nn.EmbeddingBag)
 #: Layers that read channels and keep their hidden size.
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 #: The first row whose type fits is taken. A new layer type is a row of this table, here.
@@ -56,7 +56,7 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
     (nn.LayerNorm, Rule({"weight": -1, "bias": -1}, {}, "normalized_shape")),
     (nn.RMSNorm, Rule({"weight": -1}, {}, "normalized_shape")),
     (nn.PReLU, Rule({"weight": 0}, {}, "num_parameters")),
-    (nn.Embedding, Rule({"weight": 1}, {}, "embedding_dim")),
+    ((nn.Embedding, nn.EmbeddingBag), Rule({"weight": 1}, {}, "embedding_dim")),
     (nn.RNNBase, Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size")),
     (nn.RNNCellBase, Rule({}, {"weight_ih": 1}, "hidden_size", "input_size")),
 )

@@ -108,7 +108,7 @@ def _sizes(layer: Any, attribute: str) -> Any:
         return (len(getattr(layer, attribute)), layer.input_size)
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
         return ()
-    if isinstance(layer, nn.Embedding) or hasattr(layer, "normalized_shape"):
+    if hasattr(layer, "num_embeddings") or hasattr(layer, "normalized_shape"):
         return getattr(layer, "normalized_shape", None) or (layer.num_embeddings, layer.embedding_dim)
     counts = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
     out = next(getattr(layer, count) for count in counts if hasattr(layer, count))

@@ -166,8 +166,10 @@ class _Follower(TorchDispatchMode):
             self.found.calls[name] += 1
             if isinstance(module, WEIGHTED):
                 self._weighted(name, module, x, output)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 labels = self.side(name, module, "out", -1)
+                if module.max_norm is not None:
+                    self.book.fix(labels, f"{name} brings rows to max_norm over all their channels")
                 self.book.put(output, labels.reshape([1] * (output.ndim - 1) + [-1]))
             else:
                 self._channelwise(name, module, x, output)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, PruningError, prune, trace
+from pruning import Budget, PruningError, load, prune, save, trace
 
 
 def test_the_output_layer_is_kept_and_named():
@@ -149,6 +149,28 @@ def test_recurrent_layers_are_narrowed_where_they_read_and_keep_their_hidden_siz
     assert "hidden size" in traced.skipped["read"]
     step = prune(Starts(), nets.images(), Budget(channels=3), score="l2", ignored=["second"])
     assert step.model.read.input_size == 3 and step.model.read.weight_ih_l0.shape == (15, 3)
+
+
+@pytest.mark.parametrize("made", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_embeddings_are_narrowed_unless_they_are_normalised(made, score, tmp_path):
+    class Sentences(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.words, self.head = made(10, 8, **options), nn.Linear(8, 3)
+
+        def forward(self, x):
+            found = self.words(x)
+            return self.head(torch.relu(found if found.ndim == 2 else found.mean(1)))
+
+    batches = [(nets.words(), torch.tensor([0, 1]))]
+    net = Sentences(sparse=True)
+    step = prune(net, nets.words(), Budget(channels=3), score=score, calibration=batches)
+    assert step.model.words.embedding_dim == 3 and step.difference < 1e-5
+    save(tmp_path / "small.pth", step.model)
+    again = load(tmp_path / "small.pth", Sentences)
+    assert torch.equal(again(nets.words()), step.model(nets.words()))
+    assert "max_norm" in trace(Sentences(max_norm=1.0), nets.words()).skipped["words"]
 
 
 def test_layers_that_do_not_run_on_the_inputs_are_named():
