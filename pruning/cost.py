@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -387,12 +388,12 @@ def time_forward(
     with thread_count(threads), eval_mode(*models.values()), torch.inference_mode():
         passes = {}
         for name in names:
-            started, runs = time.perf_counter(), 0
-            while time.perf_counter() - started < warmup / len(names) or runs < 3:
-                turns[name](1)
-                runs += 1
-            # A turn of about 2 ms is long against the clock and short against disturbances.
-            passes[name] = max(1, round(0.002 * runs / (time.perf_counter() - started)))
+            started, each = time.perf_counter(), list[float]()
+            while time.perf_counter() - started < warmup / len(names) or len(each) < 3:
+                each.append(turns[name](1))
+            # A turn of about 2 ms is long against the clock and short against disturbances; by the median,
+            # because one disturbance here would leave a network with turns of a single pass, which are slow.
+            passes[name] = max(1, round(0.002 / statistics.median(each)))
         # What ran just before leaves the caches to the next: at random, so that none gains by its place.
         order = random.Random(0)
         deadline = time.perf_counter() + seconds

@@ -88,6 +88,8 @@ def test_a_run_that_is_killed_resumes_to_the_same_network(run, tmp_path, killer)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train_yournet.py", *SHORT], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # Where the tests run in the background, a shell has turned Ctrl-C off for them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (folder / "state.pth").exists():
         assert process.poll() is None, process.stderr.read()
