@@ -9,7 +9,7 @@ from pruning.budget import Budget, LatencyBudget
 from pruning.check import verify
 from pruning.checkpoint import load, provenance, save
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.cost import Cost, CostModel, Latency, TimeRatio, count, time_forward, time_ratio, uncounted
+from pruning.cost import Cost, CostModel, count, uncounted
 from pruning.curves import Sensitivity
 from pruning.depth import Removable, removable, without_layer
 from pruning.doctor import Diagnosis, doctor
@@ -30,6 +30,7 @@ from pruning.sensitivity import joint, sensitivity
 from pruning.slimming import Slimmed, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants
+from pruning.timing import Latency, TimeRatio, time_forward, time_ratio
 from pruning.training import accuracy, cross_entropy, fit
 
 __all__ = [

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pruning.checkpoint import replace_file
-from pruning.cost import time_forward
 from pruning.errors import ExportError
 from pruning.runtimes import Exported, difference, needed
+from pruning.timing import time_forward
 
 #: Poolings are taken into convolutions of fewer channels; wider ones fill the runtime's blocks anyway.
 NARROW = 32

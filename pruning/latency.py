@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from pruning.budget import LatencyBudget
-from pruning.cost import time_forward
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
 from pruning.graph import Inputs, Trace, tensors
@@ -30,6 +29,7 @@ from pruning.norms import fold_batchnorm
 from pruning.plan import Order, Plan, ascending, lowest_widths, most_important, require_multiple
 from pruning.runtimes import RUNTIMES, Exported
 from pruning.surgery import apply
+from pruning.timing import time_forward
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
         )  # fmt: skip
     axes.set_yticks(places, [_short(n) for n in names], fontsize=8 if len(names) < 40 else 5)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.12)
     axes.set_xlabel("channels")
     axes.grid(axis="y", visible=False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
@@ -395,6 +395,7 @@ def _label(axes: Any, points: Sequence[tuple[Point, str, Any]], lines: Sequence[
             )
             box = text.get_window_extent()
             outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)
+            # Another label weighs more than the edge of the figure, and that more than a stretch of line.
             covered = 10 * box.count_overlaps(taken) + box.count_contains(marks) + 3 * outside
             places.append((covered, text, box))
         _, chosen, box = min(places, key=lambda place: place[0])

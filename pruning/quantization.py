@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from pruning.checkpoint import replace_file
-from pruning.cost import Latency, time_forward
 from pruning.errors import ExportError
 from pruning.runtimes import Exported, first_line, needed, quiet
+from pruning.timing import Latency, time_forward
 
 
 @dataclass(frozen=True)

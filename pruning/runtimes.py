@@ -95,9 +95,8 @@ class _OnnxPass:
     def __init__(self, session: Any):
         self.session = session
         self.inputs = [argument.name for argument in session.get_inputs()]
-        self.outputs = [
-            result.name for result in session.get_outputs()
-        ]  # asked for anew at each call otherwise
+        # Where no names are given, a session asks for them anew at each call.
+        self.outputs = [result.name for result in session.get_outputs()]
 
     def __call__(self, *inputs: Tensor) -> Any:
         outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, self._fed(inputs))]

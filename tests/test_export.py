@@ -28,10 +28,10 @@ from pruning import (
     time_forward,
 )
 from pruning.checkpoint import read
-from pruning.cost import Latency
 from pruning.export import SUFFIXES, TOLERANCE
 from pruning.quantization import quantize
 from pruning.runtimes import RUNTIMES, difference
+from pruning.timing import Latency
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "checkpoints" / "YourNet" / "best.pth"

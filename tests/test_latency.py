@@ -13,12 +13,13 @@ from torch import nn
 
 from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.cost import CostModel, time_forward
+from pruning.cost import CostModel
 from pruning.importance import l2
 from pruning.latency import _between, even_scores
 from pruning.layer_times import LatencyTable, _interpolated
 from pruning.layers import is_recurrent
 from pruning.plan import ascending, lowest_widths
+from pruning.timing import time_forward
 
 
 def wide():

@@ -16,6 +16,7 @@ from pruning import (
     PruningError,
     apply,
     channel_constants,
+    count,
     load,
     prune,
     save,
@@ -204,16 +205,18 @@ def test_layers_may_be_called_by_keyword():
         def __init__(self):
             super().__init__()
             self.first, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
-            self.second, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+            self.second, self.read, self.head = nn.Conv2d(8, 8, 3), nn.GRU(8, 5), nn.Linear(5, 4)
 
         def forward(self, x):
             hidden = torch.relu(self.norm(input=self.first(input=x)))
-            return self.head(input=torch.relu(self.second(input=hidden)).mean((2, 3)))
+            rows = torch.relu(self.second(input=hidden)).mean(3).permute(2, 0, 1)
+            return self.head(input=self.read(input=rows)[0][-1])
 
     net = Keywords()
     batches = [(nets.images(), torch.zeros(len(nets.images()), dtype=torch.int64))]
     step = prune(net, nets.images(), Budget(params="50%"), calibration=batches)
     assert step.after.params <= 0.5 * step.before.params and step.difference < 1e-5
+    assert count(step.model, nets.images()) == step.after
 
 
 class Keeps(nn.Module):

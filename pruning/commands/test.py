@@ -11,9 +11,10 @@ import torch
 
 from pruning import cli, flags
 from pruning.checkpoint import replace_file
-from pruning.cost import count, time_forward
+from pruning.cost import count
 from pruning.errors import PruningError
 from pruning.graph import first_examples, tensors
+from pruning.timing import time_forward
 from pruning.training import accuracy, no_classifier, to_device
 
 SUMMARY = "measure accuracy, cost and time of a network"
