@@ -150,7 +150,7 @@ def read_plain(path: str | Path) -> Any:
             f"{path} was refused: it is damaged, or holds objects beyond tensors and plain data"
         ) from error
     except Exception as error:  # reading a damaged file can fail in any way
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 

@@ -145,3 +145,20 @@ def test_a_checkpoint_whose_class_has_changed(run, tmp_path):
     assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
     code, _, err = run("test", "--model", "mine:Changed", "--weights", "small.pth", "--data", "mine:digits")
     assert code == 2 and "small.pth does not fit Changed" in err
+
+
+def test_an_export_whose_data_are_refused_writes_nothing(run, tmp_path):
+    assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
+    words = (
+        "export",
+        "small.pth",
+        "--input-shape",
+        "1x10x10",
+        "--to",
+        "onnx",
+        "--int8",
+        "--output",
+        "net.onnx",
+    )
+    code, _, err = run(*words, "--data", "nowhere")
+    assert code == 2 and "'nowhere'" in err and not list(tmp_path.glob("*.onnx"))

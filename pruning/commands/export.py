@@ -62,11 +62,11 @@ def execute(args: argparse.Namespace) -> None:
     if scales is not None:
         metadata["normalisation"] = scales
     examples = torch.zeros(2, *flags.image_shape(args, content))
+    data = flags.data_of(args)  # should it be refused, nothing has been written
     with thread_count(1):
         print(export(model, output, examples, args.to, metadata=metadata))
         if args.optimize:
             print(optimize(output, output))
-    data = flags.data_of(args)
     if wanted and data is not None:
         small = output.with_suffix(".int8.onnx")
         batches = [inputs for inputs, _ in data.calibration(1024)]
