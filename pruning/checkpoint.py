@@ -2,12 +2,14 @@
 
     {"format": 1, "class": "models.YourNet:YourNet", "arguments": {...},
      "layers": {"features.conv1": {"out_channels": 3, ...}, ...}, "folded": [...],
-     "not_in_place": [...], "state_dict": {...}, "buffers": {...}, "provenance": {...}}
+     "not_in_place": [...], "sizes": {"block1": {"width": 14}, ...}, "state_dict": {...},
+     "buffers": {...}, "provenance": {...}}
 
 The network is made by calling the class with the arguments, then every layer is given the
 channel counts in `layers`: so a pruned network loads whether or not its class can build
-narrow widths. `buffers` are those with persistent=False, which a state dict leaves out: they hold
-channels, too. Loading needs torch and the class, nothing else.
+narrow widths. `sizes` are those that modules' own code views or splits channels by. `buffers` are those
+with persistent=False, which a state dict leaves out: they hold channels, too. Loading needs torch and
+the class, nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from pruning.errors import CheckpointError
 from pruning.layers import rule_for
 from pruning.load_pruned import rebuild, takes
+from pruning.sizes import changed_sizes
 
 FORMAT = 1
 
@@ -204,6 +207,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
     folded = [name for name, layer in everywhere if type(layer) is nn.Identity]
     not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
+    sizes = {name: changed for name, module in model.named_modules() if (changed := changed_sizes(module))}
     # What a module's `get_extra_state` gives may be anything; `write` refuses what is not plain data.
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
@@ -218,6 +222,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "layers": layers,
         "folded": folded,
         "not_in_place": not_in_place,
+        "sizes": sizes,
         "state_dict": state,
         "buffers": buffers,
     }

@@ -56,6 +56,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A size that a module keeps in an attribute, for its code to view or split channels by.
+
+    Attributes:
+        module, attribute: where it is kept, a whole number or a sequence of them.
+        entries: which entries of a sequence are this size; empty for a number.
+        owned: by group, how many of its positions each channel is, (channels,).
+    """
+
+    module: str
+    attribute: str
+    entries: tuple[int, ...]
+    owned: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class LayerUse:
     """How often a forward pass of one example uses a weight of a layer.
 
@@ -81,6 +97,7 @@ class Trace:
         ignored: the layers that were asked to stay as they are, those inside them included.
         other_macs: of products outside such layers (attention), for one example.
         inputs: the example inputs; whether folding changes nothing is checked on them.
+        sizes: kept by modules beside their layers; they follow the widths of the groups.
     """
 
     groups: dict[str, Group]
@@ -90,6 +107,7 @@ class Trace:
     ignored: frozenset[str] = frozenset()
     other_macs: float = 0.0
     inputs: Any = field(default=None, repr=False, compare=False)
+    sizes: tuple[Size, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:

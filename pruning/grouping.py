@@ -6,7 +6,6 @@ with the reason for every layer that is left out.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,17 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call, tensors
 from pruning.labels import Flow, SideUse, Ties
 from pruning.layers import MAKERS, RECURRENT, Side, layer_width, parts
-from pruning.meta import Shapes, on_meta, to_meta
 from pruning.modes import buffers_unchanged, eval_mode
-from pruning.plan import Plan
-from pruning.surgery import cut
+from pruning.rigid import rigid
 from pruning.tracing import flow
 
 _NOT_RUN = (
@@ -53,23 +48,22 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
     ran = {name for name, layer in model.named_modules() if isinstance(layer, MAKERS) and found.calls[name]}
 
     groups: dict[str, Group] = {}
+    labels: dict[str, np.ndarray] = {}
     skipped: dict[str, str] = {}
-    sized = set(found.ties.root(np.concatenate([np.arange(0), *found.rigid])).tolist())
-    suspect = []
     for group, numbers, reason in _groups(model, found):
         producers = [m.layer for m in group.side("out") if m.layer in ran]
         reason = reason or _obstacle(group, model, keep, frozen, shared)
         if reason:
             skipped.update(dict.fromkeys(producers, reason))
             continue
-        groups[group.name] = group
-        if sized.intersection(numbers.tolist()):
-            suspect.append(group.name)
-    for name, error in _rigid(model, inputs, found, groups, suspect).items():
+        groups[group.name], labels[group.name] = group, numbers
+    tied, sizes = rigid(model, inputs, found, groups, labels)
+    for name, error in tied.items():
         for member in groups.pop(name).side("out"):
             skipped[member.layer] = (
                 f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
-                "views and splits from those of their inputs to let it be pruned"
+                "views and splits from those of their inputs, or keep them in attributes of the module that "
+                "uses them, to let it be pruned"
             )
     makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
     skipped = {layer: why for layer, why in skipped.items() if layer in ran and layer not in makers}
@@ -80,7 +74,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         name: LayerUse(used, positions, model.get_submodule(name).bias is not None or name in foldable)
         for name, (used, positions) in found.uses.items()
     }
-    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs, inputs)
+    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs, inputs, sizes)
 
 
 def _refuse(model: nn.Module, inputs: Inputs) -> None:
@@ -109,50 +103,6 @@ def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
             yield name, "its weight is computed from others; remove what does that to let it be pruned"
         elif isinstance(layer, MAKERS):
             yield name, _NOT_RUN
-
-
-def _rigid(
-    model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], suspect: list[str]
-) -> dict[str, str]:
-    """Of the suspect groups those that cannot lose a channel, because the model then fails.
-
-    Sizes of a view or a split may have been computed from those of its input or be written
-    in the code; which, shows when the model runs with a channel less in each such group.
-    """
-    if not suspect:
-        return {}
-    traced = Trace(groups, {}, {}, {})
-    quick = found.probe is not None
-    example = pytree.tree_map(to_meta, inputs) if quick else inputs
-
-    def fresh() -> nn.Module:
-        return on_meta(model) if quick else copied(model)
-
-    def shapes(probe: nn.Module) -> list[torch.Size]:
-        with torch.no_grad(), Shapes() if quick else contextlib.nullcontext():
-            return [t.shape for t in tensors(call(probe.eval(), example))]
-
-    def failure(probe: nn.Module, names: list[str]) -> str:
-        cut(probe, traced, Plan({name: tuple(range(groups[name].channels - 1)) for name in names}))
-        try:
-            got = shapes(probe)
-        except Exception as error:  # of a model that no longer fits together
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return "" if got == found.outputs else f"its outputs change from {found.outputs} to {got}"
-
-    at_fault = {}
-    probe = found.probe or fresh()
-    waiting = [suspect]
-    while waiting:
-        names = waiting.pop()
-        error = failure(probe, names)
-        if error and len(names) == 1:
-            at_fault[names[0]] = error
-        elif error:
-            waiting += [names[: len(names) // 2], names[len(names) // 2 :]]
-        if waiting:
-            probe = fresh()
-    return at_fault
 
 
 def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:

@@ -75,6 +75,19 @@ class SideUse:
     dim: int
 
 
+@dataclass(frozen=True)
+class Extent:
+    """A size of channels that an operation may have been given by the code around it.
+
+    Attributes:
+        module: the name of the module whose code ran.
+        labels: of the channels that the size counts, one for each position.
+    """
+
+    module: str
+    labels: np.ndarray
+
+
 @dataclass
 class Flow:
     """What a forward pass showed.
@@ -83,6 +96,7 @@ class Flow:
         ties: between labels. sides: by layer (or tensor) name and side.
         fixed: labels that must stay, each with the reason.
         rigid: labels that passed an operation whose sizes may be written in the code.
+        extents: these sizes.
         calls: how often each layer in the table ran.
         uses: (uses of a weight, output positions) per layer, summed over the pass.
         follows: for every convolution and linear layer, what reads its output; the empty
@@ -97,6 +111,7 @@ class Flow:
     sides: dict[tuple[str, Side], SideUse] = field(default_factory=dict)
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     rigid: list[np.ndarray] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     follows: dict[str, list[str]] = field(default_factory=dict)
@@ -119,7 +134,8 @@ class Labels:
 
     def __init__(self, found: Flow, own: dict[int, str]):
         self.found, self.own = found, own
-        self.path = ["the model"]
+        #: The modules that run, each inside the one before it: name, and how messages call it.
+        self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
@@ -160,9 +176,19 @@ class Labels:
             numbers = labels.flatten().numpy()
             self.found.fixed.append((numbers[numbers != NONE], reason))
 
+    def rigid(self, labels: Tensor, sized: Tensor | None) -> None:
+        """An operation on channels with sizes that may be written in the code, or held by its module.
+
+        `sized` has labels along the dimensions whose size the operation was given.
+        """
+        self.found.rigid.append(labels.flatten().numpy())
+        for dim in varying(sized):
+            vector = vector_along(sized, dim, sized.shape[dim])  # type: ignore[arg-type, union-attr]
+            self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
+
     def where(self) -> str:
         """The module that runs, for messages."""
-        return self.path[-1]
+        return self.path[-1][1]
 
     def unknown(self, name: str, operands: Iterable[Tensor]) -> None:
         """An operation that channels cannot be followed through: they stay."""

@@ -47,10 +47,7 @@ def takes(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
 
 
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
-    """Give a freshly made dense network the channel counts and weights of a checkpoint, in place.
-
-    Layers may have fewer channels than there; anything else raises one of the errors caught above.
-    """
+    """Give a dense network the counts, where they are not more, and weights of a checkpoint, in place."""
     passed_on = 0  # what a layer received that is gone as a whole; the next one receives it now
     for name in content["folded"]:  # a norm that is part of the layer before it, or such a layer
         gone, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")
@@ -58,14 +55,18 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
         setattr(model.get_submodule(owner), attribute, nn.Identity())
     for name in content.get("not_in_place", ()):
         setattr(model.get_submodule(name), "inplace", False)  # noqa: B010 - nn.Module declares none
-    for name, counts in content["layers"].items():
+    sized = content.get("sizes", {})  # what a module's own code views or splits channels by
+    for name, counts in (*content["layers"].items(), *sized.items()):
+        module = model.get_submodule(name)
         for attribute, count in counts.items():
-            made = getattr(model.get_submodule(name), attribute)
-            *rest, channels = count if isinstance(count, list) else [count]
-            *fixed, most = made if isinstance(made, tuple) else [made]
-            if rest != fixed or not 1 <= channels <= max(most, passed_on if attribute[:3] == "in_" else 0):
+            made, before = getattr(module, attribute), passed_on if attribute[:3] == "in_" else 0
+            most, given = ([n] if isinstance(n, int) else list(n) for n in (made, count))
+            fits = (g == m or 0 < g <= max(m, before) for g, m in zip(given, most, strict=False))
+            if len(most) != len(given) or not all(fits):
                 raise ValueError(f"{name}.{attribute} is stored as {count}, the factory makes {made}")
-            setattr(model.get_submodule(name), attribute, tuple(count) if isinstance(made, tuple) else count)
+            setattr(module, attribute, count if isinstance(made, int) else type(made)(count))
+        if name in sized:
+            setattr(module, "_pruned_sizes", sorted(counts))  # noqa: B010 - for the next checkpoint
     became: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
     for name, stored in content["state_dict"].items():
         if isinstance(stored, Tensor):  # and not what a module's `get_extra_state` gave
@@ -113,7 +114,6 @@ def _sizes(layer: Any, attribute: str) -> Any:
     counts = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
     out = next(getattr(layer, count) for count in counts if hasattr(layer, count))
     into = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
-    if attribute != "weight" or not into:
-        return (out,)
-    out, into = (into, out) if getattr(layer, "transposed", False) else (out, into)
-    return (out, into // getattr(layer, "groups", 1))
+    if attribute == "weight" and getattr(layer, "transposed", False):
+        out, into = into, out
+    return (out, into // getattr(layer, "groups", 1)) if attribute == "weight" and into else (out,)

@@ -119,7 +119,7 @@ def pointwise(book: Labels, op: Operation) -> None:
         if expanded == wide and not varying(other):
             # One value for all channels. The size that it was expanded to may be written in the code.
             if wide:
-                book.found.rigid.append(result.flatten().numpy())
+                book.rigid(result, result)
             elif other is not None and not lies:
                 book.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
@@ -229,8 +229,9 @@ def move(book: Labels, op: Operation, labels: Tensor) -> None:
 
 def view(book: Labels, op: Operation, labels: Tensor) -> None:
     found = compact(labels.expand(op.operands[0].shape).reshape(op.output.shape))
-    book.found.rigid.append(labels.flatten().numpy())
-    book.put(op.output, _along_one_dimension(book, found))
+    found = _along_one_dimension(book, found)
+    book.rigid(labels, found)
+    book.put(op.output, found)
 
 
 def _along_one_dimension(book: Labels, labels: Tensor) -> Tensor:
@@ -264,7 +265,7 @@ def cut(book: Labels, op: Operation, labels: Tensor) -> None:
             by_part = labels.movedim(dim, 0).reshape(-1, length, *labels.movedim(dim, 0).shape[1:])
             for other in by_part[1:]:
                 book.tie(by_part[0], other, FIXED_SIZE)
-            book.found.rigid.append(labels.flatten().numpy())
+            book.rigid(labels, labels.narrow(dim, 0, length))
         else:
             book.fix(labels, f"{book.where()} takes channels out of it by position")
     move(book, op, labels)

@@ -16,6 +16,7 @@ from pruning.graph import Inputs, Trace, call, fresh
 from pruning.layers import Side, layer_width, narrow, output_rows, parts, readers
 from pruning.modes import buffers_unchanged, eval_mode, hooked, on_input
 from pruning.plan import Plan
+from pruning.sizes import resize
 
 #: For consumers of pruned channels, the value each of their input channels is taken to have
 #: once it is gone: layer name to (input channels,).
@@ -48,6 +49,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
     _cut(small, trace, dropped)
+    resize(small, trace, plan)
     small.zero_grad(set_to_none=True)
     return small
 
@@ -55,6 +57,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
 def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
     """Take the channels that a plan does not keep out of a model, in place."""
     _cut(model, trace, dropped_positions(trace, plan))
+    resize(model, trace, plan)
 
 
 def _cut(model: nn.Module, trace: Trace, dropped: Mapping[tuple[str, Side], Tensor]) -> None:

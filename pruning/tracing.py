@@ -96,7 +96,7 @@ class _Follower(TorchDispatchMode):
                 self.holders.update((id(t), name) for t in own.values())
                 self._hook(module, self._enter(name, module), self._leave(name, module))
             else:
-                self._hook(module, self._come(f"{name} ({type(module).__name__})".lstrip()), self._go)
+                self._hook(module, self._come(name, module), self._go)
         loose = {
             id(tensor): name
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
@@ -108,9 +108,11 @@ class _Follower(TorchDispatchMode):
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         self.handles.append(module.register_forward_hook(after, with_kwargs=True))
 
-    def _come(self, name: str) -> Callable[..., None]:
+    def _come(self, name: str, module: nn.Module) -> Callable[..., None]:
+        described = f"{name} ({type(module).__name__})".lstrip()
+
         def before(*_: Any) -> None:
-            self.book.path.append(name)
+            self.book.path.append((name, described))
 
         return before
 

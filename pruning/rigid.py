@@ -1,0 +1,186 @@
+"""Groups whose widths the model's own code knows: written in it, or kept in attributes.
+
+Sizes of a view or a split may have been computed from those of its input, which shows when the
+model runs with a channel less. Where it fails then, an attribute of the module that ran may hold
+the size, and the model runs when that follows. Where none does, the size is written in the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pruning.copies import copied
+from pruning.errors import PruningError
+from pruning.graph import Group, Inputs, Size, Trace, call, tensors
+from pruning.labels import NONE, Flow
+from pruning.meta import Shapes, on_meta, to_meta
+from pruning.plan import Plan
+from pruning.surgery import apply, cut
+
+#: A size as it was met: the module whose code ran, the number, and how many of its positions
+#: each channel is, by group.
+Kept = tuple[str, int, dict[str, torch.Tensor]]
+#: Ways to tell which attributes a group's width is kept in that are tried out.
+TRIALS = 16
+
+
+def rigid(
+    model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], labels: Mapping[str, np.ndarray]
+) -> tuple[dict[str, str], tuple[Size, ...]]:
+    """Groups that cannot lose a channel, with the error, and the sizes that follow the others.
+
+    Args:
+        groups: that may be pruned otherwise. labels: of their channels, by group.
+    """
+    sized = np.unique(found.ties.root(np.concatenate([np.arange(0), *found.rigid])))
+    sized = sized[sized != NONE]
+    suspect = [name for name in groups if np.isin(labels[name], sized).any()]
+    runs = _Runs(model, inputs, found, groups)
+    at_fault = _at_fault(runs, suspect)
+    if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
+        # Sizes of what stays whole may be computed from those of any other tensor.
+        at_fault |= _at_fault(runs, [name for name in groups if name not in suspect])
+    followed = _followed(model, runs, _kept(found, labels, at_fault))
+    rest = {name: error for name, error in at_fault.items() if name not in followed}
+    return rest, _merged(followed.values())
+
+
+def _at_fault(runs: _Runs, names: list[str]) -> dict[str, str]:
+    """Of these groups those with which the model fails, found by halves, each with the error."""
+    error = runs.failure(names) if names else ""
+    if not error or len(names) == 1:
+        return {names[0]: error} if error else {}
+    half = len(names) // 2
+    return _at_fault(runs, names[:half]) | _at_fault(runs, names[half:])
+
+
+def _followed(model: nn.Module, runs: _Runs, kept: Mapping[str, list[Kept]]) -> dict[str, tuple[Size, ...]]:
+    """Of the groups at fault those that can lose a channel when these sizes follow."""
+    ways = {name: those for name, sizes in kept.items() if (those := list(_ways(model, sizes)))}
+    likely = {name: those[0] for name, those in ways.items()}
+    if not likely or runs.follow(likely):
+        return likely
+    alone = {
+        name: way
+        for name, those in ways.items()
+        if (way := next((way for way in those if runs.follow({name: way})), None))
+    }
+    return alone if alone and runs.follow(alone) else {}
+
+
+class _Runs:
+    """Runs of a model whose groups have a channel less."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group]):
+        self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
+        self.unused = found.probe
+        self.quick = found.probe is not None
+        self.example = pytree.tree_map(to_meta, inputs) if self.quick else inputs
+
+    def failure(self, names: Iterable[str], sizes: tuple[Size, ...] = ()) -> str:
+        """Why the model fails when these groups lose their last channels; empty if it does not."""
+        probe, self.unused = self.unused or (on_meta if self.quick else copied)(self.model), None
+        try:
+            cut(probe, *self._less(names, sizes))
+            with torch.no_grad(), Shapes() if self.quick else contextlib.nullcontext():
+                got = [t.shape for t in tensors(call(probe.eval(), self.example))]
+        except Exception as error:  # of a model that no longer fits together
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        outputs = self.found.outputs
+        return "" if got == outputs else f"its outputs change from {outputs} to {got}"
+
+    def follow(self, sizes: Mapping[str, tuple[Size, ...]]) -> bool:
+        """Whether the model computes what it should when these groups lose a channel and sizes follow.
+
+        An attribute may also be a factor, say, or have had its value by chance.
+        """
+        from pruning.check import verify  # which needs traces
+
+        together = _merged(sizes.values())
+        if self.failure(sizes, together):
+            return False
+        traced, plan = self._less(sizes, together)
+        try:
+            verify(self.model, apply(self.model, traced, plan), traced, plan, self.inputs)
+        except PruningError:
+            return False
+        return True
+
+    def _less(self, names: Iterable[str], sizes: tuple[Size, ...]) -> tuple[Trace, Plan]:
+        """Every second group loses two channels, lest what is tied by the code fit together by chance."""
+        channels = {name: self.groups[name].channels for name in names}
+        less = {name: max(1, count - 1 - i % 2) for i, (name, count) in enumerate(channels.items())}
+        plan = Plan({name: tuple(range(count)) for name, count in less.items()})
+        return Trace(self.groups, {}, {}, {}, sizes=sizes), plan
+
+
+def _kept(found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, list[Kept]]:
+    """For each of these groups the sizes that count its channels."""
+    belongs: dict[int, tuple[str, int]] = {}
+    for group, numbers in labels.items():
+        belongs.update((number, (group, channel)) for channel, number in enumerate(numbers.tolist()))
+    kept: dict[str, list[Kept]] = {name: [] for name in names}
+    seen = set()
+    for extent in found.extents:
+        numbers = found.ties.root(extent.labels)
+        key = extent.module, numbers.tobytes()
+        if not kept or key in seen:
+            continue
+        seen.add(key)
+        owned: dict[str, torch.Tensor] = {}
+        for group, channel in filter(None, map(belongs.get, numbers.tolist())):
+            owned.setdefault(group, torch.zeros(len(labels[group]), dtype=torch.long))[channel] += 1
+        for group in kept.keys() & owned.keys():
+            kept[group].append((extent.module, len(numbers), owned))
+    return kept
+
+
+def _ways(model: nn.Module, kept: list[Kept]) -> Iterator[tuple[Size, ...]]:
+    """Sets of attributes that may be what a group's sizes are read from, likely ones first."""
+    choices: list[list[tuple[Size, ...]]] = []
+    for module, value, owned in kept:
+        held = [
+            Size(module, attribute, entries, owned)
+            for attribute, entries in _holding(model.get_submodule(module), value)
+        ]
+        if held:
+            several = [tuple(held)] if len(held) > 1 else []
+            choices.append([*((size,) for size in held), *several, ()])
+    for chosen in itertools.islice(itertools.product(*choices), TRIALS):
+        if any(chosen):
+            yield _merged(chosen)
+
+
+def _holding(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The attributes of a module that are a number, or hold it: then with the entries that are."""
+    own: dict[str, Any] = {}
+    for kind in reversed(type(module).__mro__[: type(module).__mro__.index(nn.Module)]):
+        own.update(vars(kind))
+    own.update(vars(module))
+    for attribute, held in own.items():
+        if attribute.startswith("__") or attribute == "_version":
+            continue
+        if type(held) is int and held == value:
+            yield attribute, ()
+        elif type(held) in (list, tuple, torch.Size) and all(type(v) is int for v in held):
+            entries = tuple(i for i, v in enumerate(held) if v == value)
+            if entries:
+                yield attribute, entries
+            if len(entries) > 1:
+                yield from ((attribute, (i,)) for i in entries)
+
+
+def _merged(ways: Iterable[tuple[Size, ...]]) -> tuple[Size, ...]:
+    """The sizes of several sets, each attribute once."""
+    sizes: dict[tuple[str, str], Size] = {}
+    for size in itertools.chain.from_iterable(ways):
+        sizes.setdefault((size.module, size.attribute), size)
+    return tuple(sizes.values())

@@ -1,0 +1,191 @@
+"""Sizes that a module keeps in attributes follow the widths of its layers; law 2 and 4 hold then, too."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, CheckpointError, doctor, load, prune, save, trace
+from pruning.checkpoint import read, write
+from pruning.load_pruned import load_pruned
+
+
+class Sized(nn.Module):
+    """A convolution, what `middle` does with its channels, and a linear layer."""
+
+    def __init__(self, channels=12, reads=12):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.head = nn.Linear(reads, 4)
+
+    def forward(self, x):
+        x = self.middle(self.stem(x))
+        return self.head(x if x.ndim == 2 else x.mean((2, 3)))
+
+
+class Halves(Sized):
+    """As in YOLO's C2f."""
+
+    def __init__(self):
+        super().__init__(reads=18)
+        self.width = 6
+        self.more = nn.Conv2d(6, 6, 3, padding=1)
+
+    def middle(self, x):
+        left, right = x.split((self.width, self.width), 1)
+        return torch.cat([left, right, self.more(right)], 1)
+
+
+class Parts(Sized):
+    """As in MixNet and Res2Net; kernel sizes are 3 as the widths are."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.splits = (1, 3, 3, 3), [3, 3, 3, 3]
+        self.mixed = nn.ModuleList(nn.Conv2d(3, 3, k, padding=k // 2, groups=3) for k in self.kernels)
+
+    def middle(self, x):
+        pieces = zip(self.mixed, x.split(self.splits, 1), strict=True)
+        return torch.cat([layer(piece) for layer, piece in pieces], 1)
+
+
+class Flat(Sized):
+    def __init__(self):
+        super().__init__(reads=12 * 4)
+        self.features, self.pool = 12 * 2 * 2, nn.AdaptiveAvgPool2d(2)
+
+    def middle(self, x):
+        return self.pool(x).view(-1, self.features)
+
+
+class Decoder(Sized):
+    """torch's own module for it."""
+
+    def __init__(self):
+        super().__init__(reads=5)
+        self.decode = nn.Sequential(
+            nn.Linear(12, 10 * 4 * 4), nn.Unflatten(1, (10, 4, 4)), nn.ReLU(), nn.ConvTranspose2d(10, 5, 2)
+        )
+
+    def middle(self, x):
+        return self.decode(x.mean((2, 3)))
+
+
+class Spread(Sized):
+    channels = 12  # of the class, which stays as it is
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Conv2d(12, 1, 1)
+
+    def middle(self, x):
+        return x * self.map(x).sigmoid().expand(-1, self.channels, -1, -1)
+
+
+class Gated(Sized):
+    """Two attributes, of which both count."""
+
+    def __init__(self):
+        super().__init__(reads=6)
+        self.value, self.gate = 6, 6
+
+    def middle(self, x):
+        value, gate = x.split([self.value, self.gate], 1)
+        return value * gate.sigmoid()
+
+
+KINDS = [Halves, Parts, Flat, Decoder, Gated]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_follow_and_the_checkpoint_has_them(kind, tmp_path):
+    net = kind()
+    attributes = {k: v for module in net.modules() for k, v in vars(module).items() if type(v) is not dict}
+    before = copy.deepcopy(attributes)
+    traced = trace(net, nets.images())
+    assert set(traced.skipped) == {"head"} and traced.sizes
+    once = prune(net, nets.images(), Budget(channels="70%"), score="l2", ranking="group").model
+    twice = prune(once, nets.images(), Budget(channels="60%"), score="l2", ranking="group").model
+    assert {k: attributes[k] for k in before} == attributes and not hasattr(net, "_pruned_sizes")
+    images = nets.images(3)
+    for small in (once, twice):
+        assert small.stem[0].out_channels < 12
+        save(tmp_path / "net.pth", small)
+        for loader in (load, load_pruned):
+            again = loader(tmp_path / "net.pth", kind)
+            assert torch.equal(again(images), small.eval()(images))
+        save(tmp_path / "again.pth", again)  # one that was loaded
+        assert torch.equal(load(tmp_path / "again.pth", kind)(images), small(images))
+
+
+def test_each_follows_the_channels_that_it_counts():
+    step = prune(Halves(), nets.images(), Budget(channels=11), score="l2")
+    assert step.model.width * 2 == step.model.stem[0].out_channels
+    mixed = prune(Parts(), nets.images(), Budget(channels=2), score="l2").model
+    assert mixed.splits == [2, 2, 2, 2] and mixed.kernels == (1, 3, 3, 3)
+    flat = prune(Flat(), nets.images(), Budget(channels=7), score="l2").model
+    assert flat.features == 28 and flat.head.in_features == 28
+    decoder = prune(Decoder(), nets.images(), Budget(channels="50%"), score="l2", ranking="group").model
+    kept = decoder.decode[0].out_features // 16
+    assert kept < 10 and decoder.decode[1].unflattened_size == (kept, 4, 4)
+
+
+def test_an_attribute_of_the_class_stays_and_the_model_gets_its_own():
+    step = prune(Spread(), nets.images(), Budget(channels=5), score="l2")
+    assert (step.model.channels, Spread.channels) == (5, 12) and step.difference < 1e-5
+
+
+def test_a_value_that_also_counts_in_what_is_computed_keeps_the_channels():
+    class Scaled(Flat):
+        def middle(self, x):
+            return super().middle(x) / self.features
+
+    class Written(Flat):
+        def middle(self, x):
+            return self.pool(x).view(-1, 48)
+
+    for kind in (Scaled, Written):
+        traced = trace(kind(), nets.images())
+        assert "tied to its width" in traced.skipped["stem.0"] and not traced.sizes
+
+
+def test_a_size_that_is_computed_from_another_tensor_keeps_that_ones_channels():
+    """As in VOLO: the heads of one layer's output are counted by the channels of another's input."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.value = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+            self.mix, self.head = nn.Linear(4, 4), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x)).mean((2, 3), keepdim=True)
+            heads = self.value(x).reshape(len(x), 2, x.shape[1] // 2)
+            return self.head(self.mix(heads).flatten(1))
+
+    traced = trace(Heads(), nets.images())
+    assert set(traced.groups) == {"mix"} and "tied to its width" in traced.skipped["stem"]
+
+
+def test_doctor_counts_them_among_the_prunable():
+    report = str(doctor(Halves(), nets.images()))
+    assert "stem.0" in report and "tied to its width" not in report and "trial passed" in report
+
+
+@pytest.mark.parametrize("value", [[5, 4], 99, "7", [7.5], -1])
+def test_a_damaged_size_is_refused(value, tmp_path):
+    save(tmp_path / "net.pth", prune(Halves(), nets.images(), Budget(channels="50%"), score="l2").model)
+    content = read(tmp_path / "net.pth")
+    assert content["sizes"][""]["width"] < 6
+    content["sizes"][""]["width"] = value
+    write(tmp_path / "net.pth", content)
+    with pytest.raises(CheckpointError, match=r"does not fit Halves"):
+        load(tmp_path / "net.pth", Halves)
+    content["sizes"] = {"": {"forward": 3}}
+    write(tmp_path / "net.pth", content)
+    with pytest.raises(ValueError, match="does not fit Halves"):
+        load_pruned(tmp_path / "net.pth", Halves)
