@@ -37,13 +37,13 @@ def verify(
 
     Raises `PruningError` when the outputs differ in shape or value; it names the group.
     """
-    problem, difference = _difference(model, small, trace, plan, inputs, constants or {})
+    problem, largest = difference(model, small, trace, plan, inputs, constants)
     if problem:
         raise PruningError(
             f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
             "nothing was changed. List these layers as ignored, or mend what ties the model to its widths"
         )
-    return difference
+    return largest
 
 
 def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
@@ -67,10 +67,16 @@ def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
     return recalibrate(lively, [fresh(inputs)])
 
 
-def _difference(
-    model: nn.Module, small: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
+def difference(
+    model: nn.Module,
+    small: nn.Module,
+    trace: Trace,
+    plan: Plan,
+    inputs: Inputs,
+    constants: Constants | None = None,
 ) -> tuple[str, float]:
-    oracle = _run_masked(model, trace, plan, inputs, constants)
+    """How a small model's outputs differ from what `verify` asks for, in words, and how far."""
+    oracle = _run_masked(model, trace, plan, inputs, constants or {})
     return compare(oracle, outputs_of(small, inputs))
 
 
@@ -81,7 +87,7 @@ def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
         group
         for group, part in alone.items()
         if len(part.keep[group]) < trace.groups[group].channels
-        and _difference(model, apply(model, trace, part), trace, part, inputs, {})[0]
+        and difference(model, apply(model, trace, part), trace, part, inputs)[0]
     ]
     return f", at fault: {', '.join(culprits)}" if culprits else ""
 

@@ -58,13 +58,8 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
             continue
         groups[group.name], labels[group.name] = group, numbers
     tied, sizes = rigid(model, inputs, found, groups, labels)
-    for name, error in tied.items():
-        for member in groups.pop(name).side("out"):
-            skipped[member.layer] = (
-                f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
-                "views and splits from those of their inputs, or keep them in attributes of the module that "
-                "uses them, to let it be pruned"
-            )
+    for name, reason in tied.items():
+        skipped.update({member.layer: reason for member in groups.pop(name).side("out")})
     makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
     skipped = {layer: why for layer, why in skipped.items() if layer in ran and layer not in makers}
     skipped.update(_unseen(model, found))

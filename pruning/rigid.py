@@ -3,13 +3,15 @@
 Sizes of a view or a split may have been computed from those of its input, which shows when the
 model runs with a channel less. Where it fails then, an attribute of the module that ran may hold
 the size, and the model runs when that follows. Where none does, the size is written in the code.
+Layers with code of their own (standardized weights, say) may run with a channel less and compute
+something else; that shows when their groups lose a channel and the outputs are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pruning.copies import copied
-from pruning.errors import PruningError
 from pruning.graph import Group, Inputs, Size, Trace, call, tensors
 from pruning.labels import NONE, Flow
 from pruning.meta import Shapes, on_meta, to_meta
@@ -35,7 +36,7 @@ TRIALS = 16
 def rigid(
     model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], labels: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, str], tuple[Size, ...]]:
-    """Groups that cannot lose a channel, with the error, and the sizes that follow the others.
+    """Groups that cannot lose a channel, with the reason, and the sizes that follow the others.
 
     Args:
         groups: that may be pruned otherwise. labels: of their channels, by group.
@@ -44,22 +45,50 @@ def rigid(
     sized = sized[sized != NONE]
     suspect = [name for name in groups if np.isin(labels[name], sized).any()]
     runs = _Runs(model, inputs, found, groups)
-    at_fault = _at_fault(runs, suspect)
+    at_fault = _at_fault(runs.failure, suspect)
     if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
         # Sizes of what stays whole may be computed from those of any other tensor.
-        at_fault |= _at_fault(runs, [name for name in groups if name not in suspect])
+        at_fault |= _at_fault(runs.failure, [name for name in groups if name not in suspect])
     followed = _followed(model, runs, _kept(found, labels, at_fault))
-    rest = {name: error for name, error in at_fault.items() if name not in followed}
-    return rest, _merged(followed.values())
+    reasons = {
+        name: f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
+        "views and splits from those of their inputs, or keep them in attributes of the module that uses "
+        "them, to let it be pruned"
+        for name, error in at_fault.items()
+        if name not in followed
+    }
+    sizes = _merged(followed.values())
+
+    own = {name: _own_code(model, group) for name, group in groups.items() if name not in reasons}
+    changed = _at_fault(
+        lambda names: runs.difference(names, sizes), [name for name, code in own.items() if code]
+    )
+    for name, error in changed.items():
+        reasons[name] = (
+            f"{own[name]} has code of its own, and with a channel less the model does not compute what it "
+            f"should ({error}). Put a layer of torch in its place, with the weights that it computes with, "
+            "to let it be pruned"
+        )
+    return reasons, sizes
 
 
-def _at_fault(runs: _Runs, names: list[str]) -> dict[str, str]:
-    """Of these groups those with which the model fails, found by halves, each with the error."""
-    error = runs.failure(names) if names else ""
+def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, str]:
+    """Of these groups those with which the model fails a test, found by halves, each with the error."""
+    error = test(names) if names else ""
     if not error or len(names) == 1:
         return {names[0]: error} if error else {}
     half = len(names) // 2
-    return _at_fault(runs, names[:half]) | _at_fault(runs, names[half:])
+    return _at_fault(test, names[:half]) | _at_fault(test, names[half:])
+
+
+def _own_code(model: nn.Module, group: Group) -> str:
+    """The first layer of a group, those that read it before others, whose type is not torch's own."""
+    for member in (*group.side("in"), *group.side("out")):
+        kind = type(model.get_submodule(member.layer))
+        codes = (getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+        if any(code is not None and code.__module__.partition(".")[0] != "torch" for code in codes):
+            return f"{member.layer} ({kind.__name__})"
+    return ""
 
 
 def _followed(model: nn.Module, runs: _Runs, kept: Mapping[str, list[Kept]]) -> dict[str, tuple[Size, ...]]:
@@ -102,17 +131,15 @@ class _Runs:
 
         An attribute may also be a factor, say, or have had its value by chance.
         """
-        from pruning.check import verify  # which needs traces
-
         together = _merged(sizes.values())
-        if self.failure(sizes, together):
-            return False
-        traced, plan = self._less(sizes, together)
-        try:
-            verify(self.model, apply(self.model, traced, plan), traced, plan, self.inputs)
-        except PruningError:
-            return False
-        return True
+        return not (self.failure(sizes, together) or self.difference(sizes, together))
+
+    def difference(self, names: Iterable[str], sizes: tuple[Size, ...]) -> str:
+        """How the outputs differ from what they should be without these channels; empty where they do not."""
+        from pruning.check import difference  # which needs traces
+
+        traced, plan = self._less(names, sizes)
+        return difference(self.model, apply(self.model, traced, plan), traced, plan, self.inputs)[0]
 
     def _less(self, names: Iterable[str], sizes: tuple[Size, ...]) -> tuple[Trace, Plan]:
         """Every second group loses two channels, lest what is tied by the code fit together by chance."""

@@ -189,3 +189,31 @@ def test_layers_that_do_not_run_on_the_inputs_are_named():
     assert not [
         why for why in trace(nets.make("attention"), nets.images()).skipped.values() if "not run" in why
     ]
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization (Qiao et al., arXiv 1903.10520): what a row is depends on all of its inputs."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Padded(nn.Conv2d):
+    """Code of its own that leaves channels alone."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_channels_that_a_layers_own_code_mixes_stay_and_the_rest_is_pruned():
+    net = nn.Sequential(
+        Padded(3, 8, 3), nn.ReLU(), Padded(8, 8, 3), nn.ReLU(),
+        Standardized(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+    traced = trace(net, nets.images())
+    assert set(traced.groups) == {"0", "4", "6"}
+    assert "4 (Standardized) has code of its own" in traced.skipped["2"]
+    step = prune(net, nets.images(), Budget(params="70%"), score="l2", ranking="group")
+    assert step.model[2].out_channels == 8 and step.model[0].out_channels < 8 > 6 > step.model[4].out_channels
