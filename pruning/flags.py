@@ -43,7 +43,12 @@ def _factory_flags(group: argparse._ActionsContainer) -> None:
         "checkpoint of this toolkit whose class can be imported",
     )
     group.add_argument(
-        "--model-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+        "--model-arg",
+        action=cli.Several,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the factory",
     )
     group.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
 
@@ -51,6 +56,7 @@ def _factory_flags(group: argparse._ActionsContainer) -> None:
 def ignore_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--ignore",
+        action=cli.Several,
         nargs="+",
         default=[],
         metavar="PATTERN",
@@ -77,7 +83,12 @@ def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool =
         "(or train, val and test of such); or module:factory that gives train, validation and test batches",
     )
     group.add_argument(
-        "--data-arg", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the factory"
+        "--data-arg",
+        action=cli.Several,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the factory",
     )
     group.add_argument(
         "--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets lie"

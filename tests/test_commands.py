@@ -28,6 +28,16 @@ def test_doctor_names_groups_and_what_stays(run, tmp_path):
     assert found["groups"][0]["scales"] == ["features.1"] and found["trial"] == ""
 
 
+def test_flags_of_several_values_add_up_when_they_are_repeated(run, tmp_path):
+    words = ("doctor", *NET, "--model-arg", "width=6", "--model-arg", "bias=False", "--json", "found.json")
+    assert run(*words, "--ignore", "features.0", "--ignore", "features.4")[0] == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["groups"] == [] and {"features.0", "features.4"} <= found["skipped"].keys()
+    assert run(*words)[0] == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["groups"][0]["channels"] == 6
+
+
 def test_doctor_of_a_torchvision_network_needs_no_data(run):
     code, out, _ = run("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
     assert code == 0 and "25 groups" in out and "have no BatchNorm scale" in out
