@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import equal_accuracy, pipeline, results, runtimes, timing
-from pruning import CheckpointError, cli, load
+from benchmarks import equal_accuracy, libraries, pipeline, results, runtimes, timing
+from pruning import CheckpointError, PruningError, cli, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -298,3 +298,18 @@ def test_the_papers_networks_are_run_once_and_tabled(tmp_path):
     before = (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns
     benchmark("paper", *flags, *where)
     assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"
+
+
+def test_networks_of_other_libraries_are_tried_and_tabled():
+    listed = dict(libraries.listed())
+    assert len(listed) > 100 and {library for library, _ in listed} >= {"timm", "monai"}
+    assert listed["timm", "mixnet_s"]["arguments"] == {"num_classes": 10, "model_name": "mixnet_s"}
+    small = {"factory": "torchvision.models:squeezenet1_1", "arguments": {"num_classes": 5}}
+    found = libraries.tried({**small, "shape": [3, 48, 48]})
+    assert found["macs"] <= 0.5 and found["groups"] > 20 and found["sizes"] == []
+    lone = {"factory": "torch.nn:Linear", "arguments": {"in_features": 4, "out_features": 2}, "shape": [4]}
+    with pytest.raises(PruningError, match="no prunable group"):
+        libraries.tried(lone)
+    networks = {"good": found, "bad": {"error": "it | fails"}}
+    text = libraries.markdown({"some": {"version": "1.0", "networks": networks}})
+    assert "1 of 2 pruned" in text and "| bad | refused: it / fails |" in text

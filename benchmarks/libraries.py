@@ -1,0 +1,170 @@
+"""Networks of other libraries at half of their MACs, as they come: docs/libraries.md.
+
+    python -m pip install timm ultralytics segmentation-models-pytorch monai einops
+    python -m benchmarks.libraries
+    python -m benchmarks.libraries --libraries timm --print
+
+`libraries.toml` lists them; those of a library that is not installed are left out. Every network
+has random weights and is pruned by one `prune` step to 50 % of its MACs, the same share of every
+group, with the check of equivalence; then a backward pass reaches every parameter that it reached
+before, and the checkpoint is loaded into a fresh network, whose outputs must be the same bit for
+bit. Each network has a process of its own. Results are kept as they come, and not taken again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.process import run_module
+from benchmarks.results import read_json, table, write_json
+from eval.cli import ROOT
+from pruning import Budget, PruningError, cli, load, prune, save
+from pruning.checkpoint import replace_file
+from pruning.graph import tensors
+from pruning.sources import arguments_of, make_model
+
+LIST = ROOT / "benchmarks" / "libraries.toml"
+RESULTS = ROOT / "benchmarks" / "libraries.json"
+TABLE = ROOT / "docs" / "libraries.md"
+#: Seconds after which a network is given up.
+PATIENCE = 300
+
+
+def main() -> None:
+    networks = dict(listed())
+    known = sorted({library for library, _ in networks})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument(
+        "--libraries", nargs="+", choices=known, default=known, metavar="NAME", help="whose networks"
+    )
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="of these alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results, as JSON")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table, as Markdown")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in this process
+    args = parser.parse_args()
+    if args.one:
+        torch.set_num_threads(args.threads)
+        print("\n" + json.dumps(tried(networks[args.one[0], args.one[1]])))
+        return
+    results = read_json(args.results, {})
+    for library, name in () if args.print else networks:
+        version = installed(library)
+        if library not in args.libraries or name not in (args.networks or [name]) or not version:
+            continue
+        of_library = results.setdefault(library, {"version": version, "networks": {}})
+        if name not in of_library["networks"]:
+            of_library["networks"][name] = found = in_process(library, name, args.threads)
+            write_json(args.results, results, sort_keys=True)
+            replace_file(args.table, markdown(results).encode())
+            print(library, name, found.get("error", f"{found.get('macs', 1):.1%} of the MACs"), flush=True)
+    if args.print:
+        print(markdown(results))
+
+
+def listed() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """The networks of the list by library and name; each with factory, arguments and shape."""
+    for library, entries in cli.tomllib.loads(LIST.read_text(encoding="utf-8")).items():
+        for entry in entries:
+            options = arguments_of(entry.get("options", []))
+            for name in entry.get("names", [entry["factory"].partition(":")[2]]):
+                own = {entry["argument"]: name} if "argument" in entry else {}
+                shape = [int(size) for size in entry["shape"].split("x")]
+                made = {"factory": entry["factory"], "arguments": {**options, **own}, "shape": shape}
+                yield (library, name), made
+
+
+def installed(library: str) -> str:
+    """The version of a library; empty where it is not there."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def in_process(library: str, name: str, threads: int) -> dict[str, Any]:
+    """What comes of a network, in a process of its own; what went wrong where something did."""
+    try:
+        flags = ["--one", library, name, "--threads", str(threads)]
+        return run_module("libraries", flags, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"error": f"over {PATIENCE} s"}
+    except PruningError as error:
+        return {"error": str(error).removeprefix("error: ")}
+
+
+def tried(made: dict[str, Any]) -> dict[str, Any]:
+    """A network pruned, trained a step, saved and loaded; raises `PruningError` where that fails."""
+    warnings.simplefilter("ignore")
+
+    def fresh() -> nn.Module:
+        return make_model(made["factory"], made["arguments"])
+
+    def reached(net: nn.Module) -> set[str]:
+        losses = [x.square().mean() for x in tensors(net(inputs)) if x.requires_grad]
+        torch.stack(losses).sum().backward()
+        return {name for name, p in net.named_parameters() if p.grad is not None}
+
+    torch.manual_seed(0)
+    model, inputs = fresh().eval(), torch.randn(2, *made["shape"])
+    step = prune(model, inputs, Budget(macs="50%"), score="l1", ranking="group")
+    lost = reached(model) - reached(step.model)
+    if lost:
+        raise PruningError(f"no gradient reaches {', '.join(sorted(lost))}")
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "small.pth", step.model, arguments={})
+        again = load(Path(folder) / "small.pth", fresh)
+    with torch.no_grad():
+        pairs = zip(tensors(again(inputs)), tensors(step.model.eval()(inputs)), strict=True)
+        if not all(torch.equal(*pair) for pair in pairs):
+            raise PruningError("the reloaded network gives other outputs")
+    return {
+        "groups": len(step.trace.groups),
+        "skipped": len(step.trace.skipped),
+        "sizes": [f"{size.module}.{size.attribute}".lstrip(".") for size in step.trace.sizes],
+        "params": step.after.params / step.before.params,
+        "macs": step.after.macs / step.before.macs,
+        "difference": step.difference,
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables, under what they add up to."""
+    lines = [
+        "# Networks of other libraries",
+        "",
+        "As they come, with random weights, one step to 50 % of their MACs, made by `python -m "
+        "benchmarks.libraries`, which says what is done. Params and MACs are what is left; sizes are "
+        "attributes by which a network's code views or splits channels, and which follow them.",
+        "",
+    ]
+    for library, found in sorted(results.items()):
+        networks = found["networks"]
+        pruned = [name for name, result in networks.items() if "error" not in result]
+        lines += [f"## {library} {found['version']}", "", f"{len(pruned)} of {len(networks)} pruned.", ""]
+        rows = [line(name, result) for name, result in sorted(networks.items())]
+        lines += table(["network", "groups", "layers kept whole", "sizes", "params", "MACs"], rows)
+    return "\n".join(lines)
+
+
+def line(name: str, result: dict[str, Any]) -> list[str]:
+    if "error" in result:
+        return [name, f"refused: {result['error'][:160].replace('|', '/')}", "", "", "", ""]
+    numbers = [str(result["groups"]), str(result["skipped"]), str(len(result["sizes"]) or "")]
+    return [name, *numbers, f"{result['params']:.0%}", f"{result['macs']:.1%}"]
+
+
+if __name__ == "__main__":
+    cli.run(main)
