@@ -19,7 +19,7 @@ from pruning.graph import Group, Ignored, Inputs, LayerUse, Member, Trace, call,
 from pruning.labels import Flow, SideUse, Ties
 from pruning.layers import MAKERS, RECURRENT, Side, layer_width, parts
 from pruning.modes import buffers_unchanged, eval_mode
-from pruning.rigid import rigid
+from pruning.rigid import Rigid
 from pruning.tracing import flow
 
 _NOT_RUN = (
@@ -29,7 +29,9 @@ _NOT_RUN = (
 
 
 @buffers_unchanged
-def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Trace:
+def trace(
+    model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = (), *, compare: bool = True
+) -> Trace:
     """Find the channel groups of a model.
 
     Args:
@@ -37,6 +39,7 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
         inputs: example inputs with a batch dimension, on the model's device.
         ignored: layers whose outputs are to stay as they are; a pattern, type or instance
             that matches no layer is an error.
+        compare: of layers with code of their own, see by the model's outputs whether they mix channels.
 
     Raises `PruningError` when the model does not run on the inputs.
     """
@@ -57,8 +60,11 @@ def trace(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> 
             skipped.update(dict.fromkeys(producers, reason))
             continue
         groups[group.name], labels[group.name] = group, numbers
-    tied, sizes = rigid(model, inputs, found, groups, labels)
-    for name, reason in tied.items():
+    rigid = Rigid(model, inputs, found, groups, labels)
+    stay, sizes = rigid.tied()
+    if compare:
+        stay |= rigid.mixed([name for name in groups if name not in stay], sizes)
+    for name, reason in stay.items():
         skipped.update({member.layer: reason for member in groups.pop(name).side("out")})
     makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
     skipped = {layer: why for layer, why in skipped.items() if layer in ran and layer not in makers}

@@ -96,7 +96,7 @@ def prune(
     cannot be reached, or the check fails.
     """
     ignored, calibration = tuple(ignored), list(calibration)
-    traced = trace(model, example_inputs, ignored)
+    traced = trace(model, example_inputs, ignored, compare=check)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
@@ -112,7 +112,7 @@ def prune(
                 f"{', '.join(candidates) or 'none'}"
             )
         model = without_layer(model, traced, candidates[name], batches)
-        traced = trace(model, example_inputs, ignored)
+        traced = trace(model, example_inputs, ignored, compare=check)
         removed.append(name)
     if removed:
         recalibrate(model, map(fresh, batches))

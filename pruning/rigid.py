@@ -33,43 +33,58 @@ Kept = tuple[str, int, dict[str, torch.Tensor]]
 TRIALS = 16
 
 
-def rigid(
-    model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group], labels: Mapping[str, np.ndarray]
-) -> tuple[dict[str, str], tuple[Size, ...]]:
-    """Groups that cannot lose a channel, with the reason, and the sizes that follow the others.
+class Rigid:
+    """What the code of a model says about its channel groups.
 
     Args:
-        groups: that may be pruned otherwise. labels: of their channels, by group.
+        found: by a pass over the model. groups: that may be pruned otherwise. labels: of their
+            channels, by group.
     """
-    sized = np.unique(found.ties.root(np.concatenate([np.arange(0), *found.rigid])))
-    sized = sized[sized != NONE]
-    suspect = [name for name in groups if np.isin(labels[name], sized).any()]
-    runs = _Runs(model, inputs, found, groups)
-    at_fault = _at_fault(runs.failure, suspect)
-    if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
-        # Sizes of what stays whole may be computed from those of any other tensor.
-        at_fault |= _at_fault(runs.failure, [name for name in groups if name not in suspect])
-    followed = _followed(model, runs, _kept(found, labels, at_fault))
-    reasons = {
-        name: f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes of "
-        "views and splits from those of their inputs, or keep them in attributes of the module that uses "
-        "them, to let it be pruned"
-        for name, error in at_fault.items()
-        if name not in followed
-    }
-    sizes = _merged(followed.values())
 
-    own = {name: _own_code(model, group) for name, group in groups.items() if name not in reasons}
-    changed = _at_fault(
-        lambda names: runs.difference(names, sizes), [name for name, code in own.items() if code]
-    )
-    for name, error in changed.items():
-        reasons[name] = (
-            f"{own[name]} has code of its own, and with a channel less the model does not compute what it "
-            f"should ({error}). Put a layer of torch in its place, with the weights that it computes with, "
-            "to let it be pruned"
-        )
-    return reasons, sizes
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        found: Flow,
+        groups: dict[str, Group],
+        labels: Mapping[str, np.ndarray],
+    ):
+        self.model, self.found, self.groups, self.labels = model, found, groups, labels
+        self.runs = _Runs(model, inputs, found, groups)
+
+    def tied(self) -> tuple[dict[str, str], tuple[Size, ...]]:
+        """Groups that cannot lose a channel, with the reason, and sizes that follow the others."""
+        found, groups, labels = self.found, self.groups, self.labels
+        sized = np.unique(found.ties.root(np.concatenate([np.arange(0), *found.rigid])))
+        sized = sized[sized != NONE]
+        suspect = [name for name in groups if np.isin(labels[name], sized).any()]
+        at_fault = _at_fault(self.runs.failure, suspect)
+        if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
+            # Sizes of what stays whole may be computed from those of any other tensor.
+            at_fault |= _at_fault(self.runs.failure, [name for name in groups if name not in suspect])
+        followed = _followed(self.model, self.runs, _kept(found, labels, at_fault))
+        reasons = {
+            name: f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes "
+            "of views and splits from those of their inputs, or keep them in attributes of the module that "
+            "uses them, to let it be pruned"
+            for name, error in at_fault.items()
+            if name not in followed
+        }
+        return reasons, _merged(followed.values())
+
+    def mixed(self, names: Iterable[str], sizes: tuple[Size, ...]) -> dict[str, str]:
+        """Of these groups those whose channels a layer's own code mixes, with the reason.
+
+        Only where there are layers with code of their own are outputs compared, which takes two passes.
+        """
+        own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
+        changed = _at_fault(lambda some: self.runs.difference(some, sizes), list(own))
+        return {
+            name: f"{own[name]} has code of its own, and with a channel less the model does not compute what "
+            f"it should ({error}). Put a layer of torch in its place, with the weights that it computes "
+            "with, to let it be pruned"
+            for name, error in changed.items()
+        }
 
 
 def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, str]:
@@ -85,8 +100,8 @@ def _own_code(model: nn.Module, group: Group) -> str:
     """The first layer of a group, those that read it before others, whose type is not torch's own."""
     for member in (*group.side("in"), *group.side("out")):
         kind = type(model.get_submodule(member.layer))
-        codes = (getattr(kind, name, None) for name in ("forward", "_conv_forward"))
-        if any(code is not None and code.__module__.partition(".")[0] != "torch" for code in codes):
+        codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))
+        if any(getattr(code, "__module__", "").partition(".")[0] != "torch" for code in codes):
             return f"{member.layer} ({kind.__name__})"
     return ""
 
