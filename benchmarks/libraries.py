@@ -133,7 +133,7 @@ def tried(made: dict[str, Any]) -> dict[str, Any]:
     return {
         "groups": len(step.trace.groups),
         "skipped": len(step.trace.skipped),
-        "sizes": [f"{size.module}.{size.attribute}".lstrip(".") for size in step.trace.sizes],
+        "sizes": [size.name for size in step.trace.sizes],
         "params": step.after.params / step.before.params,
         "macs": step.after.macs / step.before.macs,
         "difference": step.difference,

@@ -47,6 +47,7 @@ class Diagnosis:
     Attributes:
         cost: of the network, BatchNorm folded. least: at one channel in every group.
         skipped: layers whose channels stay, each with the reason and the cure.
+        sizes: attributes by which modules view or split channels, and which follow them.
         uncounted: layers with weights that the count of MACs leaves out: name to type.
         trial: empty when the network passes the check of equivalence with half of every group
             gone, else what went wrong.
@@ -57,6 +58,7 @@ class Diagnosis:
     least: Cost
     groups: list[GroupFacts]
     skipped: dict[str, str]
+    sizes: list[str]
     uncounted: dict[str, str]
     trial: str
 
@@ -93,6 +95,8 @@ class Diagnosis:
         if self.skipped:
             lines += ["", f"{len(self.skipped)} layers keep all their channels:"]
             lines += [f"  {layer}: {reason}" for layer, reason in self.skipped.items()]
+        if self.sizes:
+            lines += ["", f"sizes in attributes that follow the channels: {_some(self.sizes)}"]
         if self.uncounted:
             listed = _some([f"{name} ({kind})" for name, kind in self.uncounted.items()])
             lines += ["", f"weights that the count of MACs leaves out: {listed}"]
@@ -135,6 +139,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         cost_model(np.ones_like(full)),
         groups,
         traced.skipped,
+        [size.name for size in traced.sizes],
         uncounted(model),
         trial,
     )

@@ -70,6 +70,10 @@ class Size:
     entries: tuple[int, ...]
     owned: Mapping[str, Tensor]
 
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}".lstrip(".")
+
 
 @dataclass(frozen=True)
 class LayerUse:
