@@ -40,7 +40,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     if not pairs:
         return given
     inputs = _on_device_of(given, trace.inputs if inputs is None else inputs)
-    expected = outputs_of(given, inputs)
+    expected = outputs_of(copied(given), inputs)  # a pass may leave something in the model
     if isinstance(expected, Exception):
         raise PruningError(
             f"{type(model).__name__} does not run on the example inputs of its trace "
@@ -49,7 +49,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     precise: list[Any] = []  # the model and its outputs in double precision, once they are needed
 
     def differs(folded: nn.Module) -> bool:
-        if not compare(expected, outputs_of(folded, inputs))[0]:
+        if not compare(expected, outputs_of(copied(folded), inputs))[0]:
             return False
         # A deep network may amplify rounding; in double precision that is told from an error.
         if not precise:

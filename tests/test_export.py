@@ -368,3 +368,25 @@ def test_test_yournet_measures_what_will_run(tmp_path):
     assert found["runtime"] == runtime and found["params"] == 1485 and found["macs"] == 47366
     assert found["accuracy"] > 0.95 and found["reference"]["params"] == 60_074
     assert 0 < found["infer_time_ms"] < found["reference"]["infer_time_ms"] * 1.5
+
+
+class Detector(nn.Module):
+    """Keeps what depends on the shape of the last input, as the heads of YOLOs keep their anchors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.seen = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), None
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.seen != y.shape:
+            self.places, self.seen = torch.arange(y.shape[2] * y.shape[3]), y.shape
+        return y.flatten(2) + self.places
+
+
+def test_what_a_model_keeps_of_its_last_pass_is_not_taken_for_fixed(format, tmp_path):
+    net, images = Detector().eval(), torch.randn(2, 3, 8, 8)
+    path = tmp_path / f"net{SUFFIXES[format]}"
+    export(net, path, images, format)
+    more = torch.randn(5, 3, 8, 8)
+    assert difference(net(more), Exported(path, RUNTIMES[format])(more)) <= TOLERANCE
