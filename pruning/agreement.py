@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruning.copies import copied
 from pruning.graph import Inputs, call, fresh, tensors
 from pruning.modes import buffers_kept, eval_mode
 
@@ -27,6 +29,12 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
             return tensors(call(model, fresh(inputs)))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
         return error
+
+
+def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
+    """A copy in double precision, and inputs for it; there rounding is told from an error."""
+    double = lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
+    return copied(model).double(), pytree.tree_map(double, inputs)
 
 
 class _Settled(TorchDispatchMode):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pruning.agreement import compare, outputs_of
+from pruning.agreement import compare, doubled, outputs_of
 from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, fresh
@@ -76,8 +76,13 @@ def difference(
     constants: Constants | None = None,
 ) -> tuple[str, float]:
     """How a small model's outputs differ from what `verify` asks for, in words, and how far."""
-    oracle = _run_masked(model, trace, plan, inputs, constants or {})
-    return compare(oracle, outputs_of(small, inputs))
+    found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
+    if not found[0] or not found[1] < float("inf"):
+        return found
+    # A deep network may amplify rounding, or its signals vanish.
+    (wide, finer), (narrow, _) = doubled(model, inputs), doubled(small, ())
+    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrow, finer))
+    return found if again[0] else again
 
 
 def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
 
-from pruning.agreement import compare, outputs_of
+from pruning.agreement import compare, doubled, outputs_of
 from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, device_of, tensors
@@ -46,17 +46,16 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
             f"{type(model).__name__} does not run on the example inputs of its trace "
             f"({type(expected).__name__}: {expected}); give those that it takes as `inputs`"
         ) from expected
-    precise: list[Any] = []  # the model and its outputs in double precision, once they are needed
+    precise: list[Any] = []  # the inputs and outputs in double precision, once they are needed
 
     def differs(folded: nn.Module) -> bool:
         if not compare(expected, outputs_of(copied(folded), inputs))[0]:
             return False
         # A deep network may amplify rounding; in double precision that is told from an error.
         if not precise:
-            doubled = copied(given).double()
-            precise.extend([pytree.tree_map(_double, inputs)])
-            precise.append(outputs_of(doubled, precise[0]))
-        return bool(compare(precise[1], outputs_of(copied(folded).double(), precise[0]))[0])
+            wide, finer = doubled(given, inputs)
+            precise.extend([finer, outputs_of(wide, finer)])
+        return bool(compare(precise[1], outputs_of(doubled(folded, ())[0], precise[0]))[0])
 
     folded = _folded(given, pairs)
     if not differs(folded):
@@ -95,10 +94,6 @@ def _on_device_of(model: nn.Module, inputs: Any) -> Any:
     """Inputs where the model is now; it may have been moved since it was traced."""
     device = device_of(model)
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pruning import Budget, Plan, PruningError, apply, doctor, prune, trace, verify
-from pruning.agreement import TOLERANCE, compare
+from pruning.agreement import TOLERANCE, compare, outputs_of
+from pruning.check import _run_masked
 
 
 def test_a_wrong_surgery_is_found_out():
@@ -122,3 +123,26 @@ def test_a_restless_model_is_pruned_and_neither_it_nor_its_inputs_change():
     traced = trace(net, (batch,))
     with pytest.raises(PruningError, match="not equivalent"):
         verify(net, small, traced, step.plan, (batch,))
+
+
+def test_rounding_that_a_network_amplifies_is_told_from_an_error_in_double_precision():
+    class Coarse(nn.Module):
+        """Rounds to steps of 1/4096 in single precision, which is a thousandth of what it gives."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 8, 3, bias=False)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x))) + 4096 - 4096
+
+    torch.manual_seed(0)
+    net, images = Coarse(), torch.randn(8, 3, 32, 32)
+    step = prune(net, images, Budget(channels=20), score="l2", check=False)
+    small = outputs_of(step.model, images)
+    assert compare(_run_masked(net, step.trace, step.plan, images, {}), small)[1] > TOLERANCE
+    assert verify(net, step.model, step.trace, step.plan, images) < 1e-9
+    with torch.no_grad():
+        step.model.last.weight[0, 0] += 0.01
+    with pytest.raises(PruningError, match="outputs differ"):
+        verify(net, step.model, step.trace, step.plan, images)
