@@ -85,6 +85,8 @@ class _Follower(TorchDispatchMode):
         self.makers = WeakTensorKeyDictionary()
         self.inside = 0
         self.handles: list[Any] = []
+        # Tensors are told by their identity, which one that a pass replaces would hand on.
+        self.alive = [*probe.parameters(), *probe.buffers()]
         owned: set[int] = set()
         self.holders: dict[int, str] = {}
         for name, module in probe.named_modules():

@@ -345,3 +345,24 @@ def test_shapes_are_those_that_torch_tells(run, x):
 def test_shapes_that_do_not_fit_fail_as_in_torch(run):
     with meta.Shapes(), pytest.raises(RuntimeError):
         run(empty(4, 6))
+
+
+def test_a_buffer_that_a_pass_replaces_is_not_taken_for_the_next_tensor():
+    """As in ConViT, which makes its table of positions when it sees the first image."""
+    reused = []
+
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+            self.register_buffer("table", torch.zeros(1, 1, 1), persistent=False)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            before = id(self.table)
+            self.table = x.new_zeros(1, 1, 1)
+            reused.append(any(id(tensor) == before for tensor in [x.new_zeros(2) for _ in range(100)]))
+            return self.head(x)
+
+    assert trace(Replacing(), nets.images()).widths == {"stem": 8}
+    assert reused and not any(reused)
