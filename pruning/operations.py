@@ -183,6 +183,11 @@ def same(book: Labels, op: Operation, labels: Tensor) -> None:
     book.put(op.output[0] if isinstance(op.output, tuple) else op.output, labels)
 
 
+def anew(book: Labels, op: Operation, labels: Tensor) -> None:
+    """A tensor that shares its type and device alone with the first one: no channel lies in it."""
+    book.put(op.output, None)
+
+
 def reduction(book: Labels, op: Operation, labels: Tensor) -> None:
     rank = op.operands[0].ndim
     dims = op.given.get("dim")
@@ -372,6 +377,7 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod",
          "logsumexp", "norm", "linalg_vector_norm", "argmax", "argmin", "any", "all", "median"), reduction
     ),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), anew),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
     "constant_pad_nd": pad,
     "index": index,
