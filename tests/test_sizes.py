@@ -28,7 +28,7 @@ class Sized(nn.Module):
 
 
 class Halves(Sized):
-    """As in YOLO's C2f."""
+    """As in the split form of YOLO's C2f."""
 
     def __init__(self):
         super().__init__(reads=18)
