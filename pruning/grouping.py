@@ -22,6 +22,7 @@ from pruning.modes import buffers_unchanged, eval_mode
 from pruning.rigid import Rigid
 from pruning.tracing import flow
 
+_OWN_WAY = "its own code computes with its weight in another way than its type does"
 _NOT_RUN = (
     "it does not run on the example inputs: should it read channels that are pruned, it will no longer fit. "
     "Give inputs that reach it, or ignore the layers before it"
@@ -80,8 +81,10 @@ def trace(
 
 def _refuse(model: nn.Module, inputs: Inputs) -> None:
     """Say what is wrong with a model or inputs that cannot be traced."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise PruningError("TorchScript has no layers to narrow; give the nn.Module that it was made of")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"{name} is TorchScript, which" if name else "TorchScript"
+            raise PruningError(f"{where} has no layers to narrow; give the nn.Module that it was made of")
     empty = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if empty:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
@@ -92,7 +95,7 @@ def _refuse(model: nn.Module, inputs: Inputs) -> None:
 def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     """Layers that would have channels, had the pass shown them; each with the reason why it did not."""
     shown = {name for name, _ in found.sides} | found.borrowed
-    holders = {name.rpartition(".")[0] for name in shown}
+    holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, RECURRENT):
@@ -103,7 +106,9 @@ def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         if isinstance(layer, MAKERS) and "weight" not in own:
             yield name, "its weight is computed from others; remove what does that to let it be pruned"
         elif isinstance(layer, MAKERS):
-            yield name, _NOT_RUN
+            inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
+            yield name, _OWN_WAY if inside else _NOT_RUN
+    yield from found.functional.items()
 
 
 def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:

@@ -103,6 +103,8 @@ class Flow:
             text is anything but a norm.
         other_macs: of matrix products and convolutions outside those layers, for one example.
         borrowed: layers in the table whose tensors were read by something else than themselves.
+        functional: parameters of no layer by which the model's code convolves, or which it
+            multiplies with, each with the reason why their channels stay.
         outputs: shapes of what the model gave in eval mode.
         probe: the copy of the model that ran, if on the meta device.
     """
@@ -117,6 +119,7 @@ class Flow:
     follows: dict[str, list[str]] = field(default_factory=dict)
     other_macs: float = 0.0
     borrowed: set[str] = field(default_factory=set)
+    functional: dict[str, str] = field(default_factory=dict)
     outputs: list[torch.Size] = field(default_factory=list)
     probe: nn.Module | None = None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pruning.budget import LatencyBudget
 from pruning.cost import CostModel
 from pruning.graph import Inputs, Trace, call
-from pruning.layers import Side, channel_dim, is_depthwise, layer_width, narrow, parts
+from pruning.layers import Side, channel_dim, holds_layers, is_depthwise, layer_width, narrow, parts
 from pruning.modes import eval_mode, hooked, on_input, thread_count
 from pruning.plan import Order
 from pruning.runtimes import needed, onnx_session
@@ -172,6 +172,9 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
     run: Callable[[], Any] = partial(layer, x)
+    if holds_layers(layer):  # which are as wide as they were
+        base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn."))
+        run = partial(base.forward, layer, x)  # type: ignore[attr-defined]
     if budget.runtime == "onnxruntime" and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
         run = _in_onnxruntime(layer, x, budget.threads)
     if weight.is_cuda:

@@ -97,6 +97,11 @@ def is_depthwise(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.modules.conv._ConvTransposeNd) or layer.out_channels == layer.groups
 
 
+def holds_layers(layer: nn.Module) -> bool:
+    """Whether a convolution or linear layer holds others: the norm behind it, as in detectron2."""
+    return isinstance(layer, WEIGHTED) and any(map(rule_for, layer.children()))
+
+
 def readers(layer: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
     """The weights of a layer that input channels meet, each with the bias that is added to the product."""
     rule = rule_for(layer)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -30,6 +31,7 @@ from pruning.layers import (
     WEIGHTED,
     Side,
     channel_dim,
+    holds_layers,
     is_depthwise,
     is_recurrent,
     layer_width,
@@ -38,6 +40,14 @@ from pruning.layers import (
 )
 from pruning.meta import run_operation, without_computing
 from pruning.operations import Operation, follow
+
+#: The functions that layers of `WEIGHTED` are made of, called as (input, weight, bias, …).
+_WEIGHTING = frozenset(
+    getattr(nn.functional, name)
+    for name in (
+        "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+    )
+)  # fmt: skip
 
 
 def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> Flow:
@@ -61,7 +71,7 @@ def _follow(probe: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any)
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     batch = example[0].shape[0] if example and example[0].ndim else 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with _Follower(probe.eval(), found, batch) as follower:
+        with _Follower(probe.eval(), found, batch) as follower, follower.functions:
             output = run(probe, inputs)
             follower.finish(output)
         found.outputs = [leaf.shape for leaf in tensors(output)]
@@ -69,8 +79,12 @@ def _follow(probe: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any)
         if any(not found.calls[name] for name in table):
             # Its ties count; what it costs and what can be folded is a matter of eval mode.
             also = replace(found, calls=Counter(), uses={}, follows={})
-            with contextlib.suppress(Exception), _Follower(probe.train(), also, batch) as follower:
-                follower.finish(run(probe, inputs))  # it need not run in this mode
+            with (
+                contextlib.suppress(Exception),  # it need not run in this mode
+                _Follower(probe.train(), also, batch) as follower,
+                follower.functions,
+            ):
+                follower.finish(run(probe, inputs))
             probe.eval()
     return found
 
@@ -89,16 +103,20 @@ class _Follower(TorchDispatchMode):
         self.alive = [*probe.parameters(), *probe.buffers()]
         owned: set[int] = set()
         self.holders: dict[int, str] = {}
+        self.functions = _Functions(self)
         for name, module in probe.named_modules():
             rule = rule_for(module)
             own = dict(module.named_parameters(recurse=False))
             known = rule is not None and (is_recurrent(module) or own.keys() <= {*rule.out, *rule.into})
             if known or isinstance(module, nn.modules.dropout._DropoutNd):
                 owned.update(id(t) for t in (*own.values(), *module.buffers(recurse=False)))
-                self.holders.update((id(t), name) for t in own.values())
-                self._hook(module, self._enter(name, module), self._leave(name, module))
-            else:
-                self._hook(module, self._come(name, module), self._go)
+                if holds_layers(module) and "weight" in own:
+                    self.functions.layers[id(own["weight"])] = name, module
+                else:
+                    self.holders.update((id(t), name) for t in own.values())
+                    self._hook(module, self._enter(name, module), self._leave(name, module))
+                    continue
+            self._hook(module, self._come(name, module), self._go)
         loose = {
             id(tensor): name
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
@@ -266,6 +284,26 @@ class _Follower(TorchDispatchMode):
                 follow(self.book, operation)
         return output
 
+    def function(self, name: str, module: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """What a layer of the table does, called by its own code."""
+        self._read(x, "")
+        self.inside += 1
+        output = run()
+        self.inside -= 1
+        if not self.inside:
+            self.found.calls[name] += 1
+            self._weighted(name, module, x, output)
+        return output
+
+    def weighted_by(self, weight: int, function: str) -> None:
+        """A function of `_WEIGHTING` is called by the model's code, with a weight of this identity."""
+        name = self.book.own.get(weight)
+        if name is not None and not self.inside:
+            self.found.functional[name] = (
+                f"{self.book.where()} calls {function} with it; put it in a layer of torch to let it be "
+                "pruned"
+            )
+
     def _read(self, arguments: Any, norm: str) -> None:
         for leaf in tensors_among(arguments):
             if leaf in self.makers:
@@ -284,3 +322,25 @@ class _Follower(TorchDispatchMode):
         self._read(outputs, "")
         for leaf in outputs:
             self.book.fix(self.book.of(leaf), "its channels are the model's output, whose size is kept")
+
+
+class _Functions(TorchFunctionMode):
+    """Sees layers that do more than their type says where they call what it does."""
+
+    def __init__(self, follower: _Follower):
+        super().__init__()
+        self.follower = follower
+        #: By the identity of their weights.
+        self.layers: dict[int, tuple[str, nn.Module]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _WEIGHTING:
+            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            weight = id(given.get("weight"))
+            if weight in self.layers:
+                return self.follower.function(
+                    *self.layers[weight], given["input"], lambda: func(*args, **kwargs)
+                )
+            self.follower.weighted_by(weight, func.__name__)
+        return func(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,6 +275,38 @@ def multiplied() -> nn.Module:
     )
 
 
+class WithNorm(nn.Conv2d):
+    """A convolution that holds the norm behind it and calls what it does itself, as detectron2's does."""
+
+    def __init__(self, inputs: int, outputs: int, norm: nn.Module, **options: Any) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, **options)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = {"weight": self.weight, "bias": self.bias, "padding": self.padding, "groups": self.groups}
+        return torch.relu(self.norm(nn.functional.conv2d(x, **how)))
+
+
+class Dilated(WithNorm):
+    """One weight at two dilations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = nn.functional.conv2d(x, self.weight, padding=2, dilation=2)
+        return torch.relu(self.norm(wide + self._conv_forward(x, self.weight, None)))
+
+
+def holders() -> nn.Module:
+    """Convolutions that hold the norms behind them."""
+    return nn.Sequential(
+        WithNorm(3, 8, nn.BatchNorm2d(8), bias=False),
+        WithNorm(8, 8, nn.BatchNorm2d(8), groups=8),
+        Dilated(8, 6, nn.GroupNorm(3, 6), bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+
+
 def lenet(**options: object) -> nn.Module:
     return LeNet5((4, 6), (9, 7), image_shape=(3, 14, 14), batch_norm=True, classes=4, **options)  # type: ignore[arg-type]
 
@@ -311,6 +344,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "inverted": Inverted,
     "grouped": Grouped,
     "multiplied": multiplied,
+    "holders": holders,
     "up_and_down": UpAndDown,
     "tokens": Tokens,
     "shuffled": Shuffled,

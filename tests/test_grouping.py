@@ -100,6 +100,7 @@ def test_a_model_without_prunable_groups_says_why():
         (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "no layer was found"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyConv2d(2, 3)), "0.weight has no values yet"),
         (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))), "TorchScript"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Conv2d(4, 2, 3))), "1 is TorchScript"),
     ],
 )
 def test_a_model_with_nothing_to_narrow_says_what_it_is(make, message):

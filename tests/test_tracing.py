@@ -12,7 +12,7 @@ import torch_pruning
 import torchvision
 from torch import nn
 
-from pruning import Budget, apply, meta, prune, trace, verify
+from pruning import Budget, apply, count, meta, prune, trace, verify
 from pruning.agreement import TOLERANCE
 from pruning.graph import call
 from pruning.labels import Ties
@@ -205,6 +205,35 @@ def test_channels_are_followed_through(middle):
     assert "stem" in traced.groups, traced.skipped
     plan = Plan({name: tuple(range(group.channels - 1)) for name, group in traced.groups.items()})
     assert verify(net, apply(net, traced, plan), traced, plan, images) <= TOLERANCE
+
+
+class Centred(nets.WithNorm):
+    """A weight that another one is computed from."""
+
+    def forward(self, x):
+        return self.norm(self._conv_forward(x, self.weight - self.weight.mean(0), self.bias))
+
+
+def test_a_layer_that_holds_its_norm_is_narrowed_with_it():
+    net, images = nets.make("holders"), nets.images()
+    step = prune(net, images, Budget(macs="50%"), score="l2")
+    assert not {"0", "1", "2"} & step.trace.skipped.keys()
+    assert step.model[0].out_channels == step.model[0].norm.num_features == step.model[1].groups < 8
+    assert step.after.macs == count(step.model, images).macs
+
+
+def test_what_the_code_weighs_with_is_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.centred = Centred(4, 4, nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.centred(F.conv2d(x, self.kernel))
+
+    skipped = trace(Functional(), nets.images()).skipped
+    assert "conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
 
 
 def test_pixel_shuffle_takes_its_channels_in_squares():
