@@ -140,6 +140,33 @@ class Labels:
         #: The modules that run, each inside the one before it: name, and how messages call it.
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
+        self._even = WeakTensorKeyDictionary()
+
+    def filled(self, tensor: Tensor) -> None:
+        """A tensor was made that is the same everywhere, such as the first state of a ConvLSTM."""
+        self._even[tensor] = True
+
+    def written(self, tensors: Iterable[Tensor]) -> None:
+        """These are the same everywhere no longer, or may come to be: something shares their memory."""
+        for tensor in tensors:
+            self._even.pop(tensor, None)
+
+    def is_even(self, tensor: Tensor) -> bool:
+        """Whether a tensor without channels is the same everywhere, so that it fits any of its size."""
+        return tensor in self._even
+
+    def labels_or_even(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """The labels of a tensor; one that is the same everywhere gets some, along this dimension.
+
+        Its size there may be written in the code.
+        """
+        labels = self.of(tensor)
+        if labels is None and self.is_even(tensor):
+            self.written([tensor])
+            labels = spread(torch.from_numpy(self.found.ties.new(tensor.shape[dim])), tensor.ndim, dim)
+            self.put(tensor, labels)
+            self.rigid(labels, labels)
+        return labels
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The labels of a tensor; None where no channel lies in it."""

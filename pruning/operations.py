@@ -116,7 +116,8 @@ def pointwise(book: Labels, op: Operation) -> None:
             continue
         wide = [d for d in lies if shapes[i][d] > 1]
         expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
-        if expanded == wide and not varying(other):
+        even = other is None and book.is_even(op.operands[i])
+        if (expanded == wide or even) and not varying(other):
             # One value for all channels. The size that it was expanded to may be written in the code.
             if wide:
                 book.rigid(result, result)
@@ -154,6 +155,8 @@ def join(book: Labels, op: Operation) -> None:
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
     stacked = rank > op.operands[0].ndim
     found = [book.of(piece) for piece in pieces]
+    if not stacked and any(dim in varying(x) for x in found):
+        found = [book.labels_or_even(piece, dim) for piece in pieces]
     if stacked:
         found = [None if x is None else x.unsqueeze(dim) for x in found]
     sizes = [1 if stacked else piece.shape[dim] for piece in pieces]
@@ -307,6 +310,15 @@ def index(book: Labels, op: Operation, labels: Tensor) -> None:
     return book.put(op.output, narrowed)
 
 
+def gated(book: Labels, op: Operation, labels: Tensor) -> None:
+    """GLU: a channel of the second half weighs one of the first."""
+    dim = op.given["dim"] % labels.ndim
+    if dim in varying(labels):
+        labels, gates = labels.chunk(2, dim)
+        book.tie(labels, gates, FIXED_SIZE)
+    book.put(op.output, labels)
+
+
 def restride(book: Labels, op: Operation, labels: Tensor) -> None:
     """Another layout in memory."""
     if list(op.given["size"]) == list(op.operands[0].shape):
@@ -377,7 +389,7 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod",
          "logsumexp", "norm", "linalg_vector_norm", "argmax", "argmin", "any", "all", "median"), reduction
     ),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), anew),
+    **dict.fromkeys(("new_empty", "new_empty_strided"), anew),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
     "constant_pad_nd": pad,
     "index": index,
@@ -385,4 +397,5 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "im2col": patches,
+    "glu": gated,
 }  # fmt: skip

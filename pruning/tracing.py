@@ -11,6 +11,7 @@ with them the channels are fixed, and the reason is kept.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,6 +49,17 @@ _WEIGHTING = frozenset(
         "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
     )
 )  # fmt: skip
+#: Operations that make a tensor of one value.
+_FILLING = frozenset(
+    f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+)
+_COPYING = frozenset(("aten::_to_copy", "aten::clone"))
+
+
+@functools.cache
+def _shares_memory(func: Any) -> bool:
+    """Whether an operation writes to what it is given, or gives a view of it."""
+    return any(argument.alias_info for argument in func._schema.arguments)
 
 
 def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> Flow:
@@ -200,7 +212,7 @@ class _Follower(TorchDispatchMode):
 
     def _weighted(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         dim = channel_dim(module)
-        labels = self.book.of(x)
+        labels = self.book.labels_or_even(x, dim)
         uses, positions = self.found.uses.get(name, (0.0, 0.0))
         now = output.numel() / layer_width(module, "out") / self.batch
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
@@ -247,6 +259,7 @@ class _Follower(TorchDispatchMode):
                 return
         elif dim is None:
             dim = 1 - x.ndim if x.ndim > 1 else -1
+        labels = self.book.labels_or_even(x, dim)
         own = self.side(name, module, "out", dim)
         vector = self._along(labels, x, dim, name)
         if vector is None:
@@ -274,6 +287,11 @@ class _Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = run_operation(func, args, kwargs)
+        if func._schema.name in _FILLING or (
+            func._schema.name in _COPYING and any(map(self.book.is_even, tensors_among(args)))
+        ):
+            self.book.filled(output)
+            return output
         if not self.inside:
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
@@ -282,6 +300,8 @@ class _Follower(TorchDispatchMode):
             operation = Operation(func, args, kwargs, output)
             if any(self.book.of(t) is not None for t in operation.operands):
                 follow(self.book, operation)
+        if _shares_memory(func):
+            self.book.written(tensors_among((args, kwargs)))
         return output
 
     def function(self, name: str, module: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> Tensor:

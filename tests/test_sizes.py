@@ -98,7 +98,22 @@ class Gated(Sized):
         return value * gate.sigmoid()
 
 
-KINDS = [Halves, Parts, Flat, Decoder, Gated]
+class Remembers(Sized):
+    """A recurrent cell of convolutions, whose first state the model makes."""
+
+    def __init__(self):
+        super().__init__(reads=6)
+        self.hidden, self.cell = 6, nn.Conv2d(12 + 6, 2 * 6, 3, padding=1)
+
+    def middle(self, x):
+        state = torch.zeros(len(x), self.hidden, *x.shape[2:], device=x.device)
+        for _ in range(2):
+            gate, value = self.cell(torch.cat([x, state], 1)).chunk(2, 1)
+            state = state * gate.sigmoid() + value.tanh()
+        return state
+
+
+KINDS = [Halves, Parts, Flat, Decoder, Gated, Remembers]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -121,7 +121,17 @@ class Case(nn.Module):
 
 
 def fixed(self, x):
-    return x + torch.ones(8, 1, 1)
+    return x + torch.arange(8.0, device=x.device)[:, None, None]
+
+
+def filled(self, x):
+    return x + torch.ones(8, 1, 1, device=x.device)
+
+
+def written(self, x):
+    mask = torch.ones(x.shape[1], device=x.device)
+    mask[0] = 0
+    return x * mask[:, None, None]
 
 
 def over_channels(self, x):
@@ -154,6 +164,8 @@ def functional(self, x):
     ("middle", "reason"),
     [
         (fixed, "fixed size"),
+        (filled, "tied to its width"),
+        (written, "fixed size"),
         (over_channels, "over its channels"),
         (by_position, "by position"),
         (rolled, "by position"),
@@ -198,7 +210,28 @@ def twice(self, x):
     return torch.relu(self.extra(torch.relu(self.extra(x))))
 
 
-@pytest.mark.parametrize("middle", [halves, excited, masked, padded, stacked, windows, twice])
+def gated(self, x):
+    return nn.functional.glu(torch.cat([x, self.extra(x)], 1), 1)
+
+
+def accumulated(self, x):
+    total = x.new_zeros(len(x), self.extra.out_channels, *x.shape[2:])
+    for _ in range(2):
+        total += self.extra(x)
+    return total
+
+
+def remembered(self, x):
+    state = x.new_zeros(x.shape)
+    for _ in range(2):
+        state = torch.tanh(x + self.extra(state))
+    return state
+
+
+FOLLOWED = [halves, excited, masked, padded, stacked, windows, twice, gated, accumulated, remembered]
+
+
+@pytest.mark.parametrize("middle", FOLLOWED)
 def test_channels_are_followed_through(middle):
     net, images = Case(middle).eval(), nets.images()
     traced = trace(net, images)
