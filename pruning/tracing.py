@@ -315,6 +315,19 @@ class _Follower(TorchDispatchMode):
             self._weighted(name, module, x, output)
         return output
 
+    def each_channel(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """A function that treats every channel alike and alone, whatever operations it consists of."""
+        labels = self.book.of(x)
+        if set(varying(labels)) - {1}:
+            return run()
+        self._read(x, "")
+        self.inside += 1
+        output = run()
+        self.inside -= 1
+        if not self.inside:
+            self.book.put(output, labels)
+        return output
+
     def weighted_by(self, weight: int, function: str) -> None:
         """A function of `_WEIGHTING` is called by the model's code, with a weight of this identity."""
         name = self.book.own.get(weight)
@@ -363,4 +376,6 @@ class _Functions(TorchFunctionMode):
                     *self.layers[weight], given["input"], lambda: func(*args, **kwargs)
                 )
             self.follower.weighted_by(weight, func.__name__)
+        elif func is nn.functional.instance_norm and len(tensors_among((args, kwargs))) == 1:
+            return self.follower.each_channel(args[0], lambda: func(*args, **kwargs))
         return func(*args, **kwargs)

@@ -228,7 +228,24 @@ def remembered(self, x):
     return state
 
 
-FOLLOWED = [halves, excited, masked, padded, stacked, windows, twice, gated, accumulated, remembered]
+def restyled(self, x):
+    style = self.extra(x).mean((2, 3), keepdim=True)
+    return nn.functional.instance_norm(x) * style
+
+
+FOLLOWED = [
+    halves,
+    excited,
+    masked,
+    padded,
+    stacked,
+    windows,
+    twice,
+    gated,
+    accumulated,
+    remembered,
+    restyled,
+]
 
 
 @pytest.mark.parametrize("middle", FOLLOWED)
