@@ -32,6 +32,7 @@ from pruning.training import (
     Validate,
     accuracy,
     cross_entropy,
+    first_batch,
     fit,
     to_device,
 )
@@ -108,7 +109,7 @@ def slim(
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
-        first, _ = to_device(next(iter(batches)), device)
+        first, _ = to_device(first_batch(batches), device)
         example_inputs = first_examples(first, 2)
     ignored = tuple(ignored)
     last = config.prune.iterations + 1

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from pruning.checkpoint import fit, read, read_plain
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import first_examples, tensors
-from pruning.training import BatchSource
+from pruning.training import BatchSource, first_batch
 
 #: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
 BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
@@ -51,7 +51,7 @@ class Data:
     @property
     def examples(self) -> Any:
         """The first two inputs of the validation split, to trace with."""
-        inputs, _ = next(iter(self.validation))
+        inputs, _ = first_batch(self.validation)
         return first_examples(inputs, 2)
 
     def calibration(self, examples: int) -> list[tuple[Any, Any]]:

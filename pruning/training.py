@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -105,7 +105,7 @@ def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str |
     Labels that the model has no class for are a mistake, and no reason.
     """
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
-        inputs, targets = to_device(next(iter(batches)), device_of(model))
+        inputs, targets = to_device(first_batch(batches), device_of(model))
         try:
             logits_for(targets, call(model, inputs))
         except PruningError as error:
@@ -125,9 +125,31 @@ def require_classifier(model: nn.Module, *sources: Iterable[tuple[Any, Any]]) ->
                 break
 
 
+def pair(batch: Any) -> tuple[Any, Any]:
+    """A batch as (inputs, targets). Raises `PruningError` for one that is something else."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping):
+        described = f"a {type(batch).__name__} with {', '.join(map(repr, batch))}"
+    else:
+        held = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        described = f"a {type(batch).__name__}{held}"
+    raise PruningError(
+        f"a batch is {described}; a pair (inputs, targets) was expected. Let the loader give such pairs: "
+        "inputs may be a tuple of what the model is called with, or a dict of it by name"
+    )
+
+
+def first_batch(batches: Iterable[Any]) -> tuple[Any, Any]:
+    """The first (inputs, targets). Raises `PruningError` where there is none."""
+    for batch in batches:
+        return pair(batch)
+    raise PruningError("the given batches are empty: at least one pair (inputs, targets) is needed")
+
+
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     """(inputs, targets) with every tensor on the device."""
-    inputs, targets = batch
+    inputs, targets = pair(batch)
     move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 

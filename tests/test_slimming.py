@@ -124,10 +124,22 @@ def test_slim_takes_a_budget_and_batches_alone():
         slim(nets.make("lenet"), batches, validate=batches)
 
 
+IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
+
+
 def test_what_slim_cannot_train_on_or_choose_by_is_refused():
     config = SlimConfig.within(Budget(params="50%"))
     net, given = nets.make("lenet"), batches()
     with pytest.raises(PruningError, match="not an iterator"):
         slim(net, iter(given), config=config, validate=given)
+    for batch, said in (
+        ({"image": IMAGES, "label": LABELS}, "a dict with 'image', 'label'"),
+        (IMAGES, "a batch is a Tensor"),
+        ((IMAGES, LABELS, 1), "a batch is a tuple of 3"),
+    ):
+        with pytest.raises(PruningError, match=said):
+            slim(net, [batch], config=config, validate=given)
+    with pytest.raises(PruningError, match="the given batches are empty"):
+        slim(net, [], config=config, validate=given)
     with pytest.raises(PruningError, match="validate gave None"):
         slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)

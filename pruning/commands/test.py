@@ -15,7 +15,7 @@ from pruning.cost import count
 from pruning.errors import PruningError
 from pruning.graph import first_examples, tensors
 from pruning.timing import time_forward
-from pruning.training import accuracy, no_classifier, to_device
+from pruning.training import accuracy, first_batch, no_classifier, to_device
 
 SUMMARY = "measure accuracy, cost and time of a network"
 
@@ -39,7 +39,7 @@ def execute(args: argparse.Namespace) -> None:
     models = {"network": model.eval()}
     if args.weights is not None and (args.against is not None or args.model is not None):
         models = {"dense": flags.network_with(args, args.against).eval(), **models}
-    batch = to_device(next(iter(batches)), torch.device(args.device))[0]
+    batch = to_device(first_batch(batches), torch.device(args.device))[0]
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
