@@ -47,7 +47,7 @@ def main() -> None:
     flags = parser(__doc__ or "", batch_size="images in a training step")
     flags.add_argument(
         "--checkpoint-dir",
-        type=Path,
+        type=cli.folder,
         default=Path("runs/LeNet5"),
         metavar="FOLDER",
         help="where checkpoints go",

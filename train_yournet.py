@@ -162,7 +162,10 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
         help="LeNet-5 to compare with (default: one is trained in this run)",
     )
     run.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
+        "--output",
+        type=cli.folder,
+        metavar="FOLDER",
+        help="of this run alone (default: the next free runs/N)",
     )
     run.add_argument(
         "--resume", action="store_true", help="go on with the run in --output (default: the newest in runs/)"

@@ -56,7 +56,7 @@ def test_parser(description: str, network: str) -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads of a timed forward pass",
     )
-    made.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
+    made.add_argument("--json", type=cli.new_file, metavar="PATH", help="also write the figures here")
     return made
 
 

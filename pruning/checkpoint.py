@@ -177,6 +177,8 @@ def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None]
     `check` is given the written file before it takes its name; what it raises stops that.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} cannot be written: it is a folder, and a file is asked for")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

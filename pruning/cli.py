@@ -132,6 +132,22 @@ def next_run() -> Path:
     return RUNS / str(max(numbers, default=0) + 1)
 
 
+def new_file(text: str) -> Path:
+    """An argument type: a file that is to be written, and is no folder."""
+    if not text or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """An argument type: a folder that is to be written to, there or not."""
+    place = Path(text)
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+    return place
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """An argument type: a whole number that is at least `least`."""
 

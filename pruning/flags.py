@@ -132,7 +132,10 @@ def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 def run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     group.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of this run alone (default: the next free runs/N)"
+        "--output",
+        type=cli.folder,
+        metavar="FOLDER",
+        help="of this run alone (default: the next free runs/N)",
     )
     group.add_argument("--resume", action="store_true", help="go on with the run in --output")
     group.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")

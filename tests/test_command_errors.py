@@ -119,6 +119,24 @@ def test_meta_is_no_device(run):
     assert code == 2 and "'meta' holds no values to prune: expected cpu or cuda" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("prune", *NET, *BUDGET, "--output", "."), "'.' is a folder: expected the name of a file"),
+        (("slim", *NET, *BUDGET, "--output", "mine.py/run"), "mine.py is a file"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_first(run, words, message):
+    code, _, err = run(*words)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_a_page_shows_images_of_classes_alone(run):
+    assert run("prune", *NET, *BUDGET)[0] == 0
+    code, _, err = run("demo", "small.pth", *NET[:2], "--data", "mine:regression", "--mean", 0, "--std", 1)
+    assert code == 2 and "one class an image" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("name", ["config.json", "state.pth"])
 def test_a_run_whose_files_are_others_is_not_resumed(run, tmp_path, name):
     words = ("finetune", *NET, "--epochs", 1, "--output", "run")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning import flags
+from pruning import cli, flags
 from pruning.checkpoint import read, read_plain
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
@@ -28,7 +28,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--against", type=Path, metavar="FILE", help="weights of the dense network, to show beside it"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the ending .html"
+        "--output",
+        type=cli.new_file,
+        metavar="FILE",
+        help="default: the checkpoint's name with the ending .html",
     )
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="of the classes, in their order (default: numbers)"
@@ -113,6 +116,12 @@ def _examples(images: Images, data: Data) -> list[tuple[Tensor, int]]:
         if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != images.shape:
             got = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise PruningError(f"data {data.name!r} gives {got}, the network takes {images.shape}")
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise PruningError(
+                f"data {data.name!r} gives targets {shape}: a page shows an image of each class, and needs "
+                "one class an image; leave out --data"
+            )
         for x, truth in zip(inputs, targets.tolist(), strict=True):
             if truth not in found and len(found) < EXAMPLES:
                 found[truth] = x * std + mean

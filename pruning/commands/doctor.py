@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from pruning import flags
+from pruning import cli, flags
 from pruning.checkpoint import replace_file
 from pruning.doctor import doctor
 
@@ -17,7 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.model_flags(parser)
     flags.data_flags(parser, required=False)
     flags.ignore_flag(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found here")
+    parser.add_argument("--json", type=cli.new_file, metavar="FILE", help="also write what was found here")
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pruning import flags
+from pruning import cli, flags
 from pruning.checkpoint import provenance, read
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
@@ -26,7 +26,10 @@ WORTH_TRAINING = 0.002
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="format of the file")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: the checkpoint's name with the format's ending"
+        "--output",
+        type=cli.new_file,
+        metavar="FILE",
+        help="default: the checkpoint's name with the format's ending",
     )
     flags.checkpoint_flags(parser)
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pruning import flags
+from pruning import cli, flags
 from pruning.commands.results import save_network
 from pruning.errors import PruningError
 from pruning.prune import prune
@@ -23,7 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.budget_flags(parser)
     flags.result_flags(parser)
     flags.calibration_flag(parser, 1024)
-    parser.add_argument("--output", type=Path, default=Path("small.pth"), metavar="FILE", help="checkpoint")
+    parser.add_argument(
+        "--output", type=cli.new_file, default=Path("small.pth"), metavar="FILE", help="checkpoint"
+    )
 
 
 def execute(args: argparse.Namespace) -> None:

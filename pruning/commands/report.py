@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pruning import cli
+
 SUMMARY = "make one HTML file that shows a run"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in that folder")
+    parser.add_argument(
+        "--output", type=cli.new_file, metavar="FILE", help="default: report.html in that folder"
+    )
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="where layers are timed, for one example on one thread",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, default=Path("sensitivity"), metavar="FOLDER",
+        "--output", type=cli.folder, default=Path("sensitivity"), metavar="FOLDER",
         help="receives curves.json (from which an interrupted analysis goes on), curves.csv and the pictures",
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the data")
     parser.add_argument("--seconds", type=cli.number(0.1), default=3.0, help="to time the forward passes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", type=cli.new_file, metavar="FILE", help="also write the figures here")
 
 
 def execute(args: argparse.Namespace) -> None:
