@@ -304,12 +304,9 @@ class _Follower(TorchDispatchMode):
             self.book.written(tensors_among((args, kwargs)))
         return output
 
-    def function(self, name: str, module: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """What a layer of the table does, called by its own code."""
-        self._read(x, "")
-        self.inside += 1
-        output = run()
-        self.inside -= 1
+    def weighing(self, name: str, module: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """What a layer of `WEIGHTED` does, called by its own code."""
+        output = self._as_one(x, run)
         if not self.inside:
             self.found.calls[name] += 1
             self._weighted(name, module, x, output)
@@ -320,13 +317,20 @@ class _Follower(TorchDispatchMode):
         labels = self.book.of(x)
         if set(varying(labels)) - {1}:
             return run()
-        self._read(x, "")
-        self.inside += 1
-        output = run()
-        self.inside -= 1
+        output = self._as_one(x, run)
         if not self.inside:
             self.book.put(output, labels)
         return output
+
+    def _as_one(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """A function whose operations are not looked at."""
+        if not self.inside:
+            self._read(x, "")
+        self.inside += 1
+        try:
+            return run()
+        finally:
+            self.inside -= 1
 
     def weighted_by(self, weight: int, function: str) -> None:
         """A function of `_WEIGHTING` is called by the model's code, with a weight of this identity."""
@@ -372,10 +376,10 @@ class _Functions(TorchFunctionMode):
             given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
             weight = id(given.get("weight"))
             if weight in self.layers:
-                return self.follower.function(
+                return self.follower.weighing(
                     *self.layers[weight], given["input"], lambda: func(*args, **kwargs)
                 )
             self.follower.weighted_by(weight, func.__name__)
-        elif func is nn.functional.instance_norm and len(tensors_among((args, kwargs))) == 1:
-            return self.follower.each_channel(args[0], lambda: func(*args, **kwargs))
+        elif func is nn.functional.instance_norm and len(read := tensors_among((args, kwargs))) == 1:
+            return self.follower.each_channel(read[0], lambda: func(*args, **kwargs))
         return func(*args, **kwargs)

@@ -230,7 +230,7 @@ def remembered(self, x):
 
 def restyled(self, x):
     style = self.extra(x).mean((2, 3), keepdim=True)
-    return nn.functional.instance_norm(x) * style
+    return nn.functional.instance_norm(input=x) * style
 
 
 FOLLOWED = [
