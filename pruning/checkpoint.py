@@ -179,6 +179,9 @@ def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None]
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} cannot be written: it is a folder, and a file is asked for")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} cannot be written: it is a device or a pipe, and a file is asked for")
+    path = path.resolve() if path.is_symlink() else path  # what it points to is replaced
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

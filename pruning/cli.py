@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,6 +118,10 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
             stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         # In one line, whatever the user's code or a library put into its own message.
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)

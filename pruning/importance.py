@@ -82,7 +82,7 @@ def taylor(
         for kind in ("weight", "bias")
         if (parameter := getattr(model.get_submodule(member.layer), kind, None)) is not None
     }
-    scores = {name: torch.zeros(group.channels) for name, group in groups.items()}
+    scores = {name: torch.zeros(group.channels, dtype=torch.float32) for name, group in groups.items()}
     if not scores:
         return scores
     count = 0
@@ -99,7 +99,7 @@ def taylor(
             gradients = dict(zip(parameters, found, strict=True))
             count += 1
             for name, group in groups.items():
-                change = torch.zeros(group.channels)
+                change = torch.zeros(group.channels, dtype=torch.float32)
                 for member in members[name]:
                     for kind in ("weight", "bias"):
                         gradient = gradients.get((member.layer, kind))
@@ -148,7 +148,9 @@ def _weight(model: nn.Module, member: Member) -> Tensor:
 
 def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
     """Sum values per position of a layer's side into values per channel of the group."""
-    return torch.zeros(group.channels).index_add_(0, member.channel, values.float().cpu()[member.index])
+    return torch.zeros(group.channels, dtype=torch.float32).index_add_(
+        0, member.channel, values.float().cpu()[member.index]
+    )
 
 
 def _positions(group: Group, member: Member) -> Tensor:
@@ -159,7 +161,7 @@ def _positions(group: Group, member: Member) -> Tensor:
 def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
     scores = {}
     for name, group in groups.items():
-        total = torch.zeros(group.channels)
+        total = torch.zeros(group.channels, dtype=torch.float32)
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
             if isinstance(layer, MAKERS):

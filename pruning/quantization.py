@@ -93,10 +93,10 @@ def quantize(
         nonlocal agreement, times
         small = Exported(partial, "onnxruntime")
         try:
-            same = sum(int((small(x).argmax(1) == whole(x).argmax(1)).sum()) for x in batches)
+            same = [small(x).argmax(1) == whole(x).argmax(1) for x in batches]
         except Exception as error:  # of a runtime, which can fail in any way
             raise ExportError(f"{output}: it fails on the calibration images: {first_line(error)}") from error
-        agreement = same / count
+        agreement = sum(int(each.sum()) for each in same) / sum(each.numel() for each in same)
         if agreement < least_agreement:
             raise ExportError(
                 f"{output} was not written: int8 agrees with float32 on {agreement:.1%} of {count} "

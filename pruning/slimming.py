@@ -32,6 +32,7 @@ from pruning.training import (
     Validate,
     accuracy,
     cross_entropy,
+    figure,
     first_batch,
     fit,
     to_device,
@@ -104,7 +105,7 @@ def slim(
         raise PruningError(
             "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
         )
-    validate = partial(_figure, validate if callable(validate) else partial(_accuracy_on, validate))
+    validate = partial(figure, validate if callable(validate) else partial(_accuracy_on, validate))
     device = device_of(model)
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
@@ -191,15 +192,6 @@ def slim(
     )
     log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
     return Slimmed(small, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
-
-
-def _figure(validate: Validate, model: nn.Module) -> float:
-    """What `validate` gives, as a number."""
-    value = validate(model)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise PruningError(f"validate gave {value!r}: a number was expected, higher is better") from error
 
 
 def tune(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from pruning.checkpoint import fit, read, read_plain
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import first_examples, tensors
-from pruning.training import BatchSource, first_batch
+from pruning.training import BatchSource, first_batch, length
 
 #: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
 BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
@@ -30,6 +31,8 @@ BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 }
 #: Of other images, as torchvision's pretrained networks expect them.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: What DistributedDataParallel, torch.compile and Lightning put before the names of weights.
+PREFIXES = ("", "module.", "_orig_mod.", "model.")
 #: So many examples of one class and none of another are no accident.
 FEW = 64
 #: Folders of an image folder's splits.
@@ -126,14 +129,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     kind = type(model).__name__
     if isinstance(content, dict) and "format" in content:
         return fit(path, model, read(path))
-    for key in ("state_dict", "model"):  # as training scripts wrap it
+    for key in ("state_dict", "model_state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no state dict: names with tensors were expected")
-    state = {key.removeprefix("module."): value for key, value in content.items()}
+    known = model.state_dict().keys()
+    without = {prefix: {key.removeprefix(prefix): t for key, t in content.items()} for prefix in PREFIXES}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(next((s for s in without.values() if s.keys() == known), without["module."]))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"{path} does not fit {kind}: {' '.join(lines[1:3])[:300]}") from error
@@ -233,6 +237,12 @@ def _image_folder(root: Path, size: int) -> tuple[dict[str, Any], bool]:
 def _read_image(path: str) -> Any:
     """An image of a folder. Raises `PruningError` that names a file which is none."""
     try:
+        from PIL import Image  # which torchvision brings
+
+        with open(path, "rb") as file:
+            deep = Image.open(file)
+            if deep.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                return Image.fromarray((np.asarray(deep) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
         return _torchvision().datasets.folder.default_loader(path)
     except Exception as error:  # what a damaged file raises depends on its format
         raise PruningError(f"image {path} cannot be read ({error}): replace it, or take it away") from error
@@ -275,10 +285,12 @@ def _download(kind: str, folder: str | Path, train: bool, transform: Any) -> Any
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of a folder's splits; train and validation are one where they are not apart."""
-    found = {
-        split: root / name for split, names in SPLITS.items() for name in names if (root / name).is_dir()
-    }
+    folders = {place.name.lower(): place for place in sorted(root.iterdir()) if place.is_dir()}
+    found = {split: folders[name] for split, names in SPLITS.items() for name in names if name in folders}
     if "train" not in found:
+        if found and len(found) == len(folders):
+            there = " and ".join(place.name for place in found.values())
+            raise PruningError(f"{root} has {there}, which are splits, but no train beside them")
         return {"train": root, "validation": root}
     return {"validation": found["train"], **found}
 
@@ -320,9 +332,9 @@ def _from_factory(name: str, made: Any) -> Data:
             "expected"
         )
     for split, batches in zip(("train", "validation", "test"), made, strict=False):
-        if batches is not None and not hasattr(batches, "__len__"):
+        if batches is not None and length(batches) is None:
             raise PruningError(f"{name!r}: the {split} batches have no length; give a list or a DataLoader")
-        if batches is not None and not len(batches):
+        if batches is not None and not length(batches):
             raise PruningError(f"{name!r} gave no {split} batches; is the batch size above the split's?")
     return Data(name, *made)
 

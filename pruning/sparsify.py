@@ -15,7 +15,7 @@ from pruning.cost import Cost, CostModel
 from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace
 from pruning.grouping import trace
-from pruning.training import BatchSource, fit
+from pruning.training import BatchSource, fit, length
 
 #: A pull that no gradient resists.
 HOLD = 1e30
@@ -79,7 +79,7 @@ class ScalePull:
         """The largest |γ| of each channel, by group, on the CPU; groups without scales have no entry."""
         found = {}
         for name, entries in self.scales.items():
-            largest = torch.zeros(self.trace.groups[name].channels)
+            largest = torch.zeros(self.trace.groups[name].channels, dtype=torch.float32)
             for weight, index, channel in entries:
                 values = weight.detach().abs()[index].float().cpu()
                 largest.scatter_reduce_(0, channel.cpu(), values, "amax")
@@ -208,7 +208,7 @@ def sparsify(
         if strength is None:
             budget = budget.share(dense, 1, 2)
     pull = ScalePull(model, traced, strength, budget)
-    steps = len(batches)
+    steps = length(batches) or 0
 
     def refresh(epoch: int) -> None:
         total = config.epochs * steps

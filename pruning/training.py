@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from pruning.errors import PruningError, TrainingDiverged
 from pruning.graph import call, device_of
 from pruning.modes import channels_last, eval_mode
 
+#: The target of what the usual loss leaves out, as torch has it.
+IGNORED = -100
 #: From a model, its inputs and the targets to the loss of a batch, a scalar.
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 #: From a model to a figure that is better the higher it is, on the validation split.
@@ -67,7 +69,9 @@ def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
 def _probabilities(targets: Any, logits: Any) -> bool:
     """Whether targets are a share of every class, as mixing or smoothing labels makes them."""
     both = isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()
-    return both and targets.shape == logits.shape and logits.ndim > 1 and logits.shape[1] > 1
+    if not both or targets.shape != logits.shape or logits.ndim < 2 or logits.shape[1] < 2:
+        return False
+    return bool((targets >= 0).all() and ((targets.sum(1) - 1).abs() < 0.01).all())
 
 
 def logits_for(targets: Any, outputs: Any) -> Tensor:
@@ -154,8 +158,31 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 
 
+def figure(validate: Validate, model: nn.Module) -> float:
+    """What `validate` gives for a model in eval mode, whose modes are afterwards as they were.
+
+    Raises `PruningError` where that is no number.
+    """
+    with torch.no_grad(), eval_mode(model):
+        value = validate(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise PruningError(f"validate gave {value!r}: a number was expected, higher is better") from error
+
+
+def length(batches: Any) -> int | None:
+    """How many batches there are; None where they cannot tell, as a DataLoader of an IterableDataset."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
 def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
+
+    Targets of `IGNORED` do not count, as in the loss.
 
     Raises `PruningError` where outputs and targets are not a classifier's, or there is no batch.
     """
@@ -165,10 +192,12 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
         for batch in batches:
             inputs, targets = to_device(batch, device)
             logits = logits_for(targets, call(model, inputs))
-            if targets.numel() and int(targets.max()) >= logits.shape[1]:
+            counted = targets != IGNORED
+            if bool((counted & ((targets < 0) | (targets >= logits.shape[1]))).any()):
                 raise _no_such_class(logits, targets)
-            right += int((logits.argmax(1) == targets).sum())
-            count += targets.numel()
+            known = ~logits.isnan().any(1)  # of NaN the largest is the first
+            right += int(((logits.argmax(1) == targets) & known & counted).sum())
+            count += int(counted.sum())
     if not count:
         raise PruningError("there is nothing to evaluate on: the given batches are empty")
     return right / count
@@ -208,7 +237,7 @@ def fit(
     Raises `TrainingDiverged` when the loss stops being finite; `PruningError` when there
     is no batch to train on.
     """
-    steps = len(batches) if isinstance(batches, Sized) else 0
+    steps = length(batches) or 0
     if config.epochs and not steps:
         raise PruningError("there is nothing to train on: the given batches are empty or have no length")
     if not config.epochs:
@@ -222,7 +251,7 @@ def fit(
             training.restore(resume)
         elif keep_best and keep_start and validate is not None:
             with torch.random.fork_rng():  # the epochs are those without it
-                training.end_epoch(0, validate(training.shown))
+                training.end_epoch(0, figure(validate, training.shown))
 
         total, done = config.epochs * steps, training.epoch * steps
         with tqdm(
@@ -254,7 +283,7 @@ def fit(
                     if step % 50 == 0 or step == steps:
                         _require_finite(summed, number, step, label)
                     bar.update()
-                score = validate(training.shown) if validate is not None else None
+                score = figure(validate, training.shown) if validate is not None else None
                 training.end_epoch(number, score if keep_best else None)
                 if score is not None:
                     bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")

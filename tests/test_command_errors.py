@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 from user import NET, image_folder
 
+from pruning.sources import load_weights, make_data
+
 BUDGET = ("--max-macs", "50%")
+PICTURES = (
+    "--data",
+    "pictures",
+    "--image-size",
+    33,
+    "--model",
+    "squeezenet1_1",
+    "--model-arg",
+    "num_classes=2",
+)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +199,62 @@ def test_an_export_whose_data_are_refused_writes_nothing(run, tmp_path):
     )
     code, _, err = run(*words, "--data", "nowhere")
     assert code == 2 and "'nowhere'" in err and not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in folders")
+def test_a_pipe_is_no_checkpoint_and_a_link_stays_one(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    code, _, err = run("prune", *NET, *BUDGET, "--output", "pipe.pth")
+    assert code == 2 and "pipe.pth cannot be written: it is a device or a pipe" in err
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.pth").symlink_to("elsewhere/small.pth")
+    assert run("prune", *NET, *BUDGET, "--output", "link.pth")[0] == 0
+    assert (tmp_path / "link.pth").is_symlink() and (tmp_path / "elsewhere" / "small.pth").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a reader that leaves is no error there")
+def test_whoever_reads_may_leave(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    words = ("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
+    ended = subprocess.run([sys.executable, "-m", "pruning", *words], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert ended.returncode == 1 and ended.stderr == b""
+
+
+@pytest.mark.parametrize("names", [("Val",), ("val", "test")])
+def test_folders_of_splits_are_no_classes(run, tmp_path, names):
+    for name in names:
+        image_folder(tmp_path / "pictures" / name, ["a", "b"])
+    words = (*PICTURES, *BUDGET)
+    code, _, err = run("prune", *words)
+    assert code == 2 and f"{' and '.join(names)}, which are splits, but no train beside them" in err, err
+    image_folder(tmp_path / "pictures" / "TRAIN", ["a", "b"])
+    assert run("prune", *words)[0] == 0
+
+
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
+    image_folder(tmp_path / "train", ["a", "b"])
+    image_folder(tmp_path / "val", ["a", "b"])
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(shades).save(tmp_path / "val" / "a" / "0.png")
+    image = next(iter(make_data(str(tmp_path), image_size=14).validation))[0][0, 0]
+    assert image.unique().numel() == 14 * 14, "of 16 x 16 the middle"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
+def test_weights_of_training_wrappers_fit(tmp_path, prefix):
+    net = nn.Sequential()
+    net.add_module("module", nn.Linear(2, 3))  # which begins as one of the wrappers' prefixes
+    state = {prefix + name: value for name, value in net.state_dict().items()}
+    torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "weights.pth")
+    other = nn.Sequential()
+    other.add_module("module", nn.Linear(2, 3))
+    load_weights(other, tmp_path / "weights.pth")
+    assert torch.equal(other.module.weight, net.module.weight)
+
+
+def test_a_run_is_resumed_by_its_folder_alone(run):
+    assert run("finetune", *NET, "--epochs", 1, "--output", "run")[0] == 0
+    code, _, err = run("finetune", "--resume", "--output", "run")
+    assert code == 0, err

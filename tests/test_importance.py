@@ -48,6 +48,17 @@ def test_norms_of_weights():
     torch.testing.assert_close(l2(net, groups)["3"], weight.square().sum((1, 2, 3)).sqrt())
 
 
+def test_scores_are_what_they_are_whatever_the_default_dtype():
+    net = nets.make("plain")
+    groups = trace(net, nets.images()).groups
+    expected = l1(net, groups)["3"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(l1(net, groups)["3"], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_norms_of_a_transposed_convolution_in_parts():
     """Each output channel of part g is made by the weights [part g's inputs, that channel]."""
     net = nn.Sequential(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nets import ShuffledBatches, batches, same
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from pruning import (
     PruningError,
@@ -159,6 +160,7 @@ class Gives(nn.Module):
         (Gives(4, 3), LABELS[:, None], r"the targets have shape \(4, 1\), the outputs \(4, 3\)"),
         (Gives(4, 3, 2, 2), LABELS, "the targets have shape"),
         (Gives(4, 3), LABELS + 7, "the targets go from 7 to 7, but the network has 3 classes"),
+        (Gives(4, 3), LABELS - 1, "the targets go from -1 to -1, but the network has 3 classes"),
     ],
 )
 def test_the_usual_loss_and_accuracy_are_for_classifiers_alone(net, targets, said):
@@ -173,6 +175,37 @@ def test_labels_of_pixels_and_of_any_whole_numbers_are_fine():
     for dtype in (torch.uint8, torch.int32, torch.long):
         fit(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))], TrainConfig(1))
         assert accuracy(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
+
+
+def test_what_the_loss_ignores_does_not_count():
+    weight = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [float("nan"), 0, 0]])
+    net = Gives(4, 3)
+    net.weight.data = weight
+    assert accuracy(net, [(IMAGES, torch.tensor([0, 1, -100, -100]))]) == 0.5
+    assert accuracy(net, [(IMAGES, torch.tensor([0, -100, 1, 0]))]) == pytest.approx(2 / 3), "NaN is wrong"
+    with pytest.raises(PruningError, match="nothing to evaluate on"):
+        accuracy(net, [(IMAGES, LABELS - 100)])
+
+
+def test_a_network_is_judged_in_eval_mode_without_gradients():
+    def judge(net):
+        return float(not net.training and not torch.is_grad_enabled())
+
+    seen = []
+    net = fit(nets.make("lenet"), batches(1), TrainConfig(2), validate=judge,
+              on_epoch=lambda epoch: seen.append(epoch.score))  # fmt: skip
+    assert seen == [1, 1] and not net.training
+    with pytest.raises(PruningError, match="validate gave None: a number was expected"):
+        fit(net, batches(1), TrainConfig(1), validate=lambda _: None)
+
+
+def test_batches_of_an_unknown_number_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(IMAGES[0], LABELS[0])] * 8)
+
+    with pytest.raises(PruningError, match="have no length"):
+        fit(nets.make("lenet"), DataLoader(Stream(), 4), TrainConfig(1))
 
 
 @pytest.mark.parametrize(
@@ -221,3 +254,5 @@ def test_the_usual_loss_takes_shares_of_classes():
     torch.testing.assert_close(cross_entropy(net, inputs, shares), cross_entropy(net, inputs, targets))
     with pytest.raises(PruningError, match="whole-number targets"):
         cross_entropy(net, inputs, shares[:, :3])
+    with pytest.raises(PruningError, match="whole-number targets"):
+        cross_entropy(net, inputs, shares + shares.roll(1, 1))  # several classes at once

@@ -46,8 +46,14 @@ def parse(
         command.add_flags(made[name])
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path)
-    given, rest = first.parse_known_args(argv)
+    rest = first.parse_known_args(argv)[1]
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--output", type=Path)
+    given, _ = first.parse_known_args(argv)
     chosen = next((made[word] for word in rest if word in made), None)
+    if given.config is None and given.resume and given.output is not None:
+        before = given.output / "config.toml"  # of the run that goes on
+        given.config = before if before.exists() else None
     if given.config is not None and chosen is not None:
         at = next(i for i, word in enumerate(rest) if word in made) + 1
         rest = [*rest[:at], *cli.read_recipe(given.config, chosen, rest), *rest[at:]]
