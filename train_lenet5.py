@@ -3,7 +3,8 @@
     python train_lenet5.py --epoch-end 6
     python train_lenet5.py --last-checkpoint runs/LeNet5/epoch-3.pth --epoch-start 3 --epoch-end 6
 
-After each epoch the network is saved as CHECKPOINT_DIR/epoch-N.pth, N epochs old.
+After each epoch the network is saved as CHECKPOINT_DIR/epoch-N.pth, N epochs old. Training that goes on
+from one of them ends where it would have ended without the stop.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from eval.cli import load_network, parser, use_threads
 from eval.metrics import EVALUATION_BATCH
 from models import LeNet5
 from pruning import CheckpointError, TrainConfig, accuracy, cli, fit, provenance, save
+from pruning.checkpoint import read
 from pruning.training import Epoch
 
 #: Epochs and settings of the reference network.
@@ -63,7 +65,7 @@ def main() -> None:
         metavar="N",
         help="epochs trained in the end",
     )
-    flags.add_argument("--seed", type=int, default=0, help="of the weights and the order of images")
+    flags.add_argument("--seed", type=cli.seed, default=0, help="of the weights and the order of images")
     flags.add_argument(
         "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
     )
@@ -83,11 +85,20 @@ def main() -> None:
         )
 
     use_threads(args.threads)
-    torch.manual_seed(args.seed + args.epoch_start)
-    model = LeNet5()
-    if args.last_checkpoint:
-        model = load_network(args.last_checkpoint, LeNet5, args.device)
+    last = load_network(args.last_checkpoint, LeNet5, args.device) if args.last_checkpoint else None
+    torch.manual_seed(args.seed)
+    model, before = LeNet5(), args.epoch_start
     dataset = data.load(args.data, args.data_dir).to(args.device)
+    if last is not None:
+        model, before = last, read(args.last_checkpoint)["provenance"].get("epochs", before)
+        if before != args.epoch_start:
+            print(
+                f"{args.last_checkpoint} is {before} epochs old, not {args.epoch_start}: the files are "
+                f"numbered from --epoch-start {args.epoch_start}, and say how old they are",
+                flush=True,
+            )
+        for _ in range(args.epoch_start):  # orders of images that are used up
+            torch.randperm(len(dataset.train.labels))
     model.to(args.device)
 
     def save_epoch(epoch: Epoch) -> None:
@@ -95,7 +106,7 @@ def main() -> None:
         facts = provenance(
             seed=args.seed,
             dataset=dataset.name,
-            epochs=args.epoch_start + epoch.number,
+            epochs=before + epoch.number,
             validation_accuracy=epoch.score,
         )
         save(path, model, provenance=facts)

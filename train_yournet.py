@@ -62,6 +62,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)
     target = None if args.resume else reachable(dense, example, config.budget, args.ignore, config.prune)
+    if args.teacher and not args.distill:
+        raise PruningError("--teacher is for --distill WEIGHT: give its share of the loss, too")
     teacher = load(args.teacher, device=args.device) if args.teacher else None
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume, tensorboard=args.tensorboard)
@@ -151,7 +153,7 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
         "--teacher", metavar="PATH", help="checkpoint of the teacher (default: the dense network of stage 1)"
     )
     run = flags.add_argument_group("the run")
-    run.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
+    run.add_argument("--seed", type=cli.seed, default=0, help="of weights and the order of images")
     run.add_argument(
         "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
     )

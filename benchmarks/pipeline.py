@@ -113,7 +113,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="to run")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in this process
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=cli.seed, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

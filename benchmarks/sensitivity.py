@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
     parser.add_argument("--widths", type=cli.whole_number(1), help="of each group (default: every one)")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and the order of images")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and the order of images")
     parser.add_argument(
         "--output", type=Path, default=ROOT, metavar="FOLDER", help="the project, or elsewhere"
     )

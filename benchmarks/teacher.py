@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
     parser.add_argument("--device", type=cli.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of images")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the weights and the order of images")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "checkpoints" / "teacher" / "best.pth", help="the checkpoint"
     )

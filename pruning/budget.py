@@ -109,7 +109,7 @@ class LatencyBudget:
 
     def target(self, dense: float) -> float:
         """The limit in milliseconds per example, given what the dense network takes."""
-        text = self.limit.strip().lower()
+        text = str(self.limit).strip().lower()
         try:
             value = float(text[:-2] if text.endswith("ms") else text[:-1])
         except ValueError:
@@ -134,6 +134,12 @@ class LatencyBudget:
 
     def __str__(self) -> str:
         return f"≤ {self.limit} in {self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def require_budget(budget: Any) -> None:
+    """Raise `PruningError` for what is no budget."""
+    if not isinstance(budget, Budget | LatencyBudget):
+        raise PruningError(f"budget {budget!r}: a Budget was expected, such as Budget(macs='50%')")
 
 
 def _parse(what: str, limit: int | str, dense: int) -> int:

@@ -123,7 +123,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, checked; see `load` for what is raised."""
     content = read_plain(path)
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of this toolkit: it has no format version")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this toolkit: it has no format version. Weights alone need the "
+            "network they are of (--model)"
+        )
     if not isinstance(content["format"], int) or content["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {content['format']!r}, this version reads up to {FORMAT}: update the toolkit"
@@ -150,7 +153,8 @@ def read_plain(path: str | Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} was refused: it is damaged, or holds objects beyond tensors and plain data"
+            f"{path} was refused: it is damaged, or holds objects beyond tensors and plain data. Of a whole "
+            "model that was pickled, save model.state_dict()"
         ) from error
     except Exception as error:  # reading a damaged file can fail in any way
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

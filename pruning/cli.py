@@ -8,12 +8,14 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pruning import sources
 from pruning.checkpoint import replace_file
 from pruning.errors import PruningError, UserError
 
@@ -22,6 +24,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: This toolkit.
+OWN = Path(__file__).resolve().parent
 #: Where runs go that are told no folder.
 RUNS = Path("runs")
 #: Exit codes: bad usage or input, and Ctrl-C.
@@ -126,9 +130,36 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
         # In one line, whatever the user's code or a library put into its own message.
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except Exception as error:
+        said = of_users_code(error)
+        if said is None:  # then it is ours, and its traceback is wanted
+            raise
+        print("error:", said, file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def of_users_code(error: Exception) -> str | None:
+    """What went wrong, and where, in one line, if it went wrong in code that the user named.
+
+    That is a network or data of a `module:factory`, in this process or in one that reads data.
+    """
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if "DataLoader worker process" in text:  # which tells of its traceback in the message
+        lines = str(error).strip().splitlines()
+        at = [line.strip() for line in lines if line.strip().startswith("File ")]
+        return f"{lines[-1].strip()} ({at[-1]})" if at else lines[-1].strip()
+    folders = {Path(file).resolve().parent for file in sources.USERS}
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if folders & set(Path(frame.filename).resolve().parents) and OWN not in Path(frame.filename).parents
+    ]
+    if not frames:
+        return None
+    return f"{kind}: {text} ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
 
 
 def next_run() -> Path:
@@ -153,15 +184,24 @@ def folder(text: str) -> Path:
     return place
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argument type: a whole number that is at least `least`."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argument type: a whole number that is at least `least`, and at most `most` where there is one."""
 
     def parse(text: str) -> int:
-        if not text.strip().lstrip("+-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least}")
-        return int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            bounds = f"from {least}" + (f" to {most}" if most is not None else "")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {bounds}")
+        return value
 
     return parse
+
+
+#: An argument type: what torch's generators can be seeded with.
+seed = whole_number(0, 2**63 - 1)
 
 
 def number(least: float, most: float = float("inf")) -> Callable[[str], float]:

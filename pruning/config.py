@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pruning.budget import Budget, LatencyBudget
+from pruning.budget import Budget, LatencyBudget, require_budget
 from pruning.errors import PruningError
 
 
@@ -123,6 +123,7 @@ class SlimConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
+        require_budget(self.budget)
         _require((self.strength or 0) >= 0, f"sparsity strength {self.strength}: at least 0")
         _require(
             not self.sparsify.ema,

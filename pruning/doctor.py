@@ -76,7 +76,9 @@ class Diagnosis:
             f"({self.least.params / max(1, self.cost.params):.1%}), {self.least.macs:,} MACs "
             f"({self.least.macs / max(1, self.cost.macs):.1%})",
             "",
-            f"{len(self.groups)} groups can be narrowed; one channel of each frees, of all params and MACs:",
+            f"{len(self.groups)} groups can be narrowed; one channel of each frees, of all params and MACs:"
+            if self.groups
+            else "no group can be narrowed",
         ]
         width = max([len(group.name) for group in self.groups], default=0)
         for group in self.groups:
@@ -101,7 +103,8 @@ class Diagnosis:
             listed = _some([f"{name} ({kind})" for name, kind in self.uncounted.items()])
             lines += ["", f"weights that the count of MACs leaves out: {listed}"]
         passed = "passed: with half of every group gone it computes what it should"
-        lines += ["", f"trial {passed if not self.trial else 'failed: ' + self.trial}"]
+        if self.groups:
+            lines += ["", f"trial {passed if not self.trial else 'failed: ' + self.trial}"]
         return "\n".join(lines)
 
 

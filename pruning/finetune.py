@@ -12,7 +12,7 @@ from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.graph import call
 from pruning.rounding import Rounding
-from pruning.training import BatchSource, Loss, cross_entropy, fit
+from pruning.training import BatchSource, Loss, cross_entropy, fit, loss_of
 
 
 def distillation(
@@ -30,6 +30,7 @@ def distillation(
     Raises `PruningError` at the first batch when teacher and student differ in classes.
     """
     teacher.eval()
+    loss = loss_of(loss)
 
     def both(student: nn.Module, inputs: Any, targets: Any) -> Tensor:
         seen: list[Tensor] = []
@@ -42,16 +43,7 @@ def distillation(
         with torch.no_grad():
             wanted = call(teacher, inputs)
         logits = seen[-1]
-        if not isinstance(logits, Tensor) or not isinstance(wanted, Tensor):
-            raise PruningError(
-                f"distillation is for models that give logits: the student gives a {type(logits).__name__}, "
-                f"the teacher a {type(wanted).__name__}. Train without it: distill=0"
-            )
-        if logits.shape != wanted.shape:
-            raise PruningError(
-                f"the teacher's outputs have shape {tuple(wanted.shape)}, the student's "
-                f"{tuple(logits.shape)}: distillation needs a teacher with the same classes"
-            )
+        require_same_logits(logits, wanted)
         soft = F.kl_div(
             F.log_softmax(logits / temperature, 1),
             F.log_softmax(wanted / temperature, 1),
@@ -61,6 +53,20 @@ def distillation(
         return (1 - weight) * hard + weight * temperature**2 * soft
 
     return both
+
+
+def require_same_logits(student: Any, teacher: Any) -> None:
+    """Raise `PruningError` unless the outputs of a student can be compared with its teacher's."""
+    if not isinstance(student, Tensor) or not isinstance(teacher, Tensor):
+        raise PruningError(
+            f"distillation is for models that give logits: the student gives a {type(student).__name__}, "
+            f"the teacher a {type(teacher).__name__}. Train without it: distill=0"
+        )
+    if student.shape != teacher.shape:
+        raise PruningError(
+            f"the teacher's outputs have shape {tuple(teacher.shape)}, the student's "
+            f"{tuple(student.shape)}: distillation needs a teacher with the same classes"
+        )
 
 
 def finetune(

@@ -13,7 +13,7 @@ from torch import nn
 
 from pruning import cli
 from pruning.budget import PLACES, Budget, LatencyBudget
-from pruning.checkpoint import load, read_plain
+from pruning.checkpoint import load, read, read_plain
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import Inputs, tensors
@@ -102,7 +102,7 @@ def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool =
     group.add_argument(
         "--workers", type=cli.whole_number(0), default=0, metavar="N", help="processes that read images"
     )
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and splits")
+    group.add_argument("--seed", type=cli.seed, default=0, help="of weights, order and splits")
     if shape and not required:
         group.add_argument(
             "--input-shape",
@@ -204,7 +204,7 @@ def budget_flags(parser: argparse.ArgumentParser) -> None:
     latency.add_argument(
         "--max-latency", metavar="TIME", help="0.5x of the dense network's, or 2ms per example"
     )
-    latency.add_argument("--runtime", choices=PLACES, default="eager", help="where the network will run")
+    latency.add_argument("--runtime", choices=PLACES, default=PLACES[0], help="where the network will run")
     latency.add_argument(
         "--runtime-batch", type=cli.whole_number(1), default=1, metavar="N", help="examples in a pass"
     )
@@ -275,6 +275,8 @@ def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
     """The budget that flags name: of latency, or of counts."""
     counts = {"params": args.max_params, "macs": args.max_macs, "channels": args.max_channels}
     if args.max_latency is None:
+        if (args.runtime, args.runtime_batch, args.runtime_threads) != (PLACES[0], 1, 1):
+            raise PruningError("--runtime, its batch and threads are for --max-latency: give it, too")
         return Budget(**counts)
     if any(limit is not None for limit in counts.values()):
         raise PruningError("--max-latency stands alone: give no --max-params, --max-macs or --max-channels")
@@ -324,6 +326,14 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     else:
         raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
     return model.to(args.device)
+
+
+def described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; weights alone, of the network that flags name, describe nothing."""
+    content = read_plain(path)
+    if args.model is not None and not (isinstance(content, dict) and "format" in content):
+        return {"class": args.model, "arguments": {}, "provenance": {}}
+    return read(path)
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -397,6 +407,8 @@ def normalisation(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[
     """`mean` and `std` by channel: as --mean and --std or the content of a checkpoint say."""
     if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
         raise PruningError("--mean and --std go together: as many numbers for both")
+    if 0 in (args.std or ()):
+        raise PruningError("--std 0: what the images were divided by was expected, above 0")
     if args.mean:
         return {"mean": args.mean, "std": args.std}
     return content["provenance"].get("normalisation")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.layers import Side
-from pruning.modes import eval_mode, hooked, on_input
+from pruning.modes import eval_mode, hooked, on_input, require_module
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 #: A layer to leave as it is: a name or pattern (`features.*`), a type, or the module itself.
@@ -126,7 +126,11 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors are; one without any, such as an exported file, takes the CPU."""
+    """Where a model's tensors are; one without any, such as an exported file, takes the CPU.
+
+    Raises `PruningError` for what is no module.
+    """
+    require_module(model)
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 

@@ -81,6 +81,8 @@ def trace(
 
 def _refuse(model: nn.Module, inputs: Inputs) -> None:
     """Say what is wrong with a model or inputs that cannot be traced."""
+    if torch.is_inference_mode_enabled():
+        raise PruningError("torch.inference_mode() is on: its tensors cannot be trained; leave it first")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"{name} is TorchScript, which" if name else "TorchScript"
@@ -90,6 +92,14 @@ def _refuse(model: nn.Module, inputs: Inputs) -> None:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
     if any(x.ndim and not len(x) for x in tensors(inputs)[:1]):
         raise PruningError("the example inputs are a batch of no examples; give at least one")
+
+
+def require_groups(model: nn.Module, traced: Trace) -> None:
+    """Raise `PruningError`, with the reasons, where no group of a model can be narrowed."""
+    if not traced.groups:
+        kind = type(model).__name__
+        reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
+        raise PruningError(f"{kind} has no prunable group ({reasons or 'no layer was found'})")
 
 
 def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:

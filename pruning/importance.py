@@ -17,7 +17,7 @@ from pruning.errors import PruningError
 from pruning.graph import Group, Member, device_of, fresh
 from pruning.layers import MAKERS, output_rows
 from pruning.modes import eval_mode
-from pruning.training import Loss, cross_entropy, to_device
+from pruning.training import Loss, cross_entropy, loss_of, to_device
 
 Scores = dict[str, Tensor]
 Groups = Mapping[str, Group]
@@ -86,7 +86,7 @@ def taylor(
     if not scores:
         return scores
     count = 0
-    device = device_of(model)
+    loss, device = loss_of(loss), device_of(model)
     with eval_mode(model), torch.enable_grad(), _differentiable(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.graph import call, device_of
 from pruning.modes import eval_mode
-from pruning.training import to_device
+from pruning.training import IGNORED, classes_of, to_device
 
 #: Larger images are not kept: they would make the run's folder large.
 MOST_PIXELS = 64 * 64
@@ -39,25 +39,27 @@ def mistakes(
     device = device_of(small)
     with torch.inference_mode(), eval_mode(dense, small):
         for batch in batches:
-            inputs, targets = to_device(batch, device)
+            inputs, given = to_device(batch, device)
             chosen = {}
             for name, model in (("dense", dense), ("small", small)):
                 logits = call(model, inputs)
+                targets = classes_of(given, logits)
                 if not isinstance(logits, Tensor) or logits.ndim != 2 or targets.ndim != 1:
                     raise PruningError("mistakes are compared of classifiers: one label an example")
+                counted = (targets != IGNORED).nonzero().flatten()
                 classes = logits.shape[1]
-                chosen[name] = logits.argmax(1)
-                places = (targets * classes + chosen[name]).cpu()
+                truth, chosen[name] = targets[counted], logits.argmax(1)[counted]
+                places = (truth * classes + chosen[name]).cpu()
                 seen = torch.bincount(places, minlength=classes**2).reshape(classes, classes)
                 counts[name] = counts.get(name, 0) + seen
-            right = {name: guess == targets for name, guess in chosen.items()}
+            right = {name: guess == truth for name, guess in chosen.items()}
             for kind, only, other in (("lost", "dense", "small"), ("won", "small", "dense")):
                 at = (right[only] & ~right[other]).nonzero().flatten()
                 how_many[kind] += len(at)
                 for i in at[: most - len(found[kind])].tolist():
-                    example = {"truth": int(targets[i])}
+                    example = {"truth": int(truth[i])}
                     example.update({name: int(guess[i]) for name, guess in chosen.items()})
-                    found[kind].append({**example, "image": _pixels(inputs, i)})
+                    found[kind].append({**example, "image": _pixels(inputs, int(counted[i]))})
     return {
         "confusion": {name: count.tolist() for name, count in counts.items()},
         "count": how_many,

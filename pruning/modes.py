@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pruning.errors import PruningError
+
 Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def require_module(model: Any) -> None:
+    """Raise `PruningError` for what is no network."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise PruningError(f"the model is {kind}: an instance of nn.Module was expected")
 
 
 @contextlib.contextmanager
@@ -54,6 +63,7 @@ def buffers_unchanged(step: Step) -> Step:
 
     @functools.wraps(step)
     def whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        require_module(model)
         with buffers_kept(model):
             return step(model, *args, **kwargs)
 

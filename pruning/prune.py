@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from pruning import importance, parallel
-from pruning.budget import Budget, LatencyBudget
+from pruning.budget import Budget, LatencyBudget, require_budget
 from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, device_of, fresh
-from pruning.grouping import trace
+from pruning.grouping import require_groups, trace
 from pruning.importance import Groups, Scores
 from pruning.latency import LatencyFound, plan_latency
 from pruning.modes import buffers_unchanged
@@ -95,6 +95,7 @@ def prune(
     Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
     cannot be reached, or the check fails.
     """
+    require_budget(budget)
     ignored, calibration = tuple(ignored), list(calibration)
     traced = trace(model, example_inputs, ignored, compare=check)
     cost_model = CostModel(model, traced)
@@ -119,13 +120,8 @@ def prune(
         cost_model = CostModel(model, traced)
 
     enough = isinstance(asked, Budget) and removed and not asked.excess(cost_model(cost_model.full))
-    if not traced.groups and not enough:
-        reasons = "; ".join(
-            f"{layer or type(model).__name__}: {why}" for layer, why in traced.skipped.items()
-        )
-        raise PruningError(
-            f"{type(model).__name__} has no prunable group ({reasons or 'no layer was found'})"
-        )
+    if not enough:
+        require_groups(model, traced)
     if score == "sensitivity":
         from pruning.sensitivity import sensitivity  # which is made of the steps that are here
 
@@ -171,7 +167,9 @@ def score_channels(
         return score(model, traced.groups)
     if score == "taylor":
         return importance.taylor(model, traced.groups, calibration, loss)
-    if score not in importance.BY_NAME:
-        raise PruningError(f"score {score!r} is unknown; there are: {', '.join(NAMES)}")
+    if not isinstance(score, str) or score not in importance.BY_NAME:
+        raise PruningError(
+            f"score {score!r} is unknown; there are: {', '.join(NAMES)}; or a function of (model, groups)"
+        )
     with torch.no_grad():
         return importance.BY_NAME[score](model, traced.groups)

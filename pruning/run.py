@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pruning import checkpoint, parallel
 from pruning.board import Board
@@ -22,7 +25,8 @@ class Run:
     first alone writes.
 
     Raises `PruningError` when the folder holds another run (resume it or choose another
-    folder), when there is none to resume, or when it cannot be written.
+    folder), when there is none to resume, when another process is at work on it, or when it
+    cannot be written.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Run:
         config = self.folder / "config.json"
         if resume:
             self._check_same(config, settings)
+            self._claim()
         elif self.writes and config.exists():
             raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
         elif self.writes:
@@ -47,6 +52,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
+            self._claim()
             checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
         state = self.folder / "state.pth"
         self.state: dict[str, Any] | None = None
@@ -60,6 +66,21 @@ class Run:
         if resume and self.writes:
             self._cut_history(self.lines)
         self.board = Board(self.folder / "tensorboard") if tensorboard and self.writes else None
+
+    def _claim(self) -> None:
+        """Keep other processes from writing to the folder for as long as this object lives."""
+        if not self.writes:
+            return
+        lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise PruningError(
+                f"{self.folder}: another process is at work on this run; wait for it, or stop it"
+            ) from None
+        except NotImplementedError:  # of a file system without locks
+            return
+        weakref.finalize(self, lock.release)
 
     def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
         try:

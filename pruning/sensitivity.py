@@ -34,7 +34,7 @@ from pruning.plan import Plan, plan_within
 from pruning.prune import Score, score_channels
 from pruning.shortcut import Shortcut
 from pruning.surgery import apply, channel_constants
-from pruning.training import cross_entropy, fit, logits_for, to_device
+from pruning.training import IGNORED, cross_entropy, fit, logits_for, to_device
 
 #: From logits and targets to one value per example.
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -209,7 +209,7 @@ class _Judge:
     """Reads loss and accuracy off a validation split, on the same bootstrap samples each time."""
 
     def __init__(self, model: nn.Module, validation: Sequence[Batch]):
-        count = sum(targets.numel() for _, targets in validation)
+        count = sum(int((targets != IGNORED).sum()) for _, targets in validation)
         if not count:
             raise PruningError("the validation split is empty: there is nothing to measure sensitivity on")
         self.validation = validation
@@ -235,9 +235,9 @@ class _Judge:
         losses, hits = [], []
         with torch.inference_mode(), eval_mode(model):
             for inputs, targets in self.validation:
-                logits = call(model, inputs)
-                losses.append(F.cross_entropy(logits, targets, reduction="none").flatten().float().cpu())
-                hits.append((logits.argmax(1) == targets).flatten().float().cpu())
+                logits, counted = call(model, inputs), targets != IGNORED
+                losses.append(F.cross_entropy(logits, targets, reduction="none")[counted].float().cpu())
+                hits.append((logits.argmax(1) == targets)[counted].float().cpu())
         values = torch.stack([torch.cat(losses), torch.cat(hits)], 1)
         means = self.weights @ values
         tail = (1 - INTERVAL) / 2

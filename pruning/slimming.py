@@ -16,10 +16,11 @@ from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.finetune import distillation, finetune
-from pruning.graph import Ignored, Inputs, device_of, first_examples
-from pruning.grouping import trace
+from pruning.finetune import distillation, finetune, require_same_logits
+from pruning.graph import Ignored, Inputs, call, device_of, first_examples, fresh
+from pruning.grouping import require_groups, trace
 from pruning.latency import even_scores, plan_latency
+from pruning.modes import eval_mode
 from pruning.norms import equalize
 from pruning.plan import plan_within
 from pruning.progress import Progress
@@ -35,6 +36,7 @@ from pruning.training import (
     figure,
     first_batch,
     fit,
+    no_classifier,
     to_device,
 )
 from pruning.trials import Trial, ready, superfluous_layers
@@ -105,8 +107,7 @@ def slim(
         raise PruningError(
             "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
         )
-    validate = partial(figure, validate if callable(validate) else partial(_accuracy_on, validate))
-    device = device_of(model)
+    device, validate = device_of(model), _validation(model, validate)
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
@@ -119,6 +120,10 @@ def slim(
         target = Budget(**progress.state["target"])
     elif target is None:
         target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+    if teacher is not None and config.distill:
+        with torch.no_grad(), eval_mode(model, teacher):
+            student, wanted = (call(net, fresh(example_inputs)) for net in (model, teacher))
+            require_same_logits(student, wanted)
     progress.state["target"] = target.limits()
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
@@ -217,8 +222,19 @@ def tune(
     return finetune(small, batches, config, validate=validate, keep_start=True, **inside, **options)
 
 
-def _accuracy_on(batches: Iterable[tuple[Any, Any]], model: nn.Module) -> float:
-    return accuracy(model, batches)
+def _validation(model: nn.Module, validate: Validate | Iterable[tuple[Any, Any]]) -> Validate:
+    """`validate` as a function; batches on which no accuracy can be taken are refused at once."""
+    if callable(validate):
+        return partial(figure, validate)
+    if not isinstance(validate, Iterable) or isinstance(validate, Iterator):
+        raise PruningError(
+            f"validate is a {type(validate).__name__}: a function of the model, or batches that can be read "
+            "anew after every epoch (a list or a DataLoader), were expected"
+        )
+    reason = no_classifier(model, validate)
+    if reason is not None:
+        raise PruningError(reason)
+    return partial(figure, lambda network: accuracy(network, validate))
 
 
 def _strength(
@@ -272,6 +288,7 @@ def reachable(
                 list(removable(model, traced, example_inputs).values()) if config and config.layers else []
             )
             if not candidates:
+                require_groups(model, traced)
                 raise
         model = without_layer(model, traced, candidates[-1], [example_inputs])
         traced = trace(model, example_inputs, ignored)

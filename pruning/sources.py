@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -33,9 +32,11 @@ BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: What DistributedDataParallel, torch.compile and Lightning put before the names of weights.
 PREFIXES = ("", "module.", "_orig_mod.", "model.")
+#: Files of the modules that factories were found in.
+USERS: set[str] = set()
 #: So many examples of one class and none of another are no accident.
 FEW = 64
-#: Folders of an image folder's splits.
+#: Names of the splits: folders of an image folder, keys of what a factory gives.
 SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
@@ -69,7 +70,8 @@ class Data:
             count += len(tensors(batch[0])[0])
             if count >= examples:
                 break
-        _require_several_classes(self.name, [targets for _, targets in batches])
+        if not isinstance(self.train, _Loader):  # which draws at random from several classes
+            _require_several_classes(self.name, [targets for _, targets in batches])
         return batches
 
 
@@ -95,6 +97,7 @@ def factory(name: str) -> Callable[..., Any]:
     except Exception as error:  # of the user's module
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise PruningError(f"{name!r}: module {module_name!r} cannot be imported: {kind}{error}") from error
+    USERS.add(getattr(found, "__file__", None) or "")
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise PruningError(
@@ -219,7 +222,9 @@ def _built_in(name: str, folder: str | Path) -> dict[str, Any]:
 
 def _image_folder(root: Path, size: int) -> tuple[dict[str, Any], bool]:
     """The splits of an image folder, and whether that of validation is a folder of its own."""
-    transforms, datasets = _torchvision().transforms, _torchvision().datasets
+    transforms = _torchvision().transforms
+    from pruning.pictures import Pictures, read_image  # which needs torchvision
+
     plain = [transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
     still = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), *plain]
     varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *plain]
@@ -228,24 +233,10 @@ def _image_folder(root: Path, size: int) -> tuple[dict[str, Any], bool]:
     for split, place in places.items():
         recipe = transforms.Compose(varied if split == "train" else still)
         try:
-            sets[split] = datasets.ImageFolder(str(place), recipe, loader=_read_image)
+            sets[split] = Pictures(str(place), recipe, loader=read_image)
         except FileNotFoundError as error:
             raise PruningError(f"{place} is no image folder: {error}") from error
     return sets, places["validation"] != places["train"]
-
-
-def _read_image(path: str) -> Any:
-    """An image of a folder. Raises `PruningError` that names a file which is none."""
-    try:
-        from PIL import Image  # which torchvision brings
-
-        with open(path, "rb") as file:
-            deep = Image.open(file)
-            if deep.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
-                return Image.fromarray((np.asarray(deep) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-        return _torchvision().datasets.folder.default_loader(path)
-    except Exception as error:  # what a damaged file raises depends on its format
-        raise PruningError(f"image {path} cannot be read ({error}): replace it, or take it away") from error
 
 
 class _Loader(DataLoader[Any]):
@@ -285,7 +276,8 @@ def _download(kind: str, folder: str | Path, train: bool, transform: Any) -> Any
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of a folder's splits; train and validation are one where they are not apart."""
-    folders = {place.name.lower(): place for place in sorted(root.iterdir()) if place.is_dir()}
+    places = [place for place in sorted(root.iterdir()) if place.is_dir() and place.name[0] != "."]
+    folders = {place.name.lower(): place for place in places}
     found = {split: folders[name] for split, names in SPLITS.items() for name in names if name in folders}
     if "train" not in found:
         if found and len(found) == len(folders):
@@ -323,7 +315,7 @@ def _require_classes(name: str, sets: Mapping[str, Any]) -> None:
 
 def _from_factory(name: str, made: Any) -> Data:
     if isinstance(made, Mapping):
-        made = [made.get(split) for split in ("train", "validation", "test")]
+        made = [next((made[n] for n in names if n in made), None) for names in SPLITS.values()]
     if isinstance(made, Data):
         return made
     if not isinstance(made, Sequence) or not 2 <= len(made) <= 3 or made[0] is None or made[1] is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +23,9 @@ from pruning.modes import channels_last, eval_mode
 
 #: The target of what the usual loss leaves out, as torch has it.
 IGNORED = -100
-#: From a model, its inputs and the targets to the loss of a batch, a scalar.
-Loss = Callable[[nn.Module, Any, Any], Tensor]
+#: From a model, its inputs and the targets to the loss of a batch, a scalar; or a criterion of
+#: outputs and targets, such as `nn.CrossEntropyLoss()`.
+Loss = Callable[[nn.Module, Any, Any], Tensor] | Callable[[Any, Any], Tensor]
 #: From a model to a figure that is better the higher it is, on the validation split.
 Validate = Callable[[nn.Module], float]
 
@@ -66,6 +69,50 @@ def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         raise _no_such_class(logits, targets) from error
 
 
+def loss_of(loss: Loss) -> Callable[[nn.Module, Any, Any], Tensor]:
+    """A loss as a function of a model, its inputs and the targets, which sees to it that it is a scalar.
+
+    What needs two arguments and no more is a criterion of outputs and targets.
+    """
+    if not callable(loss):
+        raise PruningError(
+            f"loss {loss!r}: a function of (model, inputs, targets), or a criterion of (outputs, targets), "
+            "was expected"
+        )
+    criterion = _arguments_needed(loss.forward if isinstance(loss, nn.Module) else loss) == 2
+    taken: Callable[..., Any] = loss
+
+    def scalar(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        try:
+            value = taken(call(model, inputs), targets) if criterion else taken(model, inputs, targets)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise PruningError(
+                "a training batch holds one example, of which BatchNorm has no variance: leave a last batch "
+                "of one out, as DataLoader does with drop_last=True"
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise PruningError(f"the loss gave {given}: one number was expected, such as its mean")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise PruningError("the loss does not depend on the network: nothing can be learned from it")
+        return value.reshape(())
+
+    return scalar
+
+
+def _arguments_needed(function: Callable[..., Any]) -> int | None:
+    """How many arguments a function needs; None where it takes any number, or does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+
+
 def _probabilities(targets: Any, logits: Any) -> bool:
     """Whether targets are a share of every class, as mixing or smoothing labels makes them."""
     both = isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()
@@ -96,6 +143,11 @@ def logits_for(targets: Any, outputs: Any) -> Tensor:
     )
 
 
+def classes_of(targets: Any, outputs: Any) -> Any:
+    """Targets as classes: of shares of every class the largest; others as they are."""
+    return targets.argmax(1) if _probabilities(targets, outputs) else targets
+
+
 def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
     return PruningError(
         f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
@@ -111,7 +163,8 @@ def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str |
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         inputs, targets = to_device(first_batch(batches), device_of(model))
         try:
-            logits_for(targets, call(model, inputs))
+            outputs = call(model, inputs)
+            logits_for(classes_of(targets, outputs), outputs)
         except PruningError as error:
             return str(error)
     return None
@@ -154,7 +207,14 @@ def first_batch(batches: Iterable[Any]) -> tuple[Any, Any]:
 def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     """(inputs, targets) with every tensor on the device."""
     inputs, targets = pair(batch)
-    move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            raise PruningError(
+                "a batch holds numpy arrays: tensors were expected; torch.from_numpy(x).float() makes one"
+            )
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 
 
@@ -182,7 +242,7 @@ def length(batches: Any) -> int | None:
 def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
 
-    Targets of `IGNORED` do not count, as in the loss.
+    Targets are those of `cross_entropy`; where they are `IGNORED` they do not count, as in the loss.
 
     Raises `PruningError` where outputs and targets are not a classifier's, or there is no batch.
     """
@@ -191,7 +251,9 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     with torch.inference_mode(), eval_mode(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)
-            logits = logits_for(targets, call(model, inputs))
+            outputs = call(model, inputs)
+            targets = classes_of(targets, outputs)
+            logits = logits_for(targets, outputs)
             counted = targets != IGNORED
             if bool((counted & ((targets < 0) | (targets >= logits.shape[1]))).any()):
                 raise _no_such_class(logits, targets)
@@ -243,8 +305,8 @@ def fit(
     if not config.epochs:
         return model.eval()
 
-    batches = parallel.shared(batches)
-    with channels_last(model, config.channels_last), parallel.together(model) as trained:
+    loss, batches = loss_of(loss), parallel.shared(batches)
+    with torch.enable_grad(), channels_last(model, config.channels_last), parallel.together(model) as trained:
         device = device_of(model)
         training = _Training(model, config, steps, device, extra)
         if resume is not None:

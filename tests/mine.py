@@ -84,6 +84,34 @@ def lone():
     return [[(images, labels * 0) for images, labels in split] for split in digits()]
 
 
+def shares():
+    """Classes as shares of every class, by the names of the splits."""
+    named = zip(("train", "val", "test"), digits(), strict=True)
+    return {name: [(x, nn.functional.one_hot(y, 3).float()) for x, y in split] for name, split in named}
+
+
+class Broken(torch.utils.data.Dataset):
+    """Data of a user with a mistake in it."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.zeros(1, 10, 10), {}["label"]
+
+
+def mistaken(workers=0):
+    loader = torch.utils.data.DataLoader(Broken(), 4, num_workers=workers)
+    return loader, loader
+
+
+class Stumbles(Net):
+    """A network with a mistake that only training shows."""
+
+    def forward(self, x):
+        return super().forward(x) if not self.training else self.missing(x)
+
+
 def few():
     return digits()[0], []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nets import same
 
 from models import LeNet5, YourNet
 from pruning import count, load, save
@@ -56,7 +57,7 @@ def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
     assert type(net) is YourNet
     assert sum(p.numel() for p in net.parameters()) <= 2000
     assert printed.count("stage 2, iteration") == 2 and "asked ≤" in printed
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.glob("[!.]*")} == {
         "config.json", "history.jsonl", "reference.pth", "best.pth", "state.pth", "mistakes.json",
     }  # fmt: skip
     facts = torch.load(folder / "best.pth", weights_only=True)["provenance"]
@@ -138,11 +139,18 @@ def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path):
 
 def test_train_lenet5_saves_each_epoch_and_goes_on_from_one(tmp_path):
     flags = ["--data", "mnist5k", "--checkpoint-dir", tmp_path / "net", "--threads", 1]
-    command("train_lenet5.py", *flags, "--epoch-end", 2)
-    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["epoch-1.pth", "epoch-2.pth"]
-    last = ["--last-checkpoint", tmp_path / "net" / "epoch-2.pth"]
-    done = command("train_lenet5.py", *flags, *last, "--epoch-start", 2, "--epoch-end", 3, "--batch-size", 32)
-    assert type(load(tmp_path / "net" / "epoch-3.pth")) is LeNet5 and "epoch-3.pth" in done.stdout
+    command("train_lenet5.py", *flags, "--epoch-end", 3)
+    names = [f"epoch-{number}.pth" for number in (1, 2, 3)]
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == names
+    last = ["--last-checkpoint", tmp_path / "net" / "epoch-1.pth"]
+    again = [*flags[:3], tmp_path / "again", *flags[4:], *last]
+    done = command("train_lenet5.py", *again, "--epoch-start", 1, "--epoch-end", 3)
+    whole, resumed = (load(tmp_path / folder / "epoch-3.pth") for folder in ("net", "again"))
+    assert type(resumed) is LeNet5 and "epoch-3.pth" in done.stdout and "not" not in done.stdout
+    assert same(whole, resumed)
+    done = command("train_lenet5.py", *again, "--overwrite", "--epoch-end", 1)
+    assert "epoch-1.pth is 1 epochs old, not 0" in done.stdout
+    assert read(tmp_path / "again" / "epoch-1.pth")["provenance"]["epochs"] == 2
     message = refused("train_lenet5.py", *flags, "--epoch-end", 3)
     assert "would be replaced: add --overwrite" in message
     done = command(
@@ -180,7 +188,12 @@ def test_a_budget_that_is_none(flags, tmp_path):
 
 
 def test_a_teacher_that_is_not_there(tmp_path):
-    assert "no such file" in refused("train_yournet.py", *SHORT, "--teacher", "absent.pth", cwd=tmp_path)
+    assert "no such file" in refused(
+        "train_yournet.py", *SHORT, "--teacher", "absent.pth", "--distill", 0.5, cwd=tmp_path
+    )
+    assert "--teacher is for --distill" in refused(
+        "train_yournet.py", *SHORT, "--teacher", "absent.pth", cwd=tmp_path
+    )
     assert list(tmp_path.iterdir()) == []
 
 

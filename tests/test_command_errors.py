@@ -109,6 +109,25 @@ PICTURES = (
             "outputs of shape (32, 1)",
         ),
         (("report", "nowhere"), "nowhere"),
+        (("prune", *NET, *BUDGET, "--runtime", "onnxruntime"), "are for --max-latency"),
+        (
+            ("prune", "--model", "mine:Net", "--data", "mine:mistaken", *BUDGET),
+            "KeyError: 'label' (",
+        ),
+        (
+            (
+                "finetune",
+                "--model",
+                "mine:Stumbles",
+                "--data",
+                "mine:digits",
+                "--epochs",
+                1,
+                "--output",
+                "run",
+            ),
+            "has no attribute 'missing' (",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_path):
@@ -257,4 +276,51 @@ def test_weights_of_training_wrappers_fit(tmp_path, prefix):
 def test_a_run_is_resumed_by_its_folder_alone(run):
     assert run("finetune", *NET, "--epochs", 1, "--output", "run")[0] == 0
     code, _, err = run("finetune", "--resume", "--output", "run")
+    assert code == 0, err
+
+
+def test_a_mistake_in_the_users_code_says_where(run, tmp_path):
+    for workers in (0, 1):
+        code, _, err = run("prune", "--model", "mine:Net", "--data", "mine:mistaken", "--data-arg",
+                           f"workers={workers}", *BUDGET)  # fmt: skip
+        assert code == 2 and "KeyError: 'label'" in err and "mine.py" in err and "__getitem__" in err, err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_shares_of_classes_are_data(run):
+    words = ("--model", "mine:Net", "--data", "mine:shares")
+    epochs = [word for stage in ("sparsify", "recover", "finetune") for word in (f"--{stage}-epochs", 1)]
+    code, _, err = run("slim", *words, *BUDGET, *epochs, "--iterations", 1, "--output", "run")
+    assert code == 0, err
+    assert run("test", "--weights", "run/best.pth", *words)[0] == 0
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, "x"])
+def test_a_seed_is_what_torch_takes(run, seed):
+    code, _, err = run("prune", *NET, *BUDGET, "--seed", seed)
+    assert code == 2 and "--seed" in err and "expected a whole number from 0 to" in err
+
+
+def test_weights_alone_are_exported_of_the_network_that_is_named(run, tmp_path):
+    import mine
+
+    torch.save(mine.Net().state_dict(), tmp_path / "weights.pth")
+    words = ("export", "weights.pth", "--to", "torchscript", "--input-shape", "1x10x10")
+    code, _, err = run(*words)
+    assert code == 2 and "weights.pth is not a checkpoint of this toolkit" in err and "(--model)" in err
+    code, _, err = run(*words, "--model", "mine:Net")
+    assert code == 0, err
+    torch.save(mine.Net(), tmp_path / "whole.pth")
+    code, _, err = run("test", "--weights", "whole.pth", *NET)
+    assert code == 2 and "save model.state_dict()" in err
+
+
+def test_hidden_folders_are_no_classes_and_few_of_a_class_are_some(run, tmp_path):
+    image_folder(tmp_path / "pictures", ["a", "b"])
+    (tmp_path / "pictures" / ".ipynb_checkpoints").mkdir()
+    for i in range(12, 80):
+        (tmp_path / "pictures" / "a" / f"{i}.png").write_bytes(
+            (tmp_path / "pictures" / "a" / "0.png").read_bytes()
+        )
+    code, _, err = run("prune", *PICTURES, *BUDGET, "--calibration", 64)
     assert code == 0, err

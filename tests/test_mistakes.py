@@ -40,3 +40,13 @@ def test_examples_and_confusions_are_counted():
 def test_other_networks_than_classifiers_are_refused():
     with pytest.raises(PruningError, match="one label an example"):
         mistakes(nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), [(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2))])
+
+
+def test_ignored_targets_count_nowhere_and_shares_of_classes_are_their_largest():
+    images = torch.zeros(3, 1, 2, 2)
+    images[:, 0, 0, 0] = torch.tensor([0, 1, 2])  # what the dense network says, the small one says 0
+    found = mistakes(Says(0), Says(1), [(images, torch.tensor([-100, 1, 2]))])
+    assert found["confusion"]["dense"] == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert [(e["truth"], e["dense"]) for e in found["lost"]] == [(1, 1), (2, 2)]
+    shares = nn.functional.one_hot(torch.tensor([0, 1, 2]), 3) * 0.8 + 0.2 / 3
+    assert mistakes(Says(0), Says(1), [(images, shares)])["count"] == {"lost": 2, "won": 0}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import nets
 import pytest
@@ -19,6 +21,7 @@ from pruning import (
     TrainConfig,
     accuracy,
     count,
+    prune,
     slim,
     trace,
 )
@@ -143,3 +146,48 @@ def test_what_slim_cannot_train_on_or_choose_by_is_refused():
         slim(net, [], config=config, validate=given)
     with pytest.raises(PruningError, match="validate gave None"):
         slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"validate": None}, "validate is a NoneType: a function of the model, or batches"),
+        ({"validate": iter([])}, "batches that can be read anew"),
+        ({"validate": [(batches(1)[0][0], torch.zeros(16))]}, "the targets are torch.float32"),
+        ({"teacher": nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)}, "teacher's outputs"),
+        ({"model": nets.LeNet5}, "the model is the class LeNet5: an instance"),
+        ({"frozen": True}, "has no prunable group .*frozen"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(given, said):
+    class Untouched:
+        def __iter__(self):
+            for batch in batches(1):
+                yield batch
+                raise AssertionError("training began")
+
+        def __len__(self):
+            return 1
+
+    model = given.pop("model", None) or nets.make("lenet")
+    if given.pop("frozen", False):
+        model.requires_grad_(False)
+    options = {"validate": batches(1), "calibration": batches(1), **given}
+    with pytest.raises(PruningError, match=said):
+        slim(model, Untouched(), batches(1)[0][0], CONFIG, **options)
+
+
+@pytest.mark.parametrize("budget", ["50%", None, 100])
+def test_what_is_no_budget_is_refused(budget):
+    with pytest.raises(PruningError, match=r"a Budget was expected, such as Budget\(macs='50%'\)"):
+        prune(nets.make("lenet"), nets.images(), budget)
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+    run = Run(tmp_path / "run", {})
+    other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
+    words = [sys.executable, "-c", other, str(tmp_path / "run")]
+    refused = subprocess.run(words, capture_output=True, text=True)
+    assert refused.returncode and "another process is at work on this run" in refused.stderr
+    del run
+    assert subprocess.run(words).returncode == 0

@@ -236,6 +236,53 @@ def test_distillation_in_closed_form():
     assert not student._forward_hooks
 
 
+def criterion(logits, targets):
+    return nn.functional.cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, criterion])
+def test_a_criterion_of_outputs_and_targets_is_a_loss(loss):
+    nets_ = [fit(nets.make("lenet"), batches(2), TrainConfig(1), loss=each) for each in (loss, cross_entropy)]
+    assert same(*nets_)
+    teacher, (images, labels) = nets.make("lenet", 1), batches(1)[0]
+    soft = [distillation(teacher, 0.5, loss=each)(nets_[0], images, labels) for each in (loss, cross_entropy)]
+    assert torch.equal(*soft)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (None, "loss None: a function of"),
+        (lambda model, x, y: model(x).sum(1), r"the loss gave \(16,\): one number was expected"),
+        (lambda model, x, y: 1.0, "the loss gave float"),
+        (lambda model, x, y: model(x).mean().detach(), "does not depend on the network"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, said):
+    with pytest.raises(PruningError, match=said):
+        fit(nets.make("lenet"), batches(1), TrainConfig(1), loss=loss)
+
+
+def test_training_works_where_gradients_are_off():
+    with torch.no_grad():
+        net = fit(nets.make("lenet"), batches(2), TrainConfig(1))
+    assert same(net, fit(nets.make("lenet"), batches(2), TrainConfig(1)))
+
+
+def test_a_last_batch_of_one_and_numpy_arrays_are_refused_in_words():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(588, 4), nn.BatchNorm1d(4))
+    with pytest.raises(PruningError, match="drop_last=True"):
+        fit(net, [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])], TrainConfig(1))
+    with pytest.raises(PruningError, match=r"numpy arrays: tensors were expected"):
+        fit(net, [(IMAGES.numpy(), LABELS.numpy())], TrainConfig(1))
+
+
+def test_accuracy_of_shares_of_classes_is_that_of_the_largest():
+    net, (images, labels) = nets.make("lenet"), batches()[0]
+    shares = nn.functional.one_hot(labels, 4) * 0.7 + 0.075
+    assert accuracy(net, [(images, shares)]) == accuracy(net, [(images, labels)])
+
+
 def test_a_teacher_of_other_classes_is_refused():
     teacher = nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)
     with pytest.raises(PruningError, match=r"teacher's outputs have shape \(16, 7\)"):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pruning import cli, flags
-from pruning.checkpoint import read, read_plain
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.modes import thread_count
@@ -40,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    network, content = flags.network_with(args, args.checkpoint), read(args.checkpoint)
+    network, content = flags.network_with(args, args.checkpoint), flags.described(args, args.checkpoint)
     against = None if args.against is None else flags.network_with(args, args.against)
     data = flags.data_of(args)
     output = args.output or args.checkpoint.with_suffix(".html")
@@ -51,8 +50,7 @@ def execute(args: argparse.Namespace) -> None:
     name = _name(args, content, network)
     models, facts, title = {name: network}, {name: content["provenance"]}, name
     if against is not None:
-        stored = read_plain(args.against)
-        stored = stored if isinstance(stored, dict) and "provenance" in stored else {"provenance": {}}
+        stored = flags.described(args, args.against)
         other = _name(args, stored, against)
         names = ("dense", "pruned") if other == name else (other, name)
         title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"

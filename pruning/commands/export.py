@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pruning import cli, flags
-from pruning.checkpoint import provenance, read
+from pruning.checkpoint import provenance
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
 from pruning.forms import optimize
@@ -56,7 +56,7 @@ def execute(args: argparse.Namespace) -> None:
     if args.optimize and args.to != "onnx":
         raise PruningError("--optimize is for --to onnx")
     path: Path = args.checkpoint
-    model, content = flags.network_with(args, path), read(path)
+    model, content = flags.network_with(args, path), flags.described(args, path)
     output = args.output or path.with_suffix(SUFFIXES[args.to])
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
