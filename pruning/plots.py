@@ -240,9 +240,14 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
 
 
 def history(events: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy on the validation split and costs over a run, from the lines of its history."""
+    """Accuracy on the validation split and costs over a run, from the lines of its history.
+
+    A run without pruning steps has one panel.
+    """
     epochs = [e for e in events if "epoch" in e and e.get("validation") is not None]
-    figure, (upper, lower) = _new(6.8, 5.0, 2, 1)
+    costs = [e for e in events if "params" in e and "macs" in e]
+    figure, panels = _new(6.8, 5.0, 2, 1) if costs else _new(6.8, 2.6)
+    upper = np.atleast_1d(panels)[0]
     upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLOURS[0], lw=1.2)
     upper.set_ylabel("validation, %")
     if epochs:  # what falls far below right after a cut would flatten all the rest
@@ -255,7 +260,9 @@ def history(events: Sequence[Mapping[str, Any]]) -> Figure:
         start = next(i for i, e in enumerate(epochs) if e["stage"] == stage) + 0.5
         upper.axvline(start, color="#bbbbbb", lw=0.8, ls=":")
     upper.set_xlabel("epoch (dotted: a stage or a pruning step begins)")
-    costs = [e for e in events if "params" in e and "macs" in e]
+    if not costs:
+        return figure
+    lower = panels[1]
     for (key, label), colour, marker in zip(_COSTS.items(), COLOURS, MARKERS, strict=False):
         values = [e[key] for e in costs]
         if values and values[0]:

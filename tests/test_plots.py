@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -95,6 +97,13 @@ def test_a_history_shows_every_epoch_and_every_step():
     upper, lower = plots.history(events).axes
     assert list(upper.lines[0].get_ydata()) == pytest.approx([90, 95])
     assert [list(line.get_ydata()) for line in lower.lines] == [[100, 50], [100, 25]]
+
+
+def test_a_history_without_pruning_steps_has_no_costs_to_show():
+    events = [{"stage": "fine-tune", "epoch": n, "validation": 0.9} for n in (1, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(plots.history(events).axes) == 1
 
 
 def test_other_figures_show_their_numbers():
