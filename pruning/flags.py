@@ -239,7 +239,7 @@ def budget_flags(parser: argparse.ArgumentParser) -> None:
         type=cli.whole_number(1),
         default=1,
         metavar="N",
-        help="widths are multiples of so many channels",
+        help="widths are multiples of so many channels, the full width or the floor",
     )
 
 

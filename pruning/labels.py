@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from pruning.layers import Side
 
 #: The label of a position that belongs to no channel.
 NONE = -1
+#: Why channels are fixed that are tied to positions without a channel.
+FIXED_SIZE = "it is joined with a tensor of fixed size"
 #: Of tensors that no layer in the table owns (a layer scale, a position embedding), those
 #: with more elements than this are not followed: what they touch is fixed.
 MOST_ELEMENTS = 1_000_000
@@ -97,6 +99,8 @@ class Flow:
         fixed: labels that must stay, each with the reason.
         rigid: labels that passed an operation whose sizes may be written in the code.
         extents: these sizes.
+        placed: labels whose number the code may know, as it takes channels by position; each with
+            that as a reason.
         calls: how often each layer in the table ran.
         uses: (uses of a weight, output positions) per layer, summed over the pass.
         follows: for every convolution and linear layer, what reads its output; the empty
@@ -114,6 +118,7 @@ class Flow:
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     rigid: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
+    placed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     follows: dict[str, list[str]] = field(default_factory=dict)
@@ -141,6 +146,7 @@ class Labels:
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
         self._even = WeakTensorKeyDictionary()
+        self._slices: dict[tuple[str, bytes], tuple[Tensor, int, set[tuple[int, int]]]] = {}
 
     def filled(self, tensor: Tensor) -> None:
         """A tensor was made that is the same everywhere, such as the first state of a ConvLSTM."""
@@ -215,6 +221,37 @@ class Labels:
         for dim in varying(sized):
             vector = vector_along(sized, dim, sized.shape[dim])  # type: ignore[arg-type, union-attr]
             self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
+
+    def equal_parts(self, labels: Tensor, dim: int, length: int) -> None:
+        """Channels were cut into parts of this length: the parts keep as many each."""
+        along = labels.movedim(dim, 0)
+        parts = along.reshape(-1, length, *along.shape[1:])
+        for other in parts[1:]:
+            self.tie(parts[0], other, FIXED_SIZE)
+
+    def sliced(self, labels: Tensor, dim: int, start: int, length: int) -> None:
+        """A slice was taken of channels that lie along one dimension."""
+        key = self.path[-1][0], labels.numpy().tobytes()
+        self._slices.setdefault(key, (labels, dim, set()))[2].add((start, length))
+
+    def settle(self, holds: Callable[[str, int], bool]) -> None:
+        """The pass has ended: slices that were equal parts of a tensor, or several of them, count as such.
+
+        Unless they are unequal, and an attribute of the module that ran (`holds`) may tell where they end.
+        """
+        for (module, _), (labels, dim, taken) in self._slices.items():
+            numbers = {n for start, length in taken for n in (start, length, start + length)}
+            length = min(length for _, length in taken)
+            parts = not any(n % length for n in (labels.shape[dim], *numbers))
+            told = any(holds(module, n) for n in numbers if 0 < n < labels.shape[dim])
+            if parts and (len({length for _, length in taken}) == 1 or not told):
+                self.equal_parts(labels, dim, length)
+
+    def placed(self, counts: Iterable[Tensor], reason: str) -> None:
+        """Channels were taken by position: where each of `counts` begins or ends, or how long it is."""
+        for counted in counts:
+            self.rigid(counted, counted)
+            self.found.placed.append((counted.flatten().numpy(), reason))
 
     def where(self) -> str:
         """The module that runs, for messages."""

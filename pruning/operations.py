@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pruning.graph import tensors_among
-from pruning.labels import NONE, Labels, compact, spread, varying, vector_along
-
-#: Why channels are fixed that are tied to positions without a channel.
-FIXED_SIZE = "it is joined with a tensor of fixed size"
+from pruning.labels import FIXED_SIZE, NONE, Labels, compact, spread, varying, vector_along
 
 
 @dataclass
@@ -258,25 +255,41 @@ def _along_one_dimension(book: Labels, labels: Tensor) -> Tensor:
 
 
 def cut(book: Labels, op: Operation, labels: Tensor) -> None:
-    """A part or the parts along a dimension: equal parts keep as many channels each."""
+    """A part or the parts along a dimension: equal parts keep as many channels each.
+
+    Whether a slice is one of equal parts shows when the others are taken.
+    """
     x = op.operands[0]
     if not x.ndim:
         return
     dim = (op.given.get("dim") or 0) % x.ndim
     pieces = pytree.tree_leaves(op.output)
-    single = pieces[0].ndim < x.ndim
-    length = 1 if single else pieces[0].shape[dim]
-    if dim in varying(labels) and length < x.shape[dim]:
-        start, step = op.given.get("start") or 0, op.given.get("step") or 1
-        even = not single and step == 1 and x.shape[dim] % length == 0 and start % length == 0
-        if even and all(piece.shape[dim] == length for piece in pieces):
-            by_part = labels.movedim(dim, 0).reshape(-1, length, *labels.movedim(dim, 0).shape[1:])
-            for other in by_part[1:]:
-                book.tie(by_part[0], other, FIXED_SIZE)
-            book.rigid(labels, labels.narrow(dim, 0, length))
+    lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
+    if dim in varying(labels) and lengths[0] < x.shape[dim]:
+        start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
+        reason = f"{book.where()} takes channels out of it by position"
+        alone = varying(labels) == [dim]
+        equal = all(n == lengths[0] for n in lengths) and not (
+            x.shape[dim] % lengths[0] or start % lengths[0]
+        )
+        if pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
+            book.fix(labels, reason)
         else:
-            book.fix(labels, f"{book.where()} takes channels out of it by position")
+            book.placed(_counts(labels, dim, start, lengths), reason)
+            if len(pieces) == 1 and alone:
+                book.sliced(labels, dim, start, lengths[0])
+            elif equal:
+                book.equal_parts(labels, dim, lengths[0])
     move(book, op, labels)
+
+
+def _counts(labels: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
+    """Channels that the code may count to cut pieces out: those in each piece, and up to its ends."""
+    for length in lengths:
+        for first, last in sorted({(0, start), (0, start + length), (start, start + length)}):
+            if 0 < last - first < labels.shape[dim]:
+                yield labels.narrow(dim, first, last - first)
+        start += length
 
 
 def pad(book: Labels, op: Operation, labels: Tensor) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,16 @@ from pruning.graph import Group, Inputs, Size, Trace, call, tensors
 from pruning.labels import NONE, Flow
 from pruning.meta import Shapes, on_meta, to_meta
 from pruning.plan import Plan
+from pruning.sizes import holding
 from pruning.surgery import apply, cut
 
 #: A size as it was met: the module whose code ran, the number, and how many of its positions
 #: each channel is, by group.
 Kept = tuple[str, int, dict[str, torch.Tensor]]
+_CURE = (
+    "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
+    "module that uses them, to let it be pruned"
+)
 #: Ways to tell which attributes a group's width is kept in that are tried out.
 TRIALS = 16
 
@@ -50,7 +54,7 @@ class Rigid:
         labels: Mapping[str, np.ndarray],
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _Runs(model, inputs, found, groups)
+        self.runs = _Runs(model, inputs, found, groups, labels)
 
     def tied(self) -> tuple[dict[str, str], tuple[Size, ...]]:
         """Groups that cannot lose a channel, with the reason, and sizes that follow the others."""
@@ -62,15 +66,31 @@ class Rigid:
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # Sizes of what stays whole may be computed from those of any other tensor.
             at_fault |= _at_fault(self.runs.failure, [name for name in groups if name not in suspect])
-        followed = _followed(self.model, self.runs, _kept(found, labels, at_fault))
         reasons = {
-            name: f"the model's code is tied to its width: with a channel less, {error}. Compute the sizes "
-            "of views and splits from those of their inputs, or keep them in attributes of the module that "
-            "uses them, to let it be pruned"
+            name: f"the model's code is tied to its width: with a channel less, {error}. {_CURE}"
             for name, error in at_fault.items()
-            if name not in followed
         }
+        misplaced = self._misplaced([name for name in groups if name not in at_fault])
+        reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
+        followed = _followed(self.model, self.runs, _kept(found, labels, reasons))
+        reasons = {name: reason for name, reason in reasons.items() if name not in followed}
         return reasons, _merged(followed.values())
+
+    def _misplaced(self, names: list[str]) -> dict[str, str]:
+        """Groups of which the model takes other channels, by their positions, when some are gone."""
+        why: dict[str, str] = {}
+        for numbers, reason in self.found.placed:
+            roots = self.found.ties.root(numbers)
+            for name in names:
+                if name not in why and np.isin(self.labels[name], roots).any():
+                    why[name] = reason
+
+        def changed_outputs(some: list[str]) -> str:
+            """An end that is computed from the input's width may be right by chance, but not twice."""
+            return self.runs.difference(some, (), 1 / 3) or self.runs.difference(some, (), 2 / 3)
+
+        changed = _at_fault(changed_outputs, list(why))
+        return {name: why[name] for name in changed}
 
     def mixed(self, names: Iterable[str], sizes: tuple[Size, ...]) -> dict[str, str]:
         """Of these groups those whose channels a layer's own code mixes, with the reason.
@@ -123,8 +143,22 @@ def _followed(model: nn.Module, runs: _Runs, kept: Mapping[str, list[Kept]]) -> 
 class _Runs:
     """Runs of a model whose groups have a channel less."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, found: Flow, groups: dict[str, Group]):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        found: Flow,
+        groups: dict[str, Group],
+        labels: Mapping[str, np.ndarray],
+    ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
+        places = [found.ties.root(numbers) for numbers, _ in found.placed]
+        #: Channels of each group, by the pieces that the code takes of it.
+        self.pieces = (
+            {name: _alike([np.isin(own, place) for place in places]) for name, own in labels.items()}
+            if places
+            else {}
+        )
         self.unused = found.probe
         self.quick = found.probe is not None
         self.example = pytree.tree_map(to_meta, inputs) if self.quick else inputs
@@ -147,21 +181,33 @@ class _Runs:
         An attribute may also be a factor, say, or have had its value by chance.
         """
         together = _merged(sizes.values())
-        return not (self.failure(sizes, together) or self.difference(sizes, together))
+        return not (self.failure(sizes, together) or self.difference(sizes, together, 1 / 3))
 
-    def difference(self, names: Iterable[str], sizes: tuple[Size, ...]) -> str:
+    def difference(self, names: Iterable[str], sizes: tuple[Size, ...], share: float = 0.0) -> str:
         """How the outputs differ from what they should be without these channels; empty where they do not."""
         from pruning.check import difference  # which needs traces
 
-        traced, plan = self._less(names, sizes)
+        traced, plan = self._less(names, sizes, share)
         return difference(self.model, apply(self.model, traced, plan), traced, plan, self.inputs)[0]
 
-    def _less(self, names: Iterable[str], sizes: tuple[Size, ...]) -> tuple[Trace, Plan]:
-        """Every second group loses two channels, lest what is tied by the code fit together by chance."""
-        channels = {name: self.groups[name].channels for name in names}
-        less = {name: max(1, count - 1 - i % 2) for i, (name, count) in enumerate(channels.items())}
-        plan = Plan({name: tuple(range(count)) for name, count in less.items()})
-        return Trace(self.groups, {}, {}, {}, sizes=sizes), plan
+    def _less(self, names: Iterable[str], sizes: tuple[Size, ...], share: float = 0.0) -> tuple[Trace, Plan]:
+        """Every second group loses two channels, lest what is tied by the code fit together by chance.
+
+        From every piece that the code takes of a group at least this share goes.
+        """
+        keep = {}
+        for i, name in enumerate(names):
+            channels = np.arange(self.groups[name].channels)
+            pieces = self.pieces.get(name, np.zeros_like(channels))
+            parts = [channels[pieces == piece] for piece in np.unique(pieces)]
+            last = [part[-max(1, int(share * len(part))) - i % 2 :] for part in parts]
+            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
+        return Trace(self.groups, {}, {}, {}, sizes=sizes), Plan(keep)
+
+
+def _alike(marks: list[np.ndarray]) -> np.ndarray:
+    """Numbers of the channels, equal for those that have all marks in common."""
+    return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def _kept(found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, list[Kept]]:
@@ -191,7 +237,7 @@ def _ways(model: nn.Module, kept: list[Kept]) -> Iterator[tuple[Size, ...]]:
     for module, value, owned in kept:
         held = [
             Size(module, attribute, entries, owned)
-            for attribute, entries in _holding(model.get_submodule(module), value)
+            for attribute, entries in holding(model.get_submodule(module), value)
         ]
         if held:
             several = [tuple(held)] if len(held) > 1 else []
@@ -201,28 +247,14 @@ def _ways(model: nn.Module, kept: list[Kept]) -> Iterator[tuple[Size, ...]]:
             yield _merged(chosen)
 
 
-def _holding(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The attributes of a module that are a number, or hold it: then with the entries that are."""
-    own: dict[str, Any] = {}
-    for kind in reversed(type(module).__mro__[: type(module).__mro__.index(nn.Module)]):
-        own.update(vars(kind))
-    own.update(vars(module))
-    for attribute, held in own.items():
-        if attribute.startswith("__") or attribute == "_version":
-            continue
-        if type(held) is int and held == value:
-            yield attribute, ()
-        elif type(held) in (list, tuple, torch.Size) and all(type(v) is int for v in held):
-            entries = tuple(i for i, v in enumerate(held) if v == value)
-            if entries:
-                yield attribute, entries
-            if len(entries) > 1:
-                yield from ((attribute, (i,)) for i in entries)
-
-
 def _merged(ways: Iterable[tuple[Size, ...]]) -> tuple[Size, ...]:
-    """The sizes of several sets, each attribute once."""
-    sizes: dict[tuple[str, str], Size] = {}
+    """The sizes of several sets, each attribute, or entry of one, once."""
+    sizes: list[Size] = []
+    taken: dict[tuple[str, str], set[int]] = {}
     for size in itertools.chain.from_iterable(ways):
-        sizes.setdefault((size.module, size.attribute), size)
-    return tuple(sizes.values())
+        entries = taken.setdefault((size.module, size.attribute), set())
+        wanted = set(size.entries) or {0}
+        if not entries & wanted:
+            entries |= wanted
+            sizes.append(size)
+    return tuple(sizes)

@@ -6,6 +6,7 @@ attribute follows the widths of the layers. `pruning.rigid` finds such attribute
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,3 +46,22 @@ def changed_sizes(module: nn.Module) -> dict[str, Any]:
     return {
         attribute: list(value) if isinstance(value, tuple) else value for attribute, value in values.items()
     }
+
+
+def holding(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The attributes of a module that are a number, or hold it: then with the entries that are."""
+    own: dict[str, Any] = {}
+    for kind in reversed(type(module).__mro__[: type(module).__mro__.index(nn.Module)]):
+        own.update(vars(kind))
+    own.update(vars(module))
+    for attribute, held in own.items():
+        if attribute.startswith("__") or attribute == "_version":
+            continue
+        if type(held) is int and held == value:
+            yield attribute, ()
+        elif type(held) in (list, tuple, torch.Size) and all(type(v) is int for v in held):
+            entries = tuple(i for i, v in enumerate(held) if v == value)
+            if entries:
+                yield attribute, entries
+            if len(entries) > 1:
+                yield from ((attribute, (i,)) for i in entries)

@@ -41,6 +41,7 @@ from pruning.layers import (
 )
 from pruning.meta import run_operation, without_computing
 from pruning.operations import Operation, follow
+from pruning.sizes import holding
 
 #: The functions that layers of `WEIGHTED` are made of, called as (input, weight, bias, …).
 _WEIGHTING = frozenset(
@@ -106,7 +107,7 @@ class _Follower(TorchDispatchMode):
 
     def __init__(self, probe: nn.Module, found: Flow, batch: int):
         super().__init__()
-        self.found, self.batch = found, batch
+        self.probe, self.found, self.batch = probe, found, batch
         self.name = type(probe).__name__
         self.makers = WeakTensorKeyDictionary()
         self.inside = 0
@@ -359,6 +360,7 @@ class _Follower(TorchDispatchMode):
         self._read(outputs, "")
         for leaf in outputs:
             self.book.fix(self.book.of(leaf), "its channels are the model's output, whose size is kept")
+        self.book.settle(lambda name, n: any(holding(self.probe.get_submodule(name), n)))
 
 
 class _Functions(TorchFunctionMode):

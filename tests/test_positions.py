@@ -1,0 +1,82 @@
+"""Channels that a model's code takes by position: what holds the positions follows, or they stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, prune, trace
+
+
+class Takes(nn.Module):
+    """Two convolutions that read pieces of what a third one makes."""
+
+    def __init__(self, pieces, width, first, second, **attributes):
+        super().__init__()
+        self.pieces = pieces
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.one, self.two = nn.Conv2d(first, 6, 3, padding=1), nn.Conv2d(second, 6, 3, padding=1)
+        self.head = nn.Conv2d(6, 5, 1)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        one, two, *rest = self.pieces(self, self.norm(self.stem(x)).relu())
+        return self.head((self.one(one) + self.two(two) + sum(rest)).relu()).mean((2, 3))
+
+
+def made(*arguments, **attributes):
+    torch.manual_seed(0)
+    return Takes(*arguments, **attributes).eval()
+
+
+FOLLOWED = {
+    "slices": (made(lambda s, x: (x[:, : s.k], x[:, s.k :]), 12, 5, 7, k=5), {"k"}),
+    "from the end": (made(lambda s, x: (x[:, -s.k :], x[:, : -s.k]), 12, 5, 7, k=5), {"k"}),
+    "narrow": (
+        made(lambda s, x: (x.narrow(1, 0, s.k), x.narrow(1, s.k, len(x[0]) - s.k)), 12, 5, 7, k=5),
+        {"k"},
+    ),
+    "two sizes": (made(lambda s, x: x.split([s.k, s.m], 1), 12, 5, 7, k=5, m=7), {"k", "m"}),
+    "a list": (made(lambda s, x: x.split(s.sizes, 1), 18, 5, 7, sizes=[5, 7, 6]), {"sizes"}),
+    "three slices": (
+        made(lambda s, x: (x[:, : s.k], x[:, s.k : s.k + s.m], x[:, s.k + s.m :]), 18, 5, 7, k=5, m=7),
+        {"k", "m"},
+    ),
+    "shares of the input": (
+        made(lambda s, x: (x[:, : len(x[0]) // 3], x[:, len(x[0]) // 3 :]), 12, 4, 8),
+        set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_positions_that_a_module_holds_or_computes_follow(case):
+    model, attributes = FOLLOWED[case]
+    images, others = torch.randn(2, 3, 8, 8), ["one", "two", "head"]
+    traced = trace(model, images, others)
+    assert {size.attribute for size in traced.sizes} == attributes and "stem" not in traced.skipped
+    half = sum(group.channels for group in traced.groups.values()) // 2
+    step = prune(model, images, Budget(channels=half), score="l2", ignored=others)
+    assert step.model.stem.out_channels <= model.stem.out_channels - half and step.difference < 1e-5
+    assert step.model(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "width", "first", "second", "k"),
+    [
+        (lambda s, x: (x[:, :4], x[:, 4:]), 8, 4, 4, 0),
+        (lambda s, x: (x[:, :4], x[:, 4:]), 8, 4, 4, 4),  # an attribute that has the value by chance
+        (lambda s, x: (x[:, :4].relu(), torch.cat(x.split(4, 1)[::-1], 1)), 8, 4, 8, 0),
+        (lambda s, x: (x[:, 1:6], x[:, 3:]), 8, 5, 5, 0),
+        (lambda s, x: (x[:, : int(0.4 * len(x[0]))], x[:, int(0.4 * len(x[0])) :]), 10, 4, 6, 0),
+    ],
+)
+def test_positions_that_are_written_in_the_code_stay(pieces, width, first, second, k):
+    model, images = made(pieces, width, first, second, k=k), torch.randn(2, 3, 8, 8)
+    traced = trace(model, images)
+    assert "stem" not in traced.groups and not traced.sizes
+    assert "in attributes of the module" in traced.skipped.get("stem", "in attributes of the module")
+    assert prune(model, images, Budget(macs="90%"), score="l2").difference < 1e-5
