@@ -15,6 +15,7 @@ from pruning.graph import tensors_among
 Model = TypeVar("Model", bound=nn.Module)
 #: What every module has: its parameters and children, which can be copied.
 _OWN = frozenset(vars(nn.Module()))
+_PLAIN = {int, float, bool, str, type(None)}
 _CONTAINERS = (dict, OrderedDict, set, list)
 
 
@@ -34,13 +35,15 @@ def copied(
     """
     known = {} if memo is None else memo
     for module in model.modules():
-        # A module has a dozen containers, nearly all empty, on which deepcopy spends most of its time.
-        for own in vars(module).values():
-            if type(own) in _CONTAINERS and not own:
+        # A module has a dozen containers, nearly all empty, on which deepcopy spends most of its time;
+        # some keep long lists of numbers, too.
+        for name, own in vars(module).items():
+            if type(own) in _CONTAINERS and (not own or (type(own) is list and {*map(type, own)} <= _PLAIN)):
                 known[id(own)] = own.copy()
-        for leaf in tensors_among(value for key, value in vars(module).items() if key not in _OWN):
-            if not leaf.is_leaf:
-                known.setdefault(id(leaf), convert(leaf.detach()))
+            elif name not in _OWN:
+                for leaf in tensors_among((own,)):
+                    if not leaf.is_leaf:
+                        known.setdefault(id(leaf), convert(leaf.detach()))
     try:
         return copy.deepcopy(model, known)
     except RuntimeError as error:

@@ -284,9 +284,10 @@ def cut(book: Labels, op: Operation, labels: Tensor) -> None:
 
 
 def _counts(labels: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
-    """Channels that the code may count to cut pieces out: those in each piece, and up to its ends."""
+    """Channels that the code may count to cut pieces out: those in each piece; of a slice, up to its ends."""
     for length in lengths:
-        for first, last in sorted({(0, start), (0, start + length), (start, start + length)}):
+        ends = {(0, start), (0, start + length)} if len(lengths) == 1 else set()
+        for first, last in sorted({(start, start + length), *ends}):
             if 0 < last - first < labels.shape[dim]:
                 yield labels.narrow(dim, first, last - first)
         start += length

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,8 @@ _CURE = (
 )
 #: Ways to tell which attributes a group's width is kept in that are tried out.
 TRIALS = 16
+#: A way that has failed in so many modules of a type, and worked in none, is tried in no further one.
+HOPELESS = 2
 
 
 class Rigid:
@@ -132,11 +136,17 @@ def _followed(model: nn.Module, runs: _Runs, kept: Mapping[str, list[Kept]]) -> 
     likely = {name: those[0] for name, those in ways.items()}
     if not likely or runs.follow(likely):
         return likely
-    alone = {
-        name: way
-        for name, those in ways.items()
-        if (way := next((way for way in those if runs.follow({name: way})), None))
-    }
+    alone: dict[str, tuple[Size, ...]] = {}
+    failed: Counter[Any] = Counter()
+    for name, those in ways.items():
+        for way in those:
+            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in way)
+            if failed[kind] >= HOPELESS:
+                continue
+            if runs.follow({name: way}):
+                alone[name], failed[kind] = way, -len(ways)
+                break
+            failed[kind] += 1
     return alone if alone and runs.follow(alone) else {}
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from pruning.graph import Trace
 from pruning.plan import Plan
 
+#: A longer list is none of sizes.
+MOST_SIZES = 64
 #: Where a module keeps the names of those of its attributes that pruning has changed.
 CHANGED = "_pruned_sizes"
 
@@ -59,7 +61,11 @@ def holding(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...
             continue
         if type(held) is int and held == value:
             yield attribute, ()
-        elif type(held) in (list, tuple, torch.Size) and all(type(v) is int for v in held):
+        elif (
+            type(held) in (list, tuple, torch.Size)
+            and len(held) <= MOST_SIZES
+            and {*map(type, held)} == {int}
+        ):
             entries = tuple(i for i, v in enumerate(held) if v == value)
             if entries:
                 yield attribute, entries
