@@ -1,6 +1,6 @@
 """Networks of other libraries at half of their MACs, as they come: docs/libraries.md.
 
-    python -m pip install timm ultralytics segmentation-models-pytorch monai einops
+    python -m pip install timm ultralytics segmentation-models-pytorch monai einops pytorchcv
     python -m benchmarks.libraries
     python -m benchmarks.libraries --libraries timm --print
 
