@@ -68,6 +68,7 @@ def prune(
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
     remove: Iterable[str] = (),
+    towards: Budget | None = None,
     check: bool = True,
     **limits: Any,
 ) -> Step:
@@ -87,6 +88,9 @@ def prune(
             what is constant on the example inputs is folded.
         ignored: layers whose channels all stay, by name pattern, type or instance.
         remove: names of whole layers to remove first (see `pruning.depth.removable`).
+        towards: the budget of the last of several steps, in counts: no channel goes now that a plan
+            within it keeps. Of several limits a step may else meet one by channels that the others
+            leave room for in the end.
         check: compare the outputs with those that the plan asks for, which takes two forward
             passes; without it `difference` is NaN.
         limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`; of
@@ -140,6 +144,9 @@ def prune(
     if isinstance(asked, LatencyBudget):
         plan, latency = plan_latency(model, example_inputs, traced, scores, asked, **limits)
     else:
+        if towards is not None:
+            last = plan_within(towards, traced, cost_model, scores, **{**limits, "most": 1.0})
+            limits["floor"] = last.widths
         plan = plan_within(asked, traced, cost_model, scores, **limits)
     plan = Plan.from_json(parallel.from_first(replace(plan, removed=tuple(removed)).to_json()))
 

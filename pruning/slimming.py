@@ -177,7 +177,8 @@ def slim(
                     small, example_inputs, config.budget, remove=removed, dense=model, **step_options
                 )
             else:
-                step = prune(small, example_inputs, share, remove=removed, **step_options)
+                towards = target if iteration < last - 1 else None
+                step = prune(small, example_inputs, share, remove=removed, towards=towards, **step_options)
             small, removed = ready(step.model, example_inputs, config.prune.score), ()
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))

@@ -18,6 +18,7 @@ from pruning import (
     count,
     fold_batchnorm,
     plan_within,
+    prune,
     trace,
 )
 
@@ -210,3 +211,20 @@ def test_scores_may_be_plain_numbers():
     _, traced, cost_model = chain(3)
     plan = plan_within(Budget(channels=1), traced, cost_model, {"0": [0.5, 2.0, 1.0]})
     assert plan.keep["0"] == (1,)
+
+
+def test_a_step_keeps_what_the_last_one_will():
+    """Of 5-6 a step to 1,755 params and 56,207 MACs alone goes to 5-4, from where 4-5 is out of reach."""
+    net, images = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10), torch.randn(2, 1, 28, 28)
+    share, target = Budget(params=1755, macs=56_207), Budget(params=1485, macs=47_400)
+
+    def score(_, groups):
+        first, second = groups
+        return {first: torch.tensor([8.0, 7, 6, 5, 2]), second: torch.tensor([3.0, 2, 1.5, 1, 0.6, 0.5])}
+
+    alone = prune(net, images, share, score=score)
+    assert list(alone.plan.widths.values()) == [5, 4]
+    step = prune(net, images, share, score=score, towards=target)
+    assert list(step.plan.widths.values()) == [4, 5]
+    last = prune(net, images, target, score=score)
+    assert all(set(kept) <= set(step.plan.keep[name]) for name, kept in last.plan.keep.items())
