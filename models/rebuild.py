@@ -12,11 +12,11 @@ Network = TypeVar("Network", bound=nn.Module)
 def rebuilt(make: type[Network], slimmed: nn.Module, **arguments: Any) -> Network:
     """`make(**arguments)` with the weights of a network of the same layers in the same order.
 
-    Layers that pruning has removed, which are identities now, are left out of the new one.
+    It is where they are, and of their type. Layers that pruning has removed, which are identities now, are left out of the new one.
     """
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d)
     arguments["batch_norm"] = any(isinstance(layer, batch_norm) for layer in slimmed.modules())
-    net = make(**arguments)
+    net = make(**arguments).to(next(slimmed.parameters()))
     for mine, theirs in zip(_with_weights(net), _with_weights(slimmed), strict=True):
         mine.load_state_dict(theirs.state_dict())
     return net.train(slimmed.training)

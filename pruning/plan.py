@@ -97,7 +97,8 @@ def plan_within(
     """Choose the channels to keep so that the budget is met, dropping the least important.
 
     One step after the other, the group whose least important channels matter least gives
-    them up; once the budget is met, the last dropped come back wherever they still fit.
+    them up; once the budget is met, the last dropped come back wherever they still fit, and
+    groups exchange channels as long as those that are kept then matter more together.
 
     Args:
         budget: resolved limits (`Budget.resolve`).
@@ -205,28 +206,8 @@ def _least_important(
     per_cost: bool,
 ) -> np.ndarray:
     """The widths after the least important channels of all groups went, one step at a time."""
-    groups = cost_model.groups
-    widths = full.copy()
-    history: list[tuple[int, int]] = []
-    while over := budget.excess(cost_model(widths)):
-        # Down to the next multiple, or to the floor where that comes first.
-        steps = np.minimum(np.where(widths % multiple, widths % multiple, multiple), widths - lowest)
-        freed = cost_model.freed(widths, steps)
-        gain = np.sum([freed[what] / excess for what, excess in over.items()], axis=0)
-        best, best_value = -1, np.inf
-        for i, group in enumerate(groups):
-            if steps[i] <= 0 or gain[i] <= 0:
-                continue
-            ranked = order[group][1]
-            gone = int(cost_model.full[i] - widths[i])
-            loss = float(ranked[gone : gone + int(steps[i])].sum())
-            value = loss / gain[i] if per_cost else loss / steps[i]
-            if value < best_value or best < 0:
-                best, best_value = i, value
-        assert best >= 0, "the floors reach the budget, so some group can still give channels"
-        widths[best] -= steps[best]
-        history.append((best, int(steps[best])))
-
+    search = _Search(budget, cost_model, order, lowest, full, multiple, per_cost)
+    widths, history = search.narrowed(full)
     settled: set[int] = set()  # groups whose last dropped channels do not fit any more
     for group_index, step in reversed(history):
         trial = widths.copy()
@@ -235,8 +216,129 @@ def _least_important(
             settled.add(group_index)
         else:
             widths = trial
+    return search.exchanged(widths) if per_cost else widths
 
-    return widths
+
+class _Search:
+    """Widths within a budget, changed in steps: of a group to the next multiple, its floor or full width."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        cost_model: CostModel,
+        order: Order,
+        lowest: np.ndarray,
+        full: np.ndarray,
+        multiple: int,
+        per_cost: bool,
+    ):
+        self.budget, self.cost_model, self.per_cost = budget, cost_model, per_cost
+        self.lowest, self.full, self.multiple = lowest, full, multiple
+        #: For every group what its least important channels matter together, by how many they are.
+        self.lost = [
+            np.concatenate(([0.0], np.cumsum(order[group][1]))) if group in order else np.zeros(int(n) + 1)
+            for group, n in zip(cost_model.groups, cost_model.full, strict=True)
+        ]
+
+    def down(self, widths: np.ndarray) -> np.ndarray:
+        """How many channels a step takes from every group; 0 at its floor."""
+        to_multiple = np.where(widths % self.multiple, widths % self.multiple, self.multiple)
+        return np.minimum(to_multiple, widths - self.lowest)
+
+    def up(self, widths: np.ndarray) -> np.ndarray:
+        """How many a step gives back; 0 at the full width."""
+        return np.minimum(self.multiple - widths % self.multiple, self.full - widths)
+
+    def importance(self, group: int, widths: np.ndarray, change: float) -> float:
+        """What the channels matter that a group gains, or loses, by a change of its width."""
+        gone, lost = int(self.cost_model.full[group] - widths[group]), self.lost[group]
+        return float(lost[gone] - lost[gone - int(change)])
+
+    def narrowed(
+        self, widths: np.ndarray, held: int | None = None
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The widths that meet the budget, and the steps to there, each of the group that loses least.
+
+        A group that is held gives none; where the others cannot meet the budget alone, it is not met.
+        """
+        widths, history = widths.copy(), list[tuple[int, int]]()
+        while over := self.budget.excess(self.cost_model(widths)):
+            steps = self.down(widths)
+            freed = self.cost_model.freed(widths, steps)
+            gain = np.sum([freed[what] / excess for what, excess in over.items()], axis=0)
+            best, best_value = -1, np.inf
+            for i in range(len(widths)):
+                if steps[i] <= 0 or gain[i] <= 0 or i == held:
+                    continue
+                loss = -self.importance(i, widths, -steps[i])
+                value = loss / gain[i] if self.per_cost else loss / steps[i]
+                if value < best_value or best < 0:
+                    best, best_value = i, value
+            if best < 0:
+                break
+            widths[best] -= steps[best]
+            history.append((best, int(steps[best])))
+        return widths, history
+
+    def filled(self, widths: np.ndarray, held: int) -> np.ndarray:
+        """The widths with what still fits, first what matters most for its share of the budget."""
+        widths = widths.copy()
+        limits = self.budget.limits()
+        while True:
+            steps, cost = self.up(widths), self.cost_model(widths)
+            freed = self.cost_model.freed(widths, -steps)
+            fits = np.all(
+                [np.round(getattr(cost, w) - freed[w]) <= limit for w, limit in limits.items()], axis=0
+            )
+            best, best_value = -1, 0.0
+            for i in np.flatnonzero((steps > 0) & fits):
+                share = sum(-freed[what][i] / limits[what] for what in limits)
+                value = self.importance(i, widths, steps[i]) / max(share, 1e-12)
+                if value > best_value and i != held:
+                    best, best_value = int(i), value
+            if best < 0:
+                return widths
+            widths[best] += steps[best]
+
+    def exchanged(self, widths: np.ndarray) -> np.ndarray:
+        """The widths after exchanges of channels between groups that leave more importance in the network.
+
+        A step of one group, either way; what then is too much goes from the others, and what
+        fits comes back to them. One step after the other does not look ahead: it takes many
+        channels that each matter little where a single one, which matters more than each of
+        them, would have done.
+        """
+        limits = self.budget.limits()
+        for _ in range(MOST_EXCHANGES):
+            before = widths
+            freed = self.cost_model.freed(widths, np.maximum(self.down(widths), self.up(widths)))
+            share = np.max([freed[what] / limit for what, limit in limits.items()], axis=0)
+            for group in np.flatnonzero(share > LEAST_EXCHANGE):
+                for steps in (-self.down(widths), self.up(widths)):
+                    if not steps[group]:
+                        continue
+                    trial = widths.copy()
+                    trial[group] += steps[group]
+                    trial, _ = self.narrowed(trial, held=group)
+                    trial = self.filled(trial, held=group)
+                    better = self.matters(trial) > self.matters(widths) + 1e-9 * abs(
+                        self.matters(self.lowest)
+                    )
+                    if better and not self.budget.excess(self.cost_model(trial)):
+                        widths = trial
+            if np.array_equal(before, widths):
+                break
+        return widths
+
+    def matters(self, widths: np.ndarray) -> float:
+        """What the channels matter together that these widths keep, less what all do."""
+        gone = (self.cost_model.full - widths).astype(int)
+        return -float(sum(lost[g] for lost, g in zip(self.lost, gone, strict=True)))
+
+
+#: Times that every group is tried for an exchange of channels with others, and the share of a limit
+#: that a step of it is at least: where steps are finer, one after the other leaves nothing to gain.
+MOST_EXCHANGES, LEAST_EXCHANGE = 8, 2e-3
 
 
 def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:

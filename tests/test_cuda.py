@@ -1,0 +1,184 @@
+"""The toolkit on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import NETS, ShuffledBatches, batches, images, make, snapshot
+from test_cli import SHORT, command
+from user import NET
+
+from pruning import (
+    Budget,
+    LatencyBudget,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    finetune,
+    fold_batchnorm,
+    load,
+    prune,
+    save,
+    sensitivity,
+    slim,
+    time_forward,
+    trace,
+)
+from pruning.config import PruneConfig
+from pruning.run import Run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+#: On the CPU and the GPU the same sums are rounded otherwise; by default convolutions on a GPU
+#: round what they multiply to 10 bits, too.
+NEAR = {"rtol": 1e-2, "atol": 1e-2}
+
+
+def on_cuda(net):
+    return copy.deepcopy(net).cuda()
+
+
+def on_cpu(net):
+    return copy.deepcopy(net).cpu().eval()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_model_is_pruned_where_it_is(name):
+    net, x = make(name), images()
+    before = snapshot(net)
+    there = prune(on_cuda(net), x.cuda(), Budget(macs="60%"), score="l1")
+    here = prune(net, x, Budget(macs="60%"), score="l1")
+    assert {t.device.type for t in there.model.state_dict().values()} == {"cuda"}
+    assert there.plan.widths == here.plan.widths and there.after == here.after
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    if there.plan == here.plan:
+        with torch.no_grad():
+            torch.testing.assert_close(there.model(x.cuda()).cpu(), here.model(x), **NEAR)
+
+
+def test_scores_that_need_batches_take_them_from_the_cpu():
+    net, calibration = on_cuda(make("yournet")), batches()
+    for score in ("taylor", "bn_scale", "l2", "random"):
+        step = prune(net, images().cuda(), Budget(params="50%"), score=score, calibration=calibration)
+        assert step.after.params <= step.asked.params
+
+
+def test_batchnorm_is_folded_on_the_gpu():
+    net, x = on_cuda(make("residual")), images().cuda()
+    folded = fold_batchnorm(net, trace(net, x))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), net(x), **NEAR)
+
+
+def test_what_was_saved_from_the_gpu_loads_on_the_cpu_and_back(tmp_path):
+    step = prune(on_cuda(make("yournet")), images().cuda(), Budget(macs="50%"), score="l1")
+    save(tmp_path / "small.pth", step.model)
+    here, there = load(tmp_path / "small.pth"), load(tmp_path / "small.pth", device="cuda")
+    assert {t.device.type for t in here.state_dict().values()} == {"cpu"}
+    assert all(torch.equal(here.state_dict()[key], value.cpu()) for key, value in there.state_dict().items())
+    x = images(5).cuda()
+    with torch.no_grad():
+        assert torch.equal(there.eval()(x), step.model(x))
+
+
+def test_training_takes_batches_from_the_cpu_and_a_teacher_on_the_gpu():
+    data, teacher = batches(), on_cuda(make("yournet"))
+    net = finetune(
+        on_cuda(make("yournet", 1)),
+        data,
+        TrainConfig(8, lr=0.05),
+        teacher=teacher,
+        distill=0.5,
+        validate=lambda model: accuracy(model, data),
+    )
+    assert accuracy(net, data) > 0.5
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_slimming_that_is_resumed_ends_where_it_would_have(tmp_path):
+    data = ShuffledBatches()
+    brief = TrainConfig(2, lr=0.05)
+    config = SlimConfig(Budget(macs="50%"), brief, PruneConfig(2, TrainConfig(1, lr=0.05)), brief)
+
+    def run(folder, stop_after=None):
+        lines = []
+
+        def log(line):
+            lines.append(line)
+            if len(lines) == stop_after:
+                raise Interrupt
+
+        torch.manual_seed(0)
+        net = on_cuda(make("yournet"))
+        resume = (folder / "config.json").exists()
+        return slim(
+            net,
+            data,
+            images().cuda(),
+            config,
+            validate=lambda model: accuracy(model, data.batches),
+            run=Run(folder, {}, resume=resume),
+            log=log,
+        ).model
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        run(tmp_path / "parts", stop_after=2)
+    again = run(tmp_path / "parts")
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-3, atol=1e-3)
+    assert next(whole.parameters()).is_cuda
+
+
+def test_time_and_a_budget_of_time():
+    net, x = on_cuda(make("plain")), images(16).cuda()
+    times = time_forward({"one": net, "other": net}, x, seconds=0.2, warmup=0.1)
+    assert all(latency.median > 0 for latency in times.values())
+    step = prune(net, x, LatencyBudget("10x", batch_size=16), score="l1")
+    assert next(step.model.parameters()).is_cuda
+
+
+def test_sensitivity_is_read_on_the_gpu():
+    net, data = make("yournet"), batches()
+    there = sensitivity(on_cuda(net), images().cuda(), data)
+    here = sensitivity(net, images(), data)
+    assert there.channels == here.channels and len(there.points) == len(here.points)
+    assert there.dense.accuracy == pytest.approx(here.dense.accuracy, abs=0.05)
+
+
+def test_commands_work_on_the_gpu(run, tmp_path):
+    cuda = ("--device", "cuda")
+    brief = ("--sparsify-epochs", 1, "--recover-epochs", 1, "--finetune-epochs", 2, "--iterations", 2)
+    for words in (
+        ("doctor", *NET, *cuda),
+        ("prune", *NET, *cuda, "--max-macs", "50%", "--standalone", "--output", "small.pth"),
+        ("slim", *NET, *cuda, "--max-macs", "50%", *brief, "--output", "run"),
+        ("slim", *NET, *cuda, "--resume", "--output", "run"),
+        ("finetune", *NET, *cuda, "--weights", "small.pth", "--epochs", 1, "--output", "tuned"),
+        ("sensitivity", *NET, *cuda, "--weights", "small.pth", "--output", "curves"),
+        ("test", *NET, *cuda, "--weights", "small.pth", "--against", "run/best.pth"),
+        ("export", "small.pth", "--model", "mine:Net", "--to", "torchscript", "--input-shape", "1x10x10"),
+        ("report", "run"),
+    ):
+        code, out, err = run(*words)
+        assert code == 0, (words, out, err)
+    assert next(iter(torch.load("small.pth", weights_only=True)["state_dict"].values())).device.type == "cpu"
+
+
+def test_the_main_job_runs_on_the_gpu_and_its_result_on_both(tmp_path):
+    cuda = ("--device", "cuda")
+    command("train_yournet.py", *SHORT, *cuda, "--output", tmp_path / "run", cwd=tmp_path)
+    for device in ("cuda", "cpu"):
+        done = command(
+            "test_yournet.py", "--data", "mnist5k", "--best-checkpoint", tmp_path / "run" / "best.pth",
+            "--device", device, cwd=tmp_path,
+        )  # fmt: skip
+        assert "YourNet" in done.stdout
+    folder = tmp_path / "reference"
+    words = ("--data", "mnist5k", "--epoch-end", 1, "--checkpoint-dir", folder, *cuda)
+    command("train_lenet5.py", *words, cwd=tmp_path)
+    command("test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", folder / "epoch-1.pth", *cuda)
