@@ -75,15 +75,22 @@ def random_affine(
 
     def warp(images: Tensor) -> Tensor:
         count, _, height, width = images.shape
-        angle, right, down, stretch = (torch.rand(4, count) * 2 - 1) * (torch.rand(count) < share)
-        angle, stretch = angle * math.radians(degrees), 1 / (1 + stretch * scale)
+        # Of all images, so that the numbers drawn do not depend on which of them change.
+        angle, right, down, stretch = torch.rand(4, count) * 2 - 1
+        changed = (torch.rand(count) < share).nonzero().flatten()
+        angle, stretch = (angle * math.radians(degrees))[changed], 1 / (1 + stretch * scale)[changed]
         cos, sin = torch.cos(angle) * stretch, torch.sin(angle) * stretch
         # In coordinates from -1 to 1, which an image that is not square has of two sizes.
-        rows = [cos, -sin * height / width, right * 2 * pixels / width]
-        rows += [sin * width / height, cos, down * 2 * pixels / height]
-        matrix = torch.stack(rows, 1).view(count, 2, 3).to(images.device)
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-        return F.grid_sample(images.float(), grid, align_corners=False)
+        rows = [cos, -sin * height / width, right[changed] * 2 * pixels / width]
+        rows += [sin * width / height, cos, down[changed] * 2 * pixels / height]
+        a, b, c, d, e, f = torch.stack(rows).to(images.device)[:, :, None, None]
+        # Each image's grid; F.affine_grid takes most of the time of all this.
+        x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
+        y = ((torch.arange(height, device=images.device) * 2 + 1) / height - 1)[:, None]
+        grid = torch.stack((a * x + b * y + c, d * x + e * y + f), -1)
+        warped, changed = images.float(), changed.to(images.device)
+        warped[changed] = F.grid_sample(warped[changed], grid, align_corners=False)
+        return warped
 
     return warp
 

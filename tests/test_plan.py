@@ -237,7 +237,7 @@ def test_groups_exchange_channels_where_one_after_the_other_falls_short():
     net = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10)
     traced = trace(net, torch.randn(2, 1, 28, 28))
     first, second = traced.groups
-    scores = {first: torch.tensor([9.0, 8, 7, 6, 2]), second: torch.tensor([9.0, 8, 1.1, 1.1, 1.1, 0.5])}
+    scores = {first: torch.tensor([9.0, 8, 7, 6, 2.5]), second: torch.tensor([9.0, 8, 1.1, 1.1, 1.1, 0.5])}
     plan = plan_within(Budget(params=1485, macs=47_400), traced, CostModel(net, traced), scores)
     assert list(plan.widths.values()) == [4, 5], (
         "5-2, which one after the other comes to, loses 3.8; this 2.5"
