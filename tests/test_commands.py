@@ -206,7 +206,7 @@ def test_two_processes_make_the_same_plan_as_one(run, tmp_path):
     root = Path(program.__file__).resolve().parent.parent
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)]),
+        "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
