@@ -360,6 +360,11 @@ class _Follower(TorchDispatchMode):
         self._read(outputs, "")
         for leaf in outputs:
             self.book.fix(self.book.of(leaf), "its channels are the model's output, whose size is kept")
+        for (name, _), use in self.found.sides.items():
+            if name in self.found.borrowed:
+                self.book.fix(
+                    torch.from_numpy(use.labels), f"the code of another module reads what {name} holds"
+                )
         self.book.settle(lambda name, n: any(holding(self.probe.get_submodule(name), n)))
 
 

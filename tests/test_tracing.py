@@ -286,6 +286,23 @@ def test_what_the_code_weighs_with_is_named():
     assert "conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
 
 
+def test_what_other_code_reads_of_a_layer_stays_and_the_rest_is_narrowed():
+    class Autoencoder(nn.Module):
+        """The decoder's last layer is the encoder's first, turned around."""
+
+        def __init__(self):
+            super().__init__()
+            self.encode, self.wide, self.narrow = nn.Linear(30, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+
+        def forward(self, x):
+            hidden = self.narrow(torch.relu(self.wide(torch.relu(self.encode(x)))))
+            return F.linear(hidden, self.encode.weight.t())
+
+    step = prune(Autoencoder(), torch.randn(2, 30), Budget(params="70%"), score="l2")
+    assert "another module reads what encode holds" in step.trace.skipped["encode"]
+    assert step.model.wide.out_features < 24 and step.model.encode.out_features == 16
+
+
 def test_pixel_shuffle_takes_its_channels_in_squares():
     net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 2, 1)).eval()
     traced = trace(net, nets.images())
