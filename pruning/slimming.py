@@ -159,7 +159,7 @@ def slim(
     train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
     removed: tuple[str, ...] = ()
     if config.prune.layers and progress.at == 0:
-        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 20), ema=0.0)
+        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 10), ema=0.0)
         try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
         trial = Trial(small, example_inputs, target, try_out, validate, step_options)
         removed, rest, trials = superfluous_layers(trial, progress.note, log)

@@ -33,7 +33,7 @@ def ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
 class Trial:
     """What a model is worth within the budget: pruned in one step and trained a little.
 
-    `train` is the fine-tuning of stage 3 in a twentieth of its epochs; `options` are those of
+    `train` is the fine-tuning of stage 3 in a tenth of its epochs; `options` are those of
     `prune`.
     """
 
