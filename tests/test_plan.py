@@ -268,3 +268,20 @@ def test_plans_lose_little_more_than_the_best_there_is(name):
         assert not budget.excess(cost_model(plan.widths))
         got = sum(float(scores[g].sum() - scores[g][list(kept)].sum()) for g, kept in plan.keep.items())
         assert got <= 1.05 * best + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exchanges_keep_floors_caps_multiples_and_exact_widths(seed):
+    _, traced, cost_model = traced_net("residual")
+    torch.manual_seed(seed)
+    scores = {g: torch.rand(group.channels) ** 4 for g, group in traced.groups.items()}
+    first, *others = traced.groups
+    full = dict(zip(cost_model.groups, cost_model.full, strict=True))
+    budget = Budget(macs="70%", params="75%").resolve(cost_model(cost_model.full))
+    limits = {"multiple": 2, "floor": 3, "most": {"*": 0.5}, "widths": {others[-1]: 5}}
+    widths = plan_within(budget, traced, cost_model, scores, **limits).widths
+    assert not budget.excess(cost_model(widths)) and widths.pop(others[-1]) == 5
+    for group, width in widths.items():
+        assert width % 2 == 0 or width in (3, full[group])
+        assert width >= max(3, full[group] / 2)
+    assert first in widths
