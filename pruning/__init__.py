@@ -23,6 +23,7 @@ from pruning.norms import equalize, fold_batchnorm, recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
 from pruning.quantization import quantize
+from pruning.restart import fresh_weights
 from pruning.rounding import Rounding
 from pruning.run import Run
 from pruning.runtimes import Exported
@@ -72,6 +73,7 @@ __all__ = [
     "finetune",
     "fit",
     "fold_batchnorm",
+    "fresh_weights",
     "joint",
     "load",
     "optimize",

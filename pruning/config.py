@@ -113,6 +113,8 @@ class SlimConfig:
         strength: λ of the L1 pull on BatchNorm scales in stage 1; None finds it from the
             budget, 0 trains without it.
         distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
+        restart: train stage 3, and the trials of whole layers, from fresh weights: pruning then gives
+            the widths (see `fresh_weights`).
     """
 
     budget: Budget | LatencyBudget
@@ -121,6 +123,7 @@ class SlimConfig:
     finetune: TrainConfig
     strength: float | None = None
     distill: float = 0.0
+    restart: bool = False
 
     def __post_init__(self) -> None:
         require_budget(self.budget)

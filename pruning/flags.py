@@ -189,6 +189,12 @@ def stage_flags(parser: argparse.ArgumentParser) -> None:
             metavar="RATE",
             help=f"highest learning rate of {when}",
         )
+    group.add_argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train stage 3 from fresh weights, so that stage 2 gives the widths alone; for small networks",
+    )
     training_flags(parser)
 
 
@@ -303,6 +309,7 @@ def slim_config(args: argparse.Namespace) -> SlimConfig:
         finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
         strength=args.sparsity,
         distill=args.distill,
+        restart=args.restart,
     )
 
 

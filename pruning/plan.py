@@ -291,11 +291,11 @@ class _Search:
                 [np.round(getattr(cost, w) - freed[w]) <= limit for w, limit in limits.items()], axis=0
             )
             best, best_value = -1, 0.0
-            for i in np.flatnonzero((steps > 0) & fits):
+            for i in np.flatnonzero((steps > 0) & fits).tolist():
                 share = sum(-freed[what][i] / limits[what] for what in limits)
                 value = self.importance(i, widths, steps[i]) / max(share, 1e-12)
                 if value > best_value and i != held:
-                    best, best_value = int(i), value
+                    best, best_value = i, value
             if best < 0:
                 return widths
             widths[best] += steps[best]
@@ -313,7 +313,7 @@ class _Search:
             before = widths
             freed = self.cost_model.freed(widths, np.maximum(self.down(widths), self.up(widths)))
             share = np.max([freed[what] / limit for what, limit in limits.items()], axis=0)
-            for group in np.flatnonzero(share > LEAST_EXCHANGE):
+            for group in np.flatnonzero(share > LEAST_EXCHANGE).tolist():
                 for steps in (-self.down(widths), self.up(widths)):
                     if not steps[group]:
                         continue

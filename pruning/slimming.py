@@ -25,6 +25,7 @@ from pruning.norms import equalize
 from pruning.plan import plan_within
 from pruning.progress import Progress
 from pruning.prune import prune
+from pruning.restart import fresh_weights
 from pruning.run import Run
 from pruning.sparsify import ScalePull, sparsify
 from pruning.training import (
@@ -39,7 +40,7 @@ from pruning.training import (
     no_classifier,
     to_device,
 )
-from pruning.trials import Trial, ready, superfluous_layers
+from pruning.trials import Trial, superfluous_layers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def slim(
     1. Train with an L1 pull on the BatchNorm scales.
     2. Several times: remove the least important channels, train a little. Before that,
        where asked for, whole layers go that the network is better without.
-    3. Train what is left, and keep its best epoch on the validation split.
+    3. Train what is left, or what has its widths and fresh weights, and keep its best epoch on the
+       validation split.
 
     Args:
         model: the dense model, trained or not; it is left as it is.
@@ -156,12 +158,19 @@ def slim(
         "ignored": ignored,
         **config.prune.limits,
     }
+
+    def begin(pruned: nn.Module) -> nn.Module:
+        """What stage 3 trains, of a pruned model."""
+        if config.restart:
+            return fresh_weights(pruned)
+        return equalize(pruned, trace(pruned, example_inputs), example_inputs)
+
     train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
     removed: tuple[str, ...] = ()
     if config.prune.layers and progress.at == 0:
         brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 10), ema=0.0)
         try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
-        trial = Trial(small, example_inputs, target, try_out, validate, step_options)
+        trial = Trial(small, example_inputs, target, begin, try_out, validate, step_options)
         removed, rest, trials = superfluous_layers(trial, progress.note, log)
         left = ScalePull(rest, trace(rest, example_inputs, ignored), strength=0.0).left()
         progress.state["start"] = asdict(left)
@@ -179,14 +188,17 @@ def slim(
             else:
                 towards = target if iteration < last - 1 else None
                 step = prune(small, example_inputs, share, remove=removed, towards=towards, **step_options)
-            small, removed = ready(step.model, example_inputs, config.prune.score), ()
+            # Channels of one size train better, unless their scales are what scores the next step.
+            small, removed = step.model, ()
+            if config.prune.score != "bn_scale":
+                small = equalize(small, trace(small, example_inputs), example_inputs)
             line = progress.note_step(label, step, validate(small))
         small = train(small, **progress.options(iteration, label, small))
         log(f"{label}: {line}, {validate(small):.4f} after training")
 
     label = "stage 3, fine-tune"
     if progress.resume(last) is None:
-        small = equalize(small, trace(small, example_inputs), example_inputs)
+        small = begin(small)
     small = finetune(
         small,
         config=config.finetune,

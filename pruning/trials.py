@@ -15,7 +15,7 @@ from pruning.errors import PruningError
 from pruning.graph import Inputs, device_of
 from pruning.grouping import trace
 from pruning.modes import eval_mode
-from pruning.norms import equalize, recalibrate
+from pruning.norms import recalibrate
 from pruning.prune import prune
 from pruning.training import Validate, to_device
 
@@ -24,22 +24,18 @@ from pruning.training import Validate, to_device
 TRIALS = 3
 
 
-def ready(model: nn.Module, inputs: Inputs, score: str) -> nn.Module:
-    """A pruned model with channels of one size, unless their scales are what scores the next step."""
-    return model if score == "bn_scale" else equalize(model, trace(model, inputs), inputs)
-
-
 @dataclass(frozen=True)
 class Trial:
     """What a model is worth within the budget: pruned in one step and trained a little.
 
-    `train` is the fine-tuning of stage 3 in a tenth of its epochs; `options` are those of
-    `prune`.
+    `begin` gives what stage 3 would begin with, of a pruned model; `train` is its fine-tuning in a
+    tenth of its epochs; `options` are those of `prune`.
     """
 
     model: nn.Module
     example_inputs: Inputs
     target: Budget
+    begin: Callable[[nn.Module], nn.Module]
     train: Callable[..., nn.Module]
     validate: Validate
     options: dict[str, Any]
@@ -50,9 +46,7 @@ class Trial:
             step = prune(self.model, self.example_inputs, self.target, remove=remove, **self.options)
         except PruningError:
             return float("-inf")
-        return self.validate(
-            self.train(ready(step.model, self.example_inputs, self.options["score"]), label=label)
-        )
+        return self.validate(self.train(self.begin(step.model), label=label))
 
     def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model without each layer it can do without, from the least calibration loss on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import nets
 import pytest
@@ -55,6 +56,26 @@ def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
     assert [event["params"] for event in events if "asked" in event][-1] == got.params
+
+
+def test_fresh_weights_make_the_last_stage_a_training_from_scratch(tmp_path):
+    config = replace(CONFIG, restart=True)
+    result = pipeline(Run(tmp_path / "whole", {}), config=config)
+    kept = pipeline(config=replace(config, restart=False))
+    assert not same(result.model, kept.model)
+    assert same(result.dense, kept.dense), "stage 1 knows nothing of it"
+
+    class Killed(Exception):
+        pass
+
+    def killed(line):
+        if line.startswith("stage 2, iteration 2/2"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        pipeline(Run(tmp_path / "cut", {}), killed, config)
+    torch.manual_seed(12345)
+    assert same(pipeline(Run(tmp_path / "cut", {}, resume=True), config=config).model, result.model)
 
 
 def test_tuning_never_ends_worse_than_it_began_and_resumes_to_the_same_end(tmp_path):
