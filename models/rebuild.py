@@ -12,7 +12,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def rebuilt(make: type[Network], slimmed: nn.Module, **arguments: Any) -> Network:
     """`make(**arguments)` with the weights of a network of the same layers in the same order.
 
-    It is where they are, and of their type. Layers that pruning has removed, which are identities now, are left out of the new one.
+    It is where they are, and of their type. Layers that pruning has removed, which are identities
+    now, are left out of it.
     """
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d)
     arguments["batch_norm"] = any(isinstance(layer, batch_norm) for layer in slimmed.modules())
