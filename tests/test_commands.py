@@ -87,6 +87,11 @@ def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run,
     again = load("first/best.pth")
     assert all(torch.equal(first[key], again[key]) for key in first)
 
+    assert run("slim", "--config", "first/config.toml", "--restart", "--output", "anew")[0] == 0
+    anew = load("anew/best.pth")
+    assert all(anew[key].shape == first[key].shape for key in first), "the same widths"
+    assert not any(torch.equal(anew[key], first[key]) for key in first if key.endswith("weight"))
+
     code, out, _ = run("finetune", *NET, "--weights", "first/best.pth", "--epochs", 2, "--output", "tuned")
     assert code == 0 and "validation" in out
     words = ("finetune", *NET, "--weights", "first/best.pth", "--epochs", 2)
