@@ -136,7 +136,7 @@ def plan_within(
     if ranking == "group":
         chosen = _same_share(budget, cost_model, lowest, full, multiple)
     else:
-        chosen = _least_important(budget, cost_model, order, lowest, full, multiple, per_cost)
+        chosen = _Search(budget, cost_model, order, lowest, full, multiple, per_cost).widths()
 
     return most_important(trace, order, chosen)
 
@@ -196,29 +196,6 @@ def _same_share(
     return at(shares[low])
 
 
-def _least_important(
-    budget: Budget,
-    cost_model: CostModel,
-    order: Order,
-    lowest: np.ndarray,
-    full: np.ndarray,
-    multiple: int,
-    per_cost: bool,
-) -> np.ndarray:
-    """The widths after the least important channels of all groups went, one step at a time."""
-    search = _Search(budget, cost_model, order, lowest, full, multiple, per_cost)
-    widths, history = search.narrowed(full)
-    settled: set[int] = set()  # groups whose last dropped channels do not fit any more
-    for group_index, step in reversed(history):
-        trial = widths.copy()
-        trial[group_index] += step
-        if group_index in settled or budget.excess(cost_model(trial)):
-            settled.add(group_index)
-        else:
-            widths = trial
-    return search.exchanged(widths) if per_cost else widths
-
-
 class _Search:
     """Widths within a budget, changed in steps: of a group to the next multiple, its floor or full width."""
 
@@ -239,6 +216,19 @@ class _Search:
             np.concatenate(([0.0], np.cumsum(order[group][1]))) if group in order else np.zeros(int(n) + 1)
             for group, n in zip(cost_model.groups, cost_model.full, strict=True)
         ]
+
+    def widths(self) -> np.ndarray:
+        """The widths after the least important channels of all groups went, one step at a time."""
+        widths, history = self.narrowed(self.full)
+        settled: set[int] = set()  # groups whose last dropped channels do not fit any more
+        for group, step in reversed(history):
+            trial = widths.copy()
+            trial[group] += step
+            if group in settled or self.budget.excess(self.cost_model(trial)):
+                settled.add(group)
+            else:
+                widths = trial
+        return self.exchanged(widths) if self.per_cost else widths
 
     def down(self, widths: np.ndarray) -> np.ndarray:
         """How many channels a step takes from every group; 0 at its floor."""
