@@ -88,7 +88,7 @@ def random_affine(
         x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
         y = ((torch.arange(height, device=images.device) * 2 + 1) / height - 1)[:, None]
         grid = torch.stack((a * x + b * y + c, d * x + e * y + f), -1)
-        warped, changed = images.float(), changed.to(images.device)
+        warped, changed = images.to(torch.float32, copy=True), changed.to(images.device)
         warped[changed] = F.grid_sample(warped[changed], grid, align_corners=False)
         return warped
 

@@ -29,8 +29,10 @@ def fresh_weights(model: nn.Module) -> nn.Module:
         reset, own = _reset(module), {id(p) for p in module.parameters(recurse=False)}
         if reset is None or (own and own <= covered):
             continue
-        reset()
         covered |= own
+        if own and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue  # the statistics of a frozen norm stay, too
+        reset()
         if isinstance(module, nn.MultiheadAttention):  # it does what its projection holds in its own way
             covered |= {id(p) for p in module.parameters()}
     for name, parameter in model.named_parameters():

@@ -126,6 +126,9 @@ def slim(
         with torch.no_grad(), eval_mode(model, teacher):
             student, wanted = (call(net, fresh(example_inputs)) for net in (model, teacher))
             require_same_logits(student, wanted)
+    if config.restart:
+        with torch.random.fork_rng(devices=[]):
+            fresh_weights(model)  # what cannot be made anew is told before anything is trained
     progress.state["target"] = target.limits()
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}

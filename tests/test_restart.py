@@ -46,7 +46,10 @@ def test_a_pruned_network_with_fresh_weights_has_its_widths(name):
 def test_what_is_frozen_stays():
     net = nets.make("lenet")
     net.features.conv1.requires_grad_(False)
+    net.norm = nn.BatchNorm2d(3).requires_grad_(False)
+    net.norm.running_mean.fill_(2)
     fresh = fresh_weights(net)
+    assert fresh.norm.running_mean.eq(2).all()
     assert torch.equal(fresh.features.conv1.weight, net.features.conv1.weight)
     assert not torch.equal(fresh.features.conv2.weight, net.features.conv2.weight)
     assert not fresh.features.conv1.weight.requires_grad
