@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,13 @@ from benchmarks.peers import KINDS, Peer, cost, regularized
 from benchmarks.results import percent
 from benchmarks.table import (
     arguments,
+    changed_results,
     fingerprint,
     known_runs,
     measured,
     read_results,
     recipe,
     train,
-    write_results,
 )
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
@@ -55,14 +57,18 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="of control")
     args = parser.parse_args()
     if not args.print:
-        use_threads(args.threads)
-        for row, seed, kind in itertools.product(args.rows, args.seeds, args.kinds):
-            fill(args, row, seed, kind)
+        wanted = itertools.product(args.rows, args.seeds, args.kinds)
+        # Processes, as each training draws from torch's one generator.
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(fill, args, *control) for control in wanted]
+        for job in waiting:
+            job.result()
     print(markdown(read_results(args.checkpoints)))
 
 
 def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
     """Run one control and note its result, unless it is there."""
+    use_threads(args.threads)
     path = recipe(args.checkpoints, row)
     content = read_results(args.checkpoints)
     ours = known_runs(content, row, args.data, fingerprint(path))
@@ -74,9 +80,8 @@ def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
     print(f"{row}, {kind}, seed {seed}", flush=True)
     epochs = max(run["epochs"] for run in ours)
     found = half(args, path, seed, epochs) if kind == "half" else trained(path, seed, kind, args.data, epochs)
-    content = read_results(args.checkpoints)  # another process may have added to it
-    content["controls"].append({**entry, **found})
-    write_results(args.checkpoints, content)
+    with changed_results(args.checkpoints) as content:
+        content["controls"].append({**entry, **found})
 
 
 def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[str, Any]:

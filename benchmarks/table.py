@@ -14,13 +14,16 @@ A run that was interrupted is resumed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 import data
 from benchmarks.results import percent, read_json, write_json
@@ -30,12 +33,10 @@ from pruning import PruningError, accuracy, cli, count, load
 from pruning.checkpoint import read, replace_file
 
 CHECKPOINTS = ROOT / "checkpoints"
-WRITING = threading.Lock()
 
 
 def main() -> None:
     parser = arguments(__doc__ or "", [0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
     args = parser.parse_args()
     rows = args.rows or sorted(path.parent.name for path in args.checkpoints.glob("*/recipe.toml"))
     if not args.print:
@@ -59,6 +60,7 @@ def arguments(description: str, seeds: list[int]) -> argparse.ArgumentParser:
         "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="where the runs go"
     )
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
+    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
     parser.add_argument("--print", action="store_true", help="only print what is there")
     return parser
 
@@ -73,12 +75,10 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
     folder = args.runs / "table" / row / str(seed)
     train(folder, ["--recipe", str(path), "--seed", str(seed), "--data", args.data], args.threads)
     entry = {"seed": seed, "threads": args.threads, **measured(folder / "best.pth", args.data)}
-    with WRITING:
-        content = read_results(args.checkpoints)
+    with changed_results(args.checkpoints) as content:
         runs = [*known_runs(content, *key), entry]
         content["rows"] = [old for old in content["rows"] if old["row"] != row]
         content["rows"].append(summary(*key, runs))
-        write_results(args.checkpoints, content)
         if best_of(runs)["seed"] == seed:
             replace_file(path.with_name("best.pth"), (folder / "best.pth").read_bytes())
 
@@ -167,9 +167,14 @@ def read_results(checkpoints: Path) -> dict[str, Any]:
     return read_json(checkpoints / "results.json", {"rows": [], "controls": []})
 
 
-def write_results(checkpoints: Path, content: dict[str, Any]) -> None:
-    content["rows"].sort(key=lambda row: row["row"])
-    write_json(checkpoints / "results.json", content)
+@contextlib.contextmanager
+def changed_results(checkpoints: Path) -> Iterator[dict[str, Any]]:
+    """The results, to be changed by one process at a time, and written."""
+    with FileLock(checkpoints / "results.lock"):
+        content = read_results(checkpoints)
+        yield content
+        content["rows"].sort(key=lambda row: row["row"])
+        write_json(checkpoints / "results.json", content)
 
 
 def markdown(content: dict[str, Any]) -> str:
