@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ class Batches:
             more than one image); a set smaller than one batch is kept whole.
         augment: applied to each uint8 batch before it is normalised.
 
-    Yields float32 (B, C, H, W) and int64 (B,) on the device of `images`.
+    Yields float32 (B, C, H, W) and int64 (B,) on the device of `images`; of what `with_outputs`
+    gives, pairs of these and the outputs.
     """
 
     def __init__(
@@ -45,13 +48,14 @@ class Batches:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.scale, self.shift = 1 / (255 * std), mean / std
         self.shuffle, self.augment = shuffle, augment
+        self.outputs: Tensor | None = None
         full, rest = divmod(len(images), batch_size)
         self.length = full if (drop_last and full) or not rest else full + 1
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         device = self.images.device
         order = torch.randperm(len(self.images)).to(device) if self.shuffle else None
         for number in range(self.length):
@@ -60,7 +64,21 @@ class Batches:
             images = self.images[index]
             if self.augment is not None:
                 images = self.augment(images)
-            yield images.float().mul_(self.scale).sub_(self.shift), self.labels[index]
+            labels = self.labels[index]
+            targets = labels if self.outputs is None else (labels, self.outputs[index])
+            yield images.float().mul_(self.scale).sub_(self.shift), targets
+
+    def with_outputs(self, function: Callable[[Tensor], Tensor]) -> Batches | None:
+        """The same batches with targets (labels, what a function gives for the images).
+
+        All images go through it once, here. None where they are augmented: they are new in every epoch.
+        """
+        if self.augment is not None:
+            return None
+        in_order, paired = copy.copy(self), copy.copy(self)
+        in_order.shuffle, in_order.length = False, -(-len(self.images) // self.batch_size)
+        paired.outputs = torch.cat([function(images) for images, _ in in_order]).to(self.images.device)
+        return paired
 
 
 def random_affine(

@@ -113,6 +113,7 @@ class SlimConfig:
         strength: λ of the L1 pull on BatchNorm scales in stage 1; None finds it from the
             budget, 0 trains without it.
         distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
+        temperature: at which the two are compared (see `distillation`).
         restart: train stage 3, and the trials of whole layers, from fresh weights: pruning then gives
             the widths (see `fresh_weights`).
     """
@@ -123,6 +124,7 @@ class SlimConfig:
     finetune: TrainConfig
     strength: float | None = None
     distill: float = 0.0
+    temperature: float = 4.0
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ class SlimConfig:
             f"decay of the moving average {self.sparsify.ema} in stage 1: 0 (an average has no exact zeros)",
         )
         _require(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
+        _require(self.temperature > 0, f"distillation temperature {self.temperature}: above 0")
 
     @classmethod
     def within(cls, budget: Budget | LatencyBudget) -> SlimConfig:

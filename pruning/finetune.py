@@ -7,16 +7,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
 
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
-from pruning.graph import call
+from pruning.graph import call, device_of
+from pruning.modes import eval_mode
 from pruning.rounding import Rounding
-from pruning.training import BatchSource, Loss, cross_entropy, fit, loss_of
+from pruning.training import (
+    BatchSource,
+    Loss,
+    cross_entropy,
+    first_batch,
+    fit,
+    length,
+    loss_of,
+    pair,
+    to_device,
+)
 
 
 def distillation(
-    teacher: nn.Module, weight: float, temperature: float = 4.0, loss: Loss = cross_entropy
+    teacher: nn.Module | None, weight: float, temperature: float = 4.0, loss: Loss = cross_entropy
 ) -> Loss:
     """A loss that also asks for the teacher's outputs (Hinton et al., arXiv 1503.02531).
 
@@ -25,14 +38,21 @@ def distillation(
 
     Args:
         teacher: gives logits of the student's shape; it is put into eval mode and not trained.
+            None where its logits stand beside the targets, as pairs (targets, logits): see `taught`.
         weight: 0 to 1. temperature: T, above 0.
 
     Raises `PruningError` at the first batch when teacher and student differ in classes.
     """
-    teacher.eval()
+    if teacher is not None:
+        teacher.eval()
     loss = loss_of(loss)
 
     def both(student: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        if teacher is None:
+            targets, wanted = targets
+        else:
+            with torch.no_grad():
+                wanted = call(teacher, inputs)
         seen: list[Tensor] = []
         # The student runs once: the hard loss calls it, and its logits are caught here.
         handle = student.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -40,8 +60,6 @@ def distillation(
             hard = loss(student, inputs, targets)
         finally:
             handle.remove()
-        with torch.no_grad():
-            wanted = call(teacher, inputs)
         logits = seen[-1]
         require_same_logits(logits, wanted)
         soft = F.kl_div(
@@ -53,6 +71,47 @@ def distillation(
         return (1 - weight) * hard + weight * temperature**2 * soft
 
     return both
+
+
+def taught(
+    teacher: nn.Module, batches: BatchSource, weight: float, temperature: float, loss: Loss = cross_entropy
+) -> tuple[BatchSource, Loss]:
+    """Batches, and the loss with which they teach what the teacher knows (see `distillation`).
+
+    Where the same inputs come in every epoch, the teacher sees each of them once, here, and its logits
+    stand beside the targets. So it is with a list of batches, and with a source that has a method
+    `with_outputs`: given a function of inputs it returns the same batches with targets
+    (targets, outputs), or None where its inputs change, as augmented images do. Logits that take
+    more memory than the inputs are not kept; the teacher then sees every batch of every epoch.
+    """
+
+    def logits(inputs: Any) -> Any:
+        with torch.no_grad(), eval_mode(teacher):
+            return call(teacher, to_device((inputs, None), device_of(teacher))[0])
+
+    def counted(inputs: Any) -> Any:
+        bar.update()
+        return logits(inputs)
+
+    a_list, with_outputs = type(batches) in (list, tuple), getattr(batches, "with_outputs", None)
+    once: BatchSource | None = None
+    if a_list or with_outputs is not None:
+        with torch.random.fork_rng(devices=[]):  # training is as without this look
+            inputs = first_batch(batches)[0]
+        if _bytes(logits(inputs)) <= _bytes(inputs):
+            with tqdm(total=length(batches), desc="teacher", unit="batch", disable=None, leave=False) as bar:
+                if with_outputs is not None:
+                    once = with_outputs(counted)
+                else:
+                    once = [(x, (y, counted(x))) for x, y in map(pair, batches)]
+    if once is None:
+        return batches, distillation(teacher, weight, temperature, loss)
+    return once, distillation(None, weight, temperature, loss)
+
+
+def _bytes(values: Any) -> int:
+    """The memory of all tensors in it."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def require_same_logits(student: Any, teacher: Any) -> None:
@@ -76,6 +135,7 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     distill: float = 0.9,
+    temperature: float = 4.0,
     int8: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -83,7 +143,8 @@ def finetune(
 
     Args:
         batches, config: as `fit` takes them.
-        teacher: gives the soft targets, with weight `distill`; None trains without.
+        teacher: gives the soft targets, with weight `distill`, at a `temperature`; None trains
+            without. It sees inputs that are the same in every epoch once (see `taught`).
         int8: train and validate it as rounded to 8 bits (`Rounding`), for an int8 export.
         options: further arguments of `fit`; without `validate` the last epoch is kept.
 
@@ -91,7 +152,7 @@ def finetune(
     """
     loss = options.pop("loss", cross_entropy)
     if teacher is not None and distill:
-        loss = distillation(teacher, distill, loss=loss)
+        batches, loss = taught(teacher, batches, distill, temperature, loss)
     options = {"keep_best": "validate" in options, **options}
     if not int8:
         return fit(model, batches, config, loss=loss, **options)

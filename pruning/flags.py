@@ -275,6 +275,13 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHT",
         help="share of the teacher's outputs in the loss of stages 2 and 3",
     )
+    group.add_argument(
+        "--temperature",
+        type=cli.number(1e-3),
+        default=4.0,
+        metavar="T",
+        help="by which the teacher's and the network's outputs are divided before they are compared",
+    )
 
 
 def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
@@ -309,6 +316,7 @@ def slim_config(args: argparse.Namespace) -> SlimConfig:
         finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
         strength=args.sparsity,
         distill=args.distill,
+        temperature=args.temperature,
         restart=args.restart,
     )
 

@@ -16,7 +16,7 @@ from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import CostModel
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
-from pruning.finetune import distillation, finetune, require_same_logits
+from pruning.finetune import finetune, require_same_logits, taught
 from pruning.graph import Ignored, Inputs, call, device_of, first_examples, fresh
 from pruning.grouping import require_groups, trace
 from pruning.latency import even_scores, plan_latency
@@ -152,7 +152,10 @@ def slim(
         log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
 
     teacher = (teacher or progress.dense) if config.distill else None
-    soft_loss = distillation(teacher, config.distill, loss=loss) if teacher else loss
+    soft_loss = loss
+    if teacher:
+        known, soft_loss = taught(teacher, batches, config.distill, config.temperature, loss)
+        inside["batches"] = known
 
     step_options: dict[str, Any] = {
         "score": config.prune.score,
@@ -205,9 +208,7 @@ def slim(
     small = finetune(
         small,
         config=config.finetune,
-        teacher=teacher,
-        distill=config.distill,
-        loss=loss,
+        loss=soft_loss,
         **inside,
         **progress.options(last, label, small),
     )

@@ -9,6 +9,7 @@ from nets import ShuffledBatches, batches, same
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from data.batches import Batches
 from pruning import (
     PruningError,
     TrainConfig,
@@ -19,6 +20,7 @@ from pruning import (
     finetune,
     fit,
 )
+from pruning.finetune import taught
 
 
 def test_training_learns():
@@ -293,6 +295,66 @@ def test_the_teacher_is_not_trained():
     teacher = nets.make("lenet", 1)
     finetune(nets.make("lenet", 2), batches(), TrainConfig(1), teacher=teacher)
     assert same(teacher, nets.make("lenet", 1))
+
+
+class Counted(nn.Module):
+    """A teacher that counts the examples it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = nets.make("lenet", 1), 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return self.net(images)
+
+
+def distilled(data, epochs=3):
+    teacher, net = Counted(), nets.make("lenet", 2)
+    torch.manual_seed(0)
+    finetune(net, data, TrainConfig(epochs), teacher=teacher, distill=0.7, temperature=2.0)
+    return net, teacher.seen
+
+
+class EveryBatch:
+    """Batches that do not say whether they are the same in every epoch."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_a_teacher_sees_inputs_that_stay_the_same_once():
+    given = batches()
+    examples = sum(len(labels) for _, labels in given)
+    (net, seen), (plain, every) = distilled(given), distilled(EveryBatch(given))
+    first = len(given[0][1])
+    assert (seen, every) == (first + examples, 3 * examples) and same(net, plain)
+
+
+def test_a_teacher_sees_images_in_memory_once_unless_they_are_augmented():
+    images, labels = torch.randint(256, (40, 3, 14, 14), dtype=torch.uint8), torch.arange(40) % 4
+    options = {"batch_size": 16, "mean": 0.4, "std": 0.2, "shuffle": True, "drop_last": True}
+    source = Batches(images, labels, **options)
+    (net, seen), (plain, every) = distilled(source), distilled(EveryBatch(source))
+    assert seen == 16 + len(images) and every == 3 * 16 * len(source)
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    changed = Batches(images, labels, **options, augment=lambda batch: batch)
+    assert distilled(changed)[1] == 16 + every
+
+
+def test_outputs_that_take_more_memory_than_the_inputs_are_not_kept():
+    net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4)) for _ in range(2))
+    data = [(torch.rand(5, 3), torch.randint(4, (5,)))]
+    kept, _ = taught(teacher, data, 0.5, 2.0)
+    assert kept is data
+    finetune(net, data, TrainConfig(1), teacher=teacher)
 
 
 def test_the_usual_loss_takes_shares_of_classes():
