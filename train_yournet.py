@@ -40,7 +40,8 @@ from pruning import (
     trace,
 )
 from pruning.checkpoint import replace_file
-from pruning.flags import slim_config, stage_flags
+from pruning.flagged import slim_config
+from pruning.flags import stage_flags
 from pruning.mistakes import mistakes
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 

@@ -23,7 +23,7 @@ import train_yournet
 from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
 from pruning import Budget, accuracy, cli, joint, plots, prune, sensitivity, sparsify
-from pruning.flags import slim_config
+from pruning.flagged import slim_config
 
 BUDGETS = ("75%", "50%", "35%", "25%")
 

@@ -19,6 +19,7 @@ from pruning.finetune import distillation, finetune
 from pruning.forms import Optimized, optimize
 from pruning.graph import Group, Trace
 from pruning.grouping import trace
+from pruning.losses import accuracy, cross_entropy
 from pruning.norms import equalize, fold_batchnorm, recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Step, prune
@@ -32,7 +33,7 @@ from pruning.slimming import Slimmed, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants
 from pruning.timing import Latency, TimeRatio, time_forward, time_ratio
-from pruning.training import accuracy, cross_entropy, fit
+from pruning.training import fit
 
 __all__ = [
     "Budget",

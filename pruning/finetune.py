@@ -10,22 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from pruning.batches import BatchSource, first_batch, length, pair, to_device
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.graph import call, device_of
+from pruning.losses import Loss, cross_entropy, loss_of
 from pruning.modes import eval_mode
 from pruning.rounding import Rounding
-from pruning.training import (
-    BatchSource,
-    Loss,
-    cross_entropy,
-    first_batch,
-    fit,
-    length,
-    loss_of,
-    pair,
-    to_device,
-)
+from pruning.training import fit
 
 
 def distillation(

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.batches import to_device
 from pruning.errors import PruningError
 from pruning.graph import Group, Member, device_of, fresh
 from pruning.layers import MAKERS, output_rows
+from pruning.losses import Loss, cross_entropy, loss_of
 from pruning.modes import eval_mode
-from pruning.training import Loss, cross_entropy, loss_of, to_device
 
 Scores = dict[str, Tensor]
 Groups = Mapping[str, Group]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.batches import to_device
 from pruning.errors import PruningError
 from pruning.graph import call, device_of
+from pruning.losses import IGNORED, classes_of
 from pruning.modes import eval_mode
-from pruning.training import IGNORED, classes_of, to_device
 
 #: Larger images are not kept: they would make the run's folder large.
 MOST_PIXELS = 64 * 64

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pruning import importance, parallel
+from pruning.batches import to_device
 from pruning.budget import Budget, LatencyBudget, require_budget
 from pruning.check import enliven, verify
 from pruning.cost import Cost, CostModel
@@ -19,11 +20,11 @@ from pruning.graph import Ignored, Inputs, Trace, device_of, fresh
 from pruning.grouping import require_groups, trace
 from pruning.importance import Groups, Scores
 from pruning.latency import LatencyFound, plan_latency
+from pruning.losses import Loss, cross_entropy
 from pruning.modes import buffers_unchanged
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.surgery import apply, channel_constants, may_leave_constants
-from pruning.training import Loss, cross_entropy, to_device
 
 #: Widths of each group that a plan by sensitivity tries.
 SENSITIVITY_WIDTHS = 12

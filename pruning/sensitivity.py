@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pruning.batches import to_device
 from pruning.budget import Budget, LatencyBudget
 from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
@@ -28,13 +29,14 @@ from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace, call, device_of
 from pruning.grouping import trace
 from pruning.layer_times import LatencyTable
+from pruning.losses import IGNORED, cross_entropy, logits_for
 from pruning.modes import eval_mode
 from pruning.norms import recalibrate
 from pruning.plan import Plan, plan_within
 from pruning.prune import Score, score_channels
 from pruning.shortcut import Shortcut
 from pruning.surgery import apply, channel_constants
-from pruning.training import IGNORED, cross_entropy, fit, logits_for, to_device
+from pruning.training import fit
 
 #: From logits and targets to one value per example.
 PerExample = Callable[[Tensor, Tensor], Tensor]

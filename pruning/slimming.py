@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.batches import BatchSource, first_batch, to_device
 from pruning.budget import Budget, LatencyBudget
 from pruning.config import PruneConfig, SlimConfig, TrainConfig
 from pruning.cost import CostModel
@@ -20,6 +21,7 @@ from pruning.finetune import finetune, require_same_logits, taught
 from pruning.graph import Ignored, Inputs, call, device_of, first_examples, fresh
 from pruning.grouping import require_groups, trace
 from pruning.latency import even_scores, plan_latency
+from pruning.losses import Loss, Validate, accuracy, cross_entropy, figure, no_classifier
 from pruning.modes import eval_mode
 from pruning.norms import equalize
 from pruning.plan import plan_within
@@ -28,18 +30,7 @@ from pruning.prune import prune
 from pruning.restart import fresh_weights
 from pruning.run import Run
 from pruning.sparsify import ScalePull, sparsify
-from pruning.training import (
-    BatchSource,
-    Loss,
-    Validate,
-    accuracy,
-    cross_entropy,
-    figure,
-    first_batch,
-    fit,
-    no_classifier,
-    to_device,
-)
+from pruning.training import fit
 from pruning.trials import Trial, superfluous_layers
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from pruning.batches import BatchSource, first_batch, length
 from pruning.checkpoint import fit, read, read_plain
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import first_examples, tensors
-from pruning.training import BatchSource, first_batch, length
 
 #: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
 BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {

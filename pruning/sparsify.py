@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruning.batches import BatchSource, length
 from pruning.budget import Budget
 from pruning.config import TrainConfig
 from pruning.cost import Cost, CostModel
 from pruning.errors import PruningError
 from pruning.graph import Ignored, Inputs, Trace
 from pruning.grouping import trace
-from pruning.training import BatchSource, fit, length
+from pruning.training import fit
 
 #: A pull that no gradient resists.
 HOLD = 1e30

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.batches import to_device
 from pruning.budget import Budget
 from pruning.depth import removable, without_layer
 from pruning.errors import PruningError
 from pruning.graph import Inputs, device_of
 from pruning.grouping import trace
+from pruning.losses import Validate
 from pruning.modes import eval_mode
 from pruning.norms import recalibrate
 from pruning.prune import prune
-from pruning.training import Validate, to_device
 
 #: Of many layers that could go, the trials see these first few: without them the loss on
 #: the calibration data is lowest.

@@ -11,7 +11,7 @@ from torch import nn
 import models
 from pruning import Budget, fold_batchnorm, load, prune, save, trace
 from pruning.commands import parse
-from pruning.flags import slim_config
+from pruning.flagged import slim_config
 from pruning.slimming import reachable
 
 ROOT = Path(__file__).resolve().parent.parent

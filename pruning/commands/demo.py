@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.modes import thread_count
@@ -39,9 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    network, content = flags.network_with(args, args.checkpoint), flags.described(args, args.checkpoint)
-    against = None if args.against is None else flags.network_with(args, args.against)
-    data = flags.data_of(args)
+    network, content = flagged.network_with(args, args.checkpoint), flagged.described(args, args.checkpoint)
+    against = None if args.against is None else flagged.network_with(args, args.against)
+    data = flagged.data_of(args)
     output = args.output or args.checkpoint.with_suffix(".html")
     for path in filter(None, (args.checkpoint, args.against)):
         if output.exists() and output.samefile(path):
@@ -50,7 +50,7 @@ def execute(args: argparse.Namespace) -> None:
     name = _name(args, content, network)
     models, facts, title = {name: network}, {name: content["provenance"]}, name
     if against is not None:
-        stored = flags.described(args, args.against)
+        stored = flagged.described(args, args.against)
         other = _name(args, stored, against)
         names = ("dense", "pruned") if other == name else (other, name)
         title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"
@@ -64,8 +64,8 @@ def execute(args: argparse.Namespace) -> None:
 
 def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> Images:
     """What the network takes, as flags, its checkpoint or the data say."""
-    size = flags.image_shape(args, content, data)
-    scales = flags.normalisation(args, content) or _usual(content, data)
+    size = flagged.image_shape(args, content, data)
+    scales = flagged.normalisation(args, content) or _usual(content, data)
     if scales is None:
         raise PruningError(
             f"{args.checkpoint} does not say how its images were normalised: give --mean and --std "

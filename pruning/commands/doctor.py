@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.checkpoint import replace_file
 from pruning.doctor import doctor
 
@@ -20,8 +20,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    model = flags.network(args)
-    found = doctor(model, flags.examples(args, flags.data_of(args)), args.ignore)
+    model = flagged.network(args)
+    found = doctor(model, flagged.examples(args, flagged.data_of(args)), args.ignore)
     print(found)
     if args.json:
         replace_file(args.json, (json.dumps(found.to_json(), indent=1) + "\n").encode())

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.checkpoint import provenance
 from pruning.errors import PruningError
 from pruning.export import SUFFIXES, export
 from pruning.forms import optimize
+from pruning.losses import accuracy
 from pruning.modes import thread_count
 from pruning.quantization import quantize
 from pruning.runtimes import Exported
-from pruning.training import accuracy
 
 SUMMARY = "write a network for another runtime: ONNX, torch.export, TorchScript"
 
@@ -56,16 +56,16 @@ def execute(args: argparse.Namespace) -> None:
     if args.optimize and args.to != "onnx":
         raise PruningError("--optimize is for --to onnx")
     path: Path = args.checkpoint
-    model, content = flags.network_with(args, path), flags.described(args, path)
+    model, content = flagged.network_with(args, path), flagged.described(args, path)
     output = args.output or path.with_suffix(SUFFIXES[args.to])
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
-    scales = flags.normalisation(args, content)
+    scales = flagged.normalisation(args, content)
     if scales is not None:
         metadata["normalisation"] = scales
-    examples = torch.zeros(2, *flags.image_shape(args, content))
-    data = flags.data_of(args)  # should it be refused, nothing has been written
+    examples = torch.zeros(2, *flagged.image_shape(args, content))
+    data = flagged.data_of(args)  # should it be refused, nothing has been written
     with thread_count(1):
         print(export(model, output, examples, args.to, metadata=metadata))
         if args.optimize:

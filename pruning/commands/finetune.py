@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.commands.results import finish, start
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
+from pruning.losses import accuracy, require_classifier
 from pruning.slimming import tune
-from pruning.training import accuracy, require_classifier
 
 SUMMARY = "train a pruned network further"
 
@@ -35,13 +35,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    model, data = flags.network(args), flags.required_data(args)
+    model, data = flagged.network(args), flagged.required_data(args)
     if bool(args.distill) != (args.teacher is not None):
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
-    example = flags.examples(args, data)
+    example = flagged.examples(args, data)
     teacher = None
     if args.teacher is not None:
-        teacher = flags.network_with(args, args.teacher)
+        teacher = flagged.network_with(args, args.teacher)
     require_classifier(model, data.train, data.validation)
     run = start(args)
     config = TrainConfig(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.commands.results import save_network
 from pruning.errors import PruningError
+from pruning.losses import accuracy, no_classifier
 from pruning.prune import prune
 from pruning.sources import Data
-from pruning.training import accuracy, no_classifier
 
 SUMMARY = "remove channels in one step, without training"
 
@@ -29,15 +29,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    model, data = flags.network(args), flags.data_of(args)
-    example = flags.examples(args, data)
+    model, data = flagged.network(args), flagged.data_of(args)
+    example = flagged.examples(args, data)
     calibration = data.calibration(args.calibration) if data is not None else []
     if not calibration and args.score in ("taylor", "sensitivity"):
         raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
     step = prune(
         model,
         example,
-        flags.budget(args),
+        flagged.budget(args),
         score=args.score,
         calibration=calibration,
         ignored=args.ignore,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
 from pruning.budget import PLACES
 from pruning.checkpoint import replace_file
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.graph import first_examples
+from pruning.losses import require_classifier
 from pruning.prune import NAMES as SCORES
 from pruning.sensitivity import sensitivity
-from pruning.training import require_classifier
 
 SUMMARY = "narrow each group alone, and draw what is lost"
 
@@ -51,8 +51,8 @@ def execute(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise PruningError(f"drawing needs matplotlib: pip install matplotlib ({error})") from error
 
-    model, data = flags.network(args), flags.required_data(args)
-    example = flags.examples(args, data)
+    model, data = flagged.network(args), flagged.required_data(args)
+    example = flagged.examples(args, data)
     require_classifier(model, data.train, data.validation)
     validation, seen = [], 0
     for inputs, targets in data.validation:

@@ -9,14 +9,14 @@ import json
 import torch
 from torch import nn
 
-from pruning import flags
+from pruning import flagged, flags
 from pruning.checkpoint import provenance, replace_file, save
 from pruning.commands.results import finish, start
 from pruning.cost import count
 from pruning.errors import PruningError
+from pruning.losses import accuracy, require_classifier
 from pruning.mistakes import mistakes
 from pruning.slimming import reachable, slim
-from pruning.training import accuracy, require_classifier
 
 SUMMARY = "train, prune and fine-tune a model under a budget"
 
@@ -31,9 +31,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    config = flags.slim_config(args)
-    model, data = flags.network(args), flags.required_data(args)
-    example = flags.examples(args, data)
+    config = flagged.slim_config(args)
+    model, data = flagged.network(args), flagged.required_data(args)
+    example = flagged.examples(args, data)
     # What cannot be reached is refused before there is a run.
     target = None if args.resume else reachable(model, example, config.budget, args.ignore, config.prune)
     require_classifier(model, data.train, data.validation)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from pruning import cli, flags
+from pruning import cli, flagged, flags
+from pruning.batches import first_batch, to_device
 from pruning.checkpoint import replace_file
 from pruning.cost import count
 from pruning.errors import PruningError
 from pruning.graph import first_examples, tensors
+from pruning.losses import accuracy, no_classifier
 from pruning.timing import time_forward
-from pruning.training import accuracy, first_batch, no_classifier, to_device
 
 SUMMARY = "measure accuracy, cost and time of a network"
 
@@ -32,13 +33,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    model, data = flags.network(args), flags.required_data(args)
+    model, data = flagged.network(args), flagged.required_data(args)
     batches = getattr(data, args.split)
     if batches is None:
         raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
     models = {"network": model.eval()}
     if args.weights is not None and (args.against is not None or args.model is not None):
-        models = {"dense": flags.network_with(args, args.against).eval(), **models}
+        models = {"dense": flagged.network_with(args, args.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
