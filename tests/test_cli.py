@@ -197,6 +197,19 @@ def test_a_teacher_that_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_teacher_takes_part_at_its_temperature(tmp_path):
+    taught = []
+    for temperature in (1, 4):
+        folder = tmp_path / str(temperature)
+        teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
+        flags = [*SHORT, *teacher, "--temperature", temperature, "--output", folder]
+        command("train_yournet.py", *flags, cwd=tmp_path)
+        taught.append(load(folder / "best.pth"))
+        assert json.loads((folder / "config.json").read_text())["stages"]["temperature"] == temperature
+    assert not same(*taught)
+    assert "--temperature" in refused("train_yournet.py", *SHORT, "--temperature", 0, cwd=tmp_path)
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("train_yournet.py", *SHORT, "--output", tmp_path / "file" / "run", cwd=tmp_path)
