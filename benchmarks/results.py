@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from pruning.checkpoint import replace_file
 
 
 def read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
     """What a file of results holds, or the default where there is none yet."""
-    return json.loads(path.read_text()) if path.exists() else default
+    return json.loads(path.read_text()) if path.exists() else copy.deepcopy(default)
 
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> str:
@@ -21,6 +25,15 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> str:
     text = json.dumps(content, indent=1, sort_keys=sort_keys) + "\n"
     replace_file(path, text.encode())
     return text
+
+
+@contextlib.contextmanager
+def changed_json(path: Path, default: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A file of results, to be changed by one process or thread at a time; it is then written."""
+    with FileLock(path.with_suffix(".lock")):
+        content = read_json(path, default)
+        yield content
+        write_json(path, content)
 
 
 def write(path: Path, result: Any, text: str) -> None:

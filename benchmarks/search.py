@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import data
-from benchmarks.results import deviation, percent, read_json, write_json
-from benchmarks.table import CHECKPOINTS, fingerprint, measured, read_results, train
+from benchmarks.results import changed_json, deviation, percent, read_json
+from benchmarks.table import CHECKPOINTS, fingerprint, measured, read_results, side_by_side, train
 from eval.cli import ROOT
 from pruning import Budget, cli
 from pruning.plots import Point, front, pareto, save
 
 LADDER = ("700:30k", "1000:36k", "1485:47.4k", "2500:60k", "5000:100k", "10000:150k", "20000:200k")
+NOTHING: dict[str, Any] = {"runs": []}
 #: Published networks (params, MACs, accuracy on test, mostly of the best run or epoch).
 ANCHORS: tuple[tuple[str, int, int, float], ...] = (
     ("lhwzds", 1485, 50_700, 0.985),
@@ -57,12 +58,13 @@ def main() -> None:
         "--results", type=Path, default=ROOT / "benchmarks" / "search.json", help="the file of results"
     )
     parser.add_argument("--figures", type=Path, default=ROOT / "docs", help="where the figures go")
-    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
+    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
     args = parser.parse_args()
     if not args.draw:
-        for limits, seed in itertools.product(args.budgets, args.seeds):
-            fill(args, limits, seed)
+        wanted = itertools.product([args], args.budgets, args.seeds)
+        side_by_side(args.jobs, fill, wanted)
     runs = read(args.results)["runs"]
     rows = read_results(CHECKPOINTS)["rows"]
     for axis, name in (("params", "params"), ("macs", "MACs")):
@@ -97,13 +99,13 @@ def fill(args: argparse.Namespace, limits: str, seed: int) -> None:
     for flag, limit in zip(("--max-params", "--max-macs"), limits.split(":"), strict=True):
         flags += [flag, limit] if limit else []
     train(folder, flags, args.threads)
-    content = read(args.results)
-    content["runs"].append({**key, **measured(folder / "best.pth", args.data)})
-    write_json(args.results, content)
+    found = {**key, **measured(folder / "best.pth", args.data)}
+    with changed_json(args.results, NOTHING) as content:
+        content["runs"].append(found)
 
 
 def read(path: Path) -> dict[str, Any]:
-    return read_json(path, {"runs": []})
+    return read_json(path, NOTHING)
 
 
 def mean(runs: list[dict[str, Any]], key: str) -> float:

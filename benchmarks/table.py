@@ -18,21 +18,20 @@ import contextlib
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 import data
-from benchmarks.results import percent, read_json, write_json
+from benchmarks.results import changed_json, percent, read_json
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, accuracy, cli, count, load
 from pruning.checkpoint import read, replace_file
 
 CHECKPOINTS = ROOT / "checkpoints"
+NOTHING: dict[str, Any] = {"rows": [], "controls": []}
 
 
 def main() -> None:
@@ -40,10 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = args.rows or sorted(path.parent.name for path in args.checkpoints.glob("*/recipe.toml"))
     if not args.print:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            waiting = [pool.submit(fill, args, row, seed) for row in rows for seed in args.seeds]
-        for job in waiting:
-            job.result()
+        side_by_side(args.jobs, fill, [(args, row, seed) for row in rows for seed in args.seeds])
     print(markdown(read_results(args.checkpoints)))
 
 
@@ -81,6 +77,14 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
         content["rows"].append(summary(*key, runs))
         if best_of(runs)["seed"] == seed:
             replace_file(path.with_name("best.pth"), (folder / "best.pth").read_bytes())
+
+
+def side_by_side(jobs: int, fill: Callable[..., None], wanted: Iterable[tuple[Any, ...]]) -> None:
+    """Call `fill`, which trains in a process of its own, with each of the arguments, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(fill, *arguments) for arguments in wanted]
+    for job in waiting:
+        job.result()
 
 
 def recipe(checkpoints: Path, row: str) -> Path:
@@ -164,17 +168,15 @@ def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> 
 
 
 def read_results(checkpoints: Path) -> dict[str, Any]:
-    return read_json(checkpoints / "results.json", {"rows": [], "controls": []})
+    return read_json(checkpoints / "results.json", NOTHING)
 
 
 @contextlib.contextmanager
 def changed_results(checkpoints: Path) -> Iterator[dict[str, Any]]:
     """The results, to be changed by one process at a time, and written."""
-    with FileLock(checkpoints / "results.lock"):
-        content = read_results(checkpoints)
+    with changed_json(checkpoints / "results.json", NOTHING) as content:
         yield content
         content["rows"].sort(key=lambda row: row["row"])
-        write_json(checkpoints / "results.json", content)
 
 
 def markdown(content: dict[str, Any]) -> str:
