@@ -197,16 +197,17 @@ def test_a_teacher_that_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_takes_part_at_its_temperature(tmp_path):
-    taught = []
-    for temperature in (1, 4):
-        folder = tmp_path / str(temperature)
-        teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
-        flags = [*SHORT, *teacher, "--temperature", temperature, "--output", folder]
-        command("train_yournet.py", *flags, cwd=tmp_path)
-        taught.append(load(folder / "best.pth"))
-        assert json.loads((folder / "config.json").read_text())["stages"]["temperature"] == temperature
-    assert not same(*taught)
+def test_a_teacher_takes_part_at_its_temperature(run, tmp_path):
+    teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
+    flags = [*SHORT, *teacher, "--temperature", 1, "--output", tmp_path / "taught"]
+    command("train_yournet.py", *flags, cwd=tmp_path)
+    losses = []
+    for folder in (run[0], tmp_path / "taught"):
+        events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        losses.append([event["train_loss"] for event in events if "train_loss" in event])
+    plain, taught = losses
+    assert plain[0] == taught[0] and plain[1] != taught[1], "stage 1 has no teacher, what comes after has"
+    assert json.loads((tmp_path / "taught" / "config.json").read_text())["stages"]["temperature"] == 1
     assert "--temperature" in refused("train_yournet.py", *SHORT, "--temperature", 0, cwd=tmp_path)
 
 
