@@ -213,7 +213,9 @@ def test_results_survive_json_and_csv():
 
 
 def test_a_point_also_says_what_its_layers_take():
-    net = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 8, 3), nn.Flatten(), nn.Linear(800, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(9600, 4)
+    )
     plain = sensitivity(net, nets.images(), data(), widths=2)
     assert plain.dense_milliseconds is None and all(p.milliseconds is None for p in plain.points)
     found = sensitivity(net, nets.images(), data(), widths=2, runtime="eager")
