@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from benchmarks.table import (
     measured,
     read_results,
     recipe,
+    side_by_side,
     train,
 )
 from eval.cli import ROOT, use_threads
@@ -57,12 +56,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="of control")
     args = parser.parse_args()
     if not args.print:
-        wanted = itertools.product(args.rows, args.seeds, args.kinds)
-        # Processes, as each training draws from torch's one generator.
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(fill, args, *control) for control in wanted]
-        for job in waiting:
-            job.result()
+        side_by_side(args.jobs, fill, itertools.product([args], args.rows, args.seeds, args.kinds))
     print(markdown(read_results(args.checkpoints)))
 
 

@@ -29,7 +29,7 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> str:
 
 @contextlib.contextmanager
 def changed_json(path: Path, default: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A file of results, to be changed by one process or thread at a time; it is then written."""
+    """A file of results, to be changed by one process at a time; it is then written."""
     with FileLock(path.with_suffix(".lock")):
         content = read_json(path, default)
         yield content

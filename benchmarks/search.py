@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
     args = parser.parse_args()
     if not args.draw:
-        wanted = itertools.product([args], args.budgets, args.seeds)
-        side_by_side(args.jobs, fill, wanted)
+        side_by_side(args.jobs, fill, itertools.product([args], args.budgets, args.seeds))
     runs = read(args.results)["runs"]
     rows = read_results(CHECKPOINTS)["rows"]
     for axis, name in (("params", "params"), ("macs", "MACs")):

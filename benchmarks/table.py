@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
 
 
 def side_by_side(jobs: int, fill: Callable[..., None], wanted: Iterable[tuple[Any, ...]]) -> None:
-    """Call `fill`, which trains in a process of its own, with each of the arguments, `jobs` at a time."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Call `fill` with each of the arguments, `jobs` at a time.
+
+    In processes, as each training draws from torch's one generator.
+    """
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(fill, *arguments) for arguments in wanted]
     for job in waiting:
         job.result()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from pruning import parallel
 from pruning.batches import BatchSource, first_batch, length, pair, to_device
 from pruning.config import TrainConfig
 from pruning.errors import PruningError
@@ -91,7 +92,13 @@ def taught(
         with torch.random.fork_rng(devices=[]):  # training is as without this look
             inputs = first_batch(batches)[0]
         if _bytes(logits(inputs)) <= _bytes(inputs):
-            with tqdm(total=length(batches), desc="teacher", unit="batch", disable=None, leave=False) as bar:
+            with tqdm(
+                total=length(batches),
+                desc="teacher",
+                unit="batch",
+                disable=parallel.rank() > 0 or None,
+                leave=False,
+            ) as bar:
                 if with_outputs is not None:
                     once = with_outputs(counted)
                 else:

@@ -145,8 +145,7 @@ def slim(
     teacher = (teacher or progress.dense) if config.distill else None
     soft_loss = loss
     if teacher:
-        known, soft_loss = taught(teacher, batches, config.distill, config.temperature, loss)
-        inside["batches"] = known
+        inside["batches"], soft_loss = taught(teacher, batches, config.distill, config.temperature, loss)
 
     step_options: dict[str, Any] = {
         "score": config.prune.score,

@@ -204,6 +204,15 @@ def test_what_is_no_budget_is_refused(budget):
         prune(nets.make("lenet"), nets.images(), budget)
 
 
+def test_a_run_goes_on_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    Run(tmp_path / "run", {}).save({"stage": 0})
+    assert Run(tmp_path / "run", {}, resume=True).state["stage"] == 0
+
+
 def test_two_processes_do_not_work_on_one_run(tmp_path):
     run = Run(tmp_path / "run", {})
     other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
