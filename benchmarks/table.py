@@ -81,10 +81,14 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
 
 
 def side_by_side(jobs: int, fill: Callable[..., None], wanted: Iterable[tuple[Any, ...]]) -> None:
-    """Call `fill` with each of the arguments, `jobs` at a time.
+    """Call `fill` with each of the arguments: here, or `jobs` at a time in processes of their own.
 
-    In processes, as each training draws from torch's one generator.
+    Threads would not do, as each training draws from torch's one generator.
     """
+    if jobs == 1:
+        for arguments in wanted:
+            fill(*arguments)
+        return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(fill, *arguments) for arguments in wanted]
     for job in waiting:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
 
 import pytest
 from browser import Browser
+from commands import called
 
 # One thread for each worker, and for the programs that it starts: more would disturb the other's.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,26 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(scope="session")
 def toolkit():
     """`python -m pruning …` in this process: exit code, output and errors."""
-    import torch  # here, for the threads above
-
     from pruning import cli
     from pruning.__main__ import main
-    from pruning.modes import thread_count
 
     def run(*words):
-        code, out, err = 0, io.StringIO(), io.StringIO()
-        with (
-            thread_count(torch.get_num_threads()),
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            patch.setattr(sys, "argv", ["pruning", *map(str, words)])
-            try:
-                cli.run(main)
-            except SystemExit as end:
-                code = end.code
-        return code, out.getvalue(), err.getvalue()
+        done = called(lambda: cli.run(main), "pruning", *words)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 

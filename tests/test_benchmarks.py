@@ -8,26 +8,26 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, module
 
 from benchmarks import equal_accuracy, libraries, pipeline, results, runtimes, timing
 from pruning import CheckpointError, PruningError, cli, load
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
 start = "lenet5"
 max-params = "20%"
 iterations = 1
 sparsify-epochs = 1
 recover-epochs = 0
-finetune-epochs = 4
+finetune-epochs = 2
 """
 
 
 def benchmark(name, *flags, check=True, **variables):
+    """Run a benchmark in a process of its own; `commands.module` runs it in this one."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)],
         capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -44,7 +44,7 @@ def table(tmp_path_factory):
     (folder / "tiny").mkdir()
     (folder / "tiny" / "recipe.toml").write_text(RECIPE)
     where = ["--checkpoints", folder, "--runs", folder / "runs", "--data", "mnist5k", "--threads", 1]
-    done = benchmark("table", *where, "--seeds", 0, 1)
+    done = module("benchmarks.table", *where, "--seeds", 0, 1)
     return folder, where, done.stdout
 
 
@@ -65,14 +65,14 @@ def test_what_is_there_is_not_computed_again_unless_the_recipe_changes(table):
     folder, where, _ = table
     before = (folder / "results.json").read_bytes()
     runs = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("best.pth")}
-    benchmark("table", *where, "--seeds", 0, 1)
+    module("benchmarks.table", *where, "--seeds", 0, 1)
     assert (folder / "results.json").read_bytes() == before
     assert runs == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("best.pth")}
 
 
 def test_controls_stand_beside_the_row(table):
     folder, where, _ = table
-    printed = benchmark("control", *where, "--rows", "tiny", "--seeds", 0).stdout
+    printed = module("benchmarks.control", *where, "--rows", "tiny", "--seeds", 0).stdout
     controls = {
         entry["kind"]: entry for entry in json.loads((folder / "results.json").read_text())["controls"]
     }
@@ -92,9 +92,9 @@ def test_a_control_needs_its_row(table):
     folder, where, _ = table
     (folder / "empty").mkdir()
     (folder / "empty" / "recipe.toml").write_text(RECIPE + "\n")
-    done = benchmark("control", *where, "--rows", "empty", check=False)
+    done = module("benchmarks.control", *where, "--rows", "empty", check=False)
     assert done.returncode == 2 and "benchmarks.table --rows empty comes first" in done.stderr
-    done = benchmark("table", *where, "--rows", "nowhere", check=False)
+    done = module("benchmarks.table", *where, "--rows", "nowhere", check=False)
     assert done.returncode == 2 and "has no recipe" in done.stderr
 
 
@@ -111,7 +111,7 @@ def test_a_search_draws_its_front(table):
     for name in ("pareto-params", "pareto-macs"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "JoshWarn" in (folder / f"{name}.svg").read_text()
-    done = benchmark("search", "--budgets", "many", check=False)
+    done = module("benchmarks.search", "--budgets", "many", check=False)
     assert done.returncode == 2 and "expected PARAMS:MACS" in done.stderr
 
 
@@ -292,12 +292,12 @@ def test_both_ways_to_the_data_give_the_same_images():
 def test_the_papers_networks_are_run_once_and_tabled(tmp_path):
     where = ["--runs", tmp_path, "--results", tmp_path / "out.json", "--table", tmp_path / "out.md"]
     flags = ["--models", "resnet20", "--data", "mnist5k", "--train", 128, "--validation", 64, "--threads", 1]
-    benchmark("paper", *flags, *where)
+    module("benchmarks.paper", *flags, *where)
     found = json.loads((tmp_path / "out.json").read_text())["resnet20"]
     assert found["slim"]["macs"] <= 0.5 * found["dense"]["macs"] and 0 <= found["slim"]["accuracy"] <= 1
     assert "| resnet20 | 128 of mnist5k | 271,994 |" in (tmp_path / "out.md").read_text()
     before = (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns
-    benchmark("paper", *flags, *where)
+    module("benchmarks.paper", *flags, *where)
     assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"
 
 

@@ -8,46 +8,37 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, refused, script
 from nets import same
 
 from models import LeNet5, YourNet
 from pruning import count, load, save
 from pruning.checkpoint import read
 
-ROOT = Path(__file__).resolve().parent.parent
 #: A run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
          "--finetune-epochs", "1", "--threads", "1",
          "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
-def command(script, *flags, check=True, **options):
-    """Run a script in a folder that is not the project's, without a terminal."""
+def program(name, *flags, **options):
+    """Run a script in a process of its own, without a terminal; `commands.script` runs it in this one."""
     done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags)],
+        [sys.executable, ROOT / name, *map(str, flags)],
         capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options,
     )  # fmt: skip
-    if check:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
-
-
-def refused(script, *flags, **options):
-    """Run a script that must refuse its input; returns the one line it says."""
-    done = command(script, *flags, check=False, **options)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished short run."""
     folder = tmp_path_factory.mktemp("run") / "first"
-    done = command("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
+    done = program("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
     return folder, done.stdout
 
 
@@ -70,8 +61,8 @@ def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
 
 def test_the_same_seed_trains_the_same_network_and_another_another(run, tmp_path):
     folder, _ = run
-    command("train_yournet.py", *SHORT, "--output", tmp_path / "again", cwd=tmp_path)
-    command("train_yournet.py", *SHORT, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
+    script("train_yournet.py", *SHORT, "--output", tmp_path / "again", cwd=tmp_path)
+    script("train_yournet.py", *SHORT, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
     first, again, other = (
         load(path / "best.pth").state_dict() for path in (folder, tmp_path / "again", tmp_path / "other")
     )
@@ -100,7 +91,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_network(run, tmp_path, killer)
     assert process.returncode == (-9 if killer == signal.SIGKILL else 130)
     assert "Traceback" not in said
     torch.load(folder / "state.pth", weights_only=True)  # the last complete state still loads
-    command("train_yournet.py", "--resume", cwd=tmp_path)
+    script("train_yournet.py", "--resume", cwd=tmp_path)
     one, other = load(expected / "best.pth").state_dict(), load(folder / "best.pth").state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -108,7 +99,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_network(run, tmp_path, killer)
 def test_test_yournet_prints_the_table_and_writes_the_figures(run, tmp_path):
     folder, _ = run
     report = tmp_path / "figures.json"
-    done = command(
+    done = script(
         "test_yournet.py", "--best-checkpoint", folder / "best.pth", "--data", "mnist5k",
         "--batch-size", 32, "--json", report, cwd=tmp_path,
     )  # fmt: skip
@@ -132,44 +123,42 @@ def test_test_yournet_prints_the_table_and_writes_the_figures(run, tmp_path):
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path):
-    done = command("test_yournet.py", "--data", "mnist5k", cwd=tmp_path)
+    done = program("test_yournet.py", "--data", "mnist5k", cwd=tmp_path)
     assert "YourNet" in done.stdout and "uncapped" in done.stdout
-    assert "LeNet-5" in command("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
+    assert "LeNet-5" in program("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
 
 
 def test_train_lenet5_saves_each_epoch_and_goes_on_from_one(tmp_path):
     flags = ["--data", "mnist5k", "--checkpoint-dir", tmp_path / "net", "--threads", 1]
-    command("train_lenet5.py", *flags, "--epoch-end", 3)
+    script("train_lenet5.py", *flags, "--epoch-end", 3)
     names = [f"epoch-{number}.pth" for number in (1, 2, 3)]
     assert sorted(p.name for p in (tmp_path / "net").iterdir()) == names
     last = ["--last-checkpoint", tmp_path / "net" / "epoch-1.pth"]
     again = [*flags[:3], tmp_path / "again", *flags[4:], *last]
-    done = command("train_lenet5.py", *again, "--epoch-start", 1, "--epoch-end", 3)
+    done = script("train_lenet5.py", *again, "--epoch-start", 1, "--epoch-end", 3)
     whole, resumed = (load(tmp_path / folder / "epoch-3.pth") for folder in ("net", "again"))
     assert type(resumed) is LeNet5 and "epoch-3.pth" in done.stdout and "not" not in done.stdout
     assert same(whole, resumed)
-    done = command("train_lenet5.py", *again, "--overwrite", "--epoch-end", 1)
+    done = script("train_lenet5.py", *again, "--overwrite", "--epoch-end", 1)
     assert "epoch-1.pth is 1 epochs old, not 0" in done.stdout
     assert read(tmp_path / "again" / "epoch-1.pth")["provenance"]["epochs"] == 2
     message = refused("train_lenet5.py", *flags, "--epoch-end", 3)
     assert "would be replaced: add --overwrite" in message
-    done = command(
+    done = script(
         "test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", tmp_path / "net" / "epoch-3.pth"
     )
     assert "|    LeNet-5 |" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "script", ["train_lenet5.py", "test_lenet5.py", "train_yournet.py", "test_yournet.py"]
-)
-def test_every_flag_is_explained_and_bad_usage_is_one_line(script, tmp_path):
-    text = command(script, "--help").stdout
+@pytest.mark.parametrize("name", ["train_lenet5.py", "test_lenet5.py", "train_yournet.py", "test_yournet.py"])
+def test_every_flag_is_explained_and_bad_usage_is_one_line(name, tmp_path):
+    text = script(name, "--help").stdout
     assert "--device" in text and "(default: cpu)" in text
-    assert "whole number from 1" in refused(script, "--batch-size", 0, cwd=tmp_path)
-    assert "invalid choice: 'mnist6'" in refused(script, "--data", "mnist6", cwd=tmp_path)
+    assert "whole number from 1" in refused(name, "--batch-size", 0, cwd=tmp_path)
+    assert "invalid choice: 'mnist6'" in refused(name, "--data", "mnist6", cwd=tmp_path)
     if not torch.cuda.is_available():
-        assert "'cuda' cannot be used here" in refused(script, "--device", "cuda", cwd=tmp_path)
-    assert "'toaster' cannot be used here" in refused(script, "--device", "toaster", cwd=tmp_path)
+        assert "'cuda' cannot be used here" in refused(name, "--device", "cuda", cwd=tmp_path)
+    assert "'toaster' cannot be used here" in refused(name, "--device", "toaster", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +189,7 @@ def test_a_teacher_that_is_not_there(tmp_path):
 def test_a_teacher_takes_part_at_its_temperature(run, tmp_path):
     teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
     flags = [*SHORT, *teacher, "--temperature", 1, "--output", tmp_path / "taught"]
-    command("train_yournet.py", *flags, cwd=tmp_path)
+    script("train_yournet.py", *flags, cwd=tmp_path)
     losses = []
     for folder in (run[0], tmp_path / "taught"):
         events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -244,12 +233,12 @@ def test_a_checkpoint_of_another_network(tmp_path):
     assert "no such file" in refused("test_yournet.py", "--best-checkpoint", tmp_path / "absent.pth")
 
 
-def test_a_data_folder_with_damaged_files(tmp_path):
+def test_a_data_folder_with_damaged_files(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(b"not images")
-    environment = {key: value for key, value in os.environ.items() if key != "MNIST_DIR"}
-    message = refused("test_lenet5.py", "--data-dir", tmp_path, "--data", "mnist", env=environment)
+    monkeypatch.delenv("MNIST_DIR", raising=False)
+    message = refused("test_lenet5.py", "--data-dir", tmp_path, "--data", "mnist")
     assert "missing train-labels-idx1-ubyte" in message
 
 
@@ -266,7 +255,7 @@ def test_the_committed_networks_are_as_small_as_the_readme_says():
 
 @pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR does not name the full MNIST")
 def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
-    command("test_yournet.py", "--data", "mnist", "--json", tmp_path / "figures.json")
+    script("test_yournet.py", "--data", "mnist", "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["dataset"], figures["split"], figures["images"]) == ("mnist", "test", 10_000)
     assert figures["accuracy"] >= 0.985 and figures["reference"]["accuracy"] >= 0.975
@@ -275,7 +264,7 @@ def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
 
 def test_a_budget_of_latency_goes_before_the_recipe_s_limits(tmp_path):
     folder = tmp_path / "run"
-    done = command("train_yournet.py", *SHORT, "--max-latency", "0.8x", "--runtime-batch", 64, "--no-layers",
+    done = script("train_yournet.py", *SHORT, "--max-latency", "0.8x", "--runtime-batch", 64, "--no-layers",
                    "--output", folder, cwd=tmp_path)  # fmt: skip
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     timed = [event["latency"] for event in events if "latency" in event]
@@ -288,7 +277,7 @@ def test_a_budget_of_latency_goes_before_the_recipe_s_limits(tmp_path):
 def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('start = "mlp"\nmax-params = "30%"\nlayers = false\nfinetune-epochs = 7\n')
-    done = command("train_yournet.py", *SHORT, "--recipe", recipe, "--output", tmp_path / "run", cwd=tmp_path)
+    done = script("train_yournet.py", *SHORT, "--recipe", recipe, "--output", tmp_path / "run", cwd=tmp_path)
     assert "YourNet" in done.stdout
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["start"] == "mlp" and settings["layers"] is False

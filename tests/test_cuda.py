@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from commands import script
 from nets import NETS, ShuffledBatches, batches, images, make, snapshot
-from test_cli import SHORT, command
+from test_cli import SHORT
 from user import NET
 
 from pruning import (
@@ -171,14 +172,14 @@ def test_commands_work_on_the_gpu(run, tmp_path):
 
 def test_the_main_job_runs_on_the_gpu_and_its_result_on_both(tmp_path):
     cuda = ("--device", "cuda")
-    command("train_yournet.py", *SHORT, *cuda, "--output", tmp_path / "run", cwd=tmp_path)
+    script("train_yournet.py", *SHORT, *cuda, "--output", tmp_path / "run", cwd=tmp_path)
     for device in ("cuda", "cpu"):
-        done = command(
+        done = script(
             "test_yournet.py", "--data", "mnist5k", "--best-checkpoint", tmp_path / "run" / "best.pth",
             "--device", device, cwd=tmp_path,
         )  # fmt: skip
         assert "YourNet" in done.stdout
     folder = tmp_path / "reference"
     words = ("--data", "mnist5k", "--epoch-end", 1, "--checkpoint-dir", folder, *cuda)
-    command("train_lenet5.py", *words, cwd=tmp_path)
-    command("test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", folder / "epoch-1.pth", *cuda)
+    script("train_lenet5.py", *words, cwd=tmp_path)
+    script("test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", folder / "epoch-1.pth", *cuda)

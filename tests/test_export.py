@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nets
 import pytest
 import torch
+from commands import ROOT, script
 from torch import nn
 
 import data
@@ -33,7 +33,6 @@ from pruning.quantization import quantize
 from pruning.runtimes import RUNTIMES, difference
 from pruning.timing import Latency
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "checkpoints" / "YourNet" / "best.pth"
 
 
@@ -56,12 +55,14 @@ def pruned_resnet():
     return prune(dense, torch.randn(2, 3, 64, 64), Budget(macs="50%"), score="l2").model
 
 
-def command(*words, check=True, **variables):
+def exported(*words, **variables):
+    """`python -m pruning export …` in a process of its own, which must succeed."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        [sys.executable, "-m", "pruning", "export", *map(str, words)],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
         stdin=subprocess.DEVNULL, env={**os.environ, **variables},
     )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -319,7 +320,7 @@ def test_int8_is_refused(tmp_path, monkeypatch):
 def test_the_command_exports_a_checkpoint(format, tmp_path):
     path = tmp_path / "net.pth"
     path.write_bytes(COMMITTED.read_bytes())
-    done = command("-m", "pruning", "export", path, "--to", format, "--mean", 0.1307, "--std", 0.3081)
+    done = exported(path, "--to", format, "--mean", 0.1307, "--std", 0.3081)
     written = path.with_suffix(SUFFIXES[format])
     assert done.stdout.startswith(f"{written}: {format}, ") and "tolerance 1e-05" in done.stdout
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
@@ -337,7 +338,7 @@ def test_the_command_takes_the_input_shape_where_the_checkpoint_has_none(tmp_pat
     assert "does not run on inputs of shape (3, 14)" in refused(*words, "--input-shape", "3x14")
     assert [p.name for p in tmp_path.iterdir()] == ["net.pth"]
     words += ["--input-shape", "3x14x14", "--output", tmp_path / "out" / "net.pt"]
-    command("-m", "pruning", "export", *words, PYTHONPATH=str(ROOT / "tests"))
+    exported(*words, PYTHONPATH=str(ROOT / "tests"))
     assert Exported(tmp_path / "out" / "net.pt", "torchscript")(nets.images(4)).shape == (4, 4)
 
 
@@ -362,7 +363,7 @@ def test_test_yournet_measures_what_will_run(tmp_path):
     need_onnx()
     runtime = "onnxruntime"
     figures = tmp_path / "figures.json"
-    done = command("test_yournet.py", "--data", "mnist5k", "--runtime", runtime, "--json", figures)
+    done = script("test_yournet.py", "--data", "mnist5k", "--runtime", runtime, "--json", figures)
     assert f"those of the exported networks in {runtime}" in done.stdout
     found = json.loads(figures.read_text())
     assert found["runtime"] == runtime and found["params"] == 1485 and found["macs"] == 47366

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from browser import BROWSER
 
+from models import resnet20
 from pruning import (
     Budget,
     PruneConfig,
@@ -32,13 +32,7 @@ from pruning import (
 )
 from pruning.report import report
 
-ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ["Asked and got", "Before and after", "Figures", "Layers", "Pruning steps", "History", "Settings"]
-
-
-def command(*flags):
-    return subprocess.run([sys.executable, "-m", "pruning", *map(str, flags)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=120)  # fmt: skip
 
 
 def finished_run(folder, net, images, labels):
@@ -70,10 +64,10 @@ def images_of(page):
     ]
 
 
-def test_a_report_holds_everything_and_needs_nothing(lenet_run):
-    done = command("report", lenet_run)
-    assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip())
+def test_a_report_holds_everything_and_needs_nothing(lenet_run, toolkit):
+    code, out, err = toolkit("report", lenet_run)
+    assert code == 0, err
+    path = Path(out.strip())
     page = path.read_text()
     assert path == lenet_run / "report.html"
     headings = re.findall(r"<h2>(.*?)</h2>", page)
@@ -90,10 +84,9 @@ def test_a_report_holds_everything_and_needs_nothing(lenet_run):
 
 
 def test_a_report_of_many_groups_is_whole(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    net = torchvision.models.resnet18(num_classes=4)
-    folder = finished_run(tmp_path / "resnet", net, torch.randn(4, 3, 32, 32), torch.arange(4))
+    net = resnet20(image_shape=(3, 16, 16), classes=4)
+    folder = finished_run(tmp_path / "resnet", net, torch.randn(4, 3, 16, 16), torch.arange(4))
     page = report(folder, tmp_path / "elsewhere.html").read_text()
     groups = json.loads((folder / "history.jsonl").read_text().splitlines()[0])["widths"]
     assert len(groups) > 10 and all(f"<td>{group}</td>" in page for group in groups)
@@ -108,10 +101,10 @@ def test_an_interrupted_run_has_a_report_of_what_has_happened(lenet_run, tmp_pat
         assert "<h2>Asked and got</h2>" in report(tmp_path / "cut").read_text()
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path, lenet_run):
-    done = command("report", tmp_path)
-    assert done.returncode == 2 and "holds no run: config.json is not there" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "report.html").exists()
+def test_a_folder_without_a_run_is_refused(tmp_path, toolkit):
+    code, _, err = toolkit("report", tmp_path)
+    assert code == 2 and "holds no run: config.json is not there" in err
+    assert "Traceback" not in err and not (tmp_path / "report.html").exists()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "history.jsonl").write_text("")
     with pytest.raises(PruningError, match="nothing has happened"):

@@ -1,0 +1,65 @@
+"""Commands as a user runs them, within this process: it has loaded torch already, which takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What `run()` prints and how it exits, with these words on the command line, in this folder.
+
+    There is no terminal and no input. What it raises but its exit is raised here.
+    """
+    import torch  # once conftest.py has said how many threads it gets
+
+    from pruning.modes import thread_count
+
+    line, code, out, err = [*map(str, words)], 0, io.StringIO(), io.StringIO()
+    with (
+        thread_count(torch.get_num_threads()),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", line)
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.chdir(cwd or Path.cwd())
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
+
+
+def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python name …` of a script of the project; its exit code must be 0 unless told otherwise."""
+    path = str(ROOT / name)
+    done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m name …`, likewise."""
+    run = lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)  # noqa: E731
+    done = called(run, name, *flags, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def refused(name: str, *flags: Any, **options: Any) -> str:
+    """Run a script that must refuse its input; returns the one line it says."""
+    done = script(name, *flags, check=False, **options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
