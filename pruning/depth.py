@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from pruning.copies import copied
 from pruning.errors import PruningError
-from pruning.graph import Group, Inputs, Trace, call, call_until, fresh, tensors
+from pruning.graph import Group, Inputs, Trace, call, call_until, fresh, tensors, tensors_among
 from pruning.layers import WEIGHTED
-from pruning.meta import without_storage
-from pruning.modes import eval_mode, hooked
+from pruning.meta import Shapes, without_storage
+from pruning.modes import eval_mode, hooked, on_input
 from pruning.surgery import replace_module
 
 #: Added to the diagonal of the normal equations, relative to its mean: inputs that hardly
@@ -65,7 +65,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
         elif _passes_input_on(model.get_submodule(name), uses[0]):
             kept = any(f"{layer}.".startswith(f"{name}.") for layer in traced.ignored)
             candidate = None if kept else Removable(name, (name,))
-        if candidate is not None and _runs(probe, candidate, example):
+        if candidate is not None and _runs(probe, candidate, example, seen):
             found[name] = candidate
     # Of nested blocks (a stage of blocks passes its input on, too) the innermost.
     blocks = [name for name, candidate in found.items() if not candidate.joined]
@@ -101,6 +101,9 @@ class _Use:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+
+    def inputs(self) -> list[Tensor]:
+        return tensors_among((*self.args, *self.kwargs.values()))
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
@@ -195,28 +198,32 @@ def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
     return smaller
 
 
-def _runs(model: nn.Module, layer: Removable, inputs: Inputs) -> bool:
-    """Whether the model still fits together without the layer, and can be trained."""
+def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, list[_Use]]) -> bool:
+    """Whether the model still fits together without the layer, and can be trained.
+
+    One pass shows it: the joined layer takes its new width when its input arrives.
+    """
     probe = _bypassed(model, layer)
+    if layer.joined:
+        joined = probe.get_submodule(layer.joined)
+        before = seen[layer.joined][0].inputs()[0].shape
+        on_input(joined, lambda x: _take_width(joined, x, before))
     try:
-        if not layer.joined:
-            with torch.no_grad(), eval_mode(model):
-                shapes = [t.shape for t in tensors(call(model, fresh(inputs)))]
-            return shapes == [t.shape for t in _trainable_outputs(probe, inputs)]
-        before, after = (_input_of(m, layer.joined, inputs) for m in (model, probe))
-        joined = model.get_submodule(layer.joined)
-        if isinstance(joined, nn.Linear):
-            fits = before.shape[:-1] == after.shape[:-1]
-        else:
-            fits = before.shape[2:] == after.shape[2:]
-        if fits:
-            channels = after.shape[-1 if isinstance(joined, nn.Linear) else 1]
-            fitted: Any = probe.get_submodule(layer.joined)
-            _replace_weights(fitted, fitted.weight.new_zeros(len(fitted.weight), _per_row(fitted, channels)))
-            _trainable_outputs(probe, inputs)
-        return fits
+        with Shapes():
+            shapes = [t.shape for t in _trainable_outputs(probe, inputs)]
     except (RuntimeError, ValueError, AttributeError, TypeError, IndexError):
         return False
+    return bool(layer.joined) or shapes == [t.shape for t in tensors(seen[""][0].output)]
+
+
+def _take_width(joined: Any, x: Tensor, before: torch.Size) -> None:
+    """Make a layer's weights fit an input that differs from the one before in its channels alone."""
+    linear = isinstance(joined, nn.Linear)
+    if (x.shape[:-1] != before[:-1]) if linear else (x.shape[2:] != before[2:]):
+        raise ValueError(f"{tuple(x.shape)} arrives in place of {tuple(before)}")
+    width = x.shape[-1] if linear else x.shape[1]
+    per_row = width * math.prod(getattr(joined, "kernel_size", ()))
+    _replace_weights(joined, joined.weight.new_zeros(len(joined.weight), per_row))
 
 
 def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -229,11 +236,6 @@ def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         total = torch.stack([t.float().sum() for t in outputs if t.requires_grad]).sum()
         total.backward()
     return outputs
-
-
-def _per_row(layer: nn.Module, channels: int) -> int:
-    """Weights of one output of a layer with so many input channels."""
-    return channels * math.prod(getattr(layer, "kernel_size", ()))
 
 
 def _fit(

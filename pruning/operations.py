@@ -220,6 +220,13 @@ def spatial(book: Labels, op: Operation, labels: Tensor) -> None:
     return None
 
 
+def regions(book: Labels, op: Operation, labels: Tensor) -> None:
+    """Pooling of regions: each region becomes a map with the channels of its image."""
+    if varying(labels) not in ([], [1]):
+        return book.fix(labels, f"{book.where()} cuts regions out along its channels ({op.name})")
+    return spatial(book, op, labels)
+
+
 # --- operations that move data --------------------------------------------------------------
 
 
@@ -411,5 +418,6 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "im2col": patches,
+    **dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions),
     "glu": gated,
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +49,32 @@ class Trial:
             return float("-inf")
         return self.validate(self.train(self.begin(step.model), label=label))
 
-    def cheapest_first(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The model without each layer it can do without, from the least calibration loss on."""
+    def cheapest_first(self, model: nn.Module) -> list[str]:
+        """The layers that the model can do without, from the least calibration loss without them on."""
+        batches = self._calibration()
+        losses = {}
+        for name, smaller in self._smaller(model):  # one at a time, as each is a copy of the network
+            with torch.no_grad(), eval_mode(smaller):
+                losses[name] = sum(self.options["loss"](smaller, *batch).item() for batch in batches)
+        return sorted(losses, key=losses.__getitem__)
+
+    def without(self, model: nn.Module, name: str) -> nn.Module:
+        """The model without one of these layers."""
+        return next(smaller for found, smaller in self._smaller(model, name) if found == name)
+
+    def _smaller(self, model: nn.Module, only: str = "") -> Iterator[tuple[str, nn.Module]]:
+        """Names of layers that can go, each with the model without it."""
         traced = trace(model, self.example_inputs, self.options["ignored"])
-        device = device_of(model)
-        batches = [to_device(batch, device) for batch in self.options["calibration"]]
-        losses, models = {}, {}
+        inputs = [inputs for inputs, _ in self._calibration()]
         for name, layer in removable(model, traced, self.example_inputs).items():
-            models[name] = without_layer(model, traced, layer, [inputs for inputs, _ in batches])
-            recalibrate(models[name], [inputs for inputs, _ in batches])
-            with torch.no_grad(), eval_mode(models[name]):
-                losses[name] = sum(self.options["loss"](models[name], *batch).item() for batch in batches)
-        return {name: models[name] for name in sorted(models, key=losses.__getitem__)}
+            if only in ("", name):
+                smaller = without_layer(model, traced, layer, inputs)
+                recalibrate(smaller, inputs)
+                yield name, smaller
+
+    def _calibration(self) -> list[tuple[Any, Any]]:
+        device = device_of(self.model)
+        return [to_device(batch, device) for batch in self.options["calibration"]]
 
 
 def superfluous_layers(
@@ -79,7 +93,7 @@ def superfluous_layers(
     while True:
         candidates = trial.cheapest_first(rest)
         scores = {}
-        for name in list(candidates)[:TRIALS]:
+        for name in candidates[:TRIALS]:
             scores[name] = trial((*removed, name), f"{label}: {name}")
             note(stage=label, removed=(*removed, name), validation=scores[name])
             trials += 1
@@ -87,7 +101,7 @@ def superfluous_layers(
         if not name or scores[name] <= best:
             break
         log(f"{label}: {name} goes, validation {scores[name]:.4f} without it, {best:.4f} with it")
-        best, removed, rest = scores[name], (*removed, name), candidates[name]
+        best, removed, rest = scores[name], (*removed, name), trial.without(rest, name)
     if not removed:
         log(f"{label}: all stay, validation {best:.4f} with them")
     return removed, rest, trials

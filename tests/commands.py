@@ -7,6 +7,7 @@ import io
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,12 @@ def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subpro
 
 def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
     """`python -m name …`, likewise."""
-    run = lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)  # noqa: E731
-    done = called(run, name, *flags, **options)
+    with warnings.catch_warnings():
+        # Another command has imported it already; its copy is not the one that runs.
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
+        done = called(
+            lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), name, *flags, **options
+        )
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -396,6 +396,24 @@ def test_what_says_where_to_sample_keeps_its_channels():
     assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
 
 
+@pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
+def test_regions_have_the_channels_of_their_image(pool):
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Regions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 6), nn.Linear(6, 4)
+
+        def forward(self, x, boxes):
+            maps = getattr(ops, pool)(torch.relu(self.stem(x)), boxes, (3, 3))
+            return self.out(torch.relu(self.fc(maps.flatten(1))))
+
+    boxes = torch.tensor([[0, 0.0, 0, 6, 6], [1, 2, 2, 9, 9], [1, 0, 3, 5, 9]])
+    step = prune(Regions(), (nets.images(), boxes), Budget(channels=7), score="l2", ranking="group")
+    assert step.plan.widths == {"stem": 4, "fc": 3} and step.difference < 1e-5
+
+
 def test_unpooling_follows_the_indices_of_its_pooling():
     class Unpooled(nn.Module):
         def __init__(self):
@@ -429,6 +447,22 @@ def test_shapes_are_those_that_torch_tells(run, x):
     with meta.Shapes():
         got = run(x)
     assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("needed", [["x", "weight", "bias"], ["x"], ["weight", "bias"]])
+def test_shapes_of_gradients_are_those_that_torch_tells(training, needed):
+    given = {"x": empty(3, 4, 6), "weight": empty(4), "bias": empty(4)}
+    wanted_for = [given[name].requires_grad_() for name in needed]
+
+    def gradients():
+        x, weight, bias = given.values()
+        y = F.relu(F.batch_norm(x, empty(4), empty(4), weight, bias, training))
+        return [(g.shape, g.dtype, g.stride()) for g in torch.autograd.grad(y.sum(), wanted_for)]
+
+    wanted = gradients()
+    with meta.Shapes():
+        assert gradients() == wanted
 
 
 @pytest.mark.parametrize(
