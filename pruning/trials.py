@@ -53,19 +53,21 @@ class Trial:
         """The layers that the model can do without, from the least calibration loss without them on."""
         batches = self._calibration()
         losses = {}
-        for name, smaller in self._smaller(model):  # one at a time, as each is a copy of the network
+        for name, smaller in self._smaller(model, batches):  # one at a time: each is a copy of the network
             with torch.no_grad(), eval_mode(smaller):
                 losses[name] = sum(self.options["loss"](smaller, *batch).item() for batch in batches)
         return sorted(losses, key=losses.__getitem__)
 
     def without(self, model: nn.Module, name: str) -> nn.Module:
         """The model without one of these layers."""
-        return next(smaller for found, smaller in self._smaller(model, name) if found == name)
+        return next(smaller for _, smaller in self._smaller(model, self._calibration(), name))
 
-    def _smaller(self, model: nn.Module, only: str = "") -> Iterator[tuple[str, nn.Module]]:
-        """Names of layers that can go, each with the model without it."""
+    def _smaller(
+        self, model: nn.Module, batches: list[tuple[Any, Any]], only: str = ""
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Names of layers that can go, or one of them, each with the model without it."""
         traced = trace(model, self.example_inputs, self.options["ignored"])
-        inputs = [inputs for inputs, _ in self._calibration()]
+        inputs = [inputs for inputs, _ in batches]
         for name, layer in removable(model, traced, self.example_inputs).items():
             if only in ("", name):
                 smaller = without_layer(model, traced, layer, inputs)
