@@ -14,13 +14,15 @@ from models.rebuild import rebuilt
 class CompactNet(nn.Module):
     """3 x 3 convolutions in stages with 2 x 2 pooling between, a global average, one linear layer.
 
-    Nothing is padded, so what a pruned channel leaves behind folds exactly. Pooling comes
-    before ReLU, on a quarter of the values.
+    At most the images are padded, so what a pruned channel leaves behind folds exactly. Pooling
+    comes before ReLU, on a quarter of the values.
 
     Args:
         stages: channels of the convolutions of each stage, `((8,), (10, 12, 12))`.
         separable: every convolution but the first is a depthwise one and a pointwise one
             behind it (Sifre 2014; Howard et al., MobileNets, arXiv 1704.04861).
+        padded: surround the images by one pixel of zeros.
+        slope: of the activation below zero; 0 is ReLU.
         batch_norm: put BatchNorm behind every convolution, which then needs no bias.
         image_shape: (channels, height, width) of an input image.
         classes: size of the output.
@@ -36,6 +38,8 @@ class CompactNet(nn.Module):
         stages: Sequence[Sequence[int]] = ((16,), (24, 24, 24)),
         *,
         separable: bool = False,
+        padded: bool = False,
+        slope: float = 0.0,
         batch_norm: bool = False,
         image_shape: Sequence[int] = (1, 28, 28),
         classes: int = 10,
@@ -48,6 +52,8 @@ class CompactNet(nn.Module):
         self.config: dict[str, Any] = {
             "stages": stages,
             "separable": separable,
+            "padded": padded,
+            "slope": slope,
             "batch_norm": batch_norm,
             "image_shape": list(image_shape),
             "classes": classes,
@@ -64,14 +70,18 @@ class CompactNet(nn.Module):
                     )
                     features[f"conv{number}"] = nn.Conv2d(channels, width, 1, bias=not batch_norm)
                 else:
-                    features[f"conv{number}"] = nn.Conv2d(channels, width, 3, bias=not batch_norm)
+                    border = int(padded and number == 1)
+                    features[f"conv{number}"] = nn.Conv2d(
+                        channels, width, 3, padding=border, bias=not batch_norm
+                    )
+                    size = [side + 2 * border for side in size]
                 if batch_norm:
                     features[f"bn{number}"] = nn.BatchNorm2d(width)
                 size = [side - 2 for side in size]
                 if place == len(stage) - 1 and at < len(stages) - 1:
                     features[f"pool{number}"] = nn.MaxPool2d(2)
                     size = [side // 2 for side in size]
-                features[f"relu{number}"] = nn.ReLU()
+                features[f"relu{number}"] = nn.LeakyReLU(slope) if slope else nn.ReLU()
                 channels = width
         if min(size) < 1:
             raise ValueError(f"images of {tuple(image_shape)} are too small for {number} convolutions")

@@ -20,7 +20,9 @@ STARTS: dict[str, Callable[..., YourNet | CompactNet]] = {
     "lenet5-caffe": lambda **data: YourNet((20, 50), (500,), kernel_size=5, batch_norm=True, **data),
     "mlp": lambda **data: YourNet((), (500, 300), batch_norm=True, **data),
     "compact": lambda **data: CompactNet(((8, 8), (16, 16), (16,)), batch_norm=True, **data),
-    "separable": lambda **data: CompactNet(((8,), (12, 12, 12, 12)), separable=True, batch_norm=True, **data),
+    "separable": lambda **data: CompactNet(
+        ((8,), (12, 12, 12, 12)), separable=True, padded=True, slope=0.2, batch_norm=True, **data
+    ),
 }
 
 

@@ -12,12 +12,14 @@ from pruning.errors import PruningError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: SGD with Nesterov momentum.
+    """How to train.
 
     Attributes:
         epochs: passes over the training batches; 0 trains nothing.
         lr: learning rate; the peak of a one-cycle schedule.
-        momentum: of SGD.
+        optimizer: `sgd` with Nesterov momentum, or `soap` for networks of a few thousand
+            parameters, with a rate of about 0.05 (see `pruning.soap.Soap`).
+        momentum: of either.
         weight_decay: L2 factor on weights; norms and biases have none.
         schedule: `one-cycle` (up over `warmup` of the steps, then down to almost nothing;
             Smith & Topin, arXiv 1708.07120) or `constant`.
@@ -31,6 +33,7 @@ class TrainConfig:
 
     epochs: int
     lr: float = 0.1
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "one-cycle"
@@ -41,6 +44,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs {self.epochs}: at least 0")
         _require(self.lr > 0, f"learning rate {self.lr}: above 0")
+        optimizers = ", ".join(OPTIMIZERS)
+        _require(self.optimizer in OPTIMIZERS, f"optimizer {self.optimizer!r}: one of {optimizers}")
         _require(0 <= self.momentum < 1, f"momentum {self.momentum}: at least 0 and below 1")
         _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}: at least 0")
         _require(self.schedule in SCHEDULES, f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
@@ -59,6 +64,8 @@ class TrainConfig:
         return (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))) / 2
 
 
+#: With the highest learning rate of stage 3 that fits most networks.
+OPTIMIZERS = {"sgd": 0.2, "soap": 0.05}
 SCHEDULES = ("one-cycle", "constant")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from pruning.batches import to_device
 from pruning.budget import PLACES, Budget, LatencyBudget
 from pruning.checkpoint import load, read, read_plain
-from pruning.config import PruneConfig, SlimConfig, TrainConfig
+from pruning.config import OPTIMIZERS, PruneConfig, SlimConfig, TrainConfig
 from pruning.errors import CheckpointError, PruningError
 from pruning.graph import Inputs, tensors
 from pruning.sources import Data, arguments_of, make_data, make_model
@@ -49,7 +49,13 @@ def slim_config(args: argparse.Namespace) -> SlimConfig:
             args.most,
             args.multiple,
         ),
-        finetune=TrainConfig(args.finetune_epochs, lr=args.finetune_rate, ema=args.ema, **both),
+        finetune=TrainConfig(
+            args.finetune_epochs,
+            lr=args.finetune_rate or OPTIMIZERS[args.optimizer],
+            optimizer=args.optimizer,
+            ema=args.ema,
+            **both,
+        ),
         strength=args.sparsity,
         distill=args.distill,
         temperature=args.temperature,

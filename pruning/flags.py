@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pruning import cli
 from pruning.budget import PLACES
+from pruning.config import OPTIMIZERS
 from pruning.plan import RANKINGS
 from pruning.prune import NAMES as SCORES
 
@@ -162,11 +163,12 @@ def stage_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--iterations", type=cli.whole_number(1), default=5, metavar="N", help="pruning steps in stage 2"
     )
-    for stage, (epochs, rate, when) in {
+    rates: dict[str, tuple[int, float | None, str]] = {
         "sparsify": (8, 0.1, "stage 1"),
         "recover": (2, 0.05, "each pruning step of stage 2"),
-        "finetune": (40, 0.2, "stage 3"),
-    }.items():
+        "finetune": (40, None, "stage 3"),
+    }
+    for stage, (epochs, rate, when) in rates.items():
         group.add_argument(
             f"--{stage}-epochs", type=cli.whole_number(0), default=epochs, metavar="N", help=f"of {when}"
         )
@@ -175,7 +177,8 @@ def stage_flags(parser: argparse.ArgumentParser) -> None:
             type=cli.number(0),
             default=rate,
             metavar="RATE",
-            help=f"highest learning rate of {when}",
+            help=f"highest learning rate of {when}"
+            + ("" if rate else "; default: " + ", ".join(f"{r} with {o}" for o, r in OPTIMIZERS.items())),
         )
     group.add_argument(
         "--restart",
@@ -240,6 +243,12 @@ def budget_flags(parser: argparse.ArgumentParser) -> None:
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that hold for the training of every stage."""
     group = parser.add_argument_group("training")
+    group.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        default="sgd",
+        help="of stage 3; soap needs fewer epochs, for networks of at most a few thousand parameters",
+    )
     group.add_argument(
         "--weight-decay", type=cli.number(0), default=1e-3, metavar="FACTOR", help="L2 factor on weights"
     )

@@ -29,6 +29,7 @@ from pruning.progress import Progress
 from pruning.prune import prune
 from pruning.restart import fresh_weights
 from pruning.run import Run
+from pruning.soap import require_small
 from pruning.sparsify import ScalePull, sparsify
 from pruning.training import fit
 from pruning.trials import Trial, superfluous_layers
@@ -117,6 +118,8 @@ def slim(
         with torch.no_grad(), eval_mode(model, teacher):
             student, wanted = (call(net, fresh(example_inputs)) for net in (model, teacher))
             require_same_logits(student, wanted)
+    if config.finetune.optimizer == "soap":
+        require_small(target.params, sum(p.numel() for p in model.parameters()))
     if config.restart:
         with torch.random.fork_rng(devices=[]):
             fresh_weights(model)  # what cannot be made anew is told before anything is trained

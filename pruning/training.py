@@ -18,6 +18,7 @@ from pruning.errors import PruningError, TrainingDiverged
 from pruning.graph import device_of
 from pruning.losses import Loss, Validate, cross_entropy, figure, loss_of
 from pruning.modes import channels_last
+from pruning.soap import Soap
 
 
 class Stateful(Protocol):
@@ -186,17 +187,20 @@ class _Training:
         _set_random_state(state["random"])
 
 
-def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise PruningError("every parameter is frozen; set requires_grad=True on those to train")
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "soap":
+        return Soap(groups, lr=config.lr, momentum=config.momentum)
     # The fused update is one call instead of several for every parameter; it takes
     # floating-point parameters on CPU and CUDA.
     return torch.optim.SGD(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,

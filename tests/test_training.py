@@ -93,14 +93,14 @@ def test_a_moving_average_in_closed_form():
     assert not torch.equal(net.state_dict()["classifier.fc1.weight"], seen[-1]["classifier.fc1.weight"])
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize(("ema", "optimizer"), [(0.0, "sgd"), (0.5, "sgd"), (0.0, "soap")])
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, ema):
+def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, ema, optimizer):
     def train(resume=None, keep=None):
         net = nets.make("lenet")
         states = []
         torch.manual_seed(1)
-        fit(net, ShuffledBatches(), TrainConfig(4, ema=ema), keep_best=True, resume=resume,
+        fit(net, ShuffledBatches(), TrainConfig(4, ema=ema, optimizer=optimizer), keep_best=True, resume=resume,
             validate=lambda m: accuracy(m, batches(1)),
             on_epoch=lambda epoch: states.append(pack(epoch.state())))  # fmt: skip
         return net, states
@@ -216,6 +216,7 @@ def test_batches_of_an_unknown_number_are_refused():
         {"epochs": -1},
         {"lr": 0},
         {"momentum": 1},
+        {"optimizer": "adam"},
         {"weight_decay": -1},
         {"schedule": "step"},
         {"warmup": 0},

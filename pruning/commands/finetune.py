@@ -47,6 +47,7 @@ def execute(args: argparse.Namespace) -> None:
     config = TrainConfig(
         args.epochs,
         lr=args.rate,
+        optimizer=args.optimizer,
         weight_decay=args.weight_decay,
         ema=args.ema,
         channels_last=args.channels_last,
@@ -65,6 +66,7 @@ def execute(args: argparse.Namespace) -> None:
         run=run,
         teacher=teacher,
         distill=args.distill,
+        temperature=args.temperature,
         int8=args.int8,
     )
     after = validate(tuned)
