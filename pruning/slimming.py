@@ -119,7 +119,7 @@ def slim(
             student, wanted = (call(net, fresh(example_inputs)) for net in (model, teacher))
             require_same_logits(student, wanted)
     if config.finetune.optimizer == "soap":
-        require_small(target.params, sum(p.numel() for p in model.parameters()))
+        require_small(target.limits().get("params"), sum(p.numel() for p in model.parameters()))
     if config.restart:
         with torch.random.fork_rng(devices=[]):
             fresh_weights(model)  # what cannot be made anew is told before anything is trained

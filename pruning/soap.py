@@ -14,13 +14,13 @@ from pruning.errors import PruningError
 LARGEST = 4096
 
 
-def require_small(budget: float | None, dense: int) -> None:
+def require_small(budget: int | None, dense: int) -> None:
     """Raise `PruningError` unless a network is small enough for `Soap` once its params meet a budget."""
     size = dense if budget is None else min(dense, budget)
     if size > LARGEST:
         raise PruningError(
             f"the optimizer soap is for networks of at most {LARGEST:,} parameters, and this one may keep "
-            f"{size:,.0f}: give a budget of params, or take sgd"
+            f"{size:,}: take sgd, or slim with a budget of params"
         )
 
 
@@ -112,11 +112,11 @@ FIRST = (10, 30)
 
 
 def _start(gradient: Tensor) -> dict[str, Tensor]:
-    size, like = len(gradient), {"dtype": gradient.dtype, "device": gradient.device}
+    matrix = gradient.new_zeros(len(gradient), len(gradient))
     return {
         "steps": torch.zeros(()),
         "mean": torch.zeros_like(gradient),
         "square": torch.zeros_like(gradient),
-        "products": torch.zeros(size, size, **like),  # type: ignore[arg-type]
-        "basis": torch.eye(size, **like),  # type: ignore[arg-type]
+        "products": matrix,
+        "basis": torch.eye(len(gradient), out=torch.empty_like(matrix)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -179,6 +180,33 @@ def test_finetuning_writes_nothing_worse_than_its_start(run, tmp_path):
     assert code == 0, err
     after, before = out.rpartition("validation ")[2].replace(" before)", "").split(" (")
     assert float(after) >= float(before) > 0.9
+
+
+def test_finetuning_takes_every_setting_of_its_training(run):
+    assert run("finetune", *NET, "--epochs", 1, "--output", "teacher")[0] == 0
+    words = ("finetune", *NET, "--weights", "teacher/best.pth", "--epochs", 1, "--rate", 0.05)
+    taught = ("--teacher", "teacher/best.pth", "--distill", 0.9)
+    settings = {
+        "plain": (),
+        "soap": ("--optimizer", "soap"),
+        "taught": taught,
+        "sharp": (*taught, "--temperature", 1),
+        "averaged": ("--ema", 0.5),
+    }
+    heads = []
+    for folder, flags in settings.items():
+        code, _, err = run(*words, *flags, "--output", folder)
+        assert code == 0, err
+        heads.append(torch.load(f"{folder}/best.pth", weights_only=True)["state_dict"]["head.weight"])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
+
+
+def test_soap_is_refused_at_once_where_the_network_may_stay_large(run, tmp_path):
+    words = ("slim", *NET, *SHORT, "--model-arg", "width=128", "--optimizer", "soap", "--output", "large")
+    code, out, err = run(*words, *BUDGET)
+    assert code == 2 and "at most 4,096 parameters" in err and "take sgd" in err and "stage 1" not in out
+    code, out, err = run(*words[:-1], "small", "--max-params", 2000)
+    assert code == 0, err
 
 
 def test_threads_are_at_most_those_of_torch(run, monkeypatch):

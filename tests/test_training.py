@@ -100,7 +100,8 @@ def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, em
         net = nets.make("lenet")
         states = []
         torch.manual_seed(1)
-        fit(net, ShuffledBatches(), TrainConfig(4, ema=ema, optimizer=optimizer), keep_best=True, resume=resume,
+        config = TrainConfig(4, ema=ema, optimizer=optimizer)
+        fit(net, ShuffledBatches(), config, keep_best=True, resume=resume,
             validate=lambda m: accuracy(m, batches(1)),
             on_epoch=lambda epoch: states.append(pack(epoch.state())))  # fmt: skip
         return net, states
