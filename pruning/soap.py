@@ -79,7 +79,7 @@ class Soap(torch.optim.Optimizer):
         if not state:
             state.update(_start(gradient))
         state["steps"] += 1
-        steps = int(state["steps"])
+        steps = state["steps"]
 
         state["products"].mul_(memory).addr_(gradient, gradient, alpha=1 - memory)
         state["mean"].lerp_(gradient, 1 - momentum)
@@ -111,10 +111,10 @@ class Soap(torch.optim.Optimizer):
 FIRST = (10, 30)
 
 
-def _start(gradient: Tensor) -> dict[str, Tensor]:
+def _start(gradient: Tensor) -> dict[str, Any]:
     matrix = gradient.new_zeros(len(gradient), len(gradient))
     return {
-        "steps": torch.zeros(()),
+        "steps": 0,
         "mean": torch.zeros_like(gradient),
         "square": torch.zeros_like(gradient),
         "products": matrix,

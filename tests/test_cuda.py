@@ -83,12 +83,13 @@ def test_what_was_saved_from_the_gpu_loads_on_the_cpu_and_back(tmp_path):
         assert torch.equal(there.eval()(x), step.model(x))
 
 
-def test_training_takes_batches_from_the_cpu_and_a_teacher_on_the_gpu():
+@pytest.mark.parametrize("optimizer", ["sgd", "soap"])
+def test_training_takes_batches_from_the_cpu_and_a_teacher_on_the_gpu(optimizer):
     data, teacher = batches(), on_cuda(make("yournet"))
     net = finetune(
         on_cuda(make("yournet", 1)),
         data,
-        TrainConfig(8, lr=0.05),
+        TrainConfig(8, lr=0.05, optimizer=optimizer),
         teacher=teacher,
         distill=0.5,
         validate=lambda model: accuracy(model, data),
