@@ -84,9 +84,8 @@ class Soap(torch.optim.Optimizer):
 
         state["products"].mul_(memory).addr_(gradient, gradient, alpha=1 - memory)
         state["mean"].lerp_(gradient, 1 - momentum)
-        if steps in FIRST or steps % max(10, len(gradient) // 10) == 0:
-            self._turn(state)
-        else:
+        due = steps in FIRST or steps % max(10, len(gradient) // 10) == 0
+        if not (due and self._turn(state)):
             turned = state["basis"].T.mv(gradient)
             state["square"].mul_(memory).addcmul_(turned, turned, value=1 - memory)
         mean = state["basis"].T.mv(state["mean"]) / (1 - momentum**steps)
@@ -101,11 +100,20 @@ class Soap(torch.optim.Optimizer):
         return loss
 
     @staticmethod
-    def _turn(state: dict[str, Any]) -> None:
-        """Find the eigenbasis anew, and the second moments along its axes: the eigenvalues."""
-        if bool(torch.isfinite(state["products"]).all()):  # else the loss will tell
+    def _turn(state: dict[str, Any]) -> bool:
+        """Find the eigenbasis anew, and the second moments along its axes: the eigenvalues.
+
+        False, and all stays, where there is none: of products that are not finite, of which the loss
+        will tell, or where the decomposition does not converge, as it can with many equal eigenvalues.
+        """
+        if not torch.isfinite(state["products"]).all():
+            return False
+        try:
             values, state["basis"] = torch.linalg.eigh(state["products"])
-            state["square"] = values.clamp_(min=0)
+        except torch.linalg.LinAlgError:
+            return False
+        state["square"] = values.clamp_(min=0)
+        return True
 
 
 #: The basis is found anew after these steps, too, as long as little is known.

@@ -142,13 +142,15 @@ def test_what_cannot_go_is_refused_with_what_can():
         prune(net, x, Budget(params="50%"), score="l2", remove=["classifier.fc2"])
 
 
-def test_separable_networks_are_pruned_and_rebuilt():
+@pytest.mark.parametrize("options", [{}, {"padded": True, "slope": 0.2}])
+def test_separable_networks_are_pruned_and_rebuilt(options):
     torch.manual_seed(0)
-    net = CompactNet(((8,), (12, 12)), separable=True, batch_norm=True).eval()
+    net = CompactNet(((8,), (12, 12)), separable=True, batch_norm=True, **options).eval()
     x = torch.randn(4, 1, 28, 28)
     step = prune(net, x, Budget(params="50%"), score="l2")
     small = CompactNet.like(fold_batchnorm(step.model, trace(step.model, x)))
-    assert small.widths == tuple(step.plan.widths.values()) and small.config["separable"]
+    assert small.widths == tuple(step.plan.widths.values())
+    assert small.config == net.config | {"stages": small.config["stages"], "batch_norm": False}
     torch.testing.assert_close(small(x), step.model(x), rtol=1e-4, atol=1e-5)
 
 

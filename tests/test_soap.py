@@ -76,6 +76,20 @@ def test_a_training_with_it_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_without_an_eigenbasis_it_steps_as_adam_does(monkeypatch):
+    def diverges(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", diverges)
+    ours, other = (nn.Parameter(torch.tensor([2.0, -1.0])) for _ in range(2))
+    soap, adam = Soap([ours], lr=0.03), torch.optim.Adam([other], lr=0.03, betas=(0.9, 0.98))
+    for _ in range(40):
+        for p, optimizer in ((ours, soap), (other, adam)):
+            p.grad = p.detach() * torch.tensor([1.0, 5.0])
+            optimizer.step()
+    assert torch.allclose(ours, other, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_is_told_as_ever():
     def broken(model, inputs, targets):
         return model(inputs).sum() * float("nan")
