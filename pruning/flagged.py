@@ -35,6 +35,7 @@ def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
 def slim_config(args: argparse.Namespace) -> SlimConfig:
     """The settings of the three stages that flags name."""
     both = {"weight_decay": args.weight_decay, "channels_last": args.channels_last}
+    rate = OPTIMIZERS[args.optimizer] if args.finetune_rate is None else args.finetune_rate
     recover = TrainConfig(args.recover_epochs, lr=args.recover_rate, **both)
     return SlimConfig(
         budget=budget(args),
@@ -51,7 +52,7 @@ def slim_config(args: argparse.Namespace) -> SlimConfig:
         ),
         finetune=TrainConfig(
             args.finetune_epochs,
-            lr=args.finetune_rate or OPTIMIZERS[args.optimizer],
+            lr=rate,
             optimizer=args.optimizer,
             ema=args.ema,
             **both,

@@ -44,8 +44,7 @@ class Soap(torch.optim.Optimizer):
         weight_decay: with the effect that it has in SGD with the same momentum, but not part of the
             gradients (Loshchilov & Hutter, arXiv 1711.05101).
 
-    Raises `PruningError` for more than `LARGEST` parameters; as many again may be scales of norms,
-    which a budget does not count.
+    Raises `PruningError` for more than `LARGEST` weights; biases and scales of norms come on top.
     """
 
     def __init__(

@@ -205,6 +205,8 @@ def test_soap_is_refused_at_once_where_the_network_may_stay_large(run, tmp_path)
     words = ("slim", *NET, *SHORT, "--model-arg", "width=128", "--optimizer", "soap", "--output", "large")
     code, out, err = run(*words, *BUDGET)
     assert code == 2 and "at most 4,096 parameters" in err and "take sgd" in err and "stage 1" not in out
+    code, out, err = run(*words[:-1], "none", "--max-params", 2000, "--finetune-rate", 0)
+    assert code == 2 and "learning rate 0" in err
     code, out, err = run(*words[:-1], "small", "--max-params", 2000)
     assert code == 0, err
 
