@@ -31,10 +31,10 @@ from pruning import (
     accuracy,
     cli,
     count,
+    feasible,
     fold_batchnorm,
     load,
     provenance,
-    reachable,
     save,
     slim,
     trace,
@@ -62,10 +62,11 @@ def main() -> None:
     example = calibration[0][0][:8]
     torch.manual_seed(args.seed)
     dense = models.start(args.start, dataset.image_shape, dataset.classes).to(args.device)
-    target = None if args.resume else reachable(dense, example, config.budget, args.ignore, config.prune)
     if args.teacher and not args.distill:
         raise PruningError("--teacher is for --distill WEIGHT: give its share of the loss, too")
     teacher = load(args.teacher, device=args.device) if args.teacher else None
+    # What cannot be is refused before there is a run.
+    target = None if args.resume else feasible(dense, example, config, ignored=args.ignore, teacher=teacher)
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume, tensorboard=args.tensorboard)
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)

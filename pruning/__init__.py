@@ -29,7 +29,7 @@ from pruning.rounding import Rounding
 from pruning.run import Run
 from pruning.runtimes import Exported
 from pruning.sensitivity import joint, sensitivity
-from pruning.slimming import Slimmed, reachable, slim, tune
+from pruning.slimming import Slimmed, feasible, reachable, slim, tune
 from pruning.sparsify import ScalePull, sparsify
 from pruning.surgery import apply, channel_constants
 from pruning.timing import Latency, TimeRatio, time_forward, time_ratio
@@ -71,6 +71,7 @@ __all__ = [
     "doctor",
     "equalize",
     "export",
+    "feasible",
     "finetune",
     "fit",
     "fold_batchnorm",

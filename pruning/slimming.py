@@ -83,8 +83,7 @@ def slim(
         budget: what the result may cost, in place of a config. Under a budget of latency the
             stages first aim at the MACs of a network that meets it, found by measuring; the last
             pruning step then meets the budget itself.
-        target: what `reachable` gave for it, where it was asked before; a budget of latency is
-            not measured again then.
+        target: what `feasible` gave, where it was asked before; it is not asked again then.
         calibration: batches for the scores; the same ones each time. By default the first
             `CALIBRATION_BATCHES` training batches.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
@@ -92,7 +91,7 @@ def slim(
         run: keeps the state after every epoch, and goes on from it.
         log: receives one line per stage and pruning step.
 
-    Raises `PruningError` before anything is trained when the budget cannot be reached.
+    Raises `PruningError` before anything is trained for what `feasible` refuses.
     """
     if (config is None) == (budget is None):
         raise PruningError("slim needs either a config or a budget")
@@ -113,16 +112,7 @@ def slim(
     if "target" in progress.state:
         target = Budget(**progress.state["target"])
     elif target is None:
-        target = reachable(model, example_inputs, config.budget, ignored, config.prune)
-    if teacher is not None and config.distill:
-        with torch.no_grad(), eval_mode(model, teacher):
-            student, wanted = (call(net, fresh(example_inputs)) for net in (model, teacher))
-            require_same_logits(student, wanted)
-    if config.finetune.optimizer == "soap":
-        require_small(target.limits().get("params"), sum(p.numel() for p in model.parameters()))
-    if config.restart:
-        with torch.random.fork_rng(devices=[]):
-            fresh_weights(model)  # what cannot be made anew is told before anything is trained
+        target = feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
     progress.state["target"] = target.limits()
     small = progress.network
     inside: dict[str, Any] = {"batches": batches, "validate": validate}
@@ -263,6 +253,32 @@ def _strength(
 
 #: Training batches on which channels are scored where no others are given.
 CALIBRATION_BATCHES = 16
+
+
+def feasible(
+    model: nn.Module,
+    example_inputs: Inputs,
+    config: SlimConfig,
+    *,
+    ignored: Iterable[Ignored] = (),
+    teacher: nn.Module | None = None,
+) -> Budget:
+    """The budget in counts, if `slim` can go all the way with these settings; it trains nothing.
+
+    Raises `PruningError` for a budget that is out of reach (see `reachable`), a teacher whose
+    outputs cannot be compared with the model's, an optimizer for smaller networks than the one
+    asked for, and layers that fresh weights cannot be drawn for.
+    """
+    if teacher is not None and config.distill:
+        with torch.no_grad(), eval_mode(model, teacher):
+            require_same_logits(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
+    target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+    if config.finetune.optimizer == "soap":
+        require_small(model.parameters(), target.limits().get("params"))
+    if config.restart:
+        with torch.random.fork_rng(devices=[]):
+            fresh_weights(model)
+    return target
 
 
 def reachable(

@@ -14,9 +14,10 @@ from pruning.errors import PruningError
 LARGEST = 4096
 
 
-def require_small(budget: int | None, dense: int) -> None:
+def require_small(params: Iterable[Tensor], budget: int | None = None) -> None:
     """Raise `PruningError` unless a network is small enough for `Soap` once its params meet a budget."""
-    size = dense if budget is None else min(dense, budget)
+    size = sum(p.numel() for p in params if p.ndim > 1)
+    size = size if budget is None else min(size, budget)
     if size > LARGEST:
         raise PruningError(
             f"the optimizer soap is for networks of at most {LARGEST:,} parameters, and this one may keep "
@@ -57,7 +58,7 @@ class Soap(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum, "memory": memory, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        require_small(None, sum(p.numel() for p in self._params if p.ndim > 1))
+        require_small(self._params)
 
     @property
     def _params(self) -> list[nn.Parameter]:

@@ -176,7 +176,7 @@ def test_a_budget_that_is_none(flags, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_that_is_not_there(tmp_path):
+def test_a_teacher_that_is_not_there_or_of_other_classes(tmp_path):
     assert "no such file" in refused(
         "train_yournet.py", *SHORT, "--teacher", "absent.pth", "--distill", 0.5, cwd=tmp_path
     )
@@ -184,6 +184,11 @@ def test_a_teacher_that_is_not_there(tmp_path):
         "train_yournet.py", *SHORT, "--teacher", "absent.pth", cwd=tmp_path
     )
     assert list(tmp_path.iterdir()) == []
+    save(tmp_path / "seven.pth", LeNet5(classes=7))
+    assert "needs a teacher with the same classes" in refused(
+        "train_yournet.py", *SHORT, "--teacher", "seven.pth", "--distill", 0.5, cwd=tmp_path
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"seven.pth"}
 
 
 def test_a_teacher_takes_part_at_its_temperature(run, tmp_path):

@@ -14,6 +14,7 @@ from pruning.config import TrainConfig
 from pruning.errors import PruningError
 from pruning.losses import accuracy, require_classifier
 from pruning.slimming import tune
+from pruning.soap import require_small
 
 SUMMARY = "train a pruned network further"
 
@@ -39,11 +40,6 @@ def execute(args: argparse.Namespace) -> None:
     if bool(args.distill) != (args.teacher is not None):
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
     example = flagged.examples(args, data)
-    teacher = None
-    if args.teacher is not None:
-        teacher = flagged.network_with(args, args.teacher)
-    require_classifier(model, data.train, data.validation)
-    run = start(args)
     config = TrainConfig(
         args.epochs,
         lr=args.rate,
@@ -52,6 +48,14 @@ def execute(args: argparse.Namespace) -> None:
         ema=args.ema,
         channels_last=args.channels_last,
     )
+    # What cannot be is refused before there is a run.
+    if config.optimizer == "soap":
+        require_small(model.parameters())
+    teacher = None
+    if args.teacher is not None:
+        teacher = flagged.network_with(args, args.teacher)
+    require_classifier(model, data.train, data.validation)
+    run = start(args)
 
     def validate(network: nn.Module) -> float:
         return accuracy(network, data.validation)

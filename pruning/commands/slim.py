@@ -16,7 +16,7 @@ from pruning.cost import count
 from pruning.errors import PruningError
 from pruning.losses import accuracy, require_classifier
 from pruning.mistakes import mistakes
-from pruning.slimming import reachable, slim
+from pruning.slimming import feasible, slim
 
 SUMMARY = "train, prune and fine-tune a model under a budget"
 
@@ -34,8 +34,8 @@ def execute(args: argparse.Namespace) -> None:
     config = flagged.slim_config(args)
     model, data = flagged.network(args), flagged.required_data(args)
     example = flagged.examples(args, data)
-    # What cannot be reached is refused before there is a run.
-    target = None if args.resume else reachable(model, example, config.budget, args.ignore, config.prune)
+    # What cannot be is refused before there is a run.
+    target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
     require_classifier(model, data.train, data.validation)
     run = start(args)
     print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
