@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.graph import Inputs, Trace, call, tensors
-from pruning.layers import RECURRENT, WEIGHTED, is_depthwise, readers, rule_for
+from pruning.layers import RECURRENT, WEIGHTED, count_deformable, is_depthwise, readers, rule_for
 from pruning.meta import Shapes, without_computing
 from pruning.modes import eval_mode
 
@@ -60,6 +60,7 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
         warnings.simplefilter("ignore")  # thop imports distutils
         from thop import profile
 
+    count_deformable()
     params = sum(p.numel() for p in probe.parameters())
     probe = getattr(probe, "_orig_mod", probe)  # of a compiled model, whose attributes are its own twice
     probe.eval()

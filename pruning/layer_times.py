@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import timeit
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from pruning.budget import LatencyBudget
 from pruning.cost import CostModel
 from pruning.graph import Inputs, Trace, call
-from pruning.layers import Side, channel_dim, holds_layers, is_depthwise, layer_width, narrow, parts
+from pruning.layers import (
+    DeformableConv,
+    Side,
+    channel_dim,
+    holds_layers,
+    is_depthwise,
+    layer_width,
+    narrow,
+    parts,
+)
 from pruning.modes import eval_mode, hooked, on_input, thread_count
 from pruning.plan import Order
 from pruning.runtimes import needed, onnx_session
@@ -171,10 +181,12 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     weight, sizes = layer.get_parameter("weight"), list(shape)
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
-    run: Callable[[], Any] = partial(layer, x)
+    received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)
+    run: Callable[[], Any] = partial(layer, *received)
     if holds_layers(layer):  # which are as wide as they were
-        base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn."))
-        run = partial(base.forward, layer, x)  # type: ignore[attr-defined]
+        torchs = ("torch.nn.", "torchvision.ops.")
+        base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith(torchs))
+        run = partial(base.forward, layer, *received)  # type: ignore[attr-defined]
     if budget.runtime == "onnxruntime" and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
         run = _in_onnxruntime(layer, x, budget.threads)
     if weight.is_cuda:
@@ -183,6 +195,17 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     timer.timeit(2)
     passes = max(1, round(0.001 / max(timer.timeit(1), 1e-9)))
     return min(timer.repeat(3, passes)) / passes / len(x) * 1000
+
+
+def _unmoved(layer: Any, x: Tensor) -> Tensor:
+    """Offsets of 0 for a deformable convolution."""
+    sizes = [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return x.new_zeros(len(x), 2 * math.prod(layer.kernel_size), *sizes)
 
 
 def _and_wait(run: Callable[[], Any]) -> None:

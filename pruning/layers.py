@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 #: Of a layer, or `self` for a tensor that a model uses without a layer of the table around it.
 Side = Literal["out", "in", "self"]
+
+
+class DeformableConv(nn.Module, ABC):
+    """torchvision's DeformConv2d and its subclasses, told without importing torchvision.
+
+    Beside its input it takes offsets, and perhaps a mask: where and how much its kernel reads.
+    """
+
+    weight: Tensor
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, int]
+
+    @classmethod
+    def __subclasshook__(cls, subclass: type) -> bool:
+        return any(
+            base.__module__ == "torchvision.ops.deform_conv" and base.__name__ == "DeformConv2d"
+            for base in subclass.__mro__
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ _TRANSPOSED = Rule({"weight": 1, "bias": 0}, {"weight": 0}, "out_channels", "in_
 _STATISTICS = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 
 #: Convolutions and linear layers: a weight between channels that come in and channels that go out.
-WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, DeformableConv)
 #: Layers that make channels.
 MAKERS = (*WEIGHTED, nn.Embedding, nn.EmbeddingBag)
 #: Layers that read channels and keep their hidden size.
@@ -49,7 +72,7 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 #: The first row whose type fits is taken. A new layer type is a row of this table, here.
 TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     (nn.modules.conv._ConvTransposeNd, _TRANSPOSED),
-    (nn.modules.conv._ConvNd, _CONV),
+    ((nn.modules.conv._ConvNd, DeformableConv), _CONV),
     (nn.Linear, Rule({"weight": 0, "bias": 0}, {"weight": 1}, "out_features", "in_features")),
     (nn.modules.batchnorm._NormBase, Rule(_STATISTICS, {}, "num_features")),  # InstanceNorm too
     (nn.GroupNorm, Rule({"weight": 0, "bias": 0}, {}, "num_channels", parts="num_groups")),
@@ -60,6 +83,19 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
     (nn.RNNBase, Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size")),
     (nn.RNNCellBase, Rule({}, {"weight_ih": 1}, "hidden_size", "input_size")),
 )
+
+
+def count_deformable() -> None:
+    """Let PyTorch's flop counter know torchvision's deformable convolution, where that is loaded.
+
+    It counts as a convolution; reading between pixels counts nothing.
+    """
+    operation = getattr(torch.ops.torchvision, "deform_conv2d", None)
+    if operation is not None and operation not in flop_registry:
+
+        @register_flop_formula(operation)
+        def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+            return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
@@ -91,7 +127,9 @@ def channel_dim(layer: nn.Module) -> int:
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each channel is convolved alone, into one or several, so that they go in and out at once."""
-    if not isinstance(layer, nn.modules.conv._ConvNd) or not 1 < layer.groups == layer.in_channels:
+    if not isinstance(layer, (nn.modules.conv._ConvNd, DeformableConv)):
+        return False
+    if not 1 < layer.groups == layer.in_channels:
         return False
     # The weight of a transposed one that makes several holds them along two dimensions.
     return not isinstance(layer, nn.modules.conv._ConvTransposeNd) or layer.out_channels == layer.groups

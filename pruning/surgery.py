@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.copies import copied
 from pruning.errors import PruningError
 from pruning.graph import Inputs, Trace, call, fresh
-from pruning.layers import Side, layer_width, narrow, output_rows, parts, readers
+from pruning.layers import DeformableConv, Side, layer_width, narrow, output_rows, parts, readers
 from pruning.modes import buffers_unchanged, eval_mode, hooked, on_input
 from pruning.plan import Plan
 from pruning.sizes import resize
@@ -195,7 +195,7 @@ def _noise_like(inputs: Inputs) -> list[Any]:
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(layer, (nn.modules.conv._ConvTransposeNd, DeformableConv)):
         return True  # its output positions see different numbers of inputs
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,11 +28,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
 from pruning.graph import tensors, tensors_among
-from pruning.labels import Flow, Labels, SideUse, spread, varying, vector_along
+from pruning.labels import FIXED_SIZE, Flow, Labels, SideUse, spread, varying, vector_along
 from pruning.layers import (
     WEIGHTED,
+    DeformableConv,
     Side,
     channel_dim,
+    count_deformable,
     holds_layers,
     is_depthwise,
     is_recurrent,
@@ -81,6 +84,7 @@ def flow(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) ->
 
 def _follow(probe: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     batch = example[0].shape[0] if example and example[0].ndim else 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -199,6 +203,8 @@ class _Follower(TorchDispatchMode):
                 self.book.put(output, self.book.of(x))  # dropout; one slope for all channels
                 return
             self.found.calls[name] += 1
+            if isinstance(module, DeformableConv):
+                self._deformed(name, module, x, others)
             if isinstance(module, WEIGHTED):
                 self._weighted(name, module, x, output)
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -230,6 +236,18 @@ class _Follower(TorchDispatchMode):
             self.book.put(output, spread(outer, output.ndim, dim))
         self.makers[output] = name
         self.found.follows.setdefault(name, [])
+
+    def _deformed(self, name: str, module: DeformableConv, x: Tensor, others: list[Tensor]) -> None:
+        """What tells a deformable convolution where to read; parts of its input may have a place each."""
+        for other in others:
+            self.book.fix(self.book.of(other), f"{name} takes places from it")
+        offsets = max(other.shape[-3] for other in others)  # a mask has half as many
+        apart = offsets // (2 * math.prod(module.kernel_size))
+        vector = self._along(self.book.labels_or_even(x, -3), x, -3, name)
+        if apart > 1 and vector is not None:
+            by_part = vector.reshape(apart, -1)
+            for part in by_part[1:]:
+                self.book.tie(by_part[0], part, FIXED_SIZE)
 
     def _recurrent(self, name: str, module: nn.Module, x: Tensor, states: list[Tensor]) -> None:
         """A layer that reads channels at every time step; what it gives has its hidden size."""
@@ -305,11 +323,15 @@ class _Follower(TorchDispatchMode):
             self.book.written(tensors_among((args, kwargs)))
         return output
 
-    def weighing(self, name: str, module: nn.Module, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    def weighing(
+        self, name: str, module: nn.Module, x: Tensor, others: list[Tensor], run: Callable[[], Tensor]
+    ) -> Tensor:
         """What a layer of `WEIGHTED` does, called by its own code."""
         output = self._as_one(x, run)
         if not self.inside:
             self.found.calls[name] += 1
+            if isinstance(module, DeformableConv):
+                self._deformed(name, module, x, others)
             self._weighted(name, module, x, output)
         return output
 
@@ -379,12 +401,14 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _WEIGHTING:
+        deforming = getattr(func, "_qualified_op_name", "") == "torchvision::deform_conv2d"
+        if func in _WEIGHTING or deforming:
             given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
             weight = id(given.get("weight"))
             if weight in self.layers:
+                places = [t for t in args[2:4] if t.ndim == 4] if deforming else []
                 return self.follower.weighing(
-                    *self.layers[weight], given["input"], lambda: func(*args, **kwargs)
+                    *self.layers[weight], given["input"], places, lambda: func(*args, **kwargs)
                 )
             self.follower.weighted_by(weight, func.__name__)
         elif func is nn.functional.instance_norm and len(read := tensors_among((args, kwargs))) == 1:

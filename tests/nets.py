@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 from models import LeNet5, YourNet
 from pruning.demo import Images
@@ -307,6 +308,37 @@ def holders() -> nn.Module:
     )
 
 
+class Bending(DeformConv2d):
+    """A deformable convolution that finds its places itself."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.offset = nn.Conv2d(sizes[0], 18, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return deform_conv2d(x, self.offset(x), self.weight, self.bias, padding=self.padding)
+
+
+class Deformable(nn.Module):
+    """Convolutions that read where others say: in two parts with a place each, and depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.places = nn.Conv2d(8, 54, 3, padding=1)
+        self.bent = DeformConv2d(8, 12, 3, padding=1)
+        self.where = nn.Conv2d(12, 18, 1)
+        self.each = DeformConv2d(12, 12, 3, stride=2, padding=2, dilation=2, groups=12, bias=False)
+        self.last, self.own, self.head = nn.BatchNorm2d(12), Bending(12, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        *offset, mask = self.places(x).chunk(3, 1)
+        x = torch.relu(self.bent(x, torch.cat(offset, 1), mask.sigmoid()))
+        x = torch.relu(self.last(self.each(x, self.where(x)[..., ::2, ::2])))
+        return self.head(self.own(x).relu().mean((2, 3)))
+
+
 def lenet(**options: object) -> nn.Module:
     return LeNet5((4, 6), (9, 7), image_shape=(3, 14, 14), batch_norm=True, classes=4, **options)  # type: ignore[arg-type]
 
@@ -352,6 +384,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "patches": Patches,
     "attention": lambda: Patches(attention=True),
     "lines": Lines,
+    "deformable": Deformable,
 }
 #: Those images, as a page must know them.
 SMALL = Images((3, 14, 14), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

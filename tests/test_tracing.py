@@ -277,13 +277,16 @@ def test_what_the_code_weighs_with_is_named():
         def __init__(self):
             super().__init__()
             self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.bent = nn.Parameter(torch.randn(4, 4, 3, 3))
             self.centred = Centred(4, 4, nn.BatchNorm2d(4))
 
         def forward(self, x):
-            return self.centred(F.conv2d(x, self.kernel))
+            x = torchvision.ops.deform_conv2d(F.conv2d(x, self.kernel), torch.zeros(2, 18, 10, 10), self.bent)
+            return self.centred(x)
 
     skipped = trace(Functional(), nets.images()).skipped
-    assert "conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
+    assert "calls conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
+    assert "calls deform_conv2d" in skipped["bent"]
 
 
 def test_what_other_code_reads_of_a_layer_stays_and_the_rest_is_narrowed():
@@ -394,6 +397,19 @@ def test_what_says_where_to_sample_keeps_its_channels():
     step = prune(Flow(), nets.images(), Budget(channels=8), score="random", ranking="group")
     assert "takes places from it" in step.trace.skipped["flow"]
     assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
+
+
+def test_where_a_deformable_convolution_reads_stays_and_all_else_is_narrowed():
+    net, images = nets.make("deformable"), nets.images()
+    step = prune(net, images, Budget(channels=13), score="random", ranking="group")
+    assert step.plan.widths == {"first": 2, "bent": 7, "own": 3}, "first in two parts: 2 channels of each go"
+    small = step.model
+    assert small.bent.in_channels == 4 and small.each.groups == small.each.out_channels == 7
+    assert small.places.out_channels == 54 and "takes places" in step.trace.skipped["own.offset"]
+    assert step.difference < 1e-5 and step.after.macs == count(small, images).macs
+    of_one = sum(m.weight.numel() * 49 for m in (net.each, net.own, net.own.offset))
+    whole = sum(m.weight.numel() * 196 for m in (net.first, net.places, net.bent, net.where))
+    assert count(net, images).macs == of_one + whole + net.head.weight.numel()
 
 
 @pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
