@@ -152,7 +152,7 @@ def _auto(folder: Path) -> Dataset:
         return _mnist(folder)
     except DownloadError as error:
         subset = _mnist5k(folder)
-        return replace(subset, notice=f"{error}. {subset.notice}")
+        return replace(subset, notice=f"{error}; {subset.notice}")
 
 
 def _mnist(folder: Path) -> Dataset:

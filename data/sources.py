@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def download(folder: Path, torchvision_name: str) -> dict[str, Path]:
             raise DataError("the download held none of the expected files")
         return {key: Path(shutil.move(str(path), target / path.name)) for key, path in files.items()}
     except (OSError, RuntimeError, DataError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
         raise DownloadError(f"{torchvision_name} could not be downloaded into {folder}: {reason}") from error
     finally:
         if scratch:
