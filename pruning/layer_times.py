@@ -183,7 +183,8 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     x = torch.randn(sizes).to(weight)
     received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)
     run: Callable[[], Any] = partial(layer, *received)
-    if holds_layers(layer):  # which are as wide as they were
+    if holds_layers(layer) or isinstance(layer, DeformableConv):
+        # Layers that it holds are as wide as they were; its code may find places itself.
         torchs = ("torch.nn.", "torchvision.ops.")
         base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith(torchs))
         run = partial(base.forward, layer, *received)  # type: ignore[attr-defined]

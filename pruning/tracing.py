@@ -203,10 +203,8 @@ class _Follower(TorchDispatchMode):
                 self.book.put(output, self.book.of(x))  # dropout; one slope for all channels
                 return
             self.found.calls[name] += 1
-            if isinstance(module, DeformableConv):
-                self._deformed(name, module, x, others)
             if isinstance(module, WEIGHTED):
-                self._weighted(name, module, x, output)
+                self._weighted(name, module, x, others, output)
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 labels = self.side(name, module, "out", -1)
                 if module.max_norm is not None:
@@ -217,8 +215,12 @@ class _Follower(TorchDispatchMode):
 
         return after
 
-    def _weighted(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+    def _weighted(
+        self, name: str, module: nn.Module, x: Tensor, others: list[Tensor], output: Tensor
+    ) -> None:
         dim = channel_dim(module)
+        if isinstance(module, DeformableConv):
+            self._deformed(name, module, x, others)
         labels = self.book.labels_or_even(x, dim)
         uses, positions = self.found.uses.get(name, (0.0, 0.0))
         now = output.numel() / layer_width(module, "out") / self.batch
@@ -241,10 +243,12 @@ class _Follower(TorchDispatchMode):
         """What tells a deformable convolution where to read; parts of its input may have a place each."""
         for other in others:
             self.book.fix(self.book.of(other), f"{name} takes places from it")
-        offsets = max(other.shape[-3] for other in others)  # a mask has half as many
+        offsets = max((other.shape[-3] for other in others), default=0)  # a mask has half as many
         apart = offsets // (2 * math.prod(module.kernel_size))
+        if apart <= 1:
+            return
         vector = self._along(self.book.labels_or_even(x, -3), x, -3, name)
-        if apart > 1 and vector is not None:
+        if vector is not None:
             by_part = vector.reshape(apart, -1)
             for part in by_part[1:]:
                 self.book.tie(by_part[0], part, FIXED_SIZE)
@@ -330,9 +334,7 @@ class _Follower(TorchDispatchMode):
         output = self._as_one(x, run)
         if not self.inside:
             self.found.calls[name] += 1
-            if isinstance(module, DeformableConv):
-                self._deformed(name, module, x, others)
-            self._weighted(name, module, x, output)
+            self._weighted(name, module, x, others, output)
         return output
 
     def each_channel(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
@@ -403,10 +405,12 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         deforming = getattr(func, "_qualified_op_name", "") == "torchvision::deform_conv2d"
         if func in _WEIGHTING or deforming:
-            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            given = {**dict(zip(("input", "weight", "offset", "mask"), args, strict=False)), **kwargs}
             weight = id(given.get("weight"))
             if weight in self.layers:
-                places = [t for t in args[2:4] if t.ndim == 4] if deforming else []
+                # Without a mask torchvision gives one of another rank.
+                beside = [given[key] for key in ("offset", "mask")] if deforming else []
+                places = [tensor for tensor in beside if tensor.ndim == 4]
                 return self.follower.weighing(
                     *self.layers[weight], given["input"], places, lambda: func(*args, **kwargs)
                 )

@@ -319,6 +319,13 @@ class Bending(DeformConv2d):
         return deform_conv2d(x, self.offset(x), self.weight, self.bias, padding=self.padding)
 
 
+class Still(DeformConv2d):
+    """One whose code makes its places, all where they are."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x.new_zeros(len(x), 18, *x.shape[2:]))
+
+
 class Deformable(nn.Module):
     """Convolutions that read where others say: in two parts with a place each, and depthwise."""
 
@@ -329,14 +336,15 @@ class Deformable(nn.Module):
         self.bent = DeformConv2d(8, 12, 3, padding=1)
         self.where = nn.Conv2d(12, 18, 1)
         self.each = DeformConv2d(12, 12, 3, stride=2, padding=2, dilation=2, groups=12, bias=False)
-        self.last, self.own, self.head = nn.BatchNorm2d(12), Bending(12, 6, 3, padding=1), nn.Linear(6, 4)
+        self.last, self.own = nn.BatchNorm2d(12), Bending(12, 6, 3, padding=1)
+        self.still, self.head = Still(6, 6, 3, padding=1), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
         *offset, mask = self.places(x).chunk(3, 1)
         x = torch.relu(self.bent(x, torch.cat(offset, 1), mask.sigmoid()))
         x = torch.relu(self.last(self.each(x, self.where(x)[..., ::2, ::2])))
-        return self.head(self.own(x).relu().mean((2, 3)))
+        return self.head(self.still(self.own(x).relu()).relu().mean((2, 3)))
 
 
 def lenet(**options: object) -> nn.Module:
