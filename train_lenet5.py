@@ -20,7 +20,7 @@ from eval.metrics import EVALUATION_BATCH
 from models import LeNet5
 from pruning import CheckpointError, TrainConfig, accuracy, cli, fit, provenance, save
 from pruning.checkpoint import read
-from pruning.training import Epoch
+from pruning.training.loop import Epoch
 
 #: Epochs and settings of the reference network.
 REFERENCE_EPOCHS = 6

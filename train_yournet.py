@@ -39,10 +39,11 @@ from pruning import (
     slim,
     trace,
 )
-from pruning.checkpoint import replace_file
-from pruning.flagged import slim_config
-from pruning.flags import stage_flags
-from pruning.mistakes import mistakes
+from pruning.cli import arguments as shared
+from pruning.cli.build import slim_config
+from pruning.report.predictions import mistakes
+from pruning.report.tensorboard import Board
+from pruning.utils.files import replace_file
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
@@ -68,7 +69,9 @@ def main() -> None:
     # What cannot be is refused before there is a run.
     target = None if args.resume else feasible(dense, example, config, ignored=args.ignore, teacher=teacher)
 
-    run = Run(args.output, settings(args, dataset, config), resume=args.resume, tensorboard=args.tensorboard)
+    run = Run(args.output, settings(args, dataset, config), resume=args.resume)
+    if args.tensorboard and run.writes:
+        run.observe = Board(run.folder / "tensorboard").add
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
 
     def validate(model: torch.nn.Module) -> float:
@@ -142,7 +145,7 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
         help="TOML file with flags of this command; those given here go before it",
     )
     flags.add_argument("--start", choices=models.STARTS, default="lenet5", help="the dense network to slim")
-    stage_flags(flags)
+    shared.stage_flags(flags)
     group = flags.add_argument_group("data and teacher")
     group.add_argument(
         "--augment",
@@ -198,9 +201,9 @@ def arguments(argv: Sequence[str] | None = None, recipe: Path = RECIPE) -> argpa
 
 
 def newest_run() -> Path:
-    configs = sorted(cli.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(shared.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise PruningError(f"{cli.RUNS}/ holds no run to resume")
+        raise PruningError(f"{shared.RUNS}/ holds no run to resume")
     return configs[-1].parent
 
 

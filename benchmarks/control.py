@@ -44,7 +44,7 @@ from benchmarks.table import (
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, SlimConfig, TrainConfig, accuracy, cli, cross_entropy, fit, load
-from pruning.flagged import slim_config
+from pruning.cli.build import slim_config
 
 FROM_SCRATCH = ("scratch", "uniform")
 ALL = ("half", *FROM_SCRATCH, *KINDS)

@@ -30,9 +30,9 @@ from benchmarks.process import run_module
 from benchmarks.results import read_json, table, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, load, prune, save
-from pruning.checkpoint import replace_file
-from pruning.graph import tensors
-from pruning.sources import arguments_of, make_model
+from pruning.cli.sources import arguments_of, make_model
+from pruning.utils.files import replace_file
+from pruning.utils.tree import tensors
 
 LIST = ROOT / "benchmarks" / "libraries.toml"
 RESULTS = ROOT / "benchmarks" / "libraries.json"

@@ -24,7 +24,7 @@ from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import accuracy, cli, count, load
-from pruning.checkpoint import replace_file
+from pruning.utils.files import replace_file
 
 NAMES = ("resnet20", "resnet56", "mobilenet_v2", "vgg16", "vgg19", "densenet40", "resnet164")
 RECIPE = ROOT / "recipes" / "short.toml"

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pruning.checkpoint import replace_file
+from pruning.utils.files import replace_file
 
 
 def read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:

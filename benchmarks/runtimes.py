@@ -66,8 +66,8 @@ from pruning import (
     time_forward,
     trace,
 )
-from pruning.plan import RANKINGS
-from pruning.runtimes import first_line
+from pruning.deploy.runtimes import first_line
+from pruning.planning.search import RANKINGS
 
 REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
 #: LeNet-5 with a single channel in each hidden layer: no narrower one is quicker.

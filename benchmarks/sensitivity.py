@@ -22,8 +22,9 @@ import models
 import train_yournet
 from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
-from pruning import Budget, accuracy, cli, joint, plots, prune, sensitivity, sparsify
-from pruning.flagged import slim_config
+from pruning import Budget, accuracy, cli, joint, prune, sensitivity, sparsify
+from pruning.cli.build import slim_config
+from pruning.report import plots
 
 BUDGETS = ("75%", "50%", "35%", "25%")
 

@@ -29,7 +29,8 @@ from benchmarks.results import changed_json, percent, read_json
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
 from pruning import PruningError, accuracy, cli, count, load
-from pruning.checkpoint import read, replace_file
+from pruning.checkpoint import read
+from pruning.utils.files import replace_file
 
 CHECKPOINTS = ROOT / "checkpoints"
 NOTHING: dict[str, Any] = {"rows": [], "controls": []}

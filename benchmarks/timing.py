@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import Latency, PruningError, time_ratio
-from pruning.runtimes import difference, quiet
+from pruning.deploy.runtimes import difference, quiet
 
 #: A network beside its own copy should take as long; further from 1 than this, ratios are spoiled.
 CONTROL = 0.02

@@ -37,7 +37,7 @@ from benchmarks.process import peak_memory, run_module
 from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, count, load, prune, save, trace
-from pruning.checkpoint import replace_file
+from pruning.utils.files import replace_file
 
 RESULTS = ROOT / "benchmarks" / "zoo.json"
 TABLE = ROOT / "docs" / "zoo.md"

@@ -12,7 +12,7 @@ from torch import nn
 
 import data
 from pruning import CheckpointError, cli, load
-from pruning.checkpoint import replace_file
+from pruning.utils.files import replace_file
 
 Network = TypeVar("Network", bound=nn.Module)
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data import Dataset
 from data.datasets import SplitName
 from pruning import Exported, Latency, accuracy, count, export, optimize, time_forward
-from pruning.runtimes import RUNTIMES
+from pruning.deploy.runtimes import RUNTIMES
 
 #: Images per batch when accuracy is measured; it changes nothing but the time that takes.
 EVALUATION_BATCH = 1000

@@ -7,7 +7,8 @@ import sys
 
 from eval.cli import ROOT
 from pruning import cli
-from pruning.checkpoint import read, replace_file
+from pruning.checkpoint import read
+from pruning.utils.files import replace_file
 
 TEMPLATE = """\
 Installation

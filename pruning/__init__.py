@@ -5,35 +5,38 @@
 >>> step.model                                        # a smaller model    # doctest: +SKIP
 """
 
-from pruning.budget import Budget, LatencyBudget
-from pruning.check import verify
 from pruning.checkpoint import load, provenance, save
-from pruning.config import PruneConfig, SlimConfig, TrainConfig
-from pruning.cost import Cost, CostModel, count, uncounted
-from pruning.curves import Sensitivity
-from pruning.depth import Removable, removable, without_layer
-from pruning.doctor import Diagnosis, doctor
+from pruning.deploy.export import export
+from pruning.deploy.onnx_rewrite import Optimized, optimize
+from pruning.deploy.quantize import quantize
+from pruning.deploy.runtimes import Exported
+from pruning.deploy.timing import Latency, TimeRatio, time_forward, time_ratio
 from pruning.errors import CheckpointError, ExportError, PruningError, TrainingDiverged
-from pruning.export import export
-from pruning.finetune import distillation, finetune
-from pruning.forms import Optimized, optimize
-from pruning.graph import Group, Trace
-from pruning.grouping import trace
-from pruning.losses import accuracy, cross_entropy
-from pruning.norms import equalize, fold_batchnorm, recalibrate
-from pruning.plan import Plan, plan_within
-from pruning.prune import Step, prune
-from pruning.quantization import quantize
-from pruning.restart import fresh_weights
-from pruning.rounding import Rounding
-from pruning.run import Run
-from pruning.runtimes import Exported
-from pruning.sensitivity import joint, sensitivity
-from pruning.slimming import Slimmed, feasible, reachable, slim, tune
-from pruning.sparsify import ScalePull, sparsify
-from pruning.surgery import apply, channel_constants
-from pruning.timing import Latency, TimeRatio, time_forward, time_ratio
-from pruning.training import fit
+from pruning.graph.groups import Group, Trace
+from pruning.graph.plan import Plan
+from pruning.planning.budget import Budget, LatencyBudget
+from pruning.planning.cost import Cost, CostModel, count, uncounted
+from pruning.planning.curves import Sensitivity
+from pruning.planning.search import plan_within
+from pruning.planning.sensitivity import joint, sensitivity
+from pruning.report.diagnose import Diagnosis, doctor
+from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.stages.finetune import finetune, tune
+from pruning.stages.prune import Step, prune
+from pruning.stages.run import Run
+from pruning.stages.slim import Slimmed, feasible, reachable, slim
+from pruning.stages.sparsify import ScalePull, sparsify
+from pruning.surgery.apply import apply, channel_constants
+from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate
+from pruning.surgery.layer_removal import Removable, removable, without_layer
+from pruning.surgery.verify import verify
+from pruning.tracing.trace import trace
+from pruning.training.config import TrainConfig
+from pruning.training.distillation import distillation
+from pruning.training.fake_quantize import Rounding
+from pruning.training.loop import fit
+from pruning.training.losses import accuracy, cross_entropy
+from pruning.utils.modules import fresh_weights
 
 __all__ = [
     "Budget",

@@ -7,16 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 
-from pruning import cli, parallel
+from pruning.cli.main import parse, run
+from pruning.utils import distributed
 
 
 def main() -> None:
     if os.getcwd() not in sys.path:  # models and data of the user's are found from where they stand
         sys.path.insert(0, os.getcwd())
-    from pruning.commands import parse
-
     args, command = parse()
-    with parallel.group(getattr(args, "device", "cpu")) as device, silent(parallel.rank() > 0):
+    with distributed.group(getattr(args, "device", "cpu")) as device, silent(distributed.rank() > 0):
         if "device" in args:
             args.device = device
         command(args)
@@ -33,4 +32,4 @@ def silent(wanted: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="interrupted; slim and finetune go on with: --resume --output FOLDER")
+    run(main, interrupted="interrupted; slim and finetune go on with: --resume --output FOLDER")

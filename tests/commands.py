@@ -24,7 +24,7 @@ def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subp
     """
     import torch  # once conftest.py has said how many threads it gets
 
-    from pruning.modes import thread_count
+    from pruning.utils.modules import thread_count
 
     line, code, out, err = [*map(str, words)], 0, io.StringIO(), io.StringIO()
     with (

@@ -32,12 +32,10 @@ def run(tmp_path, monkeypatch, toolkit):
     """`toolkit` in a folder that holds a user's module."""
     import user
 
-    from pruning import cli
-
     (tmp_path / "mine.py").write_text(user.MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(cli, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr("pruning.cli.arguments.RUNS", tmp_path / "runs")
     sys.modules.pop("mine", None)
     return toolkit
 

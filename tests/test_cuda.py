@@ -27,8 +27,8 @@ from pruning import (
     time_forward,
     trace,
 )
-from pruning.config import PruneConfig
-from pruning.run import Run
+from pruning.stages.config import PruneConfig
+from pruning.stages.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 #: On the CPU and the GPU the same sums are rounded otherwise; by default convolutions on a GPU

@@ -6,7 +6,7 @@ import ast
 import sys
 from pathlib import Path
 
-from pruning.cli import tomllib
+from pruning.cli.config_file import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +44,7 @@ def test_thop_and_matplotlib_each_have_one_door():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
-    assert {file for file, name in found if name == "torchvision"} == {"sources.py", "pictures.py"}
+    assert {file for file, name in found if name == "torchvision"} == {"sources.py", "image_folder.py"}
 
 
 def test_models_and_data_know_nothing_of_each_other():

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from pruning.demo.builder import Builder, Value
 from pruning.demo.program import Program
 from pruning.demo.rules import RULES, Lacking
+from pruning.deploy.export import cause
+from pruning.deploy.runtimes import quiet
 from pruning.errors import ExportError
-from pruning.export import cause
-from pruning.runtimes import quiet
 
 
 def program_of(model: nn.Module, example: Tensor) -> Program:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.checkpoint import replace_file
-from pruning.copies import copied
-from pruning.cost import count
 from pruning.demo.lowering import program_of
+from pruning.deploy.export import TOLERANCE, folded
+from pruning.deploy.runtimes import difference, first_line
 from pruning.errors import ExportError, PruningError
-from pruning.export import TOLERANCE, folded
-from pruning.page import document, text
-from pruning.runtimes import difference, first_line
+from pruning.planning.cost import count
+from pruning.utils.files import replace_file
+from pruning.utils.html import document, text
+from pruning.utils.modules import copied
 
 #: Thickness of the pen in pixels of 28 x 28 images. Chosen on the embedded validation digits.
 PEN = 2.4

@@ -1,0 +1,33 @@
+"""What a terminal user types: commands, their flags, and the files that hold flags."""
+
+from pruning.cli.arguments import (
+    HelpFormatter,
+    Several,
+    device,
+    folder,
+    new_file,
+    next_run,
+    number,
+    seed,
+    strength,
+    whole_number,
+)
+from pruning.cli.config_file import read_recipe, tomllib, write_recipe
+from pruning.cli.main import run
+
+__all__ = [
+    "HelpFormatter",
+    "Several",
+    "device",
+    "folder",
+    "new_file",
+    "next_run",
+    "number",
+    "read_recipe",
+    "run",
+    "seed",
+    "strength",
+    "tomllib",
+    "whole_number",
+    "write_recipe",
+]

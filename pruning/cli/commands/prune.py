@@ -1,0 +1,64 @@
+"""`python -m pruning prune`: remove channels in one step, without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+from pruning.cli import arguments, build
+from pruning.cli.commands.results import save_network
+from pruning.cli.sources import Data
+from pruning.errors import PruningError
+from pruning.stages.prune import prune
+from pruning.training.losses import accuracy, no_classifier
+
+SUMMARY = "remove channels in one step, without training"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    arguments.model_flags(parser)
+    arguments.data_flags(parser, required=False)
+    arguments.budget_flags(parser)
+    arguments.result_flags(parser)
+    arguments.calibration_flag(parser, 1024)
+    parser.add_argument(
+        "--output", type=arguments.new_file, default=Path("small.pth"), metavar="FILE", help="checkpoint"
+    )
+
+
+def execute(args: argparse.Namespace) -> None:
+    model, data = build.network(args), build.data_of(args)
+    example = build.examples(args, data)
+    calibration = data.calibration(args.calibration) if data is not None else []
+    if not calibration and args.score in ("taylor", "sensitivity"):
+        raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
+    step = prune(
+        model,
+        example,
+        build.budget(args),
+        score=args.score,
+        calibration=calibration,
+        ignored=args.ignore,
+        ranking=args.ranking,
+        floor=args.floor,
+        most=args.most,
+        multiple=args.multiple,
+    )
+    lines = [] if data is None else [_accuracies(model, step.model, data)]
+    save_network(args, args.output, step.model, example)
+    print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
+    if step.latency is not None:
+        print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
+    narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
+    print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
+    print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _accuracies(before: nn.Module, after: nn.Module, data: Data) -> str:
+    """The line on accuracy; of a network that is no classifier, why there is none."""
+    if (reason := no_classifier(before, data.validation)) is not None:
+        return f"validation accuracy was not taken: {reason}"
+    first, then = (accuracy(model, data.validation) for model in (before, after))
+    return f"validation accuracy, without training: {first:.4f} before, {then:.4f} after"

@@ -1,0 +1,68 @@
+"""`python -m pruning slim`: train, prune and fine-tune a model under a budget."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+
+import torch
+from torch import nn
+
+from pruning.checkpoint import provenance, save
+from pruning.cli import arguments, build
+from pruning.cli.commands.results import finish, start
+from pruning.errors import PruningError
+from pruning.planning.cost import count
+from pruning.report.predictions import mistakes
+from pruning.stages.slim import feasible, slim
+from pruning.training.losses import accuracy, require_classifier
+from pruning.utils.files import replace_file
+
+SUMMARY = "train, prune and fine-tune a model under a budget"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    arguments.model_flags(parser)
+    arguments.data_flags(parser, required=True)
+    arguments.stage_flags(parser)
+    arguments.run_flags(parser)
+    arguments.result_flags(parser)
+    arguments.calibration_flag(parser, 2048)
+
+
+def execute(args: argparse.Namespace) -> None:
+    config = build.slim_config(args)
+    model, data = build.network(args), build.required_data(args)
+    example = build.examples(args, data)
+    # What cannot be is refused before there is a run.
+    target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
+    require_classifier(model, data.train, data.validation)
+    run = start(args)
+    print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
+    torch.manual_seed(args.seed)
+    calibration = data.calibration(args.calibration)
+
+    def validate(network: nn.Module) -> float:
+        return accuracy(network, data.validation)
+
+    result = slim(
+        model,
+        data.train,
+        example,
+        config,
+        validate=validate,
+        target=target,
+        calibration=calibration,
+        ignored=args.ignore,
+        run=run,
+        log=lambda line: print(line, flush=True),
+    )
+    best = validate(result.model)
+    written = finish(args, run, result.model, example, data, epochs=result.epochs, accuracy=best)
+    if run.writes:
+        save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+        with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
+            compared = mistakes(result.dense, result.model, data.validation)
+            replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())
+    print(written)

@@ -1,0 +1,79 @@
+"""`python -m pruning test`: measure accuracy, cost and time of a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruning.cli import arguments, build
+from pruning.deploy.timing import time_forward
+from pruning.errors import PruningError
+from pruning.planning.cost import count
+from pruning.training.batches import first_batch, to_device
+from pruning.training.losses import accuracy, no_classifier
+from pruning.utils.files import replace_file
+from pruning.utils.tree import first_examples, tensors
+
+SUMMARY = "measure accuracy, cost and time of a network"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    arguments.model_flags(parser)
+    arguments.data_flags(parser, required=True)
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="weights of the dense --model, to compare with"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the data")
+    parser.add_argument(
+        "--seconds", type=arguments.number(0.1), default=3.0, help="to time the forward passes"
+    )
+    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="also write the figures here")
+
+
+def execute(args: argparse.Namespace) -> None:
+    model, data = build.network(args), build.required_data(args)
+    batches = getattr(data, args.split)
+    if batches is None:
+        raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
+    models = {"network": model.eval()}
+    if args.weights is not None and (args.against is not None or args.model is not None):
+        models = {"dense": build.network_with(args, args.against).eval(), **models}
+    batch = to_device(first_batch(batches), torch.device(args.device))[0]
+    size = min(args.batch_size, len(tensors(batch)[0]))
+    timed = {n: first_examples(batch, n) for n in sorted({1, size})}
+    times = {
+        n: time_forward(models, inputs, seconds=args.seconds, threads=torch.get_num_threads())
+        for n, inputs in timed.items()
+    }
+    reason = no_classifier(model, batches)
+    rows = []
+    for name, each in models.items():
+        cost = count(each, first_examples(batch, 1))
+        trained = name == "network" or args.against is not None
+        rows.append(
+            {
+                "network": name,
+                "accuracy": accuracy(each, batches) if trained and reason is None else None,
+                "params": cost.params,
+                "macs": cost.macs,
+                **{f"ms_batch_{size}": found[name].median for size, found in times.items()},
+            }
+        )
+    heads = list(rows[0])
+    print("  ".join(f"{head:>16}" for head in heads))
+    for row in rows:
+        print("  ".join(f"{_shown(value):>16}" for value in row.values()))
+    if reason is not None:
+        print(f"accuracy was not taken: {reason}")
+    if args.json:
+        replace_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "-")

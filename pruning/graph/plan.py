@@ -1,0 +1,67 @@
+"""A plan: for each group, the channels it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pruning.errors import PruningError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels each group keeps; frozen, printable, and plain data in JSON.
+
+    >>> plan = Plan(keep={"conv1": (0, 2, 5)})
+    >>> plan.widths
+    {'conv1': 3}
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+
+    `removed` names layers that were removed as a whole before (`pruning.depth`): the groups
+    are those of the model without them.
+
+    Raises `PruningError` for a group that would keep nothing, or a channel twice.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+    removed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep = {}
+        for group, channels in self.keep.items():
+            chosen = tuple(sorted(int(c) for c in channels))
+            if not chosen:
+                raise PruningError(f"group {group!r} would keep no channel; a group is never emptied")
+            if chosen[0] < 0 or len(set(chosen)) != len(chosen):
+                raise PruningError(f"group {group!r} keeps {chosen}: channels count from 0, each once")
+            keep[group] = chosen
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+        object.__setattr__(self, "removed", tuple(self.removed))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {group: len(channels) for group, channels in self.keep.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        keep = {group: list(channels) for group, channels in self.keep.items()}
+        return {"keep": keep, "removed": list(self.removed)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        keep = {group: tuple(channels) for group, channels in data["keep"].items()}
+        return cls(keep, tuple(data.get("removed", ())))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return False
+        return dict(self.keep) == dict(other.keep) and self.removed == other.removed
+
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self.keep.items())), self.removed))
+
+    def __repr__(self) -> str:
+        removed = f", removed={self.removed!r}" if self.removed else ""
+        return f"Plan(keep={dict(self.keep)!r}{removed})"

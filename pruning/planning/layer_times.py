@@ -1,0 +1,266 @@
+"""What convolutions and linear layers take at several widths, measured alone on this machine."""
+
+from __future__ import annotations
+
+import copy
+import math
+import timeit
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.deploy.runtimes import needed, onnx_session
+from pruning.graph.groups import Trace
+from pruning.graph.layers import (
+    DeformableConv,
+    Side,
+    channel_dim,
+    holds_layers,
+    is_depthwise,
+    layer_width,
+    narrow,
+    parts,
+)
+from pruning.planning.budget import LatencyBudget
+from pruning.planning.cost import CostModel
+from pruning.planning.search import Order
+from pruning.utils.modules import call, eval_mode, hooked, on_input, thread_count
+from pruning.utils.tree import Inputs
+
+#: Widths of each side of a layer at which it is timed, at most.
+POINTS = 8
+
+
+class LatencyTable:
+    """What the layers of a model take at several widths, measured alone on this machine.
+
+    Times between measured widths are interpolated, in the output and the input channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        trace: Trace,
+        budget: LatencyBudget,
+        lowest: np.ndarray,
+        multiple: int = 1,
+    ):
+        self.cost_model = CostModel(model, trace)
+        self.full = self.cost_model.full
+        #: For every group the widths that a plan may choose, from its floor to its full width.
+        self.candidates = [
+            _candidates(int(low), int(full), multiple) for low, full in zip(lowest, self.full, strict=True)
+        ]
+        received = _received(model, inputs, [name for name in self.cost_model.layers if name])
+        grid_sides = self._grid_sides()
+        known: dict[Any, np.ndarray] = {}  # layers of one kind are timed once
+        self.times: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        with thread_count(budget.threads), torch.inference_mode():
+            for name, shapes in received.items():
+                layer = model.get_submodule(name)
+                outs, ins = grid_sides[name]
+                kind = (type(layer), layer.extra_repr(), tuple(shapes), tuple(outs), tuple(ins))
+                if kind not in known:
+                    known[kind] = _times(layer, shapes, outs, ins, budget)
+                self.times[name] = outs, ins, known[kind]
+
+    def _grid_sides(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For every layer the output and input channels to time it at."""
+        narrow_to = np.array([widths[0] for widths in self.candidates], dtype=np.float64)
+        ends = self.cost_model.sides(np.stack([narrow_to, self.full], 1))
+        alone = {}
+        for i, widths in enumerate(self.candidates):
+            plans = np.repeat(self.full[:, None], len(widths), 1)
+            plans[i] = widths
+            alone[i] = self.cost_model.sides(plans)
+        grid = {}
+        for name, (out, into) in ends.items():
+            sides = []
+            for which, (low, high) in enumerate((out, into)):
+                moved = [s[name][which] for s in alone.values() if s[name][which][0] != s[name][which][-1]]
+                if len(moved) == 1:
+                    sides.append(np.unique(moved[0].round()))
+                else:  # fixed, or of several groups
+                    sides.append(np.unique(np.linspace(low, high, POINTS if high > low else 1).round()))
+            grid[name] = (sides[0], sides[1])
+        return grid
+
+    def milliseconds(self, widths: np.ndarray) -> Any:
+        """Of all layers together, per example: for widths (groups,), or (groups, plans) for each plan."""
+        total: Any = 0.0
+        for name, (out, into) in self.cost_model.sides(widths).items():
+            if name in self.times:
+                total = total + _interpolated(*self.times[name], out, into)
+        return total
+
+    def path(self, order: Order) -> list[np.ndarray]:
+        """Widths from the full ones on, (groups,) each, as the layers' time falls.
+
+        At every step the group is narrowed, to one of its candidate widths, whose channels
+        matter least for the time that this frees. A width that is no faster than a wider one
+        frees nothing, and is passed over.
+        """
+        groups = self.cost_model.groups
+        lost = {g: np.concatenate([[0.0], np.cumsum(scores)]) for g, (_, scores) in order.items()}
+        path = [self.full.copy()]
+        while True:
+            widths = path[-1]
+            moves = [(i, w) for i, ws in enumerate(self.candidates) for w in ws if w < widths[i]]
+            if not moves:
+                return path
+            plans = np.repeat(widths[:, None], len(moves), 1)
+            losses = np.empty(len(moves))
+            for column, (i, w) in enumerate(moves):
+                plans[i, column] = w
+                gone = lost[groups[i]]
+                losses[column] = gone[int(self.full[i] - w)] - gone[int(self.full[i] - widths[i])]
+            freed = self.milliseconds(widths) - self.milliseconds(plans)
+            value = np.where(freed > 0, losses / np.maximum(freed, 1e-12), np.inf)
+            # Of moves that lose equally little for it the shortest: the path has more places to stop.
+            best = min(range(len(moves)), key=lambda k: (value[k], freed[k]))
+            if not np.isfinite(value[best]):
+                return path
+            path.append(plans[:, best].copy())
+
+
+def _candidates(lowest: int, full: int, multiple: int) -> np.ndarray:
+    """Widths from the floor to the full one: all of few, else `POINTS` evenly spaced."""
+    allowed = [w for w in range(lowest, full + 1) if w % multiple == 0 or w in (lowest, full)]
+    if len(allowed) <= POINTS:
+        return np.array(allowed, dtype=np.float64)
+    # Even shares of the full width: of 64 channels multiples of 8, which runtimes like.
+    steps = [round(full * k / POINTS / multiple) * multiple for k in range(1, POINTS + 1)]
+    return np.array(sorted({lowest, full, *(w for w in steps if lowest <= w <= full)}), dtype=np.float64)
+
+
+def _received(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, list[torch.Size]]:
+    """The shapes that each layer receives in a forward pass, one for each time it runs."""
+    shapes: dict[str, list[torch.Size]] = {}
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda x: shapes.setdefault(name, []).append(x.shape)
+
+    handles = [on_input(model.get_submodule(name), watch(name)) for name in names]
+    with hooked(handles), torch.no_grad(), eval_mode(model):
+        call(model, inputs)
+    return shapes
+
+
+def _times(
+    layer: nn.Module, shapes: list[torch.Size], outs: np.ndarray, ins: np.ndarray, budget: LatencyBudget
+) -> np.ndarray:
+    """Milliseconds per example of a layer at each of its widths, (outputs, inputs)."""
+    found = np.empty((len(outs), len(ins)))
+    for i, out in enumerate(outs):
+        for j, into in enumerate(ins):
+            small = _narrowed(layer, int(out), int(into))
+            found[i, j] = sum(_milliseconds(small, shape, budget) for shape in shapes)
+    return found
+
+
+def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
+    """A copy of a layer with so many output and input channels, as many of each of its parts."""
+    small, several = copy.deepcopy(layer).eval(), parts(layer)
+    wanted: dict[Side, int] = {"out": out, "in": into}
+    if is_depthwise(layer):
+        each = layer_width(layer, "out") // layer_width(layer, "in")
+        wanted = {"out": max(1, out // each) * each}
+    for side, width in wanted.items():
+        of = layer_width(layer, side) // several
+        first = torch.arange(max(1, width // several))
+        narrow(small, side, torch.cat([first + part * of for part in range(several)]))
+    return small
+
+
+def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) -> float:
+    """Of one layer alone, per example: the least of several turns."""
+    weight, sizes = layer.get_parameter("weight"), list(shape)
+    sizes[channel_dim(layer)] = layer_width(layer, "in")
+    x = torch.randn(sizes).to(weight)
+    received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)
+    run: Callable[[], Any] = partial(layer, *received)
+    if holds_layers(layer) or isinstance(layer, DeformableConv):
+        # Layers that it holds are as wide as they were; its code may find places itself.
+        torchs = ("torch.nn.", "torchvision.ops.")
+        base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith(torchs))
+        run = partial(base.forward, layer, *received)  # type: ignore[attr-defined]
+    if budget.runtime == "onnxruntime" and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        run = _in_onnxruntime(layer, x, budget.threads)
+    if weight.is_cuda:
+        run = partial(_and_wait, run)
+    timer = timeit.Timer(run)
+    timer.timeit(2)
+    passes = max(1, round(0.001 / max(timer.timeit(1), 1e-9)))
+    return min(timer.repeat(3, passes)) / passes / len(x) * 1000
+
+
+def _unmoved(layer: Any, x: Tensor) -> Tensor:
+    """Offsets of 0 for a deformable convolution."""
+    sizes = [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return x.new_zeros(len(x), 2 * math.prod(layer.kernel_size), *sizes)
+
+
+def _and_wait(run: Callable[[], Any]) -> None:
+    run()
+    torch.cuda.synchronize()
+
+
+def _in_onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
+    """One layer in ONNX Runtime; exporting it by torch would take longer than all its timings."""
+    onnx = needed("onnx")
+    held = {"w": layer.get_parameter("weight"), "b": getattr(layer, "bias", None)}
+    initial = {name: t.detach().float().cpu() for name, t in held.items() if t is not None}
+    make = onnx.helper.make_node
+    if isinstance(layer, nn.Linear):
+        initial["w"] = initial["w"].T.contiguous()
+        product = make("MatMul", ["x", "w"], ["p" if "b" in initial else "y"])
+        nodes = [product, *([make("Add", ["p", "b"], ["y"])] if "b" in initial else [])]
+    else:
+        conv: Any = layer
+        twice = conv._reversed_padding_repeated_twice  # (last begin, last end, ..., first end)
+        pads = [*twice[0::2][::-1], *twice[1::2][::-1]]
+        sizes = {"strides": list(conv.stride), "dilations": list(conv.dilation), "group": conv.groups}
+        nodes = [make("Conv", ["x", *initial], ["y"], pads=pads, **sizes)]
+    describe, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "layer",
+        [describe("x", kind, list(x.shape))],
+        [describe("y", kind, None)],
+        [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in initial.items()],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    session = onnx_session(proto.SerializeToString(), threads)
+    return partial(session.run, None, {"x": x.float().cpu().numpy()})
+
+
+def _interpolated(outs: np.ndarray, ins: np.ndarray, times: np.ndarray, out: Any, into: Any) -> Any:
+    """Bilinear, at (plans,) or single widths."""
+
+    def place(grid: np.ndarray, at: Any) -> tuple[Any, Any]:
+        if len(grid) == 1:
+            return np.zeros_like(at, dtype=int), np.zeros_like(at, dtype=float)
+        index = np.clip(np.searchsorted(grid, at, side="right") - 1, 0, len(grid) - 2)
+        share = (at - grid[index]) / (grid[index + 1] - grid[index])
+        return index, np.clip(share, 0.0, 1.0)
+
+    i, a = place(outs, np.asarray(out))
+    j, b = place(ins, np.asarray(into))
+    up, right = np.minimum(i + 1, len(outs) - 1), np.minimum(j + 1, len(ins) - 1)
+    return (
+        (1 - a) * (1 - b) * times[i, j]
+        + a * (1 - b) * times[up, j]
+        + (1 - a) * b * times[i, right]
+        + a * b * times[up, right]
+    )

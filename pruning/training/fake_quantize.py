@@ -1,0 +1,102 @@
+"""Training with 8 bits in mind: weights and activations are rounded in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.graph.layers import WEIGHTED, rule_for
+from pruning.utils.modules import on_input
+
+#: What share of a range each training batch contributes to it.
+MOMENTUM = 0.01
+
+#: Least size of a step, for tensors of zeros.
+LEAST_STEP = 1e-8
+
+
+class Rounding:
+    """Within a `with` block, a model computes as its int8 export will (Jacob et al., arXiv 1712.05877).
+
+    Convolutions and linear layers round their weights to 255 levels around 0, for each output
+    channel apart, and what they read to 256 levels between its least and largest value. The
+    gradient passes the rounding as if it were not there, so training finds weights that bear it.
+    A BatchNorm behind a layer scales whole channels, which changes nothing in their rounding: it
+    need not be folded. Ranges of activations are moving averages over training batches; until
+    there is one, each batch has its own. The parameters themselves are never rounded, and after
+    the block the model is as it was.
+
+    `state_dict` holds the ranges, to go on with an interrupted training.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Rounding:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, WEIGHTED):
+                self._attach(name, layer)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.ranges)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ranges = dict(state)
+
+    def _attach(self, name: str, layer: nn.Module) -> None:
+        def before(module: nn.Module, _: Any) -> None:
+            # An attribute of the instance hides the parameter, and leaves it where the optimizer,
+            # the state and the order of parameters have it.
+            if "weight" in module._parameters and module.weight.dtype == torch.float32:
+                module.__dict__["weight"] = rounded_weight(module)
+
+        def after(module: nn.Module, *_: Any) -> None:
+            module.__dict__.pop("weight", None)
+
+        self.handles += [
+            on_input(layer, lambda x: self._rounded_input(name, layer, x)),
+            layer.register_forward_pre_hook(before),
+            layer.register_forward_hook(after, always_call=True),
+        ]
+
+    def _rounded_input(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or not x.numel():
+            return x
+        low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
+        known = self.ranges.get(name)
+        if layer.training:
+            if known is not None:
+                low, high = (
+                    old.to(x.device).lerp(new, MOMENTUM) for old, new in zip(known, (low, high), strict=True)
+                )
+            self.ranges[name] = low, high
+        elif known is not None:
+            low, high = (value.to(x.device) for value in known)
+        step = ((high - low) / 255).clamp(min=LEAST_STEP)
+        zero = (-low / step).round().clamp(0, 255).to(torch.int32)
+        return torch.fake_quantize_per_tensor_affine(x, step, zero, 0, 255)
+
+
+def rounded_weight(layer: nn.Module) -> Tensor:
+    """The weight of a convolution or linear layer on 255 levels, symmetric, for each output channel apart.
+
+    Of a transposed convolution in groups, channels at the same place of every group share theirs, as
+    they do in the int8 file.
+    """
+    weight, rule = layer.weight, rule_for(layer)
+    assert rule is not None and isinstance(weight, Tensor)
+    dim = rule.out["weight"]
+    others = [d for d in range(weight.ndim) if d != dim]
+    step = (weight.detach().abs().amax(others) / 127).clamp(min=LEAST_STEP)
+    zero = torch.zeros(len(step), dtype=torch.int32, device=weight.device)
+    return torch.fake_quantize_per_channel_affine(weight, step, zero, dim, -127, 127)

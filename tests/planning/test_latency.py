@@ -1,0 +1,166 @@
+"""Latency as a budget: what is closed-form about it, and that what it gives is as quick as asked."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
+from pruning.deploy.timing import time_forward
+from pruning.graph.layers import is_recurrent
+from pruning.planning.cost import CostModel
+from pruning.planning.latency import _between, even_scores
+from pruning.planning.layer_times import LatencyTable, _interpolated
+from pruning.planning.scores import l2
+from pruning.planning.search import ascending, lowest_widths
+from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.training.config import TrainConfig
+
+
+def wide():
+    """A network whose time is in its convolutions, so that widths show in it."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 48, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5),
+    ).eval()  # fmt: skip
+
+
+IMAGES = torch.randn(8, 3, 20, 20)
+
+
+def table(net, images, multiple=1, runtime="eager"):
+    traced = trace(net, images)
+    order = ascending(traced, l2(net, traced.groups))
+    lowest = lowest_widths(traced, order, 1, 1.0)
+    return LatencyTable(net, images, traced, LatencyBudget("0.5x", runtime), lowest, multiple), order, traced
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(name):
+    net, images = nets.make(name), nets.images()
+    measured, order, traced = table(net, images)
+    reads_in_steps = {name for name in traced.uses if is_recurrent(net.get_submodule(name))}
+    assert measured.times.keys() == traced.uses.keys() - reads_in_steps
+    path = measured.path(order)
+    assert np.array_equal(path[0], CostModel(net, traced).full)
+    times = [measured.milliseconds(widths) for widths in path]
+    for before, after, wider, slimmer in zip(times[:-1], times[1:], path[:-1], path[1:], strict=True):
+        assert after < before and (slimmer <= wider).all() and (slimmer < wider).sum() == 1
+
+
+def test_widths_of_a_table_are_multiples_the_floor_or_whole():
+    net = wide()
+    measured, order, _ = table(net, IMAGES, multiple=16)
+    for widths in measured.path(order):
+        assert all(w % 16 == 0 or w in (1, full) for w, full in zip(widths, measured.full, strict=True))
+
+
+def test_times_between_measured_widths_are_bilinear():
+    outs, ins = np.array([1.0, 4.0]), np.array([2.0, 6.0, 8.0])
+    plane = np.array([[3 * o + 5 * i for i in ins] for o in outs])
+    at = np.array([1.0, 2.5, 4.0]), np.array([2.0, 7.0, 8.0])
+    np.testing.assert_allclose(_interpolated(outs, ins, plane, *at), 3 * at[0] + 5 * at[1])
+    assert _interpolated(np.array([5.0]), np.array([2.0]), np.array([[7.0]]), 5.0, 2.0) == 7
+
+
+def test_even_scores_give_every_group_the_same_share():
+    net = wide()
+    groups = trace(net, IMAGES).groups
+    half = {n: int((s <= 0.5).sum()) for n, s in even_scores(net, groups).items()}
+    assert half == {"0": 32, "3": 32, "6": 24}
+
+
+def test_steps_between_two_widths_stay_between_them():
+    wide_ones, slim_ones = np.array([64.0, 30.0]), np.array([64.0, 10.0])
+    steps = _between(wide_ones, slim_ones, 4)
+    assert np.array_equal(steps[0], wide_ones) and np.array_equal(steps[-1], slim_ones)
+    assert all(s[0] == 64 and 10 <= s[1] <= 30 and (s[1] % 4 == 0 or s[1] in (10, 30)) for s in steps)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_the_pruned_network_is_as_quick_as_asked(runtime):
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    net = wide()
+    budget = LatencyBudget("0.6x", runtime, seconds=0.3)
+    step = prune(net, IMAGES, budget, score="l2", floor=4)
+    assert step.latency is not None and step.latency.pruned <= 0.6 * step.latency.dense
+    assert step.difference < 1e-4 and min(step.plan.widths.values()) >= 4
+    if runtime == "eager":  # and so it is when somebody else measures it, give or take the machine
+        times = time_forward({"dense": net, "small": step.model}, IMAGES, seconds=1)
+        assert times["small"].median < 0.8 * times["dense"].median
+
+
+def test_the_command_says_what_it_measured(tmp_path, toolkit):
+    words = ["prune", "--model", "models:LeNet5", "--input-shape", "1x28x28", "--score", "l2"]
+    code, out, err = toolkit(*words, "--max-latency", "0.9x", "--output", tmp_path / "s.pth")
+    assert code == 0, err
+    ratio = float(re.search(r"time: .* \((\d\.\d+)x\); \d+ networks were timed", out)[1])
+    assert 0 < ratio <= 0.9 and (tmp_path / "s.pth").exists()
+
+
+def test_a_limit_in_milliseconds_and_a_batch_of_its_own():
+    net = wide()
+    dense = time_forward({"dense": net}, IMAGES[:1], seconds=0.3)["dense"].median
+    budget = LatencyBudget(f"{dense:.4f}ms", batch_size=1, seconds=0.2)
+    step = prune(net, IMAGES, budget, score="l2")
+    assert step.latency is not None and step.latency.pruned <= dense
+    assert [
+        len(x) for x in (LatencyBudget("1x", batch_size=5).batch_of(IMAGES[:2]), budget.batch_of(IMAGES))
+    ] == [5, 1]
+
+
+def test_a_limit_that_is_met_already_leaves_everything():
+    step = prune(wide(), IMAGES, LatencyBudget("9x", seconds=0.1), score="l2")
+    assert step.after == step.before and step.latency is not None and step.latency.networks == 2
+
+
+def test_what_cannot_be_reached_is_refused_with_what_the_narrowest_takes():
+    with pytest.raises(PruningError, match=r"cannot be reached: .* the network takes \d+\.\d+ ms"):
+        prune(wide(), IMAGES, LatencyBudget("0.001x", seconds=0.1), score="l2")
+
+
+@pytest.mark.parametrize("limit", ["", "0.5", "x", "0x", "-1ms", "infx", "nanms", "fast"])
+def test_a_limit_that_is_none(limit):
+    with pytest.raises(PruningError, match=r"0\.5x"):
+        LatencyBudget(limit)
+
+
+def test_a_runtime_that_is_none():
+    with pytest.raises(PruningError, match="there are: eager, onnxruntime"):
+        LatencyBudget("0.5x", "tensorflow")
+
+
+def test_slimming_under_a_budget_of_latency(tmp_path):
+    from pruning import Run
+
+    net = wide()
+    batches = [(IMAGES, torch.randint(0, 5, (8,))) for _ in range(3)]
+    one = TrainConfig(1, lr=0.01)
+    budget = LatencyBudget("0.6x", seconds=0.2)
+    config = SlimConfig(budget, one, PruneConfig(2, one), one)
+    run = Run(tmp_path / "run", {})
+    lines: list[str] = []
+    slim(net, batches, config=config, validate=batches, run=run, log=lines.append)
+    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    last = [event for event in events if "widths" in event][-1]
+    assert last["latency"]["pruned"] <= 0.6 * last["latency"]["dense"]
+    assert any("0.6x" in line for line in lines)
+    with pytest.raises(PruningError, match="params, MACs or channels"):
+        _ = config.counts
+    assert SlimConfig.within(Budget(macs="50%")).counts == Budget(macs="50%")
+
+
+def test_limits_that_a_budget_of_latency_does_not_keep_are_refused():
+    with pytest.raises(PruningError, match="widths: not kept under a budget of latency"):
+        prune(
+            nets.make("lenet"), nets.images(), LatencyBudget("0.9x"), score="l2", widths={"features.conv1": 3}
+        )

@@ -1,0 +1,159 @@
+"""The report of a run: complete, self-contained, and fit to be read in a browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nets
+import pytest
+import torch
+from browser import BROWSER
+
+from models import resnet20
+from pruning import (
+    Budget,
+    PruneConfig,
+    PruningError,
+    Run,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    provenance,
+    save,
+    sensitivity,
+    slim,
+)
+from pruning.report.html import report
+
+SECTIONS = ["Asked and got", "Before and after", "Figures", "Layers", "Pruning steps", "History", "Settings"]
+
+
+def finished_run(folder, net, images, labels):
+    """A short run of any network, with all that a report can show beside it."""
+    batches = [(images, labels)] * 2
+    config = SlimConfig(
+        Budget(params="60%"), TrainConfig(1, lr=0.01), PruneConfig(2, TrainConfig(1, lr=0.01), layers=True),
+        TrainConfig(1, lr=0.01),
+    )  # fmt: skip
+    run = Run(folder, {"seed": 3, "data": "noise <&>", "stages": config.to_json()})
+    result = slim(net, batches, images[:2], config, validate=lambda m: accuracy(m, batches),
+                  calibration=batches, run=run, log=lambda _: None)  # fmt: skip
+    save(folder / "best.pth", result.model, arguments={}, provenance=provenance(seed=3))
+    sensitivity(net, images[:2], batches, calibration=batches, widths=2, path=folder / "sensitivity.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lenet_run(tmp_path_factory):
+    torch.manual_seed(0)
+    return finished_run(tmp_path_factory.mktemp("runs") / "lenet", nets.make("lenet"), nets.images(32),
+                        torch.arange(32) % 4)  # fmt: skip
+
+
+def images_of(page):
+    return [
+        ElementTree.fromstring(base64.b64decode(data))
+        for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    ]
+
+
+def test_a_report_holds_everything_and_needs_nothing(lenet_run, toolkit):
+    code, out, err = toolkit("report", lenet_run)
+    assert code == 0, err
+    path = Path(out.strip())
+    page = path.read_text()
+    assert path == lenet_run / "report.html"
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert [heading.startswith(name) for heading, name in zip(headings, SECTIONS, strict=True)] == [True] * 7
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "url(" not in page
+    assert "noise &lt;&amp;&gt;" in page, "text is escaped"
+    events = [json.loads(line) for line in (lenet_run / "history.jsonl").read_text().splitlines()]
+    last = [event for event in events if "asked" in event][-1]
+    assert f"<td>{last['params']:,}</td>" in page and "met" in page
+    for group, width in events[0]["widths"].items():
+        kept = last["widths"].get(group, "layer removed")
+        assert f"<td>{group}</td><td>{width}</td><td>{kept}</td>" in page
+    assert len(images_of(page)) == 6
+
+
+def test_a_report_of_many_groups_is_whole(tmp_path):
+    torch.manual_seed(0)
+    net = resnet20(image_shape=(3, 16, 16), classes=4)
+    folder = finished_run(tmp_path / "resnet", net, torch.randn(4, 3, 16, 16), torch.arange(4))
+    page = report(folder, tmp_path / "elsewhere.html").read_text()
+    groups = json.loads((folder / "history.jsonl").read_text().splitlines()[0])["widths"]
+    assert len(groups) > 10 and all(f"<td>{group}</td>" in page for group in groups)
+    assert len(images_of(page)) == 6
+
+
+def test_an_interrupted_run_has_a_report_of_what_has_happened(lenet_run, tmp_path):
+    shutil.copytree(lenet_run, tmp_path / "cut", ignore=shutil.ignore_patterns("*.pth", "sensitivity.json"))
+    history = (lenet_run / "history.jsonl").read_text().splitlines(keepends=True)
+    for lines in (1, 2, 3, 5):
+        (tmp_path / "cut" / "history.jsonl").write_text("".join(history[:lines]))
+        assert "<h2>Asked and got</h2>" in report(tmp_path / "cut").read_text()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, toolkit):
+    code, _, err = toolkit("report", tmp_path)
+    assert code == 2 and "holds no run: config.json is not there" in err
+    assert "Traceback" not in err and not (tmp_path / "report.html").exists()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "history.jsonl").write_text("")
+    with pytest.raises(PruningError, match="nothing has happened"):
+        report(tmp_path)
+    (tmp_path / "history.jsonl").write_text("{not json")
+    with pytest.raises(PruningError, match="holds no run that can be read"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("mistakes.json", "[1]"),
+        ("indicators.json", '{"accuracy": 1}'),
+        ("sensitivity.json", "{}"),
+        ("history.jsonl", "3"),
+        ("history.jsonl", '{"stage": "dense"}\n{"stage": "stage 2", "asked": {"params": "few"}}'),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_named(lenet_run, tmp_path, file, content):
+    shutil.copytree(lenet_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(PruningError, match=file if content != "3" else "another tool's"):
+        report(tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+const wide = [...document.body.children].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth);
+document.title = JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth,
+  wide: wide.length, broken: broken.length, images: document.images.length});
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_shows_the_report(lenet_run, tmp_path, width):
+    page = report(lenet_run, tmp_path / "report.html").read_text()
+    (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000",
+         "--dump-dom", (tmp_path / "probe.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
+    assert found["images"] == 6 and found["broken"] == 0
+    assert found["inner"] <= width and found["page"] <= found["inner"] and found["wide"] == 0
+    assert "CONSOLE" not in done.stderr

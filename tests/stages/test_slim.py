@@ -1,0 +1,223 @@
+"""The three stages as one pipeline: budgets, law 7 (determinism and resuming), runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import nets
+import pytest
+import torch
+from nets import ShuffledBatches, batches, same
+
+from pruning import (
+    Budget,
+    PruneConfig,
+    PruningError,
+    Run,
+    ScalePull,
+    SlimConfig,
+    TrainConfig,
+    accuracy,
+    count,
+    prune,
+    slim,
+    trace,
+)
+from pruning.stages.finetune import tune
+
+CONFIG = SlimConfig(
+    Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
+    prune=PruneConfig(2, TrainConfig(1, lr=0.02), layers=True),
+    finetune=TrainConfig(2, lr=0.05, ema=0.5), distill=0.3,
+)  # fmt: skip
+
+
+def pipeline(run=None, log=lambda _: None, config=CONFIG):
+    torch.manual_seed(0)
+    data = batches()
+    return slim(nets.make("lenet"), ShuffledBatches(), data[0][0], config,
+                validate=lambda m: accuracy(m, data), calibration=data, run=run, log=log)  # fmt: skip
+
+
+def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
+    lines = []
+    result = pipeline(Run(tmp_path / "run", {}), lines.append)
+    cost_model = ScalePull(result.model, trace(result.model, nets.images()), 0).cost_model
+    dense = ScalePull(result.dense, trace(result.dense, nets.images()), 0).cost_model
+    got, before = cost_model(cost_model.full), dense(dense.full)
+    assert got.params <= 0.3 * before.params + 0.5 and got.macs <= 0.5 * before.macs + 0.5
+    assert [line.split(":")[0] for line in lines if "whole layers" not in line] == [
+        "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2", "stage 3, fine-tune",
+    ]  # fmt: skip
+    assert all("asked ≤" in line for line in lines[-3:-1]) and f"{got.params:,} params" in lines[-2]
+    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
+    assert [event["params"] for event in events if "asked" in event][-1] == got.params
+
+
+def test_fresh_weights_make_the_last_stage_a_training_from_scratch(tmp_path):
+    config = replace(CONFIG, restart=True)
+    result = pipeline(Run(tmp_path / "whole", {}), config=config)
+    kept = pipeline(config=replace(config, restart=False))
+    assert not same(result.model, kept.model)
+    assert same(result.dense, kept.dense), "stage 1 knows nothing of it"
+
+    class Killed(Exception):
+        pass
+
+    def killed(line):
+        if line.startswith("stage 2, iteration 2/2"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        pipeline(Run(tmp_path / "cut", {}), killed, config)
+    torch.manual_seed(12345)
+    assert same(pipeline(Run(tmp_path / "cut", {}, resume=True), config=config).model, result.model)
+
+
+def test_tuning_never_ends_worse_than_it_began_and_resumes_to_the_same_end(tmp_path):
+    net, data = nets.make("lenet"), batches()
+    start = nets.snapshot(net)
+    good = lambda m: float(all(torch.equal(value, start[key]) for key, value in m.state_dict().items()))  # noqa: E731
+    run = Run(tmp_path / "run", {})
+    assert good(tune(net, data, TrainConfig(2, lr=0.05), validate=good, run=run)) == 1
+    assert good(tune(net, data, TrainConfig(2, lr=0.05), validate=good, run=Run(run.folder, {}, resume=True)))
+
+
+def test_the_same_seed_gives_the_same_network():
+    assert same(pipeline().model, pipeline().model)
+
+
+@pytest.mark.parametrize("epochs", range(1, 7))
+def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
+    whole = Run(tmp_path / "whole", {"seed": 0})
+    expected = pipeline(whole)
+
+    class Killed(Exception):
+        pass
+
+    class Mortal(Run):
+        saves = 0
+
+        def save(self, state):
+            super().save(state)
+            self.saves += 1
+            if self.saves == epochs:
+                self.note(stage="lost", epoch=0)  # happened after the state was saved
+                raise Killed
+
+    with pytest.raises(Killed):
+        pipeline(Mortal(tmp_path / "cut", {"seed": 0}))
+    torch.manual_seed(12345)
+    resumed = pipeline(Run(tmp_path / "cut", {"seed": 0}, resume=True))
+    assert same(resumed.model, expected.model) and same(resumed.dense, expected.dense)
+    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path):
+    Run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(PruningError, match="holds a run already"):
+        Run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(PruningError, match=r"other settings \(seed\)"):
+        Run(tmp_path / "run", {"seed": 1}, resume=True)
+    with pytest.raises(PruningError, match="no run to resume"):
+        Run(tmp_path / "elsewhere", {"seed": 0}, resume=True)
+
+
+def test_an_unreachable_budget_is_refused_before_training(tmp_path):
+    config = SlimConfig(Budget(params=5), TrainConfig(1), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
+    with pytest.raises(PruningError, match="cannot be reached"):
+        pipeline(Run(tmp_path / "run", {}), config=config)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_slim_takes_a_budget_and_batches_alone():
+    torch.manual_seed(0)
+    labels = torch.arange(32) % 4
+    batches = [(torch.randn(32, 3, 14, 14) + labels[:, None, None, None], labels)]
+    lines = []
+    result = slim(nets.make("lenet"), batches, budget=Budget(macs="40%"), validate=batches, log=lines.append)
+    before, after = (count(net, batches[0][0]).macs for net in (nets.make("lenet"), result.model))
+    assert after <= 0.4 * before and result.epochs == 8 + 5 * 2 + 40
+    assert lines[-1].startswith("stage 3, fine-tune: 40 epochs")
+    with pytest.raises(PruningError, match="either a config or a budget"):
+        slim(nets.make("lenet"), batches, validate=batches)
+
+
+IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
+
+
+def test_what_slim_cannot_train_on_or_choose_by_is_refused():
+    config = SlimConfig.within(Budget(params="50%"))
+    net, given = nets.make("lenet"), batches()
+    with pytest.raises(PruningError, match="not an iterator"):
+        slim(net, iter(given), config=config, validate=given)
+    for batch, said in (
+        ({"image": IMAGES, "label": LABELS}, "a dict with 'image', 'label'"),
+        (IMAGES, "a batch is a Tensor"),
+        ((IMAGES, LABELS, 1), "a batch is a tuple of 3"),
+    ):
+        with pytest.raises(PruningError, match=said):
+            slim(net, [batch], config=config, validate=given)
+    with pytest.raises(PruningError, match="the given batches are empty"):
+        slim(net, [], config=config, validate=given)
+    with pytest.raises(PruningError, match="validate gave None"):
+        slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"validate": None}, "validate is a NoneType: a function of the model, or batches"),
+        ({"validate": iter([])}, "batches that can be read anew"),
+        ({"validate": [(batches(1)[0][0], torch.zeros(16))]}, "the targets are torch.float32"),
+        ({"teacher": nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)}, "teacher's outputs"),
+        ({"model": nets.LeNet5}, "the model is the class LeNet5: an instance"),
+        ({"frozen": True}, "has no prunable group .*frozen"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(given, said):
+    class Untouched:
+        def __iter__(self):
+            for batch in batches(1):
+                yield batch
+                raise AssertionError("training began")
+
+        def __len__(self):
+            return 1
+
+    model = given.pop("model", None) or nets.make("lenet")
+    if given.pop("frozen", False):
+        model.requires_grad_(False)
+    options = {"validate": batches(1), "calibration": batches(1), **given}
+    with pytest.raises(PruningError, match=said):
+        slim(model, Untouched(), batches(1)[0][0], CONFIG, **options)
+
+
+@pytest.mark.parametrize("budget", ["50%", None, 100])
+def test_what_is_no_budget_is_refused(budget):
+    with pytest.raises(PruningError, match=r"a Budget was expected, such as Budget\(macs='50%'\)"):
+        prune(nets.make("lenet"), nets.images(), budget)
+
+
+def test_a_run_goes_on_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    Run(tmp_path / "run", {}).save({"stage": 0})
+    assert Run(tmp_path / "run", {}, resume=True).state["stage"] == 0
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+    run = Run(tmp_path / "run", {})
+    other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
+    words = [sys.executable, "-c", other, str(tmp_path / "run")]
+    refused = subprocess.run(words, capture_output=True, text=True)
+    assert refused.returncode and "another process is at work on this run" in refused.stderr
+    del run
+    assert subprocess.run(words).returncode == 0

@@ -1,0 +1,151 @@
+"""Stage 1: the pull on BatchNorm scales, and the strength that is found for it."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from nets import batches
+from torch import nn
+
+from pruning import Budget, PruneConfig, PruningError, ScalePull, SlimConfig, TrainConfig, sparsify, trace
+
+
+def test_stage_1_takes_no_moving_average():
+    with pytest.raises(PruningError, match="no exact zeros"):
+        SlimConfig(Budget(params=5), TrainConfig(1, ema=0.9), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
+
+
+def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
+    net = nets.make("lenet")
+    traced = trace(net, nets.images())
+    pull = ScalePull(net, traced, strength=2.0)
+    dense = pull.cost_model(pull.cost_model.full)
+    freed = pull.cost_model.freed(pull.cost_model.full)
+    norms = [net.features.bn1, net.features.bn2, net.classifier.bn1, net.classifier.bn2]
+    before = [norm.weight.detach().clone() for norm in norms]
+    pull.step(lr=0.25)
+    for i, (norm, old) in enumerate(zip(norms, before, strict=True)):
+        by = 0.25 * 2.0 * (freed["params"][i] / dense.params + freed["macs"][i] / dense.macs)
+        expected = nn.functional.softshrink(old, by)
+        largest = old.abs().argmax()
+        expected[largest] = old[largest]  # the channel that keeps the group alive
+        torch.testing.assert_close(norm.weight.detach(), expected)
+
+
+def test_a_pull_under_a_budget_weighs_what_is_over_it():
+    net = nets.make("lenet")
+    traced = trace(net, nets.images())
+    dense = ScalePull(net, traced, 1.0).dense
+    # Twice over the limit on params, four times over that on MACs: excesses of 1 and 3.
+    budget = Budget(params=dense.params // 2, macs=dense.macs // 4)
+    weights = ScalePull(net, traced, 1.0, budget).weights
+    assert weights["params"] == pytest.approx(0.5, rel=0.02)
+    assert weights["macs"] == pytest.approx(1.5, rel=0.02)
+    assert ScalePull(net, traced, 1.0, Budget(params=10**9)).weights == {"params": 1.0, "macs": 1.0}
+
+
+def test_a_pull_strong_enough_gives_exact_zeros_and_then_pulls_by_what_is_left():
+    net = nets.make("lenet")
+    pull = ScalePull(net, trace(net, nets.images()), strength=1.0)
+    with torch.no_grad():
+        net.features.bn2.weight[:4] = 1e-4
+        net.features.bn2.weight[4] = 2.0  # the largest is spared
+    pull.refresh()
+    pull.step(lr=1.0)
+    assert (net.features.bn2.weight[:4] == 0).all() and (net.features.bn2.weight[4:] != 0).any()
+    assert pull.alive()["features.conv2"] == int((net.features.bn2.weight != 0).sum())
+    before = [float(threshold.max()) for _, threshold in pull.thresholds]
+    pull.refresh()
+    assert float(pull.thresholds[0][1].max()) < before[0], "conv1 frees less once conv2 is narrower"
+
+
+def test_no_pull_is_strong_enough_to_empty_a_group():
+    for name in ("lenet", "residual", "dense"):
+        net = nets.make(name)
+        pull = ScalePull(net, trace(net, nets.images()), strength=1e6)
+        pull.step(lr=1.0)
+        assert all(pull.alive()[group] == 1 for group in pull.scales)
+
+
+def test_the_strength_is_found_from_the_budget():
+    """Without resistance the pull over the way ahead leaves just what the budget allows."""
+    net = nets.make("lenet")
+    traced = trace(net, nets.images())
+    budget = Budget(params="40%", macs="60%").resolve(ScalePull(net, traced, 0.0).dense)
+    pull = ScalePull(net, traced, None, budget)
+    pull.step(lr=1.0)
+    assert pull.alive() == traced.widths, "without a way to go nothing pulls"
+    pull.refresh(way=20.0)
+    for _ in range(20):
+        pull.step(lr=1.0 + 1e-6)
+    assert not budget.excess(pull.cost_model(pull.alive()))
+    pull.refresh(way=20.0)
+    assert pull.strength == 0, "once the budget is met the pull ends"
+
+
+def test_a_pull_that_is_resisted_grows():
+    net = nets.make("lenet")
+    traced = trace(net, nets.images())
+    pull = ScalePull(net, traced, None, Budget(params=300))
+    pull.refresh(way=20.0)
+    before = pull.strength
+    pull.refresh(way=10.0)  # half of the way is gone, and no scale has moved
+    assert pull.resistance == 4.0 and pull.strength == pytest.approx(8 * before)
+    other = ScalePull(net, traced, None, Budget(params=300))
+    other.load_state_dict(pull.state_dict())
+    assert other.state_dict() == pull.state_dict()
+
+
+def test_sparsify_comes_half_of_the_way_to_the_budget():
+    net = nets.make("lenet")
+    cost_model = ScalePull(net, trace(net, nets.images()), 0.0).cost_model
+    budget, dense = Budget(params="25%"), cost_model(cost_model.full)
+    sparsify(net, batches(), TrainConfig(8, lr=0.05), nets.images(), budget=budget)
+    left = cost_model(ScalePull(net, trace(net, nets.images()), 0.0).alive())
+    assert 0.25 * dense.params < left.params < 0.75 * dense.params
+    with pytest.raises(PruningError, match="found from a budget, and none was given"):
+        sparsify(nets.make("lenet"), batches(), TrainConfig(1), nets.images())
+
+
+def test_sparsify_turns_channels_off_where_plain_training_does_not():
+    zeros = {}
+    for strength in (0.0, 6.0):
+        net = nets.make("lenet")
+        sparsify(net, batches(), TrainConfig(6), nets.images(), strength=strength)
+        zeros[strength] = sum(int((m.weight == 0).sum()) for m in net.modules()
+                              if isinstance(m, nn.modules.batchnorm._BatchNorm))  # fmt: skip
+    assert zeros[0.0] == 0 and zeros[6.0] >= 3
+
+
+def test_sparsify_without_a_norm_says_so():
+    with pytest.raises(PruningError, match="no prunable group of this model has a BatchNorm"):
+        sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
+
+
+def test_zeros_are_held_once_the_budget_is_met():
+    """Where stage 1 is at its goal nothing is pulled, and what is 0 does not come back."""
+    net, images = nets.make("lenet"), nets.images(8)
+    traced = trace(net, images)
+    with torch.no_grad():
+        for norm in (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.weight[: len(norm.weight) // 2] = 0
+    dense = ScalePull(net, traced, 0.0).dense
+    pull = ScalePull(net, traced, None, Budget(macs="90%").resolve(dense))
+    pull.refresh(way=1.0)
+    alive = pull.alive()
+    assert pull.strength == 0 and sum(alive.values()) < sum(traced.widths.values())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(3):
+        nn.functional.cross_entropy(net.train()(images), torch.arange(8) % 4).backward()
+        optimizer.step()
+        pull.step(0.05)
+    assert pull.alive() == alive
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scales_of_any_dtype_are_pulled(dtype):
+    net = nets.make("lenet").to(dtype)
+    pull = ScalePull(net, trace(net, nets.images().to(dtype)), strength=1e9)
+    pull.step(lr=1.0)
+    assert set(pull.alive().values()) == {1}, "all but the largest of each group"

@@ -1,0 +1,253 @@
+"""Laws 1 to 3 and 5: equivalence, exactness, purity, nothing silent."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from pruning import (
+    Budget,
+    Plan,
+    PruningError,
+    apply,
+    channel_constants,
+    count,
+    load,
+    prune,
+    save,
+    trace,
+    verify,
+)
+from pruning.utils.compare import TOLERANCE
+
+
+def some_plan(traced, names=None, seed=0):
+    """Keep a random, non-empty, proper subset of each named group's channels."""
+    draw = random.Random(seed)
+    keep = {}
+    for name in names or traced.groups:
+        channels = traced.groups[name].channels
+        keep[name] = tuple(draw.sample(range(channels), draw.randint(1, channels - 1)))
+    return Plan(keep)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_every_group_alone_and_all_together_are_equivalent(name):
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    assert traced.groups, traced.skipped
+    for groups in [[group] for group in traced.groups] + [list(traced.groups)]:
+        for seed in range(3):
+            plan = some_plan(traced, groups, seed)
+            small = apply(net, traced, plan)
+            assert verify(net, small, traced, plan, images) <= TOLERANCE
+            constants = channel_constants(net, traced, [images])
+            folded = apply(net, traced, plan, constants)
+            assert verify(net, folded, traced, plan, images, constants) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_widths_are_those_of_the_plan_and_a_second_step_composes(name):
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    plan = some_plan(traced, seed=1)
+    small = apply(net, traced, plan)
+    for group, kept in plan.widths.items():
+        before, after = net.get_submodule(group), small.get_submodule(group)
+        share = kept / traced.groups[group].channels
+        if isinstance(before, nn.Linear):
+            assert after.out_features == before.out_features * share == len(after.weight)
+        else:
+            assert after.out_channels == before.out_channels * share
+            assert small(images).shape == net(images).shape
+    again = trace(small, images)
+    if again.groups:
+        second = some_plan(again)
+        assert verify(small, apply(small, again, second), again, second, images) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "group"), [("lenet", "features.conv1"), ("lenet", "classifier.fc1"),
+                                             ("yournet", "features.conv1")])  # fmt: skip
+def test_the_constant_of_a_dead_channel_is_folded_without_loss(name, group):
+    """γ = 0 leaves relu(β) behind: without zero padding, folding it changes no output."""
+    net, images = nets.make(name), nets.images()
+    traced = trace(net, images)
+    norm = net.get_submodule(group.replace("conv", "bn").replace("fc", "bn"))
+    with torch.no_grad():
+        norm.weight[1] = 0
+        norm.bias[1] = 0.7
+    plan = Plan({group: tuple(c for c in range(len(norm.weight)) if c != 1)})
+    constants = channel_constants(net, traced, [images], exact_only=True)
+    small, lossy = apply(net, traced, plan, constants), apply(net, traced, plan)
+    expected = net(images)
+    torch.testing.assert_close(small(images), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
+
+
+def test_the_constant_of_a_channel_without_weights_is_folded_by_prune():
+    """A convolution without bias whose row is 0, and a BatchNorm with a scale: the norm gives a constant."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
+        nn.Linear(4 * 12 * 12, 5),
+    ).eval()  # fmt: skip
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        net[0].weight[2] = 0
+        net[1].bias[2] = 3
+    small = prune(net, images, Budget(channels=9), score="l2", widths={"0": 5, "3": 4}).model
+    assert small[0].out_channels == 5 and not (small[0].weight == 0).all((1, 2, 3)).any()
+    torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_is_folded_into_what_reads_it_step_by_step():
+    """Both directions of a recurrent layer, and a cell."""
+    net, images = nets.make("lines"), nets.images()
+    with torch.no_grad():
+        net.columns[5].weight[2], net.columns[5].bias[2] = 0, 0.7
+        net.mix.weight[1], net.mix.bias[1] = 0, 0.7
+    traced = trace(net, images)
+    plan = Plan({"columns.4": (0, 1, 3), "mix": (0, 2, 3, 4, 5)})
+    constants = channel_constants(net, traced, [images], exact_only=True)
+    small = apply(net, traced, plan, constants)
+    assert small.read.input_size == 3 * 7 and small.cell.input_size == 5
+    torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(apply(net, traced, plan)(images), net(images), atol=1e-3)
+
+
+def test_a_single_example_is_not_taken_for_a_constant():
+    net = nets.make("plain")
+    traced = trace(net, nets.images(1))
+    constants = channel_constants(net, traced, [nets.images(1)], exact_only=True)
+    assert not any(value.any() for value in constants.values())
+
+
+def test_constants_do_not_go_through_zero_padding():
+    net, images = nets.make("residual"), nets.images()
+    traced = trace(net, images)
+    constants = channel_constants(net, traced, [images])
+    padded = {n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and any(m.padding)}
+    assert padded and not padded & constants.keys()
+
+
+def test_surgery_leaves_the_model_its_mode_and_its_gradients_alone():
+    net, images = nets.make("lenet").train(), nets.images(4)
+    net.features.bn1.eval()
+    net(images).sum().backward()
+    before = copy.deepcopy(net.state_dict())
+    gradients = [p.grad.clone() for p in net.parameters()]
+    modes = [m.training for m in net.modules()]
+    step = prune(net, images, Budget(params="40%"), score="l2")
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, net.parameters(), strict=True))
+    assert [m.training for m in net.modules()] == modes == [m.training for m in step.model.modules()]
+    assert not any(hook for m in net.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
+    assert all(p.grad is None and p.requires_grad for p in step.model.parameters())
+    ours = {p.data_ptr() for p in net.parameters()}
+    assert not any(p.data_ptr() in ours for p in step.model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [(torch.float64, 1e-12), (torch.bfloat16, 0.125)])
+def test_dtype_is_kept(dtype, difference):
+    net, images = nets.make("residual").to(dtype), nets.images().to(dtype)
+    step = prune(net, images, Budget(macs="50%"), score="l1")
+    assert {p.dtype for p in step.model.parameters()} == {dtype}
+    assert step.difference < difference
+
+
+def test_layout_in_memory_is_kept():
+    net, images = nets.make("residual").to(memory_format=torch.channels_last), nets.images()
+    small = prune(net, images, Budget(macs="50%"), score="l1").model
+    weights = [p for p in small.parameters() if p.ndim == 4]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_inputs_may_be_a_tuple_or_a_dict():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, left, right):
+            return self.head(torch.relu(self.a(left) + self.b(right)))
+
+    left, right = torch.randn(2, 3), torch.randn(2, 4)
+    for inputs in ((left, right), {"left": left, "right": right}):
+        step = prune(Sum(), inputs, Budget(params="70%"), score="l2")
+        assert step.model.a.out_features == step.model.b.out_features == step.model.head.in_features < 5
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"nowhere": (0,)}, "group 'nowhere'"),
+        ({"features.conv1": (9,)}, "channel 9"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(keep, message):
+    net = nets.make("lenet")
+    with pytest.raises(PruningError, match=message):
+        apply(net, trace(net, nets.images()), Plan(keep))
+
+
+@pytest.mark.parametrize("channels", [(), (0, 0), (-1, 2)])
+def test_a_plan_that_empties_a_group_or_repeats_a_channel_cannot_be_made(channels):
+    with pytest.raises(PruningError):
+        Plan({"conv": channels})
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+            self.second, self.read, self.head = nn.Conv2d(8, 8, 3), nn.GRU(8, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            hidden = torch.relu(self.norm(input=self.first(input=x)))
+            rows = torch.relu(self.second(input=hidden)).mean(3).permute(2, 0, 1)
+            return self.head(input=self.read(input=rows)[0][-1])
+
+    net = Keywords()
+    batches = [(nets.images(), torch.zeros(len(nets.images()), dtype=torch.int64))]
+    step = prune(net, nets.images(), Budget(params="50%"), calibration=batches)
+    assert step.after.params <= 0.5 * step.before.params and step.difference < 1e-5
+    assert count(step.model, nets.images()) == step.after
+
+
+class Keeps(nn.Module):
+    """A model that keeps an activation, as those do whose features are looked at later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.seen = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), []
+
+    def forward(self, x):
+        self.features = torch.relu(self.stem(x))
+        self.seen.append({"features": self.features})
+        return self.head(self.features.mean((2, 3)))
+
+
+def test_what_a_training_step_left_in_a_model_does_not_keep_it_from_being_pruned():
+    net = Keeps()
+    net(nets.images()).sum().backward()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(net)
+    step = prune(net, nets.images(), Budget(params="50%"), score="l2")
+    assert step.difference < 1e-5 and step.after.params <= 0.5 * step.before.params
+
+
+def test_root_mean_square_norms_are_narrowed(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
+    nn.init.normal_(net[1].weight)
+    step = prune(net, torch.randn(4, 5, 6), Budget(channels=7), score="l2")
+    assert step.model[1].normalized_shape == (7,) and step.model[1].weight.shape == (7,)
+    assert step.difference < 1e-5
+    save(tmp_path / "small.pth", step.model)
+    fresh = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(load(tmp_path / "small.pth", lambda: fresh)(x), step.model(x))

@@ -1,0 +1,518 @@
+"""How channels are followed: against torch-pruning's graph, and through what models do with them."""
+
+from __future__ import annotations
+
+import weakref
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning
+import torchvision
+from torch import nn
+
+from pruning import Budget, apply, count, prune, trace, verify
+from pruning.graph.plan import Plan
+from pruning.tracing.labels import Ties
+from pruning.tracing.tracer import flow
+from pruning.utils import meta
+from pruning.utils.compare import TOLERANCE
+from pruning.utils.modules import call
+
+TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1"]
+
+
+def made(name):
+    """A network, and images for it."""
+    if name in nets.NETS:
+        return nets.make(name), nets.images()
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, num_classes=4, **options).eval(), torch.randn(2, 3, 64, 64)
+
+
+def by_oracle(net, images, root, positions):
+    """The positions that torch-pruning takes out of each side of each layer with some of one layer."""
+    graph = torch_pruning.DependencyGraph().build_dependency(net, images)
+    layer = net.get_submodule(root)
+    names = {module: name for name, module in net.named_modules()}
+    remove = graph.get_pruner_of_module(layer).prune_out_channels
+    found = {}
+    for item in graph.get_pruning_group(layer, remove, positions):
+        module = item.dep.target.module
+        reads = graph.is_in_channel_pruning_fn(item.dep.handler)
+        makes = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if module in names and list(module.parameters(recurse=False)):
+            side = "in" if reads and not makes else "out"
+            found.setdefault((names[module], side), set()).update(item.idxs)
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "lenet", "residual", "dense", "inverted", "tokens", *TORCHVISION])
+def test_the_groups_are_those_of_torch_pruning(name):
+    net, images = made(name)
+    traced = trace(net, images)
+    assert traced.groups
+    shown = [group for group in traced.groups.values() if "aux" not in group.name]
+    for group in shown if len(shown) < 30 else shown[:: len(shown) // 6]:
+        root = next(m for m in group.side("out") if m.layer == group.name)
+        channel = torch.tensor([group.channels - 1])
+        ours = {
+            (m.layer, m.side): set(m.positions(channel).tolist())
+            for m in group.members
+            if len(m.positions(channel)) and "aux" not in m.layer  # which runs in training alone
+        }
+        assert ours == by_oracle(net, images, group.name, root.positions(channel).tolist()), group.name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shuffled", "scaled", "attention", "grouped"])
+def test_nothing_is_computed_to_trace_a_model(name):
+    net, images = made(name)
+    probe = flow(net, call, images).probe
+    assert probe is not None and {t.device.type for t in probe.state_dict().values()} == {"meta"}
+
+
+def test_ties_are_transitive_and_named_by_the_smallest():
+    ties = Ties()
+    first, second, third = ties.new(4), ties.new(4), ties.new(2)
+    ties.tie(first, second)
+    ties.tie(third, second[2:])
+    ties.tie(first[:1], first[3:])
+    assert ties.root(third).tolist() == [2, 0]
+    assert ties.root(second).tolist() == [0, 1, 2, 0]
+
+
+def test_a_long_chain_of_ties_is_one():
+    ties = Ties()
+    numbers = ties.new(10_000)
+    shuffled = numbers[torch.randperm(10_000).numpy()]
+    ties.tie(shuffled[:-1], shuffled[1:])
+    assert (ties.root(numbers) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
+def test_what_no_layer_owns_goes_too(name):
+    net, images = made(name)
+    step = prune(net, images, Budget(params="50%"), score="l2")
+    before, after = net.state_dict(), step.model.state_dict()
+    narrowed = {key for key in before if before[key].shape != after[key].shape}
+    wanted = {"shuffled": {"stem.0.weight"}, "scaled": {"mean", "scale", "layer_scale"},
+              "patches": {"token", "position"}}[name]  # fmt: skip
+    assert wanted <= narrowed
+    assert step.after.params == sum(p.numel() for p in step.model.parameters()) - (
+        sum(m.num_features for m in step.model.modules() if isinstance(m, nn.BatchNorm2d))
+        if name == "shuffled"
+        else 0
+    )
+
+
+class Case(nn.Module):
+    """A stem of 8 channels, something done with them, and a head."""
+
+    def __init__(self, middle, width=8, head=None):
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 8, 1), middle
+        self.extra = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(width, 3) if head is None else head
+
+    def forward(self, x):
+        x = self.middle(self, torch.relu(self.stem(x)))
+        return self.head(x.mean((2, 3)) if x.ndim == 4 else x)
+
+
+def fixed(self, x):
+    return x + torch.arange(8.0, device=x.device)[:, None, None]
+
+
+def filled(self, x):
+    return x + torch.ones(8, 1, 1, device=x.device)
+
+
+def written(self, x):
+    mask = torch.ones(x.shape[1], device=x.device)
+    mask[0] = 0
+    return x * mask[:, None, None]
+
+
+def over_channels(self, x):
+    return self.extra(x / x.norm(dim=1, keepdim=True))
+
+
+def by_position(self, x):
+    return self.extra(torch.cat([x[:, 3:], x[:, :3]], 1))
+
+
+def rolled(self, x):
+    return self.extra(x.roll(1, 1))
+
+
+def hard_split(self, x):
+    left, right = x.split([4, 4], 1)
+    return self.extra(torch.cat([left, right], 1))
+
+
+def gram(self, x):
+    x = x.flatten(2)
+    return self.extra((x @ x.transpose(1, 2)).mean(2)[:, :, None, None])
+
+
+def functional(self, x):
+    return nn.functional.conv2d(x, self.extra.weight)
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (fixed, "fixed size"),
+        (filled, "tied to its width"),
+        (written, "fixed size"),
+        (over_channels, "over its channels"),
+        (by_position, "by position"),
+        (rolled, "by position"),
+        (hard_split, "tied to its width"),
+        (gram, "over its channels"),
+        (functional, "convolution"),
+    ],
+)
+def test_channels_that_cannot_go_are_named_with_the_reason(middle, reason):
+    traced = trace(Case(middle), nets.images())
+    assert "stem" not in traced.groups and reason in traced.skipped["stem"]
+
+
+def halves(self, x):
+    left, right = x.chunk(2, 1)
+    return self.extra(torch.cat([right, left * right.sigmoid()], 1))
+
+
+def excited(self, x):
+    return x * self.extra(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+def masked(self, x):
+    return self.extra(x * x.mean(2, keepdim=True).sigmoid().masked_fill(x[:, :, :1] < 0, 0.5))
+
+
+def padded(self, x):
+    return self.extra(nn.functional.interpolate(nn.functional.pad(x, (1, 1)), scale_factor=2))
+
+
+def stacked(self, x):
+    return torch.stack([x, self.extra(x)]).amax(0)
+
+
+def windows(self, x):
+    n, c, h, w = x.shape
+    x = x.view(n, c, h // 7, 7, w // 7, 7).permute(0, 2, 4, 3, 5, 1).reshape(-1, 49, c)
+    return x.roll(1, 1).mean(1).reshape(n, -1, c).transpose(1, 2)[..., None]
+
+
+def twice(self, x):
+    return torch.relu(self.extra(torch.relu(self.extra(x))))
+
+
+def gated(self, x):
+    return nn.functional.glu(torch.cat([x, self.extra(x)], 1), 1)
+
+
+def accumulated(self, x):
+    total = x.new_zeros(len(x), self.extra.out_channels, *x.shape[2:])
+    for _ in range(2):
+        total += self.extra(x)
+    return total
+
+
+def remembered(self, x):
+    state = x.new_zeros(x.shape)
+    for _ in range(2):
+        state = torch.tanh(x + self.extra(state))
+    return state
+
+
+def restyled(self, x):
+    style = self.extra(x).mean((2, 3), keepdim=True)
+    return nn.functional.instance_norm(input=x) * style
+
+
+FOLLOWED = [
+    halves,
+    excited,
+    masked,
+    padded,
+    stacked,
+    windows,
+    twice,
+    gated,
+    accumulated,
+    remembered,
+    restyled,
+]
+
+
+@pytest.mark.parametrize("middle", FOLLOWED)
+def test_channels_are_followed_through(middle):
+    net, images = Case(middle).eval(), nets.images()
+    traced = trace(net, images)
+    assert "stem" in traced.groups, traced.skipped
+    plan = Plan({name: tuple(range(group.channels - 1)) for name, group in traced.groups.items()})
+    assert verify(net, apply(net, traced, plan), traced, plan, images) <= TOLERANCE
+
+
+class Centred(nets.WithNorm):
+    """A weight that another one is computed from."""
+
+    def forward(self, x):
+        return self.norm(self._conv_forward(x, self.weight - self.weight.mean(0), self.bias))
+
+
+def test_a_layer_that_holds_its_norm_is_narrowed_with_it():
+    net, images = nets.make("holders"), nets.images()
+    step = prune(net, images, Budget(macs="50%"), score="l2")
+    assert not {"0", "1", "2"} & step.trace.skipped.keys()
+    assert step.model[0].out_channels == step.model[0].norm.num_features == step.model[1].groups < 8
+    assert step.after.macs == count(step.model, images).macs
+
+
+def test_what_the_code_weighs_with_is_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.bent = nn.Parameter(torch.randn(4, 4, 3, 3))
+            self.centred = Centred(4, 4, nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            x = torchvision.ops.deform_conv2d(F.conv2d(x, self.kernel), torch.zeros(2, 18, 10, 10), self.bent)
+            return self.centred(x)
+
+    skipped = trace(Functional(), nets.images()).skipped
+    assert "calls conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
+    assert "calls deform_conv2d" in skipped["bent"]
+
+
+def test_what_other_code_reads_of_a_layer_stays_and_the_rest_is_narrowed():
+    class Autoencoder(nn.Module):
+        """The decoder's last layer is the encoder's first, turned around."""
+
+        def __init__(self):
+            super().__init__()
+            self.encode, self.wide, self.narrow = nn.Linear(30, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+
+        def forward(self, x):
+            hidden = self.narrow(torch.relu(self.wide(torch.relu(self.encode(x)))))
+            return F.linear(hidden, self.encode.weight.t())
+
+    step = prune(Autoencoder(), torch.randn(2, 30), Budget(params="70%"), score="l2")
+    assert "another module reads what encode holds" in step.trace.skipped["encode"]
+    assert step.model.wide.out_features < 24 and step.model.encode.out_features == 16
+
+
+def test_pixel_shuffle_takes_its_channels_in_squares():
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 2, 1)).eval()
+    traced = trace(net, nets.images())
+    assert traced.widths == {"0": 3}
+    plan = Plan({"0": (0, 2)})
+    small = apply(net, traced, plan)
+    assert small[0].out_channels == 8 and small[2].in_channels == 2
+    assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
+
+
+def test_a_channel_shuffle_keeps_the_same_places_of_every_part():
+    shuffle, parts = nn.ChannelShuffle(4), nn.Conv2d(32, 8, 1, groups=4)
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), shuffle, parts, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    traced = trace(net, nets.images())
+    assert traced.widths["0"] == 2  # every part of the shuffle and of the convolution loses as many
+    plan = Plan({"0": (1,)})
+    small = apply(net, traced, plan)
+    assert small[0].out_channels == small[2].in_channels == 16
+    assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
+
+
+def test_a_head_that_runs_in_training_alone_is_narrowed_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.aux, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = nn.functional.dropout(torch.relu(self.stem(x)), training=self.training)
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    small = prune(Auxiliary(), nets.images(), Budget(macs="50%"), score="l2").model
+    assert small.aux.in_channels == small.head.in_channels < 6
+    small.train()(nets.images())
+
+
+def test_a_model_that_looks_at_values_is_traced_on_its_own_device():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, images):
+            x = torch.relu(self.a(images))
+            if images.sum().item() < 1e9:
+                x = torch.relu(self.b(x))
+            return self.head(x)
+
+    assert set(trace(Looks(), nets.images()).groups) == {"a", "b"}
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_one_map_for_all_channels_ties_none_of_them(written):
+    """Spatial attention: the map is expanded to the channels' size, which the code may hold as a number."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.map, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x):
+            y = torch.relu(self.stem(x))
+            weight = torch.sigmoid(self.map(y))
+            return self.head(y * (weight.expand(-1, 8, -1, -1) if written else weight.expand_as(y)))
+
+    net = Attention()
+    if written:
+        assert "tied to its width" in trace(net, nets.images()).skipped["stem"]
+    else:
+        step = prune(net, nets.images(), Budget(channels=3), score="l2")
+        assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
+
+
+def test_what_says_where_to_sample_keeps_its_channels():
+    """Optical flow: of the two channels of a grid neither can go."""
+
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.flow = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+            self.edges, self.head = nn.Conv2d(2, 6, 1), nn.Conv2d(14, 3, 1)
+
+        def forward(self, x):
+            y = torch.relu(self.stem(x))
+            flow = self.flow(y)
+            moved = F.grid_sample(y, flow.permute(0, 2, 3, 1).tanh(), align_corners=False)
+            return self.head(torch.cat([moved, torch.relu(self.edges(flow))], 1))
+
+    step = prune(Flow(), nets.images(), Budget(channels=8), score="random", ranking="group")
+    assert "takes places from it" in step.trace.skipped["flow"]
+    assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
+
+
+def test_where_a_deformable_convolution_reads_stays_and_all_else_is_narrowed():
+    net, images = nets.make("deformable"), nets.images()
+    step = prune(net, images, Budget(channels=16), score="random", ranking="group")
+    # Of the first one's channels those of two parts go together, so it has half as many.
+    assert step.plan.widths == {"first": 2, "bent": 7, "own": 3, "still": 3}
+    small = step.model
+    assert small.bent.in_channels == 4 and small.each.groups == small.each.out_channels == 7
+    assert small.places.out_channels == 54 and "takes places" in step.trace.skipped["own.offset"]
+    assert step.difference < 1e-5 and step.after.macs == count(small, images).macs
+    of_one = sum(m.weight.numel() * 49 for m in (net.each, net.own, net.own.offset, net.still))
+    whole = sum(m.weight.numel() * 196 for m in (net.first, net.places, net.bent, net.where))
+    assert count(net, images).macs == of_one + whole + net.head.weight.numel()
+
+
+@pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
+def test_regions_have_the_channels_of_their_image(pool):
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Regions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 6), nn.Linear(6, 4)
+
+        def forward(self, x, boxes):
+            maps = getattr(ops, pool)(torch.relu(self.stem(x)), boxes, (3, 3))
+            return self.out(torch.relu(self.fc(maps.flatten(1))))
+
+    boxes = torch.tensor([[0, 0.0, 0, 6, 6], [1, 2, 2, 9, 9], [1, 0, 3, 5, 9]])
+    step = prune(Regions(), (nets.images(), boxes), Budget(channels=7), score="l2", ranking="group")
+    assert step.plan.widths == {"stem": 4, "fc": 3} and step.difference < 1e-5
+
+
+def test_unpooling_follows_the_indices_of_its_pooling():
+    class Unpooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x):
+            small, places = F.max_pool2d(torch.relu(self.stem(x)), 2, return_indices=True)
+            return self.head(F.max_unpool2d(small, places, 2))
+
+    step = prune(Unpooled(), nets.images(), Budget(channels=3), score="l2")
+    assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("run", "x"),
+    [
+        (lambda x: F.layer_norm(x, (5, 6), empty(5, 6)), empty(4, 5, 6)),
+        (lambda x: F.layer_norm(x, (5,)), empty(4, 5, 6).transpose(1, 2)),
+        (lambda x: F.linear(x, empty(7, 6), empty(7)), empty(4, 6)),
+        (lambda x: F.batch_norm(x, *empty(2, 4)), empty(3, 4, 6)),
+        (lambda x: F.hardswish(x + x), empty(4, 6)),
+    ],
+)
+def test_shapes_are_those_that_torch_tells(run, x):
+    wanted = run(x)
+    with meta.Shapes():
+        got = run(x)
+    assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("needed", [["x", "weight", "bias"], ["x"], ["weight", "bias"]])
+def test_shapes_of_gradients_are_those_that_torch_tells(training, needed):
+    given = {"x": empty(3, 4, 6), "weight": empty(4), "bias": empty(4)}
+    wanted_for = [given[name].requires_grad_() for name in needed]
+
+    def gradients():
+        x, weight, bias = given.values()
+        y = F.relu(F.batch_norm(x, empty(4), empty(4), weight, bias, training))
+        return [(g.shape, g.dtype, g.stride()) for g in torch.autograd.grad(y.sum(), wanted_for)]
+
+    wanted = gradients()
+    with meta.Shapes():
+        assert gradients() == wanted
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: F.layer_norm(x, (5,)),
+        lambda x: F.linear(x, empty(7, 5), empty(7)),
+        lambda x: F.linear(x, empty(7, 6), empty(5)),
+        lambda x: F.batch_norm(x, *empty(2, 5)),
+    ],
+)
+def test_shapes_that_do_not_fit_fail_as_in_torch(run):
+    with meta.Shapes(), pytest.raises(RuntimeError):
+        run(empty(4, 6))
+
+
+def test_a_buffer_that_a_pass_replaces_is_not_taken_for_the_next_tensor():
+    """As in ConViT, which makes its table of positions when it sees the first image."""
+    gone = []
+
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+            self.register_buffer("table", torch.zeros(1, 1, 1), persistent=False)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            before = weakref.ref(self.table)
+            self.table = x.new_zeros(1, 1, 1)
+            gone.append(before() is None)
+            return self.head(x)
+
+    assert trace(Replacing(), nets.images()).widths == {"stem": 8}
+    assert gone and not any(gone)

@@ -1,0 +1,124 @@
+"""The optimizer with one matrix for all parameters."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import nets
+import pytest
+import torch
+from nets import batches
+from torch import nn
+
+from pruning import Budget, PruneConfig, PruningError, SlimConfig, TrainConfig, TrainingDiverged, fit, slim
+from pruning.training.optimizers import LARGEST, Soap
+
+
+def test_of_one_parameter_it_is_adam():
+    ours, other = (nn.Parameter(torch.tensor([2.0])) for _ in range(2))
+    soap = Soap([ours], lr=0.03, momentum=0.8, memory=0.95)
+    adam = torch.optim.Adam([other], lr=0.03, betas=(0.8, 0.95))
+    for step in range(60):
+        for p, optimizer in ((ours, soap), (other, adam)):
+            p.grad = (p.detach() - 1) * (1 + step % 3)
+            optimizer.step()
+    assert torch.allclose(ours, other, atol=1e-5) and abs(ours.item() - 2) > 0.1
+
+
+def least_squares():
+    """Correlated columns: the curvature along one direction is 10,000 times that along another."""
+    generator = torch.Generator().manual_seed(0)
+    turned, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
+    inputs = torch.randn(400, 12, generator=generator) @ torch.diag(torch.logspace(-2, 0, 12)) @ turned
+    return inputs, inputs @ torch.randn(12, 2, generator=generator)
+
+
+def distance(kind, rate, steps=600):
+    """The loss that a layer ends with."""
+    inputs, targets = least_squares()
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 2)
+    optimizer = kind(layer.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        some = torch.randint(len(inputs), (32,), generator=generator)
+        loss = nn.functional.mse_loss(layer(inputs[some]), targets[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return nn.functional.mse_loss(layer(inputs), targets).item()
+
+
+def test_what_depends_on_each_other_is_learned_in_fewer_steps():
+    sgd = min(distance(partial(torch.optim.SGD, momentum=0.9), rate) for rate in (0.03, 0.1, 0.3, 1))
+    adam = min(distance(torch.optim.Adam, rate) for rate in (0.01, 0.03, 0.1, 0.3))
+    assert distance(Soap, 0.1) < 0.5 * min(sgd, adam)
+
+
+def test_decay_shrinks_weights_as_in_sgd_and_nothing_else():
+    weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = Soap(groups, lr=0.1, momentum=0.9)
+    for _ in range(5):  # without gradients, which stand for zeros
+        optimizer.step()
+    assert torch.allclose(weight, torch.full((2, 2), (1 - 0.1 * 0.01 / 0.1) ** 5))
+    assert torch.equal(bias, torch.ones(2))
+
+
+def test_a_training_with_it_learns():
+    net = nets.make("lenet")
+    losses = []
+    config = TrainConfig(6, lr=0.05, optimizer="soap")
+    fit(net, batches(8), config, on_epoch=lambda epoch: losses.append(epoch.train_loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_without_an_eigenbasis_it_steps_as_adam_does(monkeypatch):
+    def diverges(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", diverges)
+    ours, other = (nn.Parameter(torch.tensor([2.0, -1.0])) for _ in range(2))
+    soap, adam = Soap([ours], lr=0.03), torch.optim.Adam([other], lr=0.03, betas=(0.9, 0.98))
+    for _ in range(40):
+        for p, optimizer in ((ours, soap), (other, adam)):
+            p.grad = p.detach() * torch.tensor([1.0, 5.0])
+            optimizer.step()
+    assert torch.allclose(ours, other, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_told_as_ever():
+    def broken(model, inputs, targets):
+        return model(inputs).sum() * float("nan")
+
+    with pytest.raises(TrainingDiverged, match="no longer finite"):
+        fit(nets.make("lenet"), batches(12), TrainConfig(1, lr=0.05, optimizer="soap"), loss=broken)
+
+
+def test_too_large_a_layer_is_refused():
+    with pytest.raises(PruningError, match=f"at most {LARGEST:,} .* 5,000"):
+        Soap(nn.Linear(100, 50).parameters())
+
+
+@pytest.mark.parametrize(
+    ("budget", "small"),
+    [(Budget(macs="50%"), False), (Budget(params=5000), False), (Budget(params=4000), True)],
+)
+def test_a_budget_that_may_leave_too_much_is_refused_before_anything_is_trained(budget, small):
+    net = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.Flatten(), nn.Linear(640, 3))
+    images = torch.randn(4, 1, 8, 8)
+    data = [(images, torch.tensor([0, 1, 2, 0]))]
+    one, last = TrainConfig(1, lr=0.01), TrainConfig(1, lr=0.01, optimizer="soap")
+    config = SlimConfig(budget, one, PruneConfig(1, one), last, strength=0.0)
+    trained = []
+
+    def loss(model, inputs, targets):
+        trained.append(1)
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+    with nullcontext() if small else pytest.raises(PruningError, match="take sgd"):
+        slim(net, data, images, config, validate=data, loss=loss, log=lambda line: None)
+    assert bool(trained) == small
