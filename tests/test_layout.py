@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from pruning.cli.config_file import tomllib
 
@@ -38,6 +39,91 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed
+
+
+#: The toolkit's wings and its files outside a wing, from the top: each imports what stands below it.
+LAYERS = (
+    "__main__",
+    "__init__",
+    "cli",
+    "integrations",
+    "report",
+    "demo",
+    "stages",
+    "planning",
+    "training",
+    "deploy",
+    "checkpoint",
+    "tracing",
+    "surgery",
+    "graph",
+    "load_pruned",
+    "utils",
+    "errors",
+)
+
+
+def graph():
+    """For each file of the toolkit the files that it imports, wherever in the file."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.glob("pruning/**/*.py")}
+
+    def resolve(name):
+        return next((found for found in (name, f"{name}.__init__") if found in files), None)
+
+    found = {}
+    for file, path in files.items():
+        found[file] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pruning":
+                for alias in node.names:
+                    found[file].add(resolve(f"{node.module}.{alias.name}") or resolve(node.module))
+            elif isinstance(node, ast.Import):
+                found[file] |= {resolve(a.name) for a in node.names if a.name.split(".")[0] == "pruning"}
+    return found
+
+
+def test_imports_run_downward():
+    layer = lambda file: LAYERS.index(file.split(".")[1])  # noqa: E731
+    upward = [
+        f"{file} imports {other}"
+        for file, others in graph().items()
+        for other in others
+        if layer(other) < layer(file)
+    ]
+    assert upward == []
+
+
+def test_no_files_import_each_other():
+    imports = graph()
+    while leaves := [file for file, others in imports.items() if not others & imports.keys() - {file}]:
+        for file in leaves:
+            del imports[file]
+    assert sorted(imports) == []
+
+
+def test_no_package_hides_a_module_behind_a_name():
+    hidden = []
+    for file in graph():
+        package, _, name = file.rpartition(".")
+        if name not in ("__init__", "__main__"):
+            __import__(file)
+            if not isinstance(getattr(sys.modules[package], name), ModuleType):
+                hidden.append(file)
+    assert hidden == []
+
+
+def test_no_file_is_long(most=350):
+    lengths = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("pruning/**/*.py")}
+    assert {name: length for name, length in lengths.items() if length > most} == {}
+
+
+def test_no_function_is_long(most=60):
+    long = {}
+    for path in ROOT.glob("pruning/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= most:
+                long[f"{path.name}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert long == {}
 
 
 def test_thop_and_matplotlib_each_have_one_door():

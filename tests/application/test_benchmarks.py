@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from commands import ROOT, module
 
 from benchmarks import equal_accuracy, libraries, pipeline, results, runtimes, timing
-from pruning import CheckpointError, PruningError, cli, load
+from pruning import CheckpointError, PruningError, load
 
 RECIPE = """
 start = "lenet5"
@@ -282,9 +283,9 @@ def test_both_ways_to_the_data_give_the_same_images():
     import data
 
     digits = data.load("mnist5k", quiet=True)
-    flags = cli.argparse.Namespace(side="loader 0", batch_size=32)
+    flags = argparse.Namespace(side="loader 0", batch_size=32)
     _, loaded = pipeline.splits(digits, flags)
-    _, ours = pipeline.splits(digits, cli.argparse.Namespace(side="memory", batch_size=32))
+    _, ours = pipeline.splits(digits, argparse.Namespace(side="memory", batch_size=32))
     for (images, labels), (same, targets) in zip(loaded, ours, strict=True):
         assert torch.equal(labels, targets) and torch.allclose(images, same, atol=1e-6)
 

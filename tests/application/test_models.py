@@ -11,7 +11,7 @@ from torch import nn
 import models
 from pruning import Budget, fold_batchnorm, load, prune, save, trace
 from pruning.cli.build import slim_config
-from pruning.cli.commands import parse
+from pruning.cli.main import parse
 from pruning.stages.slim import reachable
 
 ROOT = Path(__file__).resolve().parents[2]

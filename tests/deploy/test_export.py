@@ -310,7 +310,7 @@ def test_int8_is_refused(tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(ExportError, match=r"2\.0000 ms .* 1\.0000 ms: it is not"),
     ):
-        patch.setattr("pruning.quantization.time_forward", lambda *_, **__: slower)
+        patch.setattr("pruning.deploy.quantize.time_forward", lambda *_, **__: slower)
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise], least_agreement=0, faster=True)
     with pytest.raises(ExportError, match="cannot be quantized"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise[:, :, :9]])
