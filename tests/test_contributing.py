@@ -28,7 +28,10 @@ def test_every_extension_has_a_short_example():
 
 def test_the_examples_run(tmp_path):
     # In a process of their own: they register layers, operators and runtimes.
-    runs = [f"exec(compile({code!r}, 'CONTRIBUTING.md', 'exec'), {{'__name__': 'example'}})" for code in examples().values()]
+    runs = [
+        f"exec(compile({code!r}, 'CONTRIBUTING.md', 'exec'), {{'__name__': 'example'}})"
+        for code in examples().values()
+    ]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(runs)],
