@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 
 # The checks, and the tests that are marked quick: at most a minute on 2 cores.
 quick: check
-	$(BIN)/python -m pytest -m quick
+	$(BIN)/python -m pytest -m 'quick and not slow' tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -27,8 +27,8 @@ check: $(VENV)/.installed-dev
 
 # The tests that rounding could decide, as older processors compute: other kernels, other rounding.
 numerics: $(VENV)/.installed-dev
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m numerics
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m numerics
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m numerics tests
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m numerics tests
 
 # The source archive and the wheel, in dist/.
 package: $(VENV)/.installed-dev

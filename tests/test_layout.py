@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import setuptools
 
 from pruning.cli.config_file import tomllib
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
 
