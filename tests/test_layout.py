@@ -132,7 +132,7 @@ def test_no_function_is_long(most=60):
     assert long == {}
 
 
-def test_thop_matplotlib_jinja2_and_torchvision_are_imported_in_one_place_each():
+def test_thop_and_matplotlib_each_have_one_door():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
