@@ -128,7 +128,6 @@ def test_a_weight_that_hooks_compute_is_left_alone_and_named():
     assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
 
 
-@pytest.mark.slow
 def test_recurrent_layers_are_narrowed_where_they_read_and_keep_their_hidden_size():
     class Starts(nn.Module):
         """Neither what makes a first state nor what a layer of one's own reads can be narrowed."""
