@@ -31,5 +31,10 @@ def silent(wanted: bool) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """Run a command; end with one line and an exit code when the user's input is at fault."""
     run(main, interrupted="interrupted; slim and finetune go on with: --resume --output FOLDER")
+
+
+if __name__ == "__main__":
+    console()

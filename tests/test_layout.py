@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import setuptools
+
 from pruning.cli.config_file import tomllib
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +35,7 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "numpy",
         "PIL",
         "filelock",
+        "jinja2",
         "tqdm",
         "matplotlib",
         "tomli",
@@ -138,13 +144,36 @@ def test_models_and_data_know_nothing_of_each_other():
     assert not {"data", "eval"} & {name for _, name in imports("models")}
 
 
-def test_what_the_package_installs_holds_the_parts_of_the_page():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {
-        ".".join(p.parent.relative_to(ROOT).parts): p.parent for p in ROOT.glob("pruning/**/__init__.py")
+def settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_folder_of_the_toolkit_is_a_package_that_is_installed():
+    find = settings()["tool"]["setuptools"]["packages"]["find"]
+    assert find["namespaces"] is False
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("pruning/**/*.py")}
+    assert set(setuptools.find_packages(str(ROOT), include=find["include"])) == folders
+
+
+def test_every_file_beside_the_code_is_installed():
+    patterns = settings()["tool"]["setuptools"]["package-data"]["*"]
+    data = {
+        path for path in ROOT.glob("pruning/**/*") if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert set(settings["packages"]) == set(folders)
-    for package, folder in folders.items():
-        others = {p.name for p in folder.iterdir() if p.suffix not in (".py", ".pyc") and p.is_file()}
-        patterns = settings["package-data"].get(package, [])
-        assert others == {p.name for each in patterns for p in folder.glob(each) if p.suffix != ".py"}
+    assert data == {path for pattern in patterns for path in ROOT.glob(f"pruning/**/{pattern}")}
+
+
+def test_the_requirement_files_and_pyproject_ask_for_the_same():
+    project = settings()["project"]
+    extras = {name: requirements(lines) for name, lines in project["optional-dependencies"].items()}
+    runs = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    develops = requirements((ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines())
+    everything = requirements(project["dependencies"]).union(*extras.values())
+    assert requirements(project["dependencies"]) <= runs
+    assert runs | develops == {line for line in everything if not line.startswith("pruning")}
+
+
+def requirements(lines):
+    """Requirements without comments, as written, quotes and spaces aside."""
+    plain = (line.split("#")[0].replace(" ", "").replace("'", '"') for line in lines)
+    return {line for line in plain if line and not line.startswith("-r")}

@@ -27,6 +27,8 @@ from pruning import (
     uncounted,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def flops(model, inputs):
     # Attention as products of matrices, which every version of the counter knows.
@@ -85,6 +87,7 @@ def test_layers_that_the_count_leaves_out_are_listed():
     assert uncounted(net) == {"0": "Embedding"}
 
 
+@pytest.mark.slow
 def test_a_slower_network_measures_slower_and_one_against_itself_the_same():
     torch.manual_seed(0)
     small, large = LeNet5((2, 2), (4, 4)), LeNet5((32, 64), (256, 256))
@@ -145,6 +148,7 @@ def test_an_interval_narrows_with_the_turns_and_is_the_same_for_the_same_seed():
     assert wide.low < found.low and found.high < wide.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlated", [False, True])
 def test_intervals_cover_the_true_ratio_as_often_as_they_say(correlated):
     covered, trials, turns = 0, 100, 144
@@ -201,6 +205,7 @@ def test_inputs_by_name_reach_the_arguments_of_that_name():
     assert cost.macs == 8 * 3 + 2 * 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_costs_what_it_is_made_of():
     net, images = LeNet5(), torch.randn(1, 1, 28, 28)
     assert count(torch.compile(net), images) == count(net, images)

@@ -12,6 +12,8 @@ from torch import nn
 from pruning import PruningError, cross_entropy, trace
 from pruning.planning.scores import bn_scale, l1, l2, score_channels, taylor
 
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
 
 def with_norm():
     net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()

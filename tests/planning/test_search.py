@@ -24,6 +24,8 @@ from pruning import (
     trace,
 )
 
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
 
 def traced_net(name="lenet"):
     net = nets.make(name)

@@ -10,6 +10,8 @@ from torch import nn
 
 from pruning import Budget, PruneConfig, PruningError, ScalePull, SlimConfig, TrainConfig, sparsify, trace
 
+pytestmark = pytest.mark.numerics
+
 
 def test_stage_1_takes_no_moving_average():
     with pytest.raises(PruningError, match="no exact zeros"):

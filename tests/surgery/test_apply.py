@@ -25,6 +25,8 @@ from pruning import (
 )
 from pruning.utils.compare import TOLERANCE
 
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
 
 def some_plan(traced, names=None, seed=0):
     """Keep a random, non-empty, proper subset of each named group's channels."""

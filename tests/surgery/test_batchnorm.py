@@ -13,6 +13,8 @@ from pruning import Budget, PruningError, equalize, fold_batchnorm, load, prune,
 from pruning.utils.compare import compare
 from pruning.utils.tree import tensors
 
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
 
 @pytest.mark.parametrize("name", nets.NETS)
 def test_folding_batchnorm_changes_nothing(name):

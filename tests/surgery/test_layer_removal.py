@@ -23,6 +23,8 @@ from pruning import (
     without_layer,
 )
 
+pytestmark = pytest.mark.numerics
+
 
 def candidates(model, inputs, ignored=()):
     return removable(model, trace(model, inputs, ignored), inputs)

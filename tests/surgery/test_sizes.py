@@ -13,6 +13,8 @@ from pruning import Budget, CheckpointError, doctor, load, prune, save, trace
 from pruning.checkpoint import read, write
 from pruning.load_pruned import load_pruned
 
+pytestmark = pytest.mark.quick
+
 
 class Sized(nn.Module):
     """A convolution, what `middle` does with its channels, and a linear layer."""

@@ -15,6 +15,8 @@ from pruning import Budget, Plan, PruningError, apply, doctor, prune, trace, ver
 from pruning.surgery.verify import _run_masked
 from pruning.utils.compare import TOLERANCE, compare, outputs_of
 
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
 
 def test_a_wrong_surgery_is_found_out():
     net, images = nets.make("lenet"), nets.images()

@@ -8,6 +8,8 @@ from torch import nn
 
 from pruning import Budget, prune, trace
 
+pytestmark = pytest.mark.quick
+
 
 class Takes(nn.Module):
     """Two convolutions that read pieces of what a third one makes."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from pruning import Budget, PruningError, load, prune, save, trace
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_output_layer_is_kept_and_named():
     traced = trace(nets.make("lenet"), nets.images())

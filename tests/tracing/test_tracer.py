@@ -20,6 +20,8 @@ from pruning.utils import meta
 from pruning.utils.compare import TOLERANCE
 from pruning.utils.modules import call
 
+pytestmark = pytest.mark.quick
+
 TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1"]
 
 
@@ -49,6 +51,7 @@ def by_oracle(net, images, root, positions):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "lenet", "residual", "dense", "inverted", "tokens", *TORCHVISION])
 def test_the_groups_are_those_of_torch_pruning(name):
     net, images = made(name)

@@ -13,6 +13,8 @@ from torch import nn
 from pruning import Exported, TrainConfig, export, finetune, fold_batchnorm, quantize, trace
 from pruning.training.fake_quantize import Rounding, rounded_weight
 
+pytestmark = pytest.mark.numerics
+
 
 def root_mean_square(a, b):
     return (a - b).square().mean().sqrt().item()

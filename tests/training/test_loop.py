@@ -22,6 +22,8 @@ from pruning import (
 )
 from pruning.training.distillation import taught
 
+pytestmark = pytest.mark.numerics
+
 
 def test_training_learns():
     net = nets.make("lenet")

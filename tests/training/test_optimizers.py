@@ -14,6 +14,8 @@ from torch import nn
 from pruning import Budget, PruneConfig, PruningError, SlimConfig, TrainConfig, TrainingDiverged, fit, slim
 from pruning.training.optimizers import LARGEST, Soap
 
+pytestmark = pytest.mark.numerics
+
 
 def test_of_one_parameter_it_is_adam():
     ours, other = (nn.Parameter(torch.tensor([2.0])) for _ in range(2))

@@ -11,6 +11,8 @@ from models import CompactNet, YourNet
 from pruning import Budget, PruningError, fresh_weights, prune
 from pruning.utils.compare import outputs_of
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "make",
