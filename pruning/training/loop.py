@@ -77,11 +77,11 @@ def fit(
     if not config.epochs:
         return model.eval()
 
-    loss, batches = loss_of(loss), distributed.shared(batches)
+    loss, batches = loss_of(loss), distributed.sharded(batches)
     with (
         torch.enable_grad(),
         channels_last(model, config.channels_last),
-        distributed.together(model) as trained,
+        distributed.data_parallel(model) as trained,
     ):
         device = device_of(model)
         training = _Training(model, config, steps, device, extra)
