@@ -20,7 +20,7 @@ from pruning import (
     finetune,
     fit,
 )
-from pruning.training.distillation import taught
+from pruning.training.distillation import with_teacher
 
 
 def test_training_learns():
@@ -354,7 +354,7 @@ def test_a_teacher_sees_images_in_memory_once_unless_they_are_augmented():
 def test_outputs_that_take_more_memory_than_the_inputs_are_not_kept():
     net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4)) for _ in range(2))
     data = [(torch.rand(5, 3), torch.randint(4, (5,)))]
-    kept, _ = taught(teacher, data, 0.5, 2.0)
+    kept, _ = with_teacher(teacher, data, 0.5, 2.0)
     assert kept is data
     finetune(net, data, TrainConfig(1), teacher=teacher)
 
