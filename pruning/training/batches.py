@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
-
-T = TypeVar("T")
 
 #: A pair (inputs, targets): what the model is called with, and what the loss compares its outputs with.
 Batch: TypeAlias = tuple[Any, Any]

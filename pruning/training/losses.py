@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
         raise _no_such_class(logits, targets) from error
 
 
-def loss_of(loss: Loss) -> Callable[[nn.Module, Any, Any], Tensor]:
+def loss_of(loss: Loss) -> Callable[..., Tensor]:
     """Return a loss as a function of (model, inputs, targets) that checks that its value is a scalar.
 
     A callable with exactly two required arguments is a criterion of (outputs, targets).

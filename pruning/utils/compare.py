@@ -57,7 +57,7 @@ class _ConstantRandomNumbers(TorchDispatchMode):
             torch.cuda.default_generators[device].manual_seed(0)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.fork.__exit__(None, None, None)
 

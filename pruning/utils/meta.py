@@ -28,7 +28,7 @@ _SAME_SHAPE = frozenset(
 )  # fmt: skip
 
 
-def without_computing(run: Callable[[nn.Module, Any], T], model: nn.Module, inputs: Inputs) -> T:
+def without_computing(run: Callable[[nn.Module, Inputs], T], model: nn.Module, inputs: Inputs) -> T:
     """Return `run(copy of the model, inputs)`, on the meta device where the model runs there.
 
     A model that reads values (a data-dependent branch, `.item()`) runs on its own device; an error
@@ -44,8 +44,8 @@ def without_computing(run: Callable[[nn.Module, Any], T], model: nn.Module, inpu
 
 
 def without_storage(
-    model: nn.Module, run: Callable[[nn.Module, Any], object], inputs: T
-) -> tuple[nn.Module, T]:
+    model: nn.Module, run: Callable[[nn.Module, Inputs], object], inputs: Inputs
+) -> tuple[nn.Module, Inputs]:
     """Return a model and its inputs on the meta device if `run` works there, and else as they are."""
     probe, example = on_meta(model), pytree.tree_map(to_meta, inputs)
     try:
@@ -58,18 +58,22 @@ def without_storage(
 
 def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device, with shapes and without values."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = to_meta(tensor)
+        empty = _empty(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copied(model, memo, to_meta)
+    return copied(model, memo, _empty)
 
 
-def to_meta(leaf: Any) -> Any:
+def to_meta(leaf: object) -> object:
     """Return a tensor of the same shape on the meta device; anything else as it is."""
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+    return _empty(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 class Shapes(TorchDispatchMode):

@@ -187,7 +187,7 @@ _CONTAINERS = (dict, OrderedDict, set, list)
 
 
 def copied(
-    model: Model, memo: dict[int, Any] | None = None, convert: Callable[[Tensor], Tensor] = Tensor.detach
+    model: Model, memo: dict[int, object] | None = None, convert: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Model:
     """Return a deep copy of a model.
 
