@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pruned(name):
-    """A network after surgery, with BatchNorm folded where it can be."""
+    """Return a network after surgery, with BatchNorm folded where possible."""
     step = prune(nets.make(name), nets.images(), Budget(params="60%"), score="l2")
     return fold_batchnorm(step.model, trace(step.model, nets.images()))
 
@@ -128,7 +128,9 @@ def test_tied_weights_stay_tied_unless_they_were_separated(loader, dtype, tmp_pa
     assert torch.equal(again.out.weight, net.out.weight)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").glob("*/*.pth")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "checkpoints").glob("*/*.pth")), ids=lambda path: path.parent.name
+)
 def test_committed_checkpoints_load_alike_with_and_without_the_toolkit(path):
     ours, alone = load(path), load_pruned(path)
     assert type(ours) is type(alone) and ours.state_dict().keys() == alone.state_dict().keys()

@@ -15,7 +15,6 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import sync_batch_norm
@@ -196,18 +195,20 @@ def _sync_batch_norm(
             x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
         )
     # nn.SyncBatchNorm refuses CPU tensors, and torch has its kernels (batch_norm_stats) for GPUs only.
+    from torch.distributed.nn.functional import all_reduce  # with gradients; not in every build of torch
+
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
     sums = torch.stack([x.sum(dims), x.square().sum(dims)])
-    mean, square = torch.distributed.nn.functional.all_reduce(sums) / count
+    average, square = all_reduce(sums) / count
     # Of float32 sums; a variance below 0 can only be rounding.
-    variance = (square - mean.square()).clamp(min=0)
+    variance = (square - average.square()).clamp(min=0)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum)
+            running_mean.lerp_(average, momentum)
             running_var.lerp_(variance * count / max(1, count - 1), momentum)
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    normalized = (x - mean.view(shape)) * torch.rsqrt(variance + eps).view(shape)
+    normalized = (x - average.view(shape)) * torch.rsqrt(variance + eps).view(shape)
     if weight is not None:
         normalized = normalized * weight.view(shape)
     return normalized if bias is None else normalized + bias.view(shape)
