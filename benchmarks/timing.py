@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import Latency, PruningError, time_ratio
-from pruning.deploy.runtimes import difference, quiet
+from pruning.deploy.runtimes import quiet, relative_difference
 
 #: A network beside its own copy should take as long; further from 1 than this, ratios are spoiled.
 CONTROL = 0.02
@@ -93,7 +93,7 @@ def compile_ahead(network: nn.Module, batch: Tensor, path: Path) -> Compiled:
         program = torch.export.export(network, (batch.clone(),))
         aoti_compile_and_package(program, package_path=str(path))
         made = Compiled(path)
-        apart = difference(network(batch), made(batch))
+        apart = relative_difference(network(batch), made(batch))
     if not apart <= 1e-3:  # sums may be taken in another order
         raise PruningError(f"its outputs differ from the network's by {apart:.1e} of the largest")
     return made

@@ -15,7 +15,7 @@ def main() -> None:
     if os.getcwd() not in sys.path:  # models and data of the user's are found from where they stand
         sys.path.insert(0, os.getcwd())
     args, command = parse()
-    with distributed.group(getattr(args, "device", "cpu")) as device, silent(distributed.rank() > 0):
+    with distributed.process_group(getattr(args, "device", "cpu")) as device, silent(distributed.rank() > 0):
         if "device" in args:
             args.device = device
         command(args)

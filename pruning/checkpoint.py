@@ -5,11 +5,11 @@
      "not_in_place": [...], "sizes": {"block1": {"width": 14}, ...}, "state_dict": {...},
      "buffers": {...}, "provenance": {...}}
 
-The network is made by calling the class with the arguments, then every layer is given the
-channel counts in `layers`: so a pruned network loads whether or not its class can build
-narrow widths. `sizes` are those that modules' own code views or splits channels by. `buffers` are those
-with persistent=False, which a state dict leaves out: they hold channels, too. Loading needs torch and
-the class, nothing else.
+To load it, the class is called with the arguments, and every layer gets its channel counts from
+`layers`: a pruned network loads even where its class cannot build narrow widths. `sizes` are the
+attributes by which a module's own code views or splits channels. `buffers` are those with
+persistent=False, which a state dict leaves out: they hold channels, too. Loading needs torch and the
+class only (`pruning/load_pruned.py`).
 """
 
 from __future__ import annotations
@@ -37,25 +37,42 @@ from pruning.utils.files import read_plain, replace_file
 
 FORMAT = 1
 
+#: The type of each entry of a checkpoint that must be there. Later versions have added others.
+_ENTRIES: dict[str, type] = {
+    "class": str,
+    "folded": list,
+    "arguments": dict,
+    "layers": dict,
+    "state_dict": dict,
+    "provenance": object,
+}
+
 
 def save(
     path: str | Path,
     model: nn.Module,
     *,
-    arguments: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, object] | None = None,
+    provenance: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a model so that `load` gives it back with bit-identical outputs.
+    """Write a model so that `load` returns it with bit-identical outputs.
 
-    The file appears whole or not at all.
+    The file is replaced atomically: after an error or a crash, the old one is there.
 
     Args:
-        arguments: plain data that the model's class is called with; by default the
-            model's attribute `config`, where that is a mapping with which the class can be called,
-            and else no argument.
+        arguments: plain data with which to call the model's class; by default the model's attribute
+            `config`, where that is a mapping that the class takes, and else no argument.
         provenance: plain data on how the model was made (see `provenance`).
 
-    Raises `CheckpointError` when the file cannot be written, or holds what is not plain data.
+    Raises:
+        CheckpointError: when the file cannot be written, or the model holds other than plain data.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "net.pth"
+    >>> model, inputs = nn.Linear(4, 3).eval(), torch.rand(2, 4)
+    >>> save(path, model, arguments={"in_features": 4, "out_features": 3})
+    >>> torch.equal(load(path)(inputs), model(inputs))
+    True
     """
     kind = type(model)
     if arguments is None:
@@ -77,15 +94,27 @@ def load(
     *,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The network of a checkpoint, in eval mode.
+    """Load the network of a checkpoint, in eval mode.
+
+    Nothing in the file is executed; the only code that runs is the constructor of the stored class.
 
     Args:
+        path: of a file that `save` wrote.
         factory: makes the unpruned network when called with the stored arguments, or with none
-            where it cannot take those; needed where the class cannot be imported or takes others.
+            where it cannot take those. It is needed where the class cannot be imported, or cannot
+            be called with the stored arguments.
+        device: of the network.
 
-    Raises `CheckpointError` for a file that is missing, damaged, foreign or from a newer
-    version, for a class that is not an importable `nn.Module`, and where more than channels
-    differs from what it makes. Nothing in the file is executed besides the constructor of that class.
+    Raises:
+        CheckpointError: for a file that is missing, damaged, foreign or from a newer version, for a
+            class that is not an importable `nn.Module`, and where the network that the class makes
+            differs in more than its channels.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "net.pth"
+    >>> save(path, nn.Linear(4, 3))
+    >>> load(path, lambda: nn.Linear(4, 5))
+    Linear(in_features=4, out_features=3, bias=True)
     """
     content = read(path)
     make, arguments = factory or _find_class(path, content["class"]), content["arguments"]
@@ -100,14 +129,18 @@ def load(
         ) from error
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{path}: the factory gave a {type(model).__name__}, not an nn.Module")
-    fit(path, model, content)
+    restore(path, model, content)
     return model.to(device).eval()
 
 
-def fit(path: str | Path, model: nn.Module, content: Mapping[str, Any]) -> None:
-    """Give a freshly made dense network the widths and weights of a checkpoint's content, in place.
+def restore(path: str | Path, model: nn.Module, content: Mapping[str, object]) -> None:
+    """Give a newly made unpruned network the widths and weights of a checkpoint, in place.
 
-    Raises `CheckpointError` where they do not fit it.
+    Args:
+        path: of the checkpoint, for error messages. content: what `read` returned.
+
+    Raises:
+        CheckpointError: where they do not fit the network.
     """
     try:
         rebuild(model, content)
@@ -120,7 +153,11 @@ def fit(path: str | Path, model: nn.Module, content: Mapping[str, Any]) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, checked; see `load` for what is raised."""
+    """Return the content of a checkpoint file, checked.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged, foreign or from a newer version.
+    """
     content = read_plain(path)
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(
@@ -131,11 +168,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {content['format']!r}, this version reads up to {FORMAT}: update the toolkit"
         )
-    missing = {"class", "arguments", "layers", "folded", "state_dict", "provenance"} - content.keys()
+    missing = _ENTRIES.keys() - content.keys()
     if missing:
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
-    kinds = {"class": str, "folded": list, **dict.fromkeys(("arguments", "layers", "state_dict"), dict)}
-    for key, kind in kinds.items():
+    for key, kind in _ENTRIES.items():
         if not isinstance(content[key], kind):
             raise CheckpointError(
                 f"{path} is damaged: its {key} is a {type(content[key]).__name__}, not a {kind.__name__}"
@@ -143,58 +179,65 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def write(path: str | Path, content: Any) -> None:
-    """Write plain data and tensors: to a temporary file that then takes the name."""
+def write(path: str | Path, content: object) -> None:
+    """Write tensors and plain data to a file, atomically.
+
+    Raises:
+        CheckpointError: where the file cannot be written, or the content is not plain data.
+    """
     path = Path(path)
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer)
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
-    except (pickle.PickleError, AttributeError, TypeError) as error:  # what cannot be pickled raises any
+    except (pickle.PickleError, AttributeError, TypeError) as error:  # pickling can fail with any of these
         raise CheckpointError(
             f"{path} was not written: only tensors and plain data can be stored ({error})"
         ) from error
     replace_file(path, buffer.getvalue())
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """A model's channel counts, folded norms and weights, as plain data and tensors."""
-    layers: dict[str, dict[str, Any]] = {}
-    for name, layer in model.named_modules():
-        rule = rule_for(layer)
-        if rule is not None:
-            counts = {rule.out_count: getattr(layer, rule.out_count)}
-            for attribute in filter(None, (rule.in_count, rule.parts)):
-                counts[attribute] = getattr(layer, attribute)
-            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
-    everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
-    folded = [name for name, layer in everywhere if type(layer) is nn.Identity]
-    not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
-    sizes = {name: changed for name, module in model.named_modules() if (changed := changed_sizes(module))}
-    # What a module's `get_extra_state` gives may be anything; `write` refuses what is not plain data.
+def describe(model: nn.Module) -> dict[str, object]:
+    """Return a model's channel counts, folded norms and weights, as plain data and tensors."""
+    # `get_extra_state` of a module may return any object; `write` refuses what is not plain data.
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
         for name, value in model.state_dict().items()
     }
-    buffers = {
-        name: buffer.cpu()
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in state
-    }
+    everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
     return {
-        "layers": layers,
-        "folded": folded,
-        "not_in_place": not_in_place,
-        "sizes": sizes,
+        "layers": _channel_counts(model),
+        "folded": [name for name, layer in everywhere if type(layer) is nn.Identity],
+        "not_in_place": [
+            name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False
+        ],
+        "sizes": {name: sizes for name, module in model.named_modules() if (sizes := changed_sizes(module))},
         "state_dict": state,
-        "buffers": buffers,
+        "buffers": {
+            name: buffer.cpu()
+            for name, buffer in model.named_buffers(remove_duplicate=False)
+            if name not in state
+        },
     }
 
 
-def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
-    module_name, _, qualified = str(name).partition(":")
+def _channel_counts(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """Return the channel counts of every layer in the table of layers, by attribute."""
+    layers: dict[str, dict[str, int | list[int]]] = {}
+    for name, layer in model.named_modules():
+        rule = rule_for(layer)
+        if rule is not None:
+            attributes = filter(None, (rule.out_count, rule.in_count, rule.parts))
+            counts = {attribute: getattr(layer, attribute) for attribute in attributes}
+            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
+    return layers
+
+
+def _find_class(path: str | Path, name: str) -> type[nn.Module]:
+    """Import the class of a checkpoint by its name, `module:Class`."""
+    module_name, _, qualified = name.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: object = importlib.import_module(module_name)
         for part in qualified.split("."):
             found = getattr(found, part)
     except Exception as error:  # of the user's module
@@ -208,14 +251,19 @@ def _find_class(path: str | Path, name: Any) -> type[nn.Module]:
 
 
 def write_loader(folder: str | Path) -> Path:
-    """Put `load_pruned.py` into a folder: a file that loads its checkpoints without this toolkit."""
+    """Copy `load_pruned.py` into a folder: it loads checkpoints without this toolkit. Return its path."""
     path = Path(folder) / "load_pruned.py"
     replace_file(path, Path(__file__).with_name("load_pruned.py").read_bytes())
     return path
 
 
-def provenance(**facts: Any) -> dict[str, Any]:
-    """How a checkpoint was made: command, commit, versions, and whatever is given besides."""
+def provenance(**facts: object) -> dict[str, object]:
+    """Return how a checkpoint was made: command, commit, versions, threads, and the given facts.
+
+    >>> facts = provenance(seed=1)
+    >>> sorted(facts)
+    ['command', 'commit', 'seed', 'threads', 'versions']
+    """
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "torch-pruning", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -230,14 +278,14 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def _relative(argument: str) -> str:
-    """A path below the current folder, as one would type it there; anything else as it is."""
+    """Return an absolute path below the current folder relative to it; anything else as it is."""
     path = Path(argument)
     below = path.is_absolute() and path.is_relative_to(Path.cwd())
     return path.relative_to(Path.cwd()).as_posix() if below else argument
 
 
 def _commit() -> str:
-    """The commit that is checked out, marked when the tree differs from it; empty outside git."""
+    """Return the commit that is checked out, with -dirty where files differ from it; empty outside git."""
     here = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(  # noqa: E731

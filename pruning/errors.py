@@ -1,12 +1,12 @@
-"""What goes wrong, by kind. Every message names what was given, what was expected and the cure."""
+"""The toolkit's errors. Every message names what was given, what was expected, and the cure."""
 
 
 class UserError(ValueError):
-    """Something given from outside cannot be worked with; commands end with exit code 2."""
+    """An error in what the user gave; a command that raises it ends with exit code 2."""
 
 
 class PruningError(UserError):
-    """A model, plan, budget or setting that cannot be worked with. Nothing was changed."""
+    """A model, plan, budget or setting that the toolkit cannot work with. Nothing was changed."""
 
 
 class ExportError(PruningError):
@@ -14,8 +14,8 @@ class ExportError(PruningError):
 
 
 class CheckpointError(UserError):
-    """A file that is not a checkpoint this version can load, or that cannot be written."""
+    """A file that is not a checkpoint that this version can load, or that cannot be written."""
 
 
 class TrainingDiverged(UserError):
-    """The loss is no longer a finite number; checkpoints written before are as they were."""
+    """The loss is no longer finite; checkpoints written before are unchanged."""

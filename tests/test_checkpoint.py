@@ -1,4 +1,4 @@
-"""Law 4: a checkpoint reloads anywhere, bit for bit; nothing in a file is executed."""
+"""Checkpoints reload bit for bit in any process, and nothing in a file is executed (law 4)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pruned(name):
-    """A network after surgery, with BatchNorm folded where it can be."""
+    """Return a network after surgery, with BatchNorm folded where possible."""
     step = prune(nets.make(name), nets.images(), Budget(params="60%"), score="l2")
     return fold_batchnorm(step.model, trace(step.model, nets.images()))
 
@@ -85,7 +85,7 @@ def test_the_narrow_class_is_rebuilt_from_its_arguments_alone(tmp_path):
 
 
 class Weighed(nn.Module):
-    """Channels meet a buffer that a state dict leaves out."""
+    """Channels are multiplied by a buffer that a state dict leaves out."""
 
     def __init__(self, kernel=3):
         super().__init__()
@@ -98,7 +98,7 @@ class Weighed(nn.Module):
 
 
 @pytest.mark.parametrize("loader", [load, load_pruned])
-def test_buffers_that_a_state_dict_leaves_out_come_back_narrow(loader, tmp_path):
+def test_buffers_that_a_state_dict_leaves_out_reload_narrow(loader, tmp_path):
     small = prune(Weighed(), nets.images(), Budget(params="50%"), score="l2").model
     assert small.scale.shape[1] < 8 and "scale" not in small.state_dict()
     save(tmp_path / "net.pth", small)
@@ -116,7 +116,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("loader", [load, load_pruned])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tied_weights_stay_tied_unless_they_were_parted(loader, dtype, tmp_path):
+def test_tied_weights_stay_tied_unless_they_were_separated(loader, dtype, tmp_path):
     net = Tied().to(dtype)
     save(tmp_path / "net.pth", net)
     again = loader(tmp_path / "net.pth", Tied)
@@ -128,8 +128,13 @@ def test_tied_weights_stay_tied_unless_they_were_parted(loader, dtype, tmp_path)
     assert torch.equal(again.out.weight, net.out.weight)
 
 
-def test_all_committed_checkpoints_load():
-    assert all(load(path) for path in (ROOT / "checkpoints").glob("*/*.pth"))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "checkpoints").glob("*/*.pth")), ids=lambda path: path.parent.name
+)
+def test_committed_checkpoints_load_alike_with_and_without_the_toolkit(path):
+    ours, alone = load(path), load_pruned(path)
+    assert type(ours) is type(alone) and ours.state_dict().keys() == alone.state_dict().keys()
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_nothing_but_fewer_channels_is_loaded(key, name, value, said, tmp_path):
         load_pruned(path, Weighed)
 
 
-def test_another_kernel_than_the_factorys_is_refused(tmp_path):
+def test_a_kernel_size_that_the_factory_does_not_make_is_refused(tmp_path):
     save(tmp_path / "net.pth", prune(Weighed(5), nets.images(), Budget(params="80%"), score="l2").model)
     for loader in (load, load_pruned):
         assert loader(tmp_path / "net.pth", lambda: Weighed(5)).first.kernel_size == (5, 5)
@@ -188,7 +193,7 @@ class Stateful(Weighed):
         self.version = state["version"]
 
 
-def test_a_config_that_the_class_does_not_take_is_left_out(tmp_path):
+def test_a_config_that_the_class_does_not_take_is_not_stored(tmp_path):
     net = Weighed()
     for config in ({"lr": 0.1}, SimpleNamespace(kernel=5), {1: 2}, "text"):
         net.config = config
@@ -200,7 +205,7 @@ def test_a_config_that_the_class_does_not_take_is_left_out(tmp_path):
         assert loader(tmp_path / "net.pth", lambda: Weighed()).first.kernel_size == (3, 3)
 
 
-def test_extra_state_is_stored_where_it_is_plain(tmp_path):
+def test_extra_state_is_stored_where_it_is_plain_data(tmp_path):
     save(tmp_path / "net.pth", Stateful())
     for loader in (load, load_pruned):
         assert loader(tmp_path / "net.pth", Stateful).version == 3
@@ -217,13 +222,13 @@ def written(tmp_path, **changes):
     return path
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.pth")
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])
-def test_a_truncated_file(tmp_path, size):
+def test_a_truncated_file_is_refused(tmp_path, size):
     path = written(tmp_path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"net\.pth"):
@@ -231,24 +236,24 @@ def test_a_truncated_file(tmp_path, size):
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(3)])
-def test_a_foreign_file(tmp_path, content):
+def test_a_foreign_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match="not a checkpoint of this toolkit"):
         load(tmp_path / "net.pth")
 
 
-def test_text_instead_of_a_checkpoint(tmp_path):
+def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "net.pth").write_text("these are not the weights you are looking for")
     with pytest.raises(CheckpointError):
         load(tmp_path / "net.pth")
 
 
-def test_a_newer_format(tmp_path):
+def test_a_newer_format_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"format 99.*update"):
         load(written(tmp_path, format=99))
 
 
-def test_a_checkpoint_of_another_shape(tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     other = LeNet5((2,), (5,)).state_dict()
     with pytest.raises(CheckpointError, match="does not fit LeNet5"):
         load(written(tmp_path, state_dict=other))
@@ -258,7 +263,7 @@ def test_a_checkpoint_of_another_shape(tmp_path):
     "name",
     ["os:system", "models.LeNet5:nothing", "no.such.module:Net", "builtins:dict", "torch.nn:functional", ""],
 )
-def test_a_class_that_is_no_network_is_refused(tmp_path, name):
+def test_a_class_that_is_not_a_module_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError):
         load(written(tmp_path, **{"class": name}))
 
@@ -278,7 +283,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_arguments_that_are_no_plain_data_are_not_written(tmp_path):
+def test_arguments_that_are_not_plain_data_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="plain data"):
         save(tmp_path / "net.pth", LeNet5(), arguments={"conv": nn.Linear(1, 1)})
     assert list(tmp_path.iterdir()) == []
@@ -297,7 +302,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_a_file(tmp_path):
+def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save(tmp_path / "file" / "net.pth", LeNet5())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pruning.checkpoint import fit, read
+from pruning.checkpoint import read, restore
 from pruning.errors import CheckpointError, PruningError
 from pruning.training.batches import BatchSource, first_batch, length
 from pruning.utils.files import read_plain
@@ -137,7 +137,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     content = read_plain(path)
     kind = type(model).__name__
     if isinstance(content, dict) and "format" in content:
-        return fit(path, model, read(path))
+        return restore(path, model, read(path))
     for key in ("state_dict", "model_state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from pruning.demo.builder import Builder, Value
 from pruning.demo.program import Program
 from pruning.demo.rules import RULES, Lacking
-from pruning.deploy.export import cause
+from pruning.deploy.export import failure_reason
 from pruning.deploy.runtimes import quiet
 from pruning.errors import ExportError
 
@@ -32,7 +32,7 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
         with quiet():
             exported = torch.export.export(model, (example,)).run_decompositions()
     except Exception as error:  # torch.export can fail in any way
-        raise ExportError(f"{kind} cannot be traced by torch.export: {cause(error)}") from error
+        raise ExportError(f"{kind} cannot be traced by torch.export: {failure_reason(error)}") from error
     try:
         return _lowered(exported, example)
     except Lacking as lacking:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruning.demo.lowering import program_of
 from pruning.deploy.export import TOLERANCE, folded
-from pruning.deploy.runtimes import difference, first_line
+from pruning.deploy.runtimes import first_line, relative_difference
 from pruning.errors import ExportError, PruningError
 from pruning.planning.cost import count
 from pruning.utils.files import replace_file
@@ -158,7 +158,7 @@ def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dic
         raise PruningError(f"{name} is no classifier: outputs (N, classes) were expected, it gives {got}")
     ready = folded(whole, [inputs[0]])
     program = program_of(ready, inputs[0])
-    apart = max(difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True))
+    apart = max(relative_difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True))
     if not apart <= TOLERANCE:
         raise ExportError(
             f"{name}: its operations differ from the model by {apart:.1e} of the largest output (tolerance "

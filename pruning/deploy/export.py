@@ -1,4 +1,4 @@
-"""Export: a network as a file that runs without its code, checked before it takes its name."""
+"""Write a network as a file that runs without its code, checked before it takes its name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from pruning.deploy.runtimes import METADATA, RUNTIMES, Exported, difference, first_line, needed, quiet
+from pruning.deploy.runtimes import (
+    METADATA,
+    RUNTIMES,
+    Exported,
+    first_line,
+    quiet,
+    relative_difference,
+    require_package,
+)
 from pruning.errors import ExportError
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
@@ -24,19 +33,31 @@ from pruning.utils.files import replace_file
 from pruning.utils.modules import copied
 from pruning.utils.tree import tensors
 
-#: The name's end of each format's files.
+if TYPE_CHECKING:
+    from onnx import GraphProto
+
+#: The file name extension of each format.
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}
 
-#: How far an exported file's outputs may be from the model's, relative to the largest one.
+#: Largest difference between the outputs of file and model, relative to the model's largest output.
 TOLERANCE = 1e-5
 
 #: The batch sizes at which they are compared.
 CHECKED = (1, 3)
 
+#: Plain data stored in the file, by name.
+Metadata: TypeAlias = Mapping[str, object]
+
 
 @dataclass(frozen=True)
 class Export:
-    """A file that was written and checked. `difference` is the largest seen, `size` in bytes."""
+    """A file that was written and checked.
+
+    Attributes:
+        size: in bytes.
+        difference: the largest one between the outputs of file and model, relative to the model's
+            largest output.
+    """
 
     path: Path
     format: str
@@ -58,12 +79,12 @@ def export(
     example_inputs: Tensor | Sequence[Tensor],
     format: str,
     *,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Metadata | None = None,
 ) -> Export:
     """Write a model as a file for another runtime, with BatchNorm folded, for batches of any size.
 
-    The file is reopened in that runtime and compared with the model, on noise at each batch
-    size of `CHECKED`, before it takes its name.
+    Before the file takes its name, it is opened in that runtime and compared with the model, on
+    noise at each batch size of `CHECKED`.
 
     Args:
         model: left as it is; exported in eval mode, on the CPU.
@@ -73,102 +94,128 @@ def export(
         metadata: plain data to store in the file, by name. The input's shape without the
             batch, the number of classes and torch's version are added.
 
-    Raises `ExportError` when a package is not installed, when the model cannot be exported
-    (an operation that the exporter lacks is named) or fixes the batch size, and when the
-    outputs differ; then nothing is left behind, and a file that was there is as it was.
+    Raises:
+        ExportError: when a package is not installed, when the model cannot be exported (an operation
+            that the exporter lacks is named) or fixes the batch size, and when the outputs differ;
+            then nothing is left behind, and an existing file stays as it was.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "net.torchscript"
+    >>> written = export(nn.Linear(4, 3), path, torch.rand(2, 4), "torchscript")
+    >>> written.difference <= TOLERANCE, path.stat().st_size == written.size
+    (True, True)
     """
+    examples = _examples(example_inputs, format)
+    reference = copied(model).cpu().eval().requires_grad_(False)
+    batches = [_noise(examples, size) for size in CHECKED]
+    expected = _outputs(reference, batches)
+    facts = _metadata(examples, expected[0], metadata or {})
+    content = _converted(reference, batches[-1], format, facts)
+    differences: list[float] = []
+
+    def check(written: Path) -> None:
+        exported = Exported(written, RUNTIMES[format])
+        for batch, outputs in zip(batches, expected, strict=True):
+            differences.append(_checked_difference(path, exported, batch, outputs))
+
+    replace_file(path, content, check)
+    return Export(Path(path), format, len(content), max(differences))
+
+
+def _examples(example_inputs: Tensor | Sequence[Tensor], format: str) -> list[Tensor]:
+    """Return the example inputs as a list on the CPU, after checking that `export` can start."""
     if format not in _WRITERS:
         raise ExportError(f"format {format!r} is unknown; there are: {', '.join(_WRITERS)}")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
     if not examples or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in examples):
         raise ExportError("export needs example inputs that are tensors with a batch dimension")
-    examples = [x.detach().cpu() for x in examples]
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            needed(package)
-    whole = copied(model).cpu().eval().requires_grad_(False)
-    batches = [_noise(examples, size) for size in CHECKED]
+            require_package(package)
+    return [x.detach().cpu() for x in examples]
+
+
+def _noise(examples: list[Tensor], size: int) -> list[Tensor]:
+    """Return inputs of a batch size: always the same noise; integers repeat those of the first example."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for x in examples:
+        shape = (size, *x.shape[1:])
+        if x.is_floating_point():
+            batch.append(torch.randn(shape, generator=generator).to(x.dtype))
+        else:
+            batch.append(x[:1].expand(shape).clone())
+    return batch
+
+
+def _outputs(model: nn.Module, batches: list[list[Tensor]]) -> list[object]:
+    """Return the model's outputs on each batch."""
     try:
         with torch.no_grad():
-            runs = copied(whole)  # what a pass leaves in a model, exporters may take for fixed
-            expected = [runs(*batch) for batch in batches]
+            running = copied(model)  # exporters may take what a pass leaves in a model for constants
+            return [running(*batch) for batch in batches]
     except Exception as error:  # of the user's model
-        shapes = ", ".join(str(tuple(x.shape[1:])) for x in examples)
+        shapes = ", ".join(str(tuple(x.shape[1:])) for x in batches[0])
         raise ExportError(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}"
         ) from error
-    facts = {**_described(examples, expected[0]), **(metadata or {})}
+
+
+def _metadata(examples: list[Tensor], outputs: object, given: Metadata) -> dict[str, object]:
+    """Return the metadata to store: shapes, number of classes and torch's version, and what is given."""
+    shapes = [list(x.shape[1:]) for x in examples]
+    facts: dict[str, object] = {"input_shape": shapes if len(shapes) > 1 else shapes[0]}
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        facts["classes"] = outputs.shape[1]
+    facts = {**facts, "torch": str(torch.__version__), **given}
     try:
         json.dumps(facts)
     except (TypeError, ValueError) as error:
         raise ExportError(f"the metadata is not plain data: {error}") from error
+    return facts
 
-    ready = folded(whole, batches[-1])
-    size = torch.export.Dim("batch")
-    any_size = tuple({0: size} for _ in examples)
+
+def _converted(model: nn.Module, batch: list[Tensor], format: str, facts: Metadata) -> bytes:
+    """Return the content of the file, with a dynamic batch size."""
+    ready = folded(model, batch)
+    batch_size = torch.export.Dim("batch")
+    dynamic = tuple({0: batch_size} for _ in batch)
     try:
         with quiet():
-            program = torch.export.export(ready, tuple(batches[-1]), dynamic_shapes=any_size)
-            content = _WRITERS[format](ready, program, batches[-1], facts)
+            program = torch.export.export(ready, tuple(batch), dynamic_shapes=dynamic)
+            return _WRITERS[format](ready, program, batch, facts)
     except Exception as error:  # an exporter can fail in any way
-        raise ExportError(f"{type(model).__name__} cannot be exported to {format}: {cause(error)}") from error
-
-    worst = 0.0
-
-    def check(partial: Path) -> None:
-        nonlocal worst
-        exported = Exported(partial, RUNTIMES[format])
-        for count, batch, outputs in zip(CHECKED, batches, expected, strict=True):
-            try:
-                apart = difference(outputs, exported(*batch))
-            except Exception as error:  # of a runtime, which can fail in any way
-                raise ExportError(f"{path}: it fails at batch {count}: {first_line(error)}") from error
-            if not apart <= TOLERANCE:
-                raise ExportError(
-                    f"{path} was not written: at batch {count} its outputs differ from the model's by "
-                    f"{apart:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
-                    "a Python value from a tensor, or draw at random?"
-                )
-            worst = max(worst, apart)
-
-    replace_file(path, content, check)
-    return Export(Path(path), format, len(content), worst)
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to {format}: {failure_reason(error)}"
+        ) from error
 
 
-def _noise(examples: list[Tensor], size: int) -> list[Tensor]:
-    """`size` inputs like the examples: noise, always the same; whole numbers are repeated."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for x in examples:
-        shape = (size, *x.shape[1:])
-        if x.is_floating_point():
-            made.append(torch.randn(shape, generator=generator).to(x.dtype))
-        else:
-            made.append(x[:1].expand(shape).clone())
-    return made
-
-
-def _described(examples: list[Tensor], outputs: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "input_shape": [list(x.shape[1:]) for x in examples]
-        if len(examples) > 1
-        else list(examples[0].shape[1:])
-    }
-    if isinstance(outputs, Tensor) and outputs.ndim == 2:
-        facts["classes"] = outputs.shape[1]
-    return {**facts, "torch": str(torch.__version__)}
+def _checked_difference(path: str | Path, exported: Exported, batch: list[Tensor], expected: object) -> float:
+    """Return how far the file's outputs are from the model's; raise where that is too far."""
+    size = len(batch[0])
+    try:
+        apart = relative_difference(expected, exported(*batch))
+    except Exception as error:  # of a runtime, which can fail in any way
+        raise ExportError(f"{path}: it fails at batch {size}: {first_line(error)}") from error
+    if not apart <= TOLERANCE:
+        raise ExportError(
+            f"{path} was not written: at batch {size} its outputs differ from the model's by "
+            f"{apart:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
+            "a Python value from a tensor, or draw at random?"
+        )
+    return apart
 
 
 def folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
-    """The model with BatchNorm folded; tracing is for those that have one."""
+    """Return the model with BatchNorm folded; the model itself where it has none, without tracing it."""
     if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         return model
     # A trace leaves frozen layers out of the groups, but finds the norms behind them.
     return fold_batchnorm(model, trace(model, batch)).requires_grad_(False)
 
 
-def cause(error: BaseException) -> str:
-    """What an exporter stumbled on, in one line: of a chain of errors the first one."""
+def failure_reason(error: BaseException) -> str:
+    """Return why an exporter failed, in one line: the first error of the chain that led to it."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
@@ -184,12 +231,12 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(chain[-1])}"
 
 
-def _to_onnx(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
-    """The program as an ONNX model, with names that say nothing of this machine."""
-    onnx = needed("onnx")
+def _to_onnx(model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata) -> bytes:
+    """Return the program as an ONNX model, without paths of this machine."""
+    onnx = require_package("onnx")
     numbers = [""] if len(batch) == 1 else [f"_{i + 1}" for i in range(len(batch))]
     outputs = len(tensors(model(*batch)))
-    made: Any = torch.onnx.export(
+    converted = torch.onnx.export(
         program,
         input_names=[f"input{number}" for number in numbers],
         output_names=["output"] if outputs == 1 else [f"output_{i + 1}" for i in range(outputs)],
@@ -197,9 +244,10 @@ def _to_onnx(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping
         external_data=False,
         verbose=False,
     )
-    proto = made.model_proto
+    assert converted is not None
+    proto = converted.model_proto
     _activate_before_pooling(proto.graph)
-    # Beside every node stands where in whose code it comes from: half of a small file.
+    # Every node names the line of code that it comes from: half of the size of a small file.
     for part in (proto, proto.graph, *proto.functions):
         del part.metadata_props[:]
     values = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer)
@@ -211,11 +259,11 @@ def _to_onnx(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping
     return proto.SerializeToString()
 
 
-def _activate_before_pooling(graph: Any) -> None:
-    """Conv, MaxPool, ReLU become Conv, ReLU, MaxPool, in place; the outputs stay the same.
+def _activate_before_pooling(graph: GraphProto) -> None:
+    """Turn Conv, MaxPool, ReLU into Conv, ReLU, MaxPool, in place; the outputs stay the same.
 
-    In PyTorch the other order is cheaper. ONNX Runtime computes a ReLU together with the
-    convolution before it, where it costs nothing.
+    PyTorch runs the first order faster. ONNX Runtime fuses a ReLU with the convolution before
+    it, where it costs nothing.
     """
     readers: dict[str, list[int]] = {}
     for place, node in enumerate(graph.node):
@@ -228,8 +276,8 @@ def _activate_before_pooling(graph: Any) -> None:
             continue
         source, between = pool.input[0], pool.output[0]
         behind = readers.get(between, [])
-        alone = readers[source] == [place] and len(behind) == 1 and not {source, between} & visible
-        if not alone or graph.node[behind[0]].op_type != "Relu":
+        only_reader = readers[source] == [place] and len(behind) == 1 and not {source, between} & visible
+        if not only_reader or graph.node[behind[0]].op_type != "Relu":
             continue
         if source not in makers or makers[source].op_type != "Conv":
             continue
@@ -239,12 +287,12 @@ def _activate_before_pooling(graph: Any) -> None:
         second.input[0], second.output[0] = between, relu.output[0]
         pool.CopyFrom(first)
         relu.CopyFrom(second)
-        noted = [i for i, value in enumerate(graph.value_info) if value.name == between]
-        for i in reversed(noted):  # the value between them has another shape now
+        outdated = [i for i, value in enumerate(graph.value_info) if value.name == between]
+        for i in reversed(outdated):  # the value between the two has another shape now
             del graph.value_info[i]
 
 
-def _to_pt2(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
+def _to_pt2(model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata) -> bytes:
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
@@ -256,19 +304,24 @@ def _to_pt2(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[
     return buffer.getvalue()
 
 
-def _to_torchscript(model: nn.Module, program: Any, batch: list[Tensor], facts: Mapping[str, Any]) -> bytes:
-    """A frozen trace. That torch.export can follow the model too rules out decisions by data."""
-    traced: Any = torch.jit.freeze(torch.jit.trace(model, tuple(batch), check_trace=False).eval())
+def _to_torchscript(
+    model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata
+) -> bytes:
+    """Return a frozen TorchScript trace.
+
+    A trace does not see decisions by data; torch.export refuses them, so a model with a program has none.
+    """
+    traced = torch.jit.freeze(torch.jit.trace(model, tuple(batch), check_trace=False).eval())
     buffer, result = io.BytesIO(), io.BytesIO()
     torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(facts)})
-    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(result, "w") as kept:
-        for entry in whole.infolist():
-            if not entry.filename.endswith(".debug_pkl"):  # where the code lay on this machine
-                kept.writestr(entry, whole.read(entry))
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(result, "w") as cleaned:
+        for entry in archive.infolist():
+            if not entry.filename.endswith(".debug_pkl"):  # paths of this machine
+                cleaned.writestr(entry, archive.read(entry))
     return result.getvalue()
 
 
-_WRITERS: dict[str, Callable[[nn.Module, Any, list[Tensor], Mapping[str, Any]], bytes]] = {
+_WRITERS: dict[str, Callable[[nn.Module, ExportedProgram, list[Tensor], Metadata], bytes]] = {
     "onnx": _to_onnx,
     "pt2": _to_pt2,
     "torchscript": _to_torchscript,

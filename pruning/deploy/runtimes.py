@@ -11,32 +11,50 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.errors import ExportError
 
-#: What each format runs in; the others are torch's own.
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+#: The runtime of each export format; pt2 and TorchScript run in torch itself.
 RUNTIMES = {"onnx": "onnxruntime", "pt2": "pt2", "torchscript": "torchscript"}
 
 #: The file inside a pt2 or TorchScript archive that holds the metadata.
 METADATA = "metadata.json"
 
+#: From input tensors to the outputs of the model, nested as the model nests them.
+ForwardPass: TypeAlias = Callable[..., Any]
+
 
 class Exported(nn.Module):
     """An exported file, opened: a module without parameters that runs on the CPU.
 
+    It takes the inputs of the model, (N, ...) for any batch size N, and returns the model's outputs,
+    without gradients. `metadata` holds the plain data stored in the file.
+
     Args:
         path: of a file that `export` or `quantize` wrote.
         runtime: `onnxruntime` (its CPU provider), `pt2` or `torchscript`.
-        threads: of ONNX Runtime. The others run on torch's (`torch.set_num_threads`).
+        threads: number of threads of ONNX Runtime. The others use torch's (`torch.set_num_threads`).
 
-    `metadata` is what was stored in the file. Takes what the model took, (N, ...) for any N,
-    and returns what it returned, without gradients. Raises `ExportError` for a file that is
-    missing, damaged or of another format, and for a runtime that is not installed.
+    Raises:
+        ExportError: for a file that is missing, damaged or of another format, and for a runtime
+            that is unknown or not installed.
+
+    >>> import tempfile
+    >>> from pruning import export
+    >>> path = Path(tempfile.mkdtemp()) / "net.torchscript"
+    >>> _ = export(nn.Linear(4, 3), path, torch.rand(2, 4), "torchscript")
+    >>> Exported(path, "torchscript")(torch.rand(5, 4)).shape
+    torch.Size([5, 3])
     """
 
     def __init__(self, path: str | Path, runtime: str, threads: int = 1) -> None:
@@ -45,14 +63,14 @@ class Exported(nn.Module):
             raise ExportError(f"runtime {runtime!r} is unknown; there are: {', '.join(_OPENERS)}")
         self.path, self.runtime, self.metadata = Path(path), runtime, dict[str, Any]()
         if runtime == "onnxruntime":
-            needed(runtime)
+            require_package(runtime)
         try:
             content = self.path.read_bytes()
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
         try:
             with quiet():
-                # A function, not a child: torch's exported programs refuse to change modes.
+                # A function, not a child module: torch's exported programs refuse to change modes.
                 self._run, stored = _OPENERS[runtime](content, threads)
                 self.metadata.update({key: json.loads(value) for key, value in stored.items()})
         except Exception as error:  # reading a damaged file can fail in any way
@@ -64,65 +82,66 @@ class Exported(nn.Module):
         return self._run(*inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        # Past the hooks of a module, which cost as much as a layer of a small network.
+        # Without a module's hooks, which take as long as a layer of a small network.
         return self._run(*inputs)
 
-    def prepared(self, *inputs: Tensor) -> Callable[[], Any]:
-        """A pass over these inputs that can be repeated, to be timed.
+    def prepared(self, *inputs: Tensor) -> Callable[[], object]:
+        """Return a function that repeats the forward pass on these inputs, for timing.
 
-        Of ONNX Runtime it is the session's own work: inputs and outputs are bound, as by a program
-        that runs the file without torch, and nothing is converted. It returns nothing then.
+        With ONNX Runtime it runs the session alone and returns nothing: inputs and outputs are
+        bound, as in a program that runs the file without torch, and nothing is converted.
         """
         if isinstance(self._run, _OnnxPass):
             return self._run.bound(*inputs)
         return functools.partial(self._run, *inputs)
 
 
-Opened = tuple[Callable[..., Any], Mapping[str, Any]]
+def onnx_session(content: bytes, threads: int) -> InferenceSession:
+    """Open an ONNX model in ONNX Runtime, on the CPU.
 
-
-def onnx_session(content: bytes, threads: int) -> Any:
-    """An ONNX model in ONNX Runtime, on the CPU. Raises `ExportError` where that is not installed."""
-    onnxruntime = needed("onnxruntime")
+    Raises:
+        ExportError: where ONNX Runtime is not installed.
+    """
+    onnxruntime = require_package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4  # what goes wrong is raised; the rest would be printed
+    options.log_severity_level = 4  # errors are raised; anything below would be printed
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 class _OnnxPass:
-    """A pass through a session, from tensors to tensors."""
+    """A forward pass of a session, from tensors to tensors."""
 
-    def __init__(self, session: Any):
+    def __init__(self, session: InferenceSession):
         self.session = session
         self.inputs = [argument.name for argument in session.get_inputs()]
-        # Where no names are given, a session asks for them anew at each call.
+        # Without names, a session would look them up at every call.
         self.outputs = [result.name for result in session.get_outputs()]
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, self._fed(inputs))]
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, self._feeds(inputs))]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def bound(self, *inputs: Tensor) -> Callable[[], None]:
         binding = self.session.io_binding()
-        for name, array in self._fed(inputs).items():
+        for name, array in self._feeds(inputs).items():
             binding.bind_cpu_input(name, array)
         for name in self.outputs:
             binding.bind_output(name)
         return functools.partial(self.session.run_with_iobinding, binding)
 
-    def _fed(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    def _feeds(self, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
         return {name: x.numpy(force=True) for name, x in zip(self.inputs, inputs, strict=True)}
 
 
-def _open_onnx(content: bytes, threads: int) -> Opened:
+def _open_onnx(content: bytes, threads: int) -> tuple[ForwardPass, Mapping[str, str]]:
     session = onnx_session(content, threads)
     stored = session.get_modelmeta().custom_metadata_map
     return _OnnxPass(session), {key: value for key, value in stored.items() if _is_json(value)}
 
 
 def _is_json(text: str) -> bool:
-    """Whether a property of an ONNX file, which other tools also set, can be one of ours."""
+    """Tell whether a metadata entry may be ours; other tools write entries to ONNX files, too."""
     try:
         json.loads(text)
     except ValueError:
@@ -130,44 +149,49 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _open_pt2(content: bytes, threads: int) -> Opened:
-    extra: dict[str, Any] = {METADATA: ""}
+def _open_pt2(content: bytes, threads: int) -> tuple[ForwardPass, Mapping[str, str]]:
+    extra: dict[str, object] = {METADATA: ""}
     program = torch.export.load(io.BytesIO(content), extra_files=extra)
-    return _without_gradients(program.module()), _unpacked(extra)
+    return _without_gradients(program.module()), _stored(extra)
 
 
-def _open_torchscript(content: bytes, threads: int) -> Opened:
-    extra: dict[str, Any] = {METADATA: ""}
+def _open_torchscript(content: bytes, threads: int) -> tuple[ForwardPass, Mapping[str, str]]:
+    extra: dict[str, object] = {METADATA: ""}
     module = torch.jit.load(io.BytesIO(content), map_location="cpu", _extra_files=extra)
-    return _without_gradients(module), _unpacked(extra)
+    return _without_gradients(module), _stored(extra)
 
 
-def _unpacked(extra: dict[str, Any]) -> dict[str, str]:
-    values = json.loads(extra[METADATA] or "{}")
-    return {key: json.dumps(value) for key, value in values.items()}
+def _stored(extra: Mapping[str, object]) -> dict[str, str]:
+    content = extra[METADATA] or "{}"
+    assert isinstance(content, str | bytes)
+    return {key: json.dumps(value) for key, value in json.loads(content).items()}
 
 
-def _without_gradients(module: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*inputs: Tensor) -> Any:
+def _without_gradients(module: ForwardPass) -> ForwardPass:
+    def run(*inputs: Tensor) -> object:
         with torch.no_grad():
             return module(*inputs)
 
     return run
 
 
-_OPENERS: dict[str, Callable[..., Opened]] = {
+_OPENERS: dict[str, Callable[[bytes, int], tuple[ForwardPass, Mapping[str, str]]]] = {
     "onnxruntime": _open_onnx,
     "pt2": _open_pt2,
     "torchscript": _open_torchscript,
 }
 
 
-def needed(package: str) -> Any:
-    """An optional package, imported. Raises `ExportError` that says how to install it."""
+def require_package(name: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ExportError: where it cannot be imported; the message says how to install it.
+    """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(name)
     except ImportError as error:
-        missing = getattr(error, "name", None) or package
+        missing = getattr(error, "name", None) or name
         raise ExportError(
             f"ONNX needs the package {missing!r}, which cannot be imported here ({first_line(error)}): "
             "python -m pip install onnx onnxruntime onnxscript"
@@ -176,7 +200,7 @@ def needed(package: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing of what exporters and runtimes warn, log and print about themselves."""
+    """Suppress the warnings, logs and prints of exporters and runtimes."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -192,16 +216,19 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
+    """Return the first line of an error's message, at most 200 characters; without one, its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
-def difference(expected: Any, got: Any) -> float:
-    """The largest difference between two outputs, relative to the largest expected value.
+def relative_difference(expected: object, got: object) -> float:
+    """Return the largest difference between two nested outputs, relative to the largest expected value.
 
-    Infinite where shapes differ or a value is not finite. Whole numbers are not compared: a
-    choice among equals (an argmax) may fall either way.
+    It is infinite where shapes differ or a value is not finite. Integers are not compared: an
+    argmax may choose either of two equal values.
+
+    >>> relative_difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 3.0]))
+    0.25
     """
     wanted, found = pytree.tree_leaves(expected), pytree.tree_leaves(got)
     if [tuple(x.shape) for x in wanted] != [tuple(x.shape) for x in found]:

@@ -1,4 +1,4 @@
-"""The one place that times a forward pass, and compares times."""
+"""Time forward passes, and compare the times."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ from pruning.utils.tree import Inputs, tensors
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of a forward pass per example, in milliseconds, over `samples` measurements.
+    """The time of a forward pass per example, in milliseconds.
 
-    `turns` holds the measurements in the order they were taken. Models that were timed together
-    took turns: the same place in each one's `turns` is the same moment.
+    Attributes:
+        median, p90: the 50th and the 90th percentile of the measurements.
+        low, high: their quartiles.
+        samples: the number of measurements.
+        batch_size: examples per forward pass. threads: of torch's CPU operations.
+        turns: the measurements in the order they were taken. Models that were timed together took
+            turns, so the same index in each one's `turns` is the same moment.
     """
 
     median: float
@@ -46,7 +51,7 @@ class Latency:
 
 
 class TimeRatio(NamedTuple):
-    """One median time divided by another, and the bounds of its confidence interval."""
+    """A median time divided by another one, and the bounds of the confidence interval."""
 
     median: float
     low: float
@@ -59,19 +64,29 @@ class TimeRatio(NamedTuple):
 def time_ratio(
     latency: Latency, to: Latency, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> TimeRatio:
-    """How long one model takes relative to another that was timed by the same `time_forward`.
+    """Compare the times of two models that the same `time_forward` call has measured.
 
-    The median of `latency` divided by that of `to`, with a bootstrap interval: the percentiles of
-    that ratio over resamples (Efron, Annals of Statistics 7, 1979). Both are resampled at the same
-    turns, so that what met both models alike cancels out; and in blocks of ⌈√n⌉ consecutive turns,
-    the last followed by the first, because a disturbance outlasts a turn (Politis and Romano, A
-    circular block-resampling procedure for stationary data, 1992).
+    The interval is a bootstrap interval: the percentiles of the ratio over resamples (Efron, Annals
+    of Statistics 7, 1979). Both models are resampled at the same turns, so a disturbance of both
+    cancels out; and in blocks of ⌈√n⌉ consecutive turns, the last followed by the first, because a
+    disturbance outlasts a turn (Politis and Romano, A circular block-resampling procedure for
+    stationary data, 1992).
 
     Args:
+        latency, to: the model's times, and those of the model to compare it with.
         confidence: share of such intervals that cover the true ratio.
-        resamples: how many. seed: of their choice.
+        resamples: number of resamples. seed: of their choice.
 
-    Raises `PruningError` for times that were not taken in the same turns.
+    Returns:
+        The median of `latency` divided by that of `to`, with its confidence interval.
+
+    Raises:
+        PruningError: for times that were not measured together.
+
+    >>> times = time_forward({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}, torch.rand(2, 4), seconds=0.05)
+    >>> ratio = time_ratio(times["a"], times["b"])
+    >>> ratio.low <= ratio.high
+    True
     """
     above, below = np.array(latency.turns), np.array(to.turns)
     turns = len(above)
@@ -96,16 +111,27 @@ def time_forward(
     warmup: float = 0.3,
     threads: int = 1,
 ) -> dict[str, Latency]:
-    """Time the forward passes of several models side by side.
+    """Time the forward passes of several models in turns.
 
-    The models take turns, a few passes at a time and in random order, so that whatever
-    else the machine does meets them alike. Only the forward pass is timed; of an exported file
-    what its runtime does, without conversions from and to tensors.
+    The models take turns, a few passes at a time and in random order, so that other load on the
+    machine affects them alike. Only the forward pass is timed; for an exported file that is the
+    work of its runtime, without conversions from and to tensors.
 
     Args:
+        models: by name; `Exported` files are models, too.
         inputs: one batch for all of them, on their device.
-        seconds: how long to measure in all. warmup: seconds before that.
+        seconds: how long to measure in all. warmup: seconds to run before.
         threads: of torch's CPU operations; restored afterwards.
+
+    Returns:
+        The time of each model, by name.
+
+    Raises:
+        PruningError: where there is no model.
+
+    >>> times = time_forward({"net": nn.Linear(4, 3)}, torch.rand(2, 4), seconds=0.05)
+    >>> times["net"].batch_size, times["net"].median > 0
+    (2, True)
     """
     if not models:
         raise PruningError("no model to time")
@@ -121,26 +147,30 @@ def time_forward(
             started, each = time.perf_counter(), list[float]()
             while time.perf_counter() - started < warmup / len(names) or len(each) < 3:
                 each.append(turns[name](1))
-            # A turn of about 2 ms is long against the clock and short against disturbances; by the median,
-            # because one disturbance here would leave a network with turns of a single pass, which are slow.
+            # A turn of about 2 ms is long compared with the clock's resolution and short compared with
+            # disturbances. By the median: one disturbance here would otherwise leave a model with turns of
+            # a single pass, which are slow.
             passes[name] = max(1, round(0.002 / statistics.median(each)))
-        # What ran just before leaves the caches to the next: at random, so that none gains by its place.
+        # A model finds the caches as the one before has left them: a random order favours none.
         order = random.Random(0)
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline or len(times[names[0]]) < 20:
             for name in names:
                 times[name].append(turns[name](passes[name]))
             order.shuffle(names)
+    return {
+        name: _latency(np.array(samples) / batch * 1000, batch, threads) for name, samples in times.items()
+    }
 
-    result = {}
-    for name, samples in times.items():
-        taken = np.array(samples) / batch * 1000
-        low, median, high, p90 = np.percentile(taken, (25, 50, 75, 90)).tolist()
-        result[name] = Latency(median, p90, low, high, len(taken), batch, threads, tuple(taken.tolist()))
-    return result
+
+def _latency(times: np.ndarray, batch: int, threads: int) -> Latency:
+    """Summarize the times of a model, in milliseconds per example."""
+    low, median, high, p90 = np.percentile(times, (25, 50, 75, 90)).tolist()
+    return Latency(median, p90, low, high, len(times), batch, threads, tuple(times.tolist()))
 
 
 def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) -> Callable[[int], float]:
+    """Return a function that runs a number of passes and returns the seconds that one of them took."""
     if isinstance(model, Exported):
         once = model.prepared(*tensors(inputs))
     else:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.deploy.runtimes import needed, onnx_session
+from pruning.deploy.runtimes import onnx_session, require_package
 from pruning.graph.groups import Trace
 from pruning.graph.layers import (
     DeformableConv,
@@ -217,7 +217,7 @@ def _and_wait(run: Callable[[], Any]) -> None:
 
 def _in_onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
     """One layer in ONNX Runtime; exporting it by torch would take longer than all its timings."""
-    onnx = needed("onnx")
+    onnx = require_package("onnx")
     held = {"w": layer.get_parameter("weight"), "b": getattr(layer, "bias", None)}
     initial = {name: t.detach().float().cpu() for name, t in held.items() if t is not None}
     make = onnx.helper.make_node

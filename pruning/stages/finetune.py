@@ -9,7 +9,7 @@ from torch import nn
 from pruning.stages.run import Progress, Run
 from pruning.training.batches import BatchSource
 from pruning.training.config import TrainConfig
-from pruning.training.distillation import taught
+from pruning.training.distillation import with_teacher
 from pruning.training.fake_quantize import Rounding
 from pruning.training.loop import fit
 from pruning.training.losses import Validate, cross_entropy
@@ -31,7 +31,7 @@ def finetune(
     Args:
         batches, config: as `fit` takes them.
         teacher: gives the soft targets, with weight `distill`, at a `temperature`; None trains
-            without. It sees inputs that are the same in every epoch once (see `taught`).
+            without. It sees inputs that are the same in every epoch once (see `with_teacher`).
         int8: train and validate it as rounded to 8 bits (`Rounding`), for an int8 export.
         options: further arguments of `fit`; without `validate` the last epoch is kept.
 
@@ -39,7 +39,7 @@ def finetune(
     """
     loss = options.pop("loss", cross_entropy)
     if teacher is not None and distill:
-        batches, loss = taught(teacher, batches, distill, temperature, loss)
+        batches, loss = with_teacher(teacher, batches, distill, temperature, loss)
     options = {"keep_best": "validate" in options, **options}
     if not int8:
         return fit(model, batches, config, loss=loss, **options)

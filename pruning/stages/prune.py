@@ -143,7 +143,7 @@ def prune(
             last = plan_within(towards, traced, cost_model, scores, **{**limits, "most": 1.0})
             limits["floor"] = last.widths
         plan = plan_within(asked, traced, cost_model, scores, **limits)
-    plan = Plan.from_json(distributed.from_first(replace(plan, removed=tuple(removed)).to_json()))
+    plan = Plan.from_json(distributed.broadcast(replace(plan, removed=tuple(removed)).to_json()))
 
     if batches:
         constants = channel_constants(model, traced, batches)
@@ -157,5 +157,5 @@ def prune(
         lively = enliven(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
     recalibrate(small, map(fresh, batches))
-    distributed.weights_of_first(small)
+    distributed.broadcast_weights(small)
     return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)

@@ -27,9 +27,16 @@ from pruning.surgery.batchnorm import equalize
 from pruning.surgery.layer_removal import removable, without_layer
 from pruning.tracing.trace import require_groups, trace
 from pruning.training.batches import BatchSource, first_batch, to_device
-from pruning.training.distillation import require_same_logits, taught
+from pruning.training.distillation import require_same_logits, with_teacher
 from pruning.training.loop import fit
-from pruning.training.losses import Loss, Validate, accuracy, cross_entropy, figure, no_classifier
+from pruning.training.losses import (
+    Loss,
+    Validate,
+    accuracy,
+    cross_entropy,
+    validation_score,
+    why_not_classifier,
+)
 from pruning.training.optimizers import require_small
 from pruning.utils.modules import call, device_of, eval_mode, fresh_weights
 from pruning.utils.tree import Inputs, first_examples, fresh
@@ -138,7 +145,9 @@ def slim(
     teacher = (teacher or progress.dense) if config.distill else None
     soft_loss = loss
     if teacher:
-        inside["batches"], soft_loss = taught(teacher, batches, config.distill, config.temperature, loss)
+        inside["batches"], soft_loss = with_teacher(
+            teacher, batches, config.distill, config.temperature, loss
+        )
 
     step_options: dict[str, Any] = {
         "score": config.prune.score,
@@ -202,16 +211,16 @@ def slim(
 def _validation(model: nn.Module, validate: Validate | Iterable[tuple[Any, Any]]) -> Validate:
     """`validate` as a function; batches on which no accuracy can be taken are refused at once."""
     if callable(validate):
-        return partial(figure, validate)
+        return partial(validation_score, validate)
     if not isinstance(validate, Iterable) or isinstance(validate, Iterator):
         raise PruningError(
             f"validate is a {type(validate).__name__}: a function of the model, or batches that can be read "
             "anew after every epoch (a list or a DataLoader), were expected"
         )
-    reason = no_classifier(model, validate)
+    reason = why_not_classifier(model, validate)
     if reason is not None:
         raise PruningError(reason)
-    return partial(figure, lambda network: accuracy(network, validate))
+    return partial(validation_score, lambda network: accuracy(network, validate))
 
 
 def _strength(

@@ -1,9 +1,9 @@
-"""Batches of (inputs, targets), whatever gives them."""
+"""Batches of (inputs, targets), from any source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -12,41 +12,56 @@ from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 
+#: A pair (inputs, targets): what the model is called with, and what the loss compares its outputs with.
+Batch: TypeAlias = tuple[Any, Any]
+
 
 class BatchSource(Protocol):
-    """Whatever can be iterated many times and gives (inputs, targets): a DataLoader, a list."""
+    """Batches that can be iterated many times and have a length: a DataLoader, a list."""
 
-    def __iter__(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
-    """A batch as (inputs, targets). Raises `PruningError` for one that is something else."""
+def pair(batch: object) -> Batch:
+    """Return a batch as (inputs, targets).
+
+    Raises:
+        PruningError: for a batch that is not a pair.
+    """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
+    described = f"a {type(batch).__name__}"
     if isinstance(batch, Mapping):
-        described = f"a {type(batch).__name__} with {', '.join(map(repr, batch))}"
-    else:
-        held = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        described = f"a {type(batch).__name__}{held}"
+        described += f" with {', '.join(map(repr, batch))}"
+    elif isinstance(batch, tuple | list):
+        described += f" of {len(batch)}"
     raise PruningError(
         f"a batch is {described}; a pair (inputs, targets) was expected. Let the loader give such pairs: "
-        "inputs may be a tuple of what the model is called with, or a dict of it by name"
+        "inputs may be a tuple of the model's arguments, or a dict of its keyword arguments"
     )
 
 
-def first_batch(batches: Iterable[Any]) -> tuple[Any, Any]:
-    """The first (inputs, targets). Raises `PruningError` where there is none."""
+def first_batch(batches: Iterable[object]) -> Batch:
+    """Return the first (inputs, targets).
+
+    Raises:
+        PruningError: where there is no batch, or it is not a pair.
+    """
     for batch in batches:
         return pair(batch)
     raise PruningError("the given batches are empty: at least one pair (inputs, targets) is needed")
 
 
-def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
-    """(inputs, targets) with every tensor on the device."""
+def to_device(batch: object, device: torch.device) -> Batch:
+    """Return (inputs, targets) with every tensor on a device.
+
+    Raises:
+        PruningError: for a batch that is not a pair, or holds numpy arrays.
+    """
     inputs, targets = pair(batch)
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: object) -> object:
         if isinstance(leaf, np.ndarray):
             raise PruningError(
                 "a batch holds numpy arrays: tensors were expected; torch.from_numpy(x).float() makes one"
@@ -56,9 +71,9 @@ def to_device(batch: tuple[Any, Any], device: torch.device) -> tuple[Any, Any]:
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
 
 
-def length(batches: Any) -> int | None:
-    """How many batches there are; None where they cannot tell, as a DataLoader of an IterableDataset."""
+def length(batches: object) -> int | None:
+    """Return the number of batches; None where it is unknown, as for a DataLoader of an IterableDataset."""
     try:
-        return len(batches)
+        return len(batches)  # type: ignore[arg-type]
     except TypeError:
         return None

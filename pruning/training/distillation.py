@@ -1,8 +1,6 @@
-"""Knowledge distillation: a loss that also asks for a teacher's outputs."""
+"""Knowledge distillation: a loss that compares the model's logits with those of a teacher."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,41 +13,50 @@ from pruning.training.batches import BatchSource, first_batch, length, pair, to_
 from pruning.training.losses import Loss, cross_entropy, loss_of
 from pruning.utils import distributed
 from pruning.utils.modules import call, device_of, eval_mode
+from pruning.utils.tree import Inputs
 
 
 def distillation(
     teacher: nn.Module | None, weight: float, temperature: float = 4.0, loss: Loss = cross_entropy
 ) -> Loss:
-    """A loss that also asks for the teacher's outputs (Hinton et al., arXiv 1503.02531).
+    """Return a loss that also compares the logits with a teacher's (Hinton et al., arXiv 1503.02531).
 
     (1 − weight) loss + weight T² KL(softmax(teacher / T) ‖ softmax(student / T)), logits
     along dimension 1.
 
     Args:
         teacher: gives logits of the student's shape; it is put into eval mode and not trained.
-            None where its logits stand beside the targets, as pairs (targets, logits): see `taught`.
+            With None the targets are pairs (targets, teacher's logits); see `with_teacher`.
         weight: 0 to 1. temperature: T, above 0.
+        loss: of the targets, as `fit` takes it.
 
-    Raises `PruningError` at the first batch when teacher and student differ in classes.
+    Returns:
+        A function of (model, inputs, targets). It raises `PruningError` where the outputs of
+        teacher and student are not logits of the same shape.
+
+    >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    >>> loss = distillation(teacher, weight=0.5)
+    >>> loss(student, torch.rand(8, 4), torch.arange(8) % 3).shape
+    torch.Size([])
     """
     if teacher is not None:
         teacher.eval()
-    loss = loss_of(loss)
+    hard_loss = loss_of(loss)
 
-    def both(student: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    def distilled(student: nn.Module, inputs: Inputs, targets: object) -> Tensor:
         if teacher is None:
-            targets, wanted = targets
+            targets, wanted = pair(targets)
         else:
             with torch.no_grad():
                 wanted = call(teacher, inputs)
-        seen: list[Tensor] = []
-        # The student runs once: the hard loss calls it, and its logits are caught here.
-        handle = student.register_forward_hook(lambda _, __, output: seen.append(output))
+        outputs: list[Tensor] = []
+        # The student runs once: the hard loss calls it, and a hook keeps its logits.
+        handle = student.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            hard = loss(student, inputs, targets)
+            hard = hard_loss(student, inputs, targets)
         finally:
             handle.remove()
-        logits = seen[-1]
+        logits = outputs[-1]
         require_same_logits(logits, wanted)
         soft = F.kl_div(
             F.log_softmax(logits / temperature, 1),
@@ -59,33 +66,36 @@ def distillation(
         )
         return (1 - weight) * hard + weight * temperature**2 * soft
 
-    return both
+    return distilled
 
 
-def taught(
+def with_teacher(
     teacher: nn.Module, batches: BatchSource, weight: float, temperature: float, loss: Loss = cross_entropy
 ) -> tuple[BatchSource, Loss]:
-    """Batches, and the loss with which they teach what the teacher knows (see `distillation`).
+    """Return the batches and the loss of a distillation that runs the teacher as rarely as possible.
 
-    Where the same inputs come in every epoch, the teacher sees each of them once, here, and its logits
-    stand beside the targets. So it is with a list of batches, and with a source that has a method
-    `with_outputs`: given a function of inputs it returns the same batches with targets
-    (targets, outputs), or None where its inputs change, as augmented images do. Logits that take
-    more memory than the inputs are not kept; the teacher then sees every batch of every epoch.
+    Where the same inputs come in every epoch, the teacher runs on each of them once, here, and its
+    logits are stored beside the targets. This holds for a list of batches, and for a source with a
+    method `with_outputs(function of inputs)` that returns the same batches with targets (targets,
+    outputs), or None where its inputs change, as augmented images do. Logits that take more memory
+    than the inputs are not stored; the teacher then runs on every batch of every epoch.
+
+    Args:
+        teacher, weight, temperature, loss: as `distillation` takes them.
     """
 
-    def logits(inputs: Any) -> Any:
+    def logits(inputs: Inputs) -> Tensor:
         with torch.no_grad(), eval_mode(teacher):
             return call(teacher, to_device((inputs, None), device_of(teacher))[0])
 
-    def counted(inputs: Any) -> Any:
+    def counted_logits(inputs: Inputs) -> Tensor:
         bar.update()
         return logits(inputs)
 
-    a_list, with_outputs = type(batches) in (list, tuple), getattr(batches, "with_outputs", None)
-    once: BatchSource | None = None
-    if a_list or with_outputs is not None:
-        with torch.random.fork_rng(devices=[]):  # training is as without this look
+    is_list, with_outputs = type(batches) in (list, tuple), getattr(batches, "with_outputs", None)
+    stored: BatchSource | None = None
+    if is_list or with_outputs is not None:
+        with torch.random.fork_rng(devices=[]):  # training draws the same random numbers without this batch
             inputs = first_batch(batches)[0]
         if _bytes(logits(inputs)) <= _bytes(inputs):
             with tqdm(
@@ -96,21 +106,25 @@ def taught(
                 leave=False,
             ) as bar:
                 if with_outputs is not None:
-                    once = with_outputs(counted)
+                    stored = with_outputs(counted_logits)
                 else:
-                    once = [(x, (y, counted(x))) for x, y in map(pair, batches)]
-    if once is None:
+                    stored = [(x, (y, counted_logits(x))) for x, y in map(pair, batches)]
+    if stored is None:
         return batches, distillation(teacher, weight, temperature, loss)
-    return once, distillation(None, weight, temperature, loss)
+    return stored, distillation(None, weight, temperature, loss)
 
 
-def _bytes(values: Any) -> int:
-    """The memory of all tensors in it."""
+def _bytes(values: object) -> int:
+    """Return the memory of all tensors in nested values, in bytes."""
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def require_same_logits(student: Any, teacher: Any) -> None:
-    """Raise `PruningError` unless the outputs of a student can be compared with its teacher's."""
+def require_same_logits(student: object, teacher: object) -> None:
+    """Check that the outputs of a student can be compared with its teacher's.
+
+    Raises:
+        PruningError: where they are not tensors of the same shape.
+    """
     if not isinstance(student, Tensor) or not isinstance(teacher, Tensor):
         raise PruningError(
             f"distillation is for models that give logits: the student gives a {type(student).__name__}, "

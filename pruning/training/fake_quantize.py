@@ -1,40 +1,47 @@
-"""Training with 8 bits in mind: weights and activations are rounded in the forward pass."""
+"""Quantization-aware training: weights and activations are rounded to 8 bits in the forward pass."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pruning.graph.layers import WEIGHTED, rule_for
 from pruning.utils.modules import on_input
 
-#: What share of a range each training batch contributes to it.
+#: The weight of each training batch in the moving average of a range.
 MOMENTUM = 0.01
 
-#: Least size of a step, for tensors of zeros.
+#: Smallest quantization step, for tensors of zeros.
 LEAST_STEP = 1e-8
+
+#: The smallest and the largest value that a layer has received.
+Range = tuple[Tensor, Tensor]
 
 
 class Rounding:
-    """Within a `with` block, a model computes as its int8 export will (Jacob et al., arXiv 1712.05877).
+    """Let a model compute as its int8 export within a `with` block (Jacob et al., arXiv 1712.05877).
 
-    Convolutions and linear layers round their weights to 255 levels around 0, for each output
-    channel apart, and what they read to 256 levels between its least and largest value. The
-    gradient passes the rounding as if it were not there, so training finds weights that bear it.
-    A BatchNorm behind a layer scales whole channels, which changes nothing in their rounding: it
-    need not be folded. Ranges of activations are moving averages over training batches; until
-    there is one, each batch has its own. The parameters themselves are never rounded, and after
-    the block the model is as it was.
+    Convolutions and linear layers round their weights to 255 levels around 0, separately for each
+    output channel, and their inputs to 256 levels between the smallest and the largest value. The
+    gradient passes the rounding unchanged (straight-through), so training finds weights that lose
+    little by it. A BatchNorm behind a layer scales whole channels, which does not change their
+    rounding: it need not be folded. Ranges of activations are moving averages over training
+    batches; before the first one each batch has its own. The parameters themselves are never
+    rounded, and after the block the model is as it was.
 
-    `state_dict` holds the ranges, to go on with an interrupted training.
+    `state_dict` returns the ranges, from which an interrupted training resumes.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> with Rounding(layer):
+    ...     layer(torch.rand(8, 4)).shape
+    torch.Size([8, 2])
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
-        self.handles: list[Any] = []
+        self.ranges: dict[str, Range] = {}
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Rounding:
         for name, layer in self.model.named_modules():
@@ -42,25 +49,25 @@ class Rounding:
                 self._attach(name, layer)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Range]:
         return dict(self.ranges)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Range]) -> None:
         self.ranges = dict(state)
 
     def _attach(self, name: str, layer: nn.Module) -> None:
-        def before(module: nn.Module, _: Any) -> None:
+        def before(module: nn.Module, _: object) -> None:
             # An attribute of the instance hides the parameter, and leaves it where the optimizer,
-            # the state and the order of parameters have it.
+            # the state dict and the order of parameters have it.
             if "weight" in module._parameters and module.weight.dtype == torch.float32:
                 module.__dict__["weight"] = rounded_weight(module)
 
-        def after(module: nn.Module, *_: Any) -> None:
+        def after(module: nn.Module, *_: object) -> None:
             module.__dict__.pop("weight", None)
 
         self.handles += [
@@ -88,10 +95,10 @@ class Rounding:
 
 
 def rounded_weight(layer: nn.Module) -> Tensor:
-    """The weight of a convolution or linear layer on 255 levels, symmetric, for each output channel apart.
+    """Return the weight of a convolution or linear layer on 255 symmetric levels per output channel.
 
-    Of a transposed convolution in groups, channels at the same place of every group share theirs, as
-    they do in the int8 file.
+    In a transposed convolution with groups, the channels at the same position of every group share
+    their levels, as they do in the int8 file.
     """
     weight, rule = layer.weight, rule_for(layer)
     assert rule is not None and isinstance(weight, Tensor)

@@ -1,37 +1,48 @@
-"""Losses, and how good a model is on a split."""
+"""Losses, accuracy, and the score of a model on a validation split."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.training.batches import first_batch, to_device
+from pruning.training.batches import Batch, first_batch, to_device
 from pruning.utils.modules import call, device_of, eval_mode
+from pruning.utils.tree import Inputs
 
-#: The target of what the usual loss leaves out, as torch has it.
+#: Examples with this target count neither in the loss nor in the accuracy, as in torch.
 IGNORED = -100
 
-#: From a model, its inputs and the targets to the loss of a batch, a scalar; or a criterion of
-#: outputs and targets, such as `nn.CrossEntropyLoss()`.
-Loss = Callable[[nn.Module, Any, Any], Tensor] | Callable[[Any, Any], Tensor]
+#: A function of (model, inputs, targets) that returns the loss of a batch, a scalar; or a criterion
+#: of (outputs, targets), such as `nn.CrossEntropyLoss()`.
+Loss: TypeAlias = Callable[..., Tensor]
 
-#: From a model to a figure that is better the higher it is, on the validation split.
-Validate = Callable[[nn.Module], float]
+#: Returns a score of a model on the validation split, higher is better.
+Validate: TypeAlias = Callable[[nn.Module], float]
 
 
-def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    """The usual loss of a classifier. Targets are classes, or probabilities of the outputs' shape.
+def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
+    """Return the cross entropy of a classifier on a batch.
 
-    Raises `PruningError` where outputs and targets are not a classifier's (see `logits_for`).
+    Args:
+        model: gives logits (N, classes, ...).
+        inputs: a tensor, a sequence of arguments or a mapping of keyword arguments.
+        targets: classes (N, ...), or probabilities of the logits' shape.
+
+    Raises:
+        PruningError: where outputs and targets are not a classifier's (see `logits_for`).
+
+    >>> inputs, targets = torch.rand(8, 4), torch.arange(8) % 3
+    >>> cross_entropy(nn.Linear(4, 3), inputs, targets).shape
+    torch.Size([])
     """
     logits = call(model, inputs)
-    if _probabilities(targets, logits):
+    if _are_probabilities(targets, logits):
         return F.cross_entropy(logits, targets)
     logits = logits_for(targets, logits)
     try:
@@ -40,22 +51,25 @@ def cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         raise _no_such_class(logits, targets) from error
 
 
-def loss_of(loss: Loss) -> Callable[[nn.Module, Any, Any], Tensor]:
-    """A loss as a function of a model, its inputs and the targets, which sees to it that it is a scalar.
+def loss_of(loss: Loss) -> Callable[..., Tensor]:
+    """Return a loss as a function of (model, inputs, targets) that checks that its value is a scalar.
 
-    What needs two arguments and no more is a criterion of outputs and targets.
+    A callable with exactly two required arguments is a criterion of (outputs, targets).
+
+    Raises:
+        PruningError: for an object that cannot be called; the function, for a value that is not a
+            scalar or does not depend on the model.
     """
     if not callable(loss):
         raise PruningError(
             f"loss {loss!r}: a function of (model, inputs, targets), or a criterion of (outputs, targets), "
             "was expected"
         )
-    criterion = _arguments_needed(loss.forward if isinstance(loss, nn.Module) else loss) == 2
-    taken: Callable[..., Any] = loss
+    is_criterion = _required_arguments(loss.forward if isinstance(loss, nn.Module) else loss) == 2
 
-    def scalar(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    def scalar(model: nn.Module, inputs: Inputs, targets: object) -> Tensor:
         try:
-            value = taken(call(model, inputs), targets) if criterion else taken(model, inputs, targets)
+            value = loss(call(model, inputs), targets) if is_criterion else loss(model, inputs, targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -73,8 +87,8 @@ def loss_of(loss: Loss) -> Callable[[nn.Module, Any, Any], Tensor]:
     return scalar
 
 
-def _arguments_needed(function: Callable[..., Any]) -> int | None:
-    """How many arguments a function needs; None where it takes any number, or does not tell."""
+def _required_arguments(function: Callable[..., object]) -> int | None:
+    """Count the arguments without a default; None where there may be any number, or no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -84,11 +98,14 @@ def _arguments_needed(function: Callable[..., Any]) -> int | None:
     return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
 
 
-def logits_for(targets: Any, outputs: Any) -> Tensor:
-    """The outputs of a model, if they are logits (N, classes, ...) and the targets number their classes.
+def logits_for(targets: object, outputs: object) -> Tensor:
+    """Return the outputs of a model, after checking that they are logits for these targets.
 
-    Raises `PruningError` for anything else: of one output the cross entropy is always 0, and
-    targets of another shape would be compared with every example.
+    Logits have the shape (N, classes, ...), targets are integer classes (N, ...).
+
+    Raises:
+        PruningError: for anything else. The cross entropy of a single output is always 0, and
+            targets of another shape would be broadcast against every example.
     """
     if not isinstance(outputs, Tensor):
         given = f"the network gives a {type(outputs).__name__}"
@@ -101,20 +118,21 @@ def logits_for(targets: Any, outputs: Any) -> Tensor:
     else:
         return outputs
     raise PruningError(
-        f"{given}: the usual loss and accuracy need logits (N, classes, ...) of at least two classes, and "
+        f"{given}: cross entropy and accuracy need logits (N, classes, ...) of at least two classes, and "
         "whole-number targets (N, ...). Give your own loss and metric in Python, or score by l1 or l2"
     )
 
 
-def classes_of(targets: Any, outputs: Any) -> Any:
-    """Targets as classes: of shares of every class the largest; others as they are."""
-    return targets.argmax(1) if _probabilities(targets, outputs) else targets
+def classes_of(targets: Tensor, outputs: object) -> Tensor:
+    """Return targets as classes: the most probable ones where the targets are probabilities."""
+    return targets.argmax(1) if _are_probabilities(targets, outputs) else targets
 
 
-def _probabilities(targets: Any, logits: Any) -> bool:
-    """Whether targets are a share of every class, as mixing or smoothing labels makes them."""
-    both = isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()
-    if not both or targets.shape != logits.shape or logits.ndim < 2 or logits.shape[1] < 2:
+def _are_probabilities(targets: object, logits: object) -> TypeGuard[Tensor]:
+    """Tell whether targets are probabilities of the classes, as mixing or smoothing labels makes them."""
+    if not (isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()):
+        return False
+    if targets.shape != logits.shape or logits.ndim < 2 or logits.shape[1] < 2:
         return False
     return bool((targets >= 0).all() and ((targets.sum(1) - 1).abs() < 0.01).all())
 
@@ -126,10 +144,10 @@ def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
     )
 
 
-def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str | None:
-    """Why accuracy cannot be taken of a model's outputs on the first of these batches; None where it can.
+def why_not_classifier(model: nn.Module, batches: Iterable[Batch]) -> str | None:
+    """Return why accuracy cannot be computed on the first batch; None where it can.
 
-    Labels that the model has no class for are a mistake, and no reason.
+    A label that the model has no class for is an error in the data, and not such a reason.
     """
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         inputs, targets = to_device(first_batch(batches), device_of(model))
@@ -141,10 +159,13 @@ def no_classifier(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> str |
     return None
 
 
-def require_classifier(model: nn.Module, *sources: Iterable[tuple[Any, Any]]) -> None:
-    """Raise `PruningError` unless the usual loss can be taken of the first batch of each source.
+def require_classifier(model: nn.Module, *sources: Iterable[Batch]) -> None:
+    """Check that `cross_entropy` works on the first batch of each source.
 
-    Random numbers that come afterwards are as without this.
+    The state of the random generator stays as it was.
+
+    Raises:
+        PruningError: where outputs and targets are not a classifier's.
     """
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         for batches in sources:
@@ -153,12 +174,20 @@ def require_classifier(model: nn.Module, *sources: Iterable[tuple[Any, Any]]) ->
                 break
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
-    """Share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return the share of examples whose largest logit (along dimension 1) is that of the target, 0 to 1.
 
-    Targets are those of `cross_entropy`; where they are `IGNORED` they do not count, as in the loss.
+    Args:
+        model: gives logits (N, classes, ...); run in eval mode, its modes are restored.
+        batches: pairs (inputs, targets), as `cross_entropy` takes them. Targets that are `IGNORED`
+            do not count.
 
-    Raises `PruningError` where outputs and targets are not a classifier's, or there is no batch.
+    Raises:
+        PruningError: where outputs and targets are not a classifier's, or there is no batch.
+
+    >>> model, inputs = nn.Linear(4, 3), torch.rand(8, 4)
+    >>> accuracy(model, [(inputs, model(inputs).argmax(1))])
+    1.0
     """
     right, count = 0, 0
     device = device_of(model)
@@ -171,7 +200,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
             counted = targets != IGNORED
             if bool((counted & ((targets < 0) | (targets >= logits.shape[1]))).any()):
                 raise _no_such_class(logits, targets)
-            known = ~logits.isnan().any(1)  # of NaN the largest is the first
+            known = ~logits.isnan().any(1)  # argmax takes NaN for the largest
             right += int(((logits.argmax(1) == targets) & known & counted).sum())
             count += int(counted.sum())
     if not count:
@@ -179,10 +208,11 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:
     return right / count
 
 
-def figure(validate: Validate, model: nn.Module) -> float:
-    """What `validate` gives for a model in eval mode, whose modes are afterwards as they were.
+def validation_score(validate: Validate, model: nn.Module) -> float:
+    """Return what `validate` gives for a model in eval mode; the model's modes are restored.
 
-    Raises `PruningError` where that is no number.
+    Raises:
+        PruningError: where that is not a number.
     """
     with torch.no_grad(), eval_mode(model):
         value = validate(model)

@@ -1,4 +1,4 @@
-"""Whether two networks compute the same, up to rounding."""
+"""Tell whether two networks compute the same, up to rounding."""
 
 from __future__ import annotations
 
@@ -6,58 +6,68 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
 from pruning.utils.tree import Inputs, fresh, tensors
 
-#: Largest difference, relative to the largest output, that float32 rounding explains (for
-#: coarser types it is 16 of their rounding steps).
+#: The largest difference, relative to the largest output, that rounding in float32 explains. Of
+#: coarser types it is 16 times their rounding step.
 TOLERANCE = 1e-4
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
-    """The tensors that a model gives in eval mode, or the error it ends with.
+    """Return the output tensors of a model in eval mode, or the error of the forward pass.
 
-    Nothing is left of the run: neither in the inputs nor in the model's buffers. What the
-    model samples is the same in every run, whatever its shape.
+    The pass changes neither the inputs nor the model's buffers. Random numbers are the same in
+    every pass, for tensors of any shape.
     """
     try:
-        with torch.no_grad(), eval_mode(model), buffers_kept(model), _Settled():
+        with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
             return tensors(call(model, fresh(inputs)))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
         return error
 
 
-def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
-    """A copy in double precision, and inputs for it; there rounding is told from an error."""
-    double = lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
+def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return a copy of a model in double precision, with its inputs, to tell an error from rounding."""
+
+    def double(leaf: object) -> object:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
     return copied(model).double(), pytree.tree_map(double, inputs)
 
 
-class _Settled(TorchDispatchMode):
-    """Random numbers without chance.
+class _ConstantRandomNumbers(TorchDispatchMode):
+    """Replace random numbers by a constant.
 
-    A seed would not do: a narrower tensor draws other numbers than the wider one.
+    A seed is not enough: a narrower tensor draws other numbers than the wider one.
     """
 
-    #: Neither 0 nor 1, so that what it is multiplied with and what it is compared with both show.
+    #: Neither 0 nor 1, so that both a product with it and a comparison have an effect.
     VALUE = 0.5
 
-    def __enter__(self) -> Any:
-        self.fork = torch.random.fork_rng(devices=_devices())
+    def __enter__(self) -> _ConstantRandomNumbers:
+        self.fork = torch.random.fork_rng(devices=_cuda_devices())
         self.fork.__enter__()
         torch.default_generator.manual_seed(0)
-        for device in _devices():
+        for device in _cuda_devices():
             torch.cuda.default_generators[device].manual_seed(0)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.fork.__exit__(None, None, None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return output
@@ -66,19 +76,31 @@ class _Settled(TorchDispatchMode):
             return args[0] / (1 - args[1]) if args[1] < 1 else args[0] * 0, torch.ones_like(output[1])
         if name.startswith("bernoulli"):
             return output.fill_(1)
-        drawn = name.startswith(("rand", "normal", "uniform", "exponential"))
-        if drawn and isinstance(output, Tensor) and output.is_floating_point():
+        is_sample = name.startswith(("rand", "normal", "uniform", "exponential"))
+        if is_sample and isinstance(output, Tensor) and output.is_floating_point():
             output.fill_(self.VALUE)
         return output
 
 
-def _devices() -> list[int]:
-    """The CUDA devices whose random state a run may advance."""
+def _cuda_devices() -> list[int]:
+    """Return the CUDA devices whose random state a forward pass may change."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception) -> tuple[str, float]:
-    """What is wrong with the second (empty: nothing), and the largest relative difference."""
+    """Compare the outputs of two networks, as `outputs_of` returns them.
+
+    Args:
+        oracle: the expected outputs. result: those to compare with them.
+
+    Returns:
+        What is wrong with the result (empty where nothing is), and the largest difference, relative
+        to the largest expected value of its tensor. Integers are not compared: an argmax may choose
+        either of two equal values.
+
+    >>> compare([torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 3.0])])
+    ('outputs differ by 0.25 of their largest value', 0.25)
+    """
     for outputs in (oracle, result):
         if isinstance(outputs, Exception):
             return f"the model no longer runs ({outputs})", float("inf")
@@ -91,9 +113,9 @@ def compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception) 
     worst = 0.0
     for expected, got in zip(oracle, result, strict=True):
         if not expected.numel() or not (expected.is_floating_point() or expected.is_complex()):
-            continue  # a choice among equals (an argmax) may fall either way
+            continue
         tolerance = max(TOLERANCE, 16 * torch.finfo(expected.dtype).eps)
-        finite = expected.isfinite()  # what is masked out is often -inf, on both sides
+        finite = expected.isfinite()  # masked values are often -inf, on both sides
         scale = torch.where(finite, expected.abs(), 0).max().item() or 1.0
         difference = torch.where(expected == got, 0, (expected - got).abs()).max().item() / scale
         if not difference <= tolerance:  # NaN included

@@ -1,46 +1,56 @@
 """Training on several processes, as `torchrun` starts them: what the stages need besides DDP.
 
-Each process takes its part of every batch, gradients are averaged by DistributedDataParallel,
-and BatchNorm sees the whole batch, so that the networks are those of one process with the same
-batches. Plans are made on the first process, which alone writes files.
+Each process takes its part of every batch, DistributedDataParallel averages the gradients, and
+BatchNorm normalizes over the whole batch, so the trained network is the one that a single process
+trains with the same batches. The first process makes the plans and writes the files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import sync_batch_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.utils.modules import device_of
 
-Plain = TypeVar("Plain")
+T = TypeVar("T")
+
+
+class Batches(Protocol):
+    """Batches that can be iterated many times and have a length."""
+
+    def __iter__(self) -> Iterator[object]: ...
+    def __len__(self) -> int: ...
 
 
 def rank() -> int:
-    """The number of this process; 0 where there is one alone."""
-    return dist.get_rank() if _many() else 0
+    """Return the number of this process; 0 where there is only one."""
+    return dist.get_rank() if _initialized() else 0
 
 
 def size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if _many() else 1
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if _initialized() else 1
 
 
-def _many() -> bool:
+def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
-def group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun has started, if it has; gives the device of this one."""
+def process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun has started, if it has; yield the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield device
         return
@@ -55,8 +65,8 @@ def group(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
-def from_first(value: Plain) -> Plain:
-    """What the first process has, on all of them; plain data."""
+def broadcast(value: T) -> T:
+    """Return the first process's value on every process. It must be plain data."""
     if size() == 1:
         return value
     box = [value]
@@ -64,15 +74,15 @@ def from_first(value: Plain) -> Plain:
     return box[0]
 
 
-def weights_of_first(model: nn.Module) -> None:
-    """Give every process the weights and statistics of the first, in place."""
+def broadcast_weights(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first, in place."""
     if size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a number over all processes."""
+    """Return the mean of a tensor over all processes."""
     if size() == 1:
         return value
     total = value.clone()
@@ -80,51 +90,59 @@ def mean(value: Tensor) -> Tensor:
     return total / size()
 
 
-class Shared:
-    """The part of every batch that is this process's: every size-th example, the same count for all.
+class Shards:
+    """This process's shard of every batch: every size()-th example, equally many on each process.
 
-    Raises `PruningError` for a batch with fewer examples than there are processes.
+    Raises:
+        PruningError: for a batch with fewer examples than there are processes.
     """
 
-    def __init__(self, batches: Any):
+    def __init__(self, batches: Batches):
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for batch in self.batches:
-            counts = {
+            counts = [
                 len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim
-            }
-            each = min(counts, default=0) // size()
+            ]
+            examples = min(counts, default=0)
+            each = examples // size()
             if not each:
                 raise PruningError(
-                    f"a batch of {min(counts, default=0)} cannot be shared by {size()} processes"
+                    f"a batch of {examples} examples cannot be shared by {size()} processes: "
+                    "give a larger batch size, or leave a small last batch out (drop_last=True)"
                 )
-            part = slice(rank(), each * size(), size())
-            yield pytree.tree_map(partial(_cut, part), batch)
+            take = slice(rank(), each * size(), size())
+            yield pytree.tree_map(functools.partial(_sliced, take), batch)
 
 
-def _cut(part: slice, leaf: Any) -> Any:
-    return leaf[part] if isinstance(leaf, Tensor) and leaf.ndim else leaf
+def _sliced(take: slice, leaf: object) -> object:
+    return leaf[take] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
-def shared(batches: Any) -> Any:
-    """Batches as this process sees them."""
-    return Shared(batches) if size() > 1 else batches
+def sharded(batches: Batches) -> Batches:
+    """Return the batches that this process trains on."""
+    return Shards(batches) if size() > 1 else batches
 
 
 @contextlib.contextmanager
-def together(model: nn.Module) -> Iterator[nn.Module]:
-    """The model to call in training: its gradients are averaged, its BatchNorm sees whole batches."""
+def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module to call in training: gradients are averaged, BatchNorm sees whole batches.
+
+    The model's own layers are synchronized, not replaced: afterwards it is of the classes, and has
+    the keys in its state dict, that it had before.
+    """
     if size() == 1:
         yield model
         return
-    weights_of_first(model)
+    broadcast_weights(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        norm.forward = partial(_over_all, norm)  # type: ignore[method-assign]
+        # A partial, because a copy of the model (a moving average) then calls its own layer.
+        norm.forward = functools.partial(_synchronized, norm)  # type: ignore[method-assign]
     device = device_of(model)
     try:
         yield nn.parallel.DistributedDataParallel(
@@ -135,43 +153,62 @@ def together(model: nn.Module) -> Iterator[nn.Module]:
             del norm.forward
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _over_all(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """BatchNorm whose mean and variance in training are those of all processes' examples."""
-    if not norm.training:
+def _synchronized(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """Call a BatchNorm layer's own forward, in training with the statistics of all processes."""
+    with _SyncBatchNorm() if norm.training else contextlib.nullcontext():
         return type(norm).forward(norm, x)
+
+
+class _SyncBatchNorm(TorchFunctionMode):
+    """Let `F.batch_norm` take the mean and variance over all processes.
+
+    `nn.SyncBatchNorm.convert_sync_batchnorm` would replace layers, and with them the code of
+    subclasses (an activation behind the norm, as in timm).
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: tuple[type, ...],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        over_all = func is F.batch_norm and kwargs.get("training")
+        operation: Callable[..., object] = _sync_batch_norm if over_all else func
+        return operation(*args, **kwargs)
+
+
+def _sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute `F.batch_norm` in training mode over the batches of all processes."""
+    if x.is_cuda:
+        return sync_batch_norm.apply(
+            x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
+        )
+    # nn.SyncBatchNorm refuses CPU tensors, and torch has its kernels (batch_norm_stats) for GPUs only.
+    from torch.distributed.nn.functional import all_reduce  # with gradients; not in every build of torch
+
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
-    total = _Sum.apply(torch.stack([x.sum(dims), x.square().sum(dims)]))
-    average = total[0] / count
+    sums = torch.stack([x.sum(dims), x.square().sum(dims)])
+    average, square = all_reduce(sums) / count
     # Of float32 sums; a variance below 0 can only be rounding.
-    variance = (total[1] / count - average.square()).clamp(min=0)
-    if norm.running_mean is not None and norm.running_var is not None:
-        assert norm.num_batches_tracked is not None
+    variance = (square - average.square()).clamp(min=0)
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            momentum = norm.momentum
-            if momentum is None:
-                momentum = 1 / float(norm.num_batches_tracked)
-            norm.running_mean.lerp_(average, momentum)
-            norm.running_var.lerp_(variance * count / max(1, count - 1), momentum)
+            running_mean.lerp_(average, momentum)
+            running_var.lerp_(variance * count / max(1, count - 1), momentum)
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    normed = (x - average.view(shape)) * torch.rsqrt(variance + norm.eps).view(shape)
-    if norm.weight is None:
-        return normed
-    return normed * norm.weight.view(shape) + norm.bias.view(shape)
+    normalized = (x - average.view(shape)) * torch.rsqrt(variance + eps).view(shape)
+    if weight is not None:
+        normalized = normalized * weight.view(shape)
+    return normalized if bias is None else normalized + bias.view(shape)

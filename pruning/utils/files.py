@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and plain data read from them."""
+"""Write files atomically, and read plain data without executing code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from pruning.errors import CheckpointError
 
 
 def read_plain(path: str | Path) -> Any:
-    """Tensors and plain data from a file that `write` wrote; nothing in it is executed."""
+    """Read tensors and plain data from a file of `torch.save`; nothing in it is executed.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged, or holds other objects.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -33,16 +37,27 @@ def read_plain(path: str | Path) -> Any:
 
 
 def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
-    """Give a file new content, whole or not at all. Raises `CheckpointError` where it cannot.
+    """Replace the content of a file atomically: after an error or a crash, the old file is there.
 
-    `check` is given the written file before it takes its name; what it raises stops that.
+    Args:
+        check: called with the path of the written file before it takes its name; an error that it
+            raises leaves the old file.
+
+    Raises:
+        CheckpointError: where the file cannot be written.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "new" / "file.txt"
+    >>> replace_file(path, b"content")
+    >>> path.read_bytes()
+    b'content'
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} cannot be written: it is a folder, and a file is asked for")
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} cannot be written: it is a device or a pipe, and a file is asked for")
-    path = path.resolve() if path.is_symlink() else path  # what it points to is replaced
+    path = path.resolve() if path.is_symlink() else path  # replace the file it points to
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,5 +71,5 @@ def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):  # it has taken the name, or was never made
+        with contextlib.suppress(OSError):  # it has been renamed, or was never created
             partial.unlink()

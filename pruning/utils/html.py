@@ -1,9 +1,8 @@
-"""What the toolkit's pages share: self-contained HTML files that open from disk and follow light or dark."""
+"""The frame of the toolkit's pages: self-contained HTML files, in the system's light or dark mode."""
 
 from __future__ import annotations
 
 import html
-from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dae1; --soft: #f3f5f8;
@@ -31,10 +30,10 @@ pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: a
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """A whole page.
+    """Return an HTML page.
 
     Args:
-        title: plain text. body: HTML. style: CSS besides `STYLE`.
+        title: plain text. body: HTML. style: CSS that follows `STYLE`.
     """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -43,6 +42,10 @@ def document(title: str, body: str, style: str = "") -> str:
     )
 
 
-def text(value: Any) -> str:
-    """Anything as text in HTML."""
+def text(value: object) -> str:
+    """Return a value as text, escaped for HTML.
+
+    >>> text("a < b")
+    'a &lt; b'
+    """
     return html.escape(str(value))

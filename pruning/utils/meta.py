@@ -1,4 +1,4 @@
-"""Running a model for its shapes alone: on the meta device nothing is stored or computed."""
+"""Run a model for its shapes alone: on the meta device nothing is stored or computed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.utils.modules import copied
+from pruning.utils.tree import Inputs, fresh
 
 T = TypeVar("T")
 
-#: Elementwise operations whose result is like their first operand.
+#: Elementwise operations whose result has the shape and type of their first operand.
 _SAME_SHAPE = frozenset(
     f"aten::{name}{place}"
     for name in (
@@ -26,59 +28,71 @@ _SAME_SHAPE = frozenset(
 )  # fmt: skip
 
 
-def without_computing(run: Callable[[nn.Module, Any], T], model: nn.Module, inputs: Any) -> T:
-    """What `run(copy of the model, inputs)` gives, computing nothing where that is possible.
+def without_computing(run: Callable[[nn.Module, Inputs], T], model: nn.Module, inputs: Inputs) -> T:
+    """Return `run(copy of the model, inputs)`, on the meta device where the model runs there.
 
-    A model that looks at values (a data-dependent branch, `.item()`) runs on its own device
-    only; it then does. Whatever it raises there is raised.
+    A model that reads values (a data-dependent branch, `.item()`) runs on its own device; an error
+    there is raised.
+
+    >>> without_computing(lambda model, x: model(x).shape, nn.Linear(4, 3), torch.rand(2, 4))
+    torch.Size([2, 3])
     """
     try:
         return run(on_meta(model), pytree.tree_map(to_meta, inputs))
-    except Exception:  # of a foreign model: the second run tells whether it is at fault
-        return run(copied(model), pytree.tree_map(_detached, inputs))
+    except Exception:  # of the user's model: the second run raises it if the model is at fault
+        return run(copied(model), fresh(inputs))
 
 
-def without_storage(model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any) -> tuple[Any, Any]:
-    """A model and its inputs on the meta device if they run there, else as they are."""
+def without_storage(
+    model: nn.Module, run: Callable[[nn.Module, Inputs], object], inputs: Inputs
+) -> tuple[nn.Module, Inputs]:
+    """Return a model and its inputs on the meta device if `run` works there, and else as they are."""
     probe, example = on_meta(model), pytree.tree_map(to_meta, inputs)
     try:
         with torch.no_grad():
             run(probe.eval(), example)
-    except Exception:  # of a model that looks at values
+    except Exception:  # of a model that reads values
         return model, inputs
     return probe, example
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy without storage: shapes alone."""
-    memo: dict[int, Any] = {}
+    """Return a copy of a model on the meta device, with shapes and without values."""
+    memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = to_meta(tensor)
+        empty = _empty(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copied(model, memo, to_meta)
+    return copied(model, memo, _empty)
 
 
-def to_meta(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+def to_meta(leaf: object) -> object:
+    """Return a tensor of the same shape on the meta device; anything else as it is."""
+    return _empty(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _detached(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 class Shapes(TorchDispatchMode):
-    """Spares a model on the meta device torch's bookkeeping for its most common operations."""
+    """Compute the most common operations on the meta device faster than torch does."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         return run_operation(func, args, kwargs or {})
 
 
-def run_operation(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation gives; on the meta device, for the most common ones, just its shape.
+def run_operation(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, object]) -> Any:
+    """Run an operation; of the most common ones on the meta device compute only the shape.
 
-    torch takes BatchNorm, for one, apart into ten operations there, which would be most of
+    torch decomposes BatchNorm, for example, into ten operations there, which would take most of
     the time of a pass.
     """
     x = args[0] if args else None

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+T = TypeVar("T")
+
+#: What a model is called with: a tensor, a sequence of arguments, or keyword arguments.
+Inputs: TypeAlias = Tensor | Sequence[object] | Mapping[str, object]
 
 
-def tensors_among(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors of an operation's arguments, in order; torch's pytree takes ten times as long."""
+def fresh(inputs: T) -> T:
+    """Copy the tensors of nested inputs: models may change theirs in place, or pop from them.
+
+    >>> import torch
+    >>> inputs = {"x": torch.zeros(2)}
+    >>> fresh(inputs)["x"].add_(1), inputs["x"]
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def first_examples(inputs: T, count: int) -> T:
+    """Return the first examples of a batch of nested inputs.
+
+    >>> import torch
+    >>> first_examples((torch.zeros(8, 3), None), 2)[0].shape
+    torch.Size([2, 3])
+    """
+    return pytree.tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def tensors_among(values: Iterable[object]) -> list[Tensor]:
+    """Return the tensors among an operation's arguments, in order, including those in lists and dicts.
+
+    torch's pytree takes ten times as long.
+    """
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -25,45 +52,41 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, whatever holds them: plain objects and dataclasses too."""
+def tensors(output: object) -> list[Tensor]:
+    """Return the tensors in a model's output, including those that objects and dataclasses hold.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> len(tensors([torch.zeros(2), SimpleNamespace(logits=torch.zeros(3))]))
+    2
+    """
     found: list[Tensor] = []
     _collect(output, found, set())
     return found
 
 
-def _collect(output: Any, found: list[Tensor], above: set[int]) -> None:
+def _collect(output: object, found: list[Tensor], visited: set[int]) -> None:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif id(leaf) not in above:  # objects may refer to each other
-            above.add(id(leaf))
-            for value in _held(leaf):
-                _collect(value, found, above)
+        elif id(leaf) not in visited:  # objects may refer to each other
+            visited.add(id(leaf))
+            for value in _contents(leaf):
+                _collect(value, found, visited)
 
 
-def _held(leaf: Any) -> list[Any]:
-    """What an object that is no container of torch's pytree holds; nothing for code and modules."""
+def _contents(leaf: object) -> list[object]:
+    """Return what an object that torch's pytree does not open holds; nothing for code and modules."""
     if isinstance(leaf, type | nn.Module | ModuleType | FunctionType | MethodType | str | bytes):
         return []
     if isinstance(leaf, Mapping):  # of another type than dict, such as a UserDict
         return list(leaf.values())
     if isinstance(leaf, list | tuple | set | frozenset):
         return list(leaf)
-    held = list(getattr(leaf, "__dict__", {}).values())
+    contents = list(getattr(leaf, "__dict__", {}).values())
     for kind in type(leaf).__mro__:
         names = vars(kind).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
             if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
-                held.append(getattr(leaf, name))
-    return held
-
-
-def fresh(inputs: Any) -> Any:
-    """Inputs of their own for a pass: models may change theirs in place, or pop from them."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
-
-
-def first_examples(inputs: Inputs, count: int) -> Any:
-    """The first examples of a batch of inputs, whatever holds its tensors."""
-    return pytree.tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, inputs)
+                contents.append(getattr(leaf, name))
+    return contents

@@ -18,7 +18,7 @@ import data
 from pruning import load
 from pruning.demo import Images, demo
 from pruning.deploy.export import TOLERANCE
-from pruning.deploy.runtimes import difference
+from pruning.deploy.runtimes import relative_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 YOURNET = ROOT / "checkpoints" / "YourNet" / "best.pth"
@@ -104,7 +104,7 @@ def test_the_page_reads_drawn_digits_as_pytorch_does(page, digits, shown):
         for model, logits, (name, says, share) in zip(models, found["logits"], found["said"], strict=True):
             with torch.no_grad():
                 expected = model((pixels / 255 - 0.1307) / 0.3081)
-            assert difference(expected.flatten(), torch.tensor(logits)) < TOLERANCE
+            assert relative_difference(expected.flatten(), torch.tensor(logits)) < TOLERANCE
             assert says == str(expected.argmax().item())
             assert f"{name}: {says}{share}" in found["heard"]
             right += says == str(label)
@@ -225,7 +225,7 @@ def test_a_colour_network_takes_pictures(tmp_path, shown):
             SMALL.normalised(torch.tensor(found, dtype=torch.uint8).view(3, 14, 14))
         )
     got = browser("Array.from(networks[0].run(normalised(input())))")
-    assert difference(expected.flatten(), torch.tensor(got)) < TOLERANCE
+    assert relative_difference(expected.flatten(), torch.tensor(got)) < TOLERANCE
 
 
 @needs_browser

@@ -1,4 +1,4 @@
-"""Exported files: what they compute, what they hold, and what is said when there is none."""
+"""Exported files: what they compute, what they store, and the errors where a model cannot be exported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pruning import (
 from pruning.checkpoint import read
 from pruning.deploy.export import SUFFIXES, TOLERANCE
 from pruning.deploy.quantize import quantize
-from pruning.deploy.runtimes import RUNTIMES, difference
+from pruning.deploy.runtimes import RUNTIMES, relative_difference
 from pruning.deploy.timing import Latency
 
 COMMITTED = ROOT / "checkpoints" / "YourNet" / "best.pth"
@@ -56,7 +56,7 @@ def pruned_resnet():
 
 
 def exported(*words, **variables):
-    """`python -m pruning export …` in a process of its own, which must succeed."""
+    """Run `python -m pruning export …` in a process of its own, which must succeed."""
     done = subprocess.run(
         [sys.executable, "-m", "pruning", "export", *map(str, words)],
         capture_output=True, text=True, timeout=120, cwd=ROOT,
@@ -68,7 +68,7 @@ def exported(*words, **variables):
 
 @pytest.fixture
 def refused(toolkit):
-    """`python -m pruning export …`, which must refuse its input, within this process; what it says."""
+    """Run `python -m pruning export …` in this process, expect it to fail, and return its message."""
 
     def run(*words):
         code, _, err = toolkit("export", *words)
@@ -104,11 +104,11 @@ def test_an_exported_file_computes_what_the_model_computes_at_any_batch_size(nam
         images = torch.randn(size, *shape)
         with torch.no_grad():
             outputs = model(images)
-        assert difference(outputs, exported(images)) <= 1e-5
+        assert relative_difference(outputs, exported(images)) <= 1e-5
     assert str(ROOT).encode() not in path.read_bytes(), "a path of the machine"
 
 
-def test_norms_are_folded_and_activations_come_before_pooling_in_onnx(tmp_path):
+def test_onnx_files_have_batchnorm_folded_and_activations_before_poolings(tmp_path):
     need_onnx()
     import onnx
 
@@ -121,8 +121,8 @@ def test_norms_are_folded_and_activations_come_before_pooling_in_onnx(tmp_path):
     onnx.checker.check_model(found, full_check=True)
 
 
-@pytest.mark.parametrize("seen", ["pooled", "twice"])
-def test_pooling_that_something_else_reads_stays_where_it_is(seen, tmp_path):
+@pytest.mark.parametrize("reader", ["pooled", "twice"])
+def test_a_pooling_with_several_readers_stays_in_place(reader, tmp_path):
     need_onnx()
 
     class Net(nn.Module):
@@ -134,7 +134,7 @@ def test_pooling_that_something_else_reads_stays_where_it_is(seen, tmp_path):
             x = self.conv(x)
             pooled = self.pool(x)
             active = torch.relu(pooled)
-            return (active, pooled) if seen == "pooled" else active + self.pool(-x)
+            return (active, pooled) if reader == "pooled" else active + self.pool(-x)
 
     torch.manual_seed(0)
     assert export(Net(), tmp_path / "net.onnx", nets.images(), "onnx").difference <= TOLERANCE
@@ -164,7 +164,7 @@ def test_several_inputs_and_outputs(format, tmp_path):
     net = Two()
     export(net, tmp_path / "two", inputs, format)
     values, chosen = Exported(tmp_path / "two", RUNTIMES[format])(*inputs)
-    assert difference(net(*inputs)[0], values) <= 1e-5 and chosen.shape == (6,)
+    assert relative_difference(net(*inputs)[0], values) <= 1e-5 and chosen.shape == (6,)
 
 
 def test_accuracy_and_time_of_an_exported_file(format, tmp_path):
@@ -177,7 +177,7 @@ def test_accuracy_and_time_of_an_exported_file(format, tmp_path):
     assert times["file"].median > 0
 
 
-def test_a_timed_pass_computes_what_a_call_does_at_every_run(tmp_path):
+def test_a_prepared_pass_computes_the_outputs_of_a_call(tmp_path):
     net, images = load(COMMITTED), torch.randn(3, 1, 28, 28)
     export(net, tmp_path / "net.onnx", images[:1], "onnx")
     exported = Exported(tmp_path / "net.onnx", "onnxruntime")
@@ -189,7 +189,7 @@ def test_a_timed_pass_computes_what_a_call_does_at_every_run(tmp_path):
 
 
 class Fails(nn.Module):
-    """A network that does what its name says and cannot be exported for it."""
+    """A network that cannot be exported, for the reason that is given."""
 
     def __init__(self, how):
         super().__init__()
@@ -217,7 +217,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_what_cannot_be_exported_is_said_and_leaves_nothing(how, format, tmp_path, capfd):
+def test_a_failed_export_says_why_and_leaves_no_file(how, format, tmp_path, capfd):
     (tmp_path / "old").write_text("as it was")
     for name in ("new", "old"):
         with pytest.raises(ExportError, match=FAILURES[how]):
@@ -227,14 +227,14 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(how, format, tmp_pat
     assert capfd.readouterr().out == "", "the error says it"
 
 
-def test_an_operation_that_the_exporter_lacks_is_named(tmp_path):
+def test_an_operation_without_an_export_is_named(tmp_path):
     need_onnx()
     with pytest.raises(ExportError, match=r"lacks the operation \w+\.bessel_j0"):
         export(Fails("operation"), tmp_path / "net.onnx", torch.randn(2, 4), "onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     net = nets.yournet()
     with pytest.raises(ExportError, match=r"format 'tflite' is unknown; there are: onnx, pt2, torchscript"):
         export(net, tmp_path / "net", nets.images(), "tflite")
@@ -249,7 +249,7 @@ def test_bad_arguments(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file(format, tmp_path):
+def test_a_damaged_file_is_refused(format, tmp_path):
     path = tmp_path / "net"
     export(nets.yournet(), path, nets.images(), format)
     whole = path.read_bytes()
@@ -264,7 +264,7 @@ def test_a_damaged_file(format, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_package_that_is_missing_is_named_with_the_command(package, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_package_says_how_to_install_it(package, tmp_path, monkeypatch):
     if package != "onnx":
         pytest.importorskip("onnx")
     monkeypatch.setitem(sys.modules, package, None)
@@ -273,7 +273,7 @@ def test_a_package_that_is_missing_is_named_with_the_command(package, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int8_is_smaller_and_agrees(tmp_path):
+def test_an_int8_file_is_smaller_and_agrees_with_float32(tmp_path):
     need_onnx()
     digits = data.load("mnist5k", quiet=True)
     reference = load(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")
@@ -294,7 +294,7 @@ def test_int8_is_smaller_and_agrees(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["int8.onnx", "net.onnx"]
 
 
-def test_int8_is_refused(tmp_path, monkeypatch):
+def test_quantization_is_refused(tmp_path, monkeypatch):
     need_onnx()
     export(load(COMMITTED), tmp_path / "net.onnx", torch.zeros(1, 1, 28, 28), "onnx")
     noise = torch.randn(20, 1, 28, 28)
@@ -304,7 +304,7 @@ def test_int8_is_refused(tmp_path, monkeypatch):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [])
     with pytest.raises(ExportError, match=r"200\.0% was asked"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [(noise, None)], least_agreement=2)
-    # Which of the two is quicker is the machine's matter; here it is said.
+    # Which of the two is faster depends on the machine, so the times are given here.
     slower = {"float32": Latency(1.0, 1, 1, 1, 9, 1, 1), "int8": Latency(2.0, 2, 2, 2, 9, 1, 1)}
     with (
         monkeypatch.context() as patch,
@@ -330,7 +330,7 @@ def test_the_command_exports_a_checkpoint(format, tmp_path):
     assert stored["normalisation"] == {"mean": [0.1307], "std": [0.3081]}
 
 
-def test_the_command_takes_the_input_shape_where_the_checkpoint_has_none(tmp_path, refused):
+def test_the_command_needs_an_input_shape_where_the_checkpoint_has_none(tmp_path, refused):
     save(tmp_path / "net.pth", nets.make("residual"))
     words = [tmp_path / "net.pth", "--to", "torchscript"]
     assert "give --input-shape, such as" in refused(*words)
@@ -342,7 +342,7 @@ def test_the_command_takes_the_input_shape_where_the_checkpoint_has_none(tmp_pat
     assert Exported(tmp_path / "out" / "net.pt", "torchscript")(nets.images(4)).shape == (4, 4)
 
 
-def test_the_command_refuses(tmp_path, refused, monkeypatch):
+def test_the_command_refuses_bad_arguments(tmp_path, refused, monkeypatch):
     net = tmp_path / "net.pth"
     assert "no such file" in refused(net, "--to", "pt2")
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
@@ -359,7 +359,7 @@ def test_the_command_refuses(tmp_path, refused, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.onnx", "file", "net.pth"]
 
 
-def test_test_yournet_measures_what_will_run(tmp_path):
+def test_test_yournet_measures_exported_networks(tmp_path):
     need_onnx()
     runtime = "onnxruntime"
     figures = tmp_path / "figures.json"
@@ -372,7 +372,7 @@ def test_test_yournet_measures_what_will_run(tmp_path):
 
 
 class Detector(nn.Module):
-    """Keeps what depends on the shape of the last input, as the heads of YOLOs keep their anchors."""
+    """Stores a tensor that depends on the shape of the last input, as the heads of YOLO store anchors."""
 
     def __init__(self):
         super().__init__()
@@ -385,9 +385,9 @@ class Detector(nn.Module):
         return y.flatten(2) + self.places
 
 
-def test_what_a_model_keeps_of_its_last_pass_is_not_taken_for_fixed(format, tmp_path):
+def test_tensors_stored_in_the_last_pass_are_not_exported_as_constants(format, tmp_path):
     net, images = Detector().eval(), torch.randn(2, 3, 8, 8)
     path = tmp_path / f"net{SUFFIXES[format]}"
     export(net, path, images, format)
     more = torch.randn(5, 3, 8, 8)
-    assert difference(net(more), Exported(path, RUNTIMES[format])(more)) <= TOLERANCE
+    assert relative_difference(net(more), Exported(path, RUNTIMES[format])(more)) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""ONNX files in other forms: what they compute, which convolutions take their pooling in, what is refused."""
+"""Rewritten ONNX files: what they compute, which poolings are fused, and which files are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models import LeNet5, YourNet
 from pruning import Exported, ExportError, export, optimize, quantize
 from pruning.deploy import onnx_rewrite
 from pruning.deploy.onnx_rewrite import TOLERANCE
-from pruning.deploy.runtimes import difference
+from pruning.deploy.runtimes import relative_difference
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 
 
 def strides(path):
-    """The larger stride of each convolution of a file."""
+    """Return the larger stride of each convolution of a file."""
     helper = onnx.helper
     how = [
         {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -31,11 +31,11 @@ def strides(path):
 
 @pytest.fixture
 def prefer(monkeypatch):
-    """Have the form with so many poolings taken in measured as the quickest."""
+    """Let the variant with a given number of fused poolings be measured as the fastest."""
 
     def choose(count):
-        def measured(running, *_):
-            return {name: 0.5 if name == str(count) else 1.0 for name in running}
+        def measured(variants, *_):
+            return {name: 0.5 if name == str(count) else 1.0 for name in variants}
 
         monkeypatch.setattr(onnx_rewrite, "_ratios", measured)
 
@@ -43,7 +43,7 @@ def prefer(monkeypatch):
 
 
 class Net(nn.Module):
-    """Two convolutions with poolings behind them, in the way that is asked for."""
+    """Two convolutions, each with an activation and a pooling behind it."""
 
     def __init__(self, pool, conv, activation=nn.ReLU, shape=(2, 19, 16)):
         super().__init__()
@@ -66,43 +66,43 @@ NETS = {
 
 @pytest.mark.parametrize("poolings", [0, 1, 2])
 @pytest.mark.parametrize("name", NETS)
-def test_every_form_computes_the_same(name, poolings, prefer, tmp_path):
+def test_every_variant_computes_the_same_outputs(name, poolings, prefer, tmp_path):
     torch.manual_seed(0)
     net = NETS[name]()
     export(net, tmp_path / "net.onnx", torch.zeros(1, *net.shape), "onnx", metadata={"seed": 1})
     prefer(poolings)
-    made = optimize(tmp_path / "net.onnx", tmp_path / "quick.onnx")
+    made = optimize(tmp_path / "net.onnx", tmp_path / "fast.onnx")
     assert (made.poolings, made.ratio) == (poolings, 0.5)
     assert made.size == made.path.stat().st_size and f"{poolings} pooling" in str(made)
     assert [stride > 1 for stride in strides(made.path)] == [True] * poolings + [False] * (2 - poolings)
-    quick = Exported(made.path, "onnxruntime")
+    fast = Exported(made.path, "onnxruntime")
     for size in (1, 2, 5):
         images = torch.randn(size, *net.shape)
-        assert difference(net(images).detach(), quick(images)) <= TOLERANCE
-    assert quick.metadata["seed"] == 1
-    assert quick.metadata.get("optimization", {}).get("poolings in convolutions", 0) == poolings
+        assert relative_difference(net(images).detach(), fast(images)) <= TOLERANCE
+    assert fast.metadata["seed"] == 1
+    assert fast.metadata.get("optimization", {}).get("poolings in convolutions", 0) == poolings
     onnx.checker.check_model(onnx.load(made.path), full_check=True)
 
 
-class Seen(Net):
-    """What is pooled is an output, too."""
+class PooledOutput(Net):
+    """The input of the pooling is also an output."""
 
     def forward(self, x):
         x = self.features[:2](x)
         return self.features[2](x).flatten(1), x
 
 
-KEPT = {
+NOT_FUSED = {
     "overlapping windows": lambda: Net(nn.MaxPool2d(3, stride=2), {"kernel_size": 3}),
     "a padded pooling": lambda: Net(nn.MaxPool2d(2, padding=1), {"kernel_size": 3}),
-    "windows that stick out": lambda: Net(nn.MaxPool2d(2, ceil_mode=True), {"kernel_size": 3}),
-    "seen elsewhere": lambda: Seen(nn.MaxPool2d(2), {"kernel_size": 3}),
+    "windows over the edge": lambda: Net(nn.MaxPool2d(2, ceil_mode=True), {"kernel_size": 3}),
+    "another reader": lambda: PooledOutput(nn.MaxPool2d(2), {"kernel_size": 3}),
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_other_poolings_stay(name, tmp_path):
-    net = KEPT[name]()
+@pytest.mark.parametrize("name", NOT_FUSED)
+def test_other_poolings_are_not_fused(name, tmp_path):
+    net = NOT_FUSED[name]()
     export(net, tmp_path / "net.onnx", torch.zeros(1, *net.shape), "onnx")
     before = (tmp_path / "net.onnx").read_bytes()
     made = optimize(tmp_path / "net.onnx", tmp_path / "net.onnx", seconds=0.01)
@@ -111,27 +111,27 @@ def test_other_poolings_stay(name, tmp_path):
 
 
 @pytest.mark.parametrize("conv", [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"out": 32}])
-def test_other_convolutions_stay(conv, tmp_path):
+def test_other_convolutions_are_not_fused(conv, tmp_path):
     out = conv.pop("out", 4)
     net = nn.Sequential(nn.Conv2d(2, out, 3, **conv), nn.ReLU(), nn.MaxPool2d(2))
     export(net, tmp_path / "net.onnx", torch.zeros(1, 2, 20, 20), "onnx")
-    assert optimize(tmp_path / "net.onnx", tmp_path / "quick.onnx", seconds=0.01).poolings == 0
+    assert optimize(tmp_path / "net.onnx", tmp_path / "fast.onnx", seconds=0.01).poolings == 0
 
 
-def test_a_form_that_is_hardly_quicker_is_not_taken(prefer, tmp_path, monkeypatch):
+def test_a_variant_that_is_hardly_faster_is_not_chosen(prefer, tmp_path, monkeypatch):
     export(YourNet((4, 5), ()), tmp_path / "net.onnx", torch.zeros(1, 1, 28, 28), "onnx")
-    monkeypatch.setattr(onnx_rewrite, "_ratios", lambda running, *_: {"0": 1.0, "1": 0.99, "2": 0.985})
-    assert optimize(tmp_path / "net.onnx", tmp_path / "quick.onnx").poolings == 0
+    monkeypatch.setattr(onnx_rewrite, "_ratios", lambda variants, *_: {"0": 1.0, "1": 0.99, "2": 0.985})
+    assert optimize(tmp_path / "net.onnx", tmp_path / "fast.onnx").poolings == 0
 
 
-def test_the_quickest_form_is_found_by_measuring(tmp_path):
+def test_the_fastest_variant_is_measured(tmp_path):
     export(YourNet((4, 5), ()).eval(), tmp_path / "net.onnx", torch.zeros(1, 1, 28, 28), "onnx")
-    made = optimize(tmp_path / "net.onnx", tmp_path / "quick.onnx", seconds=0.1)
+    made = optimize(tmp_path / "net.onnx", tmp_path / "fast.onnx", seconds=0.1)
     assert made.ratio <= 1 and made.poolings in (0, 1, 2)
     assert (made.poolings == 0) == (made.ratio == 1)
 
 
-def test_int8_is_made_of_the_quicker_form(prefer, tmp_path):
+def test_a_rewritten_file_can_be_quantized(prefer, tmp_path):
     torch.manual_seed(0)
     digits = data.load("mnist5k", quiet=True)
     net = LeNet5((4, 5), ()).eval()
@@ -145,17 +145,17 @@ def test_int8_is_made_of_the_quicker_form(prefer, tmp_path):
     assert stored["optimization"] == {"poolings in convolutions": 2} and stored["quantization"]["bits"] == 8
 
 
-def test_what_cannot_be_optimized_is_refused(tmp_path):
+def test_files_that_cannot_be_optimized_are_refused(tmp_path):
     class Two(nn.Module):
         def forward(self, x, y):
             return x + y
 
     export(Two(), tmp_path / "two.onnx", [torch.zeros(1, 3), torch.zeros(1, 3)], "onnx")
     with pytest.raises(ExportError, match="a single float32 input"):
-        optimize(tmp_path / "two.onnx", tmp_path / "quick.onnx")
+        optimize(tmp_path / "two.onnx", tmp_path / "fast.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
     with pytest.raises(ExportError, match="damaged"):
-        optimize(tmp_path / "broken.onnx", tmp_path / "quick.onnx")
+        optimize(tmp_path / "broken.onnx", tmp_path / "fast.onnx")
     with pytest.raises(ExportError, match="cannot be read"):
-        optimize(tmp_path / "none.onnx", tmp_path / "quick.onnx")
+        optimize(tmp_path / "none.onnx", tmp_path / "fast.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "two.onnx"]

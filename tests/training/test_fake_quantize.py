@@ -1,4 +1,4 @@
-"""Training as rounded to 8 bits: what it computes, what it leaves alone, and that it pays."""
+"""Quantization-aware training: what it computes, what it leaves unchanged, and that it lowers the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def root_mean_square(a, b):
     return (a - b).square().mean().sqrt().item()
 
 
-def test_a_linear_layer_in_closed_form():
+def test_a_linear_layer_matches_the_closed_form():
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.27, 0.504]])
     with torch.no_grad(), Rounding(layer.eval()):
@@ -34,7 +34,7 @@ def test_a_linear_layer_in_closed_form():
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3), nn.Conv1d(4, 6, 3), nn.Linear(4, 6)]
 )
-def test_each_output_channel_has_255_levels_of_its_own(layer):
+def test_each_output_channel_has_its_own_255_levels(layer):
     dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     with torch.no_grad():
         layer.weight.movedim(dim, 0)[3] *= 1000
@@ -47,7 +47,7 @@ def test_each_output_channel_has_255_levels_of_its_own(layer):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_a_model_is_afterwards_as_it_was(name):
+def test_the_model_is_unchanged_after_the_block(name):
     net, images = nets.make(name), nets.images()
     before, state = net(images), copy.deepcopy(net.state_dict())
     with torch.no_grad(), Rounding(net):
@@ -61,14 +61,14 @@ def test_a_model_is_afterwards_as_it_was(name):
     assert torch.equal(net(images), before)
 
 
-def test_batchnorm_behind_a_layer_changes_nothing_in_its_rounding():
+def test_batchnorm_behind_a_layer_does_not_change_its_rounding():
     net, images = nets.make("lenet"), nets.images()
     folded = fold_batchnorm(net, trace(net, images))
     with torch.no_grad(), Rounding(net), Rounding(folded):
         assert torch.allclose(net(images), folded(images), atol=1e-4)
 
 
-def test_it_computes_more_like_the_int8_file_than_the_float_network_does(tmp_path):
+def test_a_rounded_model_is_closer_to_the_int8_file_than_the_float_model(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_it_computes_more_like_the_int8_file_than_the_float_network_does(tmp_pat
 
 
 def separable(seed):
-    """Examples of two classes, in which the first of 16 inputs is always 0."""
+    """Return examples of two classes whose first of 16 inputs is always 0."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 2, (512,), generator=draw)
     images = torch.randn(512, 16, generator=draw)
@@ -102,7 +102,7 @@ def rounded_loss(net, batches):
         return sum(F.cross_entropy(net(x), y).item() for x, y in batches) / len(batches)
 
 
-def test_training_as_rounded_finds_weights_that_bear_it():
+def test_training_with_rounding_lowers_the_rounded_loss():
     torch.manual_seed(0)
     batches = separable(0)
     net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -114,7 +114,7 @@ def test_training_as_rounded_finds_weights_that_bear_it():
     assert rounded_loss(trained, batches) < 0.9 * rounded_loss(plain, batches)
 
 
-def test_an_interrupted_training_goes_on_with_its_ranges():
+def test_resumed_training_restores_the_ranges():
     batches = separable(1)
 
     def trained(on_epoch=None, resume=None):

@@ -1,4 +1,4 @@
-"""The training loop and stage 3: schedules, the best epoch, averages, resuming, teachers."""
+"""The training loop and stage 3: schedules, best epoch, moving averages, resuming, losses, teachers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pruning import (
     finetune,
     fit,
 )
-from pruning.training.distillation import taught
+from pruning.training.distillation import with_teacher
 
 pytestmark = pytest.mark.numerics
 
 
-def test_training_learns():
+def test_training_reaches_a_high_accuracy():
     net = nets.make("lenet")
     data = batches(8)
     fit(net, data, TrainConfig(8, lr=0.05))
     assert accuracy(net, data) > 0.9 and not net.training
 
 
-def test_one_cycle_rises_to_the_peak_and_falls_to_almost_nothing():
+def test_one_cycle_rises_to_the_peak_and_falls_to_almost_zero():
     rates = []
     fit(nets.make("lenet"), batches(), TrainConfig(5, lr=0.1, warmup=0.4), after_step=rates.append)
     assert len(rates) == 20 and max(rates) == pytest.approx(0.1, rel=0.02)
@@ -40,16 +40,16 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_almost_nothing():
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_even_a_single_step_can_be_trained(epochs):
+def test_training_works_with_a_single_step(epochs):
     fit(nets.make("lenet"), batches(1), TrainConfig(epochs))
 
 
-def test_no_epochs_train_nothing():
+def test_zero_epochs_leave_the_weights_unchanged():
     net = nets.make("lenet")
     assert same(fit(net, batches(), TrainConfig(0)), nets.make("lenet"))
 
 
-def test_frozen_parameters_stay():
+def test_frozen_parameters_stay_unchanged():
     net = nets.make("lenet")
     net.features.conv1.weight.requires_grad_(False)
     before = net.features.conv1.weight.clone()
@@ -57,7 +57,7 @@ def test_frozen_parameters_stay():
     assert torch.equal(net.features.conv1.weight, before)
 
 
-def test_the_best_epoch_is_kept_the_later_of_equals():
+def test_the_best_epoch_is_kept_and_of_equals_the_later():
     scores, seen = iter([0.5, 0.9, 0.9, 0.2]), []
 
     def on_epoch(epoch):
@@ -69,7 +69,7 @@ def test_the_best_epoch_is_kept_the_later_of_equals():
 
 
 @pytest.mark.parametrize("keep_start", [True, False])
-def test_the_start_is_a_candidate_where_that_is_asked(keep_start):
+def test_keep_start_lets_the_initial_weights_compete(keep_start):
     scores = iter([0.9, 0.5, 0.4] if keep_start else [0.5, 0.4])
     net, seen = nets.make("lenet"), []
     start = nets.snapshot(net)
@@ -81,7 +81,7 @@ def test_the_start_is_a_candidate_where_that_is_asked(keep_start):
     assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
 
 
-def test_a_moving_average_in_closed_form():
+def test_the_moving_average_matches_the_closed_form():
     seen = []
     net = nets.make("lenet")
     fit(net, batches(), TrainConfig(2, ema=0.75), after_step=lambda _: seen.append(nets.snapshot(net)))
@@ -97,7 +97,7 @@ def test_a_moving_average_in_closed_form():
 
 @pytest.mark.parametrize(("ema", "optimizer"), [(0.0, "sgd"), (0.5, "sgd"), (0.0, "soap")])
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, ema, optimizer):
+def test_resumed_training_ends_exactly_where_uninterrupted_training_does(stop, ema, optimizer):
     def train(resume=None, keep=None):
         net = nets.make("lenet")
         states = []
@@ -125,13 +125,13 @@ def test_training_that_is_resumed_ends_where_the_uninterrupted_one_does(stop, em
     assert same(whole, resumed)
 
 
-def test_a_loss_that_is_no_number_stops_the_training():
+def test_a_loss_that_is_not_finite_stops_the_training():
     with pytest.raises(TrainingDiverged, match=r"stage x, epoch 1, by step 4.*learning rate"):
         fit(nets.make("lenet"), batches(), TrainConfig(2), loss=lambda m, x, y: m(x).sum() * float("nan"),
             label="stage x")  # fmt: skip
 
 
-def test_no_batches_is_an_error():
+def test_empty_batches_are_refused():
     with pytest.raises(PruningError, match="nothing to train on"):
         fit(nets.make("lenet"), [], TrainConfig(1))
     with pytest.raises(PruningError, match="nothing to evaluate on"):
@@ -141,8 +141,8 @@ def test_no_batches_is_an_error():
 IMAGES, LABELS = torch.zeros(4, 3, 14, 14), torch.zeros(4, dtype=torch.long)
 
 
-class Gives(nn.Module):
-    """Gives what it is told, whatever it receives."""
+class Constant(nn.Module):
+    """A model whose outputs are its weights, whatever the inputs are."""
 
     def __init__(self, *shape, wrap=lambda outputs: outputs):
         super().__init__()
@@ -155,36 +155,36 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("net", "targets", "said"),
     [
-        (Gives(4, 1), torch.zeros(4, 1), r"outputs of shape \(4, 1\)"),
-        (Gives(4, 1), LABELS, r"outputs of shape \(4, 1\)"),
-        (Gives(4), LABELS, r"outputs of shape \(4,\)"),
-        (Gives(4, 3, wrap=lambda outputs: {"logits": outputs}), LABELS, "the network gives a dict"),
-        (Gives(4, 3, wrap=lambda outputs: (outputs, 1)), LABELS, "the network gives a tuple"),
-        (Gives(4, 3), torch.zeros(4), "the targets are torch.float32"),
-        (Gives(4, 3), [0, 1, 2, 0], "the targets are list"),
-        (Gives(4, 3), LABELS[:, None], r"the targets have shape \(4, 1\), the outputs \(4, 3\)"),
-        (Gives(4, 3, 2, 2), LABELS, "the targets have shape"),
-        (Gives(4, 3), LABELS + 7, "the targets go from 7 to 7, but the network has 3 classes"),
-        (Gives(4, 3), LABELS - 1, "the targets go from -1 to -1, but the network has 3 classes"),
+        (Constant(4, 1), torch.zeros(4, 1), r"outputs of shape \(4, 1\)"),
+        (Constant(4, 1), LABELS, r"outputs of shape \(4, 1\)"),
+        (Constant(4), LABELS, r"outputs of shape \(4,\)"),
+        (Constant(4, 3, wrap=lambda outputs: {"logits": outputs}), LABELS, "the network gives a dict"),
+        (Constant(4, 3, wrap=lambda outputs: (outputs, 1)), LABELS, "the network gives a tuple"),
+        (Constant(4, 3), torch.zeros(4), "the targets are torch.float32"),
+        (Constant(4, 3), [0, 1, 2, 0], "the targets are list"),
+        (Constant(4, 3), LABELS[:, None], r"the targets have shape \(4, 1\), the outputs \(4, 3\)"),
+        (Constant(4, 3, 2, 2), LABELS, "the targets have shape"),
+        (Constant(4, 3), LABELS + 7, "the targets go from 7 to 7, but the network has 3 classes"),
+        (Constant(4, 3), LABELS - 1, "the targets go from -1 to -1, but the network has 3 classes"),
     ],
 )
-def test_the_usual_loss_and_accuracy_are_for_classifiers_alone(net, targets, said):
+def test_cross_entropy_and_accuracy_refuse_models_that_are_not_classifiers(net, targets, said):
     with pytest.raises(PruningError, match=said):
         fit(net, [(IMAGES, targets)], TrainConfig(1))
     with pytest.raises(PruningError, match=said):
         accuracy(net, [(IMAGES, targets)])
 
 
-def test_labels_of_pixels_and_of_any_whole_numbers_are_fine():
+def test_labels_may_be_per_pixel_and_of_any_integer_type():
     pixels = LABELS[:, None, None].expand(4, 2, 2)
     for dtype in (torch.uint8, torch.int32, torch.long):
-        fit(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))], TrainConfig(1))
-        assert accuracy(Gives(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
+        fit(Constant(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))], TrainConfig(1))
+        assert accuracy(Constant(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
 
 
-def test_what_the_loss_ignores_does_not_count():
+def test_targets_that_the_loss_ignores_do_not_count_in_the_accuracy():
     weight = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [float("nan"), 0, 0]])
-    net = Gives(4, 3)
+    net = Constant(4, 3)
     net.weight.data = weight
     assert accuracy(net, [(IMAGES, torch.tensor([0, 1, -100, -100]))]) == 0.5
     assert accuracy(net, [(IMAGES, torch.tensor([0, -100, 1, 0]))]) == pytest.approx(2 / 3), "NaN is wrong"
@@ -192,19 +192,19 @@ def test_what_the_loss_ignores_does_not_count():
         accuracy(net, [(IMAGES, LABELS - 100)])
 
 
-def test_a_network_is_judged_in_eval_mode_without_gradients():
-    def judge(net):
+def test_validation_runs_in_eval_mode_without_gradients():
+    def score(net):
         return float(not net.training and not torch.is_grad_enabled())
 
     seen = []
-    net = fit(nets.make("lenet"), batches(1), TrainConfig(2), validate=judge,
+    net = fit(nets.make("lenet"), batches(1), TrainConfig(2), validate=score,
               on_epoch=lambda epoch: seen.append(epoch.score))  # fmt: skip
     assert seen == [1, 1] and not net.training
     with pytest.raises(PruningError, match="validate gave None: a number was expected"):
         fit(net, batches(1), TrainConfig(1), validate=lambda _: None)
 
 
-def test_batches_of_an_unknown_number_are_refused():
+def test_batches_without_a_length_are_refused():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter([(IMAGES[0], LABELS[0])] * 8)
@@ -226,12 +226,12 @@ def test_batches_of_an_unknown_number_are_refused():
         {"ema": 1},
     ],
 )
-def test_settings_are_checked_when_they_are_made(bad):
+def test_a_config_with_an_invalid_setting_is_refused(bad):
     with pytest.raises(PruningError, match="is needed"):
         TrainConfig(**{"epochs": 1, **bad})
 
 
-def test_distillation_in_closed_form():
+def test_distillation_matches_the_closed_form():
     teacher, student = nets.make("lenet", 1), nets.make("lenet", 2)
     images, labels = batches(1)[0]
     loss = distillation(teacher, weight=0.3, temperature=2.0)(student, images, labels)
@@ -247,7 +247,7 @@ def criterion(logits, targets):
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, criterion])
-def test_a_criterion_of_outputs_and_targets_is_a_loss(loss):
+def test_a_criterion_of_outputs_and_targets_can_be_the_loss(loss):
     nets_ = [fit(nets.make("lenet"), batches(2), TrainConfig(1), loss=each) for each in (loss, cross_entropy)]
     assert same(*nets_)
     teacher, (images, labels) = nets.make("lenet", 1), batches(1)[0]
@@ -264,18 +264,18 @@ def test_a_criterion_of_outputs_and_targets_is_a_loss(loss):
         (lambda model, x, y: model(x).mean().detach(), "does not depend on the network"),
     ],
 )
-def test_what_is_no_loss_is_refused(loss, said):
+def test_an_invalid_loss_is_refused(loss, said):
     with pytest.raises(PruningError, match=said):
         fit(nets.make("lenet"), batches(1), TrainConfig(1), loss=loss)
 
 
-def test_training_works_where_gradients_are_off():
+def test_training_works_within_no_grad():
     with torch.no_grad():
         net = fit(nets.make("lenet"), batches(2), TrainConfig(1))
     assert same(net, fit(nets.make("lenet"), batches(2), TrainConfig(1)))
 
 
-def test_a_last_batch_of_one_and_numpy_arrays_are_refused_in_words():
+def test_batches_of_one_example_and_numpy_arrays_are_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(588, 4), nn.BatchNorm1d(4))
     with pytest.raises(PruningError, match="drop_last=True"):
         fit(net, [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])], TrainConfig(1))
@@ -283,13 +283,13 @@ def test_a_last_batch_of_one_and_numpy_arrays_are_refused_in_words():
         fit(net, [(IMAGES.numpy(), LABELS.numpy())], TrainConfig(1))
 
 
-def test_accuracy_of_shares_of_classes_is_that_of_the_largest():
+def test_accuracy_takes_the_most_probable_class_of_soft_targets():
     net, (images, labels) = nets.make("lenet"), batches()[0]
-    shares = nn.functional.one_hot(labels, 4) * 0.7 + 0.075
-    assert accuracy(net, [(images, shares)]) == accuracy(net, [(images, labels)])
+    soft = nn.functional.one_hot(labels, 4) * 0.7 + 0.075
+    assert accuracy(net, [(images, soft)]) == accuracy(net, [(images, labels)])
 
 
-def test_a_teacher_of_other_classes_is_refused():
+def test_a_teacher_with_other_classes_is_refused():
     teacher = nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)
     with pytest.raises(PruningError, match=r"teacher's outputs have shape \(16, 7\)"):
         finetune(nets.make("lenet"), batches(), TrainConfig(1), teacher=teacher)
@@ -333,7 +333,7 @@ class EveryBatch:
         return len(self.batches)
 
 
-def test_a_teacher_sees_inputs_that_stay_the_same_once():
+def test_the_teacher_runs_once_on_inputs_that_stay_the_same():
     given = batches()
     examples = sum(len(labels) for _, labels in given)
     (net, seen), (plain, every) = distilled(given), distilled(EveryBatch(given))
@@ -341,7 +341,7 @@ def test_a_teacher_sees_inputs_that_stay_the_same_once():
     assert (seen, every) == (first + examples, 3 * examples) and same(net, plain)
 
 
-def test_a_teacher_sees_images_in_memory_once_unless_they_are_augmented():
+def test_the_teacher_runs_once_on_images_in_memory_unless_they_are_augmented():
     images, labels = torch.randint(256, (40, 3, 14, 14), dtype=torch.uint8), torch.arange(40) % 4
     options = {"batch_size": 16, "mean": 0.4, "std": 0.2, "shuffle": True, "drop_last": True}
     source = Batches(images, labels, **options)
@@ -353,15 +353,15 @@ def test_a_teacher_sees_images_in_memory_once_unless_they_are_augmented():
     assert distilled(changed)[1] == 16 + every
 
 
-def test_outputs_that_take_more_memory_than_the_inputs_are_not_kept():
+def test_logits_that_take_more_memory_than_the_inputs_are_not_stored():
     net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4)) for _ in range(2))
     data = [(torch.rand(5, 3), torch.randint(4, (5,)))]
-    kept, _ = taught(teacher, data, 0.5, 2.0)
+    kept, _ = with_teacher(teacher, data, 0.5, 2.0)
     assert kept is data
     finetune(net, data, TrainConfig(1), teacher=teacher)
 
 
-def test_the_usual_loss_takes_shares_of_classes():
+def test_cross_entropy_takes_probabilities_as_targets():
     net, (inputs, targets) = nn.Sequential(nn.Flatten(), nn.Linear(588, 4)), batches()[0]
     shares = nn.functional.one_hot(targets, 4).float()
     torch.testing.assert_close(cross_entropy(net, inputs, shares), cross_entropy(net, inputs, targets))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick
         lambda: CompactNet(((4,), (5, 6)), separable=True, batch_norm=True, image_shape=(3, 14, 14)),
     ],
 )
-def test_weights_are_those_of_a_new_network_of_the_same_widths(make):
+def test_fresh_weights_are_those_of_a_new_network_of_the_same_widths(make):
     torch.manual_seed(5)
     new = make()
     used = make()
@@ -45,7 +45,7 @@ def test_a_pruned_network_with_fresh_weights_has_its_widths(name):
     assert not torch.equal(outputs, outputs_of(step.model, nets.images())[0])
 
 
-def test_what_is_frozen_stays():
+def test_frozen_parameters_stay():
     net = nets.make("lenet")
     net.features.conv1.requires_grad_(False)
     net.norm = nn.BatchNorm2d(3).requires_grad_(False)
@@ -57,15 +57,15 @@ def test_what_is_frozen_stays():
     assert not fresh.features.conv1.weight.requires_grad
 
 
-def test_attention_is_made_anew_with_its_projection():
+def test_attention_is_initialized_with_its_projection():
     net = nn.MultiheadAttention(8, 2)
     fresh = fresh_weights(net)
     assert not torch.equal(fresh.in_proj_weight, net.in_proj_weight)
     assert fresh.out_proj.bias.eq(0).all()
 
 
-def test_a_parameter_that_no_layer_makes_is_named():
+def test_a_parameter_that_no_layer_initializes_is_refused():
     with pytest.raises(
-        PruningError, match="'layer_scale' cannot be made anew: Scaled has no reset_parameters"
+        PruningError, match="'layer_scale' cannot be initialized: Scaled has no reset_parameters"
     ):
         fresh_weights(nets.make("scaled"))

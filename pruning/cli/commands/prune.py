@@ -12,7 +12,7 @@ from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.stages.prune import prune
-from pruning.training.losses import accuracy, no_classifier
+from pruning.training.losses import accuracy, why_not_classifier
 
 SUMMARY = "remove channels in one step, without training"
 
@@ -58,7 +58,7 @@ def execute(args: argparse.Namespace) -> None:
 
 def _accuracies(before: nn.Module, after: nn.Module, data: Data) -> str:
     """The line on accuracy; of a network that is no classifier, why there is none."""
-    if (reason := no_classifier(before, data.validation)) is not None:
+    if (reason := why_not_classifier(before, data.validation)) is not None:
         return f"validation accuracy was not taken: {reason}"
     first, then = (accuracy(model, data.validation) for model in (before, after))
     return f"validation accuracy, without training: {first:.4f} before, {then:.4f} after"

@@ -39,7 +39,7 @@ def start(args: argparse.Namespace) -> Run:
     if args.output is None:
         if args.resume:
             raise PruningError("--resume needs --output FOLDER: the run to go on with")
-        args.output = distributed.from_first(arguments.next_run())
+        args.output = distributed.broadcast(arguments.next_run())
     settings = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(args).items()

@@ -14,7 +14,7 @@ from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.training.batches import first_batch, to_device
-from pruning.training.losses import accuracy, no_classifier
+from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.files import replace_file
 from pruning.utils.tree import first_examples, tensors
 
@@ -49,7 +49,7 @@ def execute(args: argparse.Namespace) -> None:
         n: time_forward(models, inputs, seconds=args.seconds, threads=torch.get_num_threads())
         for n, inputs in timed.items()
     }
-    reason = no_classifier(model, batches)
+    reason = why_not_classifier(model, batches)
     rows = []
     for name, each in models.items():
         cost = count(each, first_examples(batch, 1))

@@ -1,0 +1,94 @@
+"""Training on several processes: what each one sees, and what BatchNorm computes over all of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pruning import PruningError
+from pruning.utils import distributed
+
+PROCESSES = 2
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A subclass with code of its own, as timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3),
+        ActivatedNorm(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 3),
+    ).double()
+
+
+def batches(device="cpu"):
+    torch.manual_seed(1)
+    return [
+        (torch.randn(8, 1, 8, 8).double().to(device), torch.arange(8, device=device) % 3) for _ in range(3)
+    ]
+
+
+def train(model, called, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(called(inputs), targets).backward()
+        optimizer.step()
+    return model
+
+
+def one_process(rank, folder, device):
+    """Train on one of the processes, and check there what can only be checked there."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
+    model, data = network().to(device), batches(device)
+    with torch.no_grad():
+        model[0].weight.add_(rank)  # the first process's weights are those of all
+    with distributed.data_parallel(model) as called:
+        train(model, called, distributed.sharded(data))
+        averaged = copy.deepcopy(model).eval()
+        assert torch.equal(averaged(data[0][0]), model.eval()(data[0][0]))
+    assert [type(layer) for layer in model] == [type(layer) for layer in network()]
+    assert not any("forward" in vars(layer) for layer in model)
+    assert distributed.broadcast({"rank": rank}) == {"rank": 0}
+    assert distributed.mean(torch.tensor(float(rank))).item() == 0.5
+    with pytest.raises(PruningError, match="a batch of 1 examples cannot be shared by 2 processes"):
+        next(iter(distributed.sharded([(torch.zeros(1, 2), torch.zeros(1))])))
+    torch.save(model.cpu().state_dict(), f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_several_processes_train_the_network_that_one_trains(device, tmp_path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.multiprocessing.spawn(one_process, (str(tmp_path), device), nprocs=PROCESSES)
+    model = network()
+    expected = train(model, model, batches()).state_dict()
+    for rank in range(PROCESSES):
+        got = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_single_process_is_left_as_it_is():
+    model, data = network(), batches()
+    with distributed.data_parallel(model) as called:
+        assert called is model
+    assert distributed.sharded(data) is data and (distributed.rank(), distributed.size()) == (0, 1)
+    assert distributed.broadcast(data) is data
