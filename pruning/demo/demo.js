@@ -1,4 +1,3 @@
-"use strict";
 // The page: what is drawn becomes pixels, the networks say what they are. program.js runs the networks.
 
 const page = JSON.parse(document.getElementById("data").textContent);

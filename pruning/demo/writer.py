@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pruning.deploy.runtimes import difference, first_line
 from pruning.errors import ExportError, PruningError
 from pruning.planning.cost import count
 from pruning.utils.files import replace_file
-from pruning.utils.html import document, text
+from pruning.utils.html import render
 from pruning.utils.modules import copied
 
 #: Thickness of the pen in pixels of 28 x 28 images. Chosen on the embedded validation digits.
@@ -182,29 +181,17 @@ def _encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _page(title: str, images: Images, data: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    def beside(name: str) -> str:
-        return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
+def _page(title: str, images: Images, data: Mapping[str, Any], facts: Mapping[str, object]) -> str:
+    """Fill the template of the page."""
     channels, height, width = images.shape
-    several = len(data["networks"]) > 1
-    digits = data["classes"] == [str(i) for i in range(10)] and channels == 1
-    made = (
-        f"<details><summary>{text(name)}: how it was made</summary>"
-        f"<pre>{text(json.dumps(facts[name], indent=2))}</pre></details>"
-        for name in facts
-    )
-    parts = {
-        "title": text(title),
-        "what": "a digit" if digits else "something",
-        "runs": "networks run" if several else "network runs",
-        "see": "networks see" if several else "network sees",
-        "colours": "" if channels == 3 else "hidden",
-        "size": f"{width} × {height}",
-        "facts": "".join(made),
-        "script": beside("program.js") + beside("demo.js").replace('"use strict";\n', ""),
-        # In a script element nothing but the end of one needs an escape.
-        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+    values = {
+        "title": title,
+        "digits": data["classes"] == [str(i) for i in range(10)] and channels == 1,
+        "several": len(data["networks"]) > 1,
+        "coloured": channels == 3,
+        "width": width,
+        "height": height,
+        "facts": [(name, json.dumps(fact, indent=2)) for name, fact in facts.items()],
+        "data": data,
     }
-    body = re.sub(r"@(\w+)@", lambda found: parts[found[1]], beside("demo.html"))
-    return document(title, body, beside("demo.css"))
+    return render(Path(__file__).with_name("demo.html"), values)
