@@ -18,14 +18,15 @@ from pruning.errors import PruningError, UserError
 from pruning.planning.budget import LABELS
 from pruning.planning.curves import Sensitivity
 from pruning.report import plots
+from pruning.report.figures import svg
+from pruning.report.plots import Event
+from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.utils.files import replace_file
 from pruning.utils.html import render
 
 if TYPE_CHECKING:
-    from pruning.report.plots import Figure
+    from pruning.report.figures import Figure
 
-#: One line of `history.jsonl`, as read from JSON.
-Event: TypeAlias = Mapping[str, Any]
 #: Rows of a table; a cell is shown as its text.
 Rows: TypeAlias = list[list[object]]
 
@@ -226,7 +227,7 @@ def _step(event: Event, events: Sequence[Event]) -> list[object]:
 
 
 def _picture(figure: Figure, caption: str) -> Picture:
-    return Picture(base64.b64encode(plots.svg(figure)).decode(), caption)
+    return Picture(base64.b64encode(svg(figure)).decode(), caption)
 
 
 def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
@@ -245,11 +246,9 @@ def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
         with _errors_name(analysis):
             found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
             pictures += [
-                _picture(
-                    plots.sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."
-                ),
-                _picture(plots.sensitivity_map(found), "The same at a glance."),
-                _picture(plots.lost_per_cost(found), "What the MACs cost that each group can give."),
+                _picture(sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
+                _picture(sensitivity_map(found), "The same at a glance."),
+                _picture(lost_per_cost(found), "What the MACs cost that each group can give."),
             ]
     compared = folder / "mistakes.json"
     if compared.exists():
