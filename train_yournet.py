@@ -41,8 +41,8 @@ from pruning import (
 )
 from pruning.cli import arguments as shared
 from pruning.cli.build import slim_config
-from pruning.report.predictions import mistakes
-from pruning.report.tensorboard import Board
+from pruning.report.predictions import differing_predictions
+from pruning.report.tensorboard import TensorBoardWriter
 from pruning.utils.files import replace_file
 from train_lenet5 import REFERENCE_EPOCHS, train_reference
 
@@ -71,7 +71,7 @@ def main() -> None:
 
     run = Run(args.output, settings(args, dataset, config), resume=args.resume)
     if args.tensorboard and run.writes:
-        run.observe = Board(run.folder / "tensorboard").add
+        run.observe = TensorBoardWriter(run.folder / "tensorboard").add
     print(f"{args.output}: {len(dataset.train.labels):,} training images of {dataset.name}", flush=True)
 
     def validate(model: torch.nn.Module) -> float:
@@ -122,7 +122,7 @@ def main() -> None:
         net,
         provenance=provenance(**facts, epochs=slimmed.epochs, validation_accuracy=validation),
     )
-    compared = mistakes(slimmed.dense, net, dataset.batches("validation", EVALUATION_BATCH))
+    compared = differing_predictions(slimmed.dense, net, dataset.batches("validation", EVALUATION_BATCH))
     replace_file(args.output / "mistakes.json", (json.dumps(compared) + "\n").encode())
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(

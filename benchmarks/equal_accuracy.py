@@ -30,7 +30,7 @@ from benchmarks import results, timing
 from benchmarks.pipeline import MEMORY, OURS, SETTINGS, heading, in_process, settings_parser
 from eval.cli import ROOT
 from pruning import cli, provenance, time_forward
-from pruning.report.plots import Point, front
+from pruning.report.pareto import Point, front
 
 BATCHES = (1, 64)
 

@@ -23,7 +23,8 @@ from benchmarks.results import changed_json, deviation, percent, read_json
 from benchmarks.table import CHECKPOINTS, fingerprint, measured, read_results, side_by_side, train
 from eval.cli import ROOT
 from pruning import Budget, cli
-from pruning.report.plots import Point, front, pareto, save
+from pruning.report.figures import save
+from pruning.report.pareto import Point, front, pareto
 
 LADDER = ("700:30k", "1000:36k", "1485:47.4k", "2500:60k", "5000:100k", "10000:150k", "20000:200k")
 NOTHING: dict[str, Any] = {"runs": []}

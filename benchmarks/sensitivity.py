@@ -24,7 +24,8 @@ from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
 from pruning import Budget, accuracy, cli, joint, prune, sensitivity, sparsify
 from pruning.cli.build import slim_config
-from pruning.report import plots
+from pruning.report.figures import save
+from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 
 BUDGETS = ("75%", "50%", "35%", "25%")
 
@@ -80,11 +81,11 @@ def main() -> None:
     }
     print(write_json(args.output / "benchmarks" / "sensitivity.json", result), end="")
     for name, figure in {
-        "sensitivity": plots.sensitivity_curves(found),
-        "sensitivity-map": plots.sensitivity_map(found),
-        "sensitivity-cost": plots.lost_per_cost(found),
+        "sensitivity": sensitivity_curves(found),
+        "sensitivity-map": sensitivity_map(found),
+        "sensitivity-cost": lost_per_cost(found),
     }.items():
-        plots.save(figure, args.output / "docs" / name)
+        save(figure, args.output / "docs" / name)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,11 @@ def test_no_function_is_long(most=60):
     assert long == {}
 
 
-def test_thop_and_matplotlib_each_have_one_door():
+def test_thop_matplotlib_jinja2_and_torchvision_are_imported_in_one_place_each():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
-    assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
+    assert {file for file, name in found if name == "matplotlib"} == {"figures.py"}
+    assert {file for file, name in found if name == "jinja2"} == {"html.py"}
     assert {file for file, name in found if name == "torchvision"} == {"sources.py", "image_folder.py"}
 
 

@@ -1,133 +1,147 @@
-"""The builder of a program, which rules call: arrays get numbers, views and broadcasting become strides."""
+"""Builds a program: the rules call the builder, which numbers arrays and turns views into strides."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pruning.demo.program import Op
+from pruning.demo.program import Conv, Ints, Loop, Map, Op, Piece, Place, Rows, Zip
+
+Shape: TypeAlias = Sequence[int]
 
 
-class Lacking(Exception):
-    """An operation, or a form of one, without a rule."""
+class UnsupportedOperation(Exception):
+    """An operation, or a variant of one, for which there is no rule."""
 
 
 @dataclass(frozen=True)
 class Value:
     """A tensor of the program: the number of its array, and its shape."""
 
-    at: int
-    shape: tuple[int, ...]
+    number: int
+    shape: Ints
+
+
+#: What a rule can read: a tensor of the program, or a constant.
+Operand: TypeAlias = Value | Tensor | float
 
 
 @dataclass
 class Builder:
-    """Collects the operations of a program."""
+    """Collects the operations and the constants of a program."""
 
     ops: list[Op] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
-    places: dict[int, int] = field(default_factory=dict)
-    #: Keeps what `places` knows by identity.
-    seen: list[Any] = field(default_factory=list)
+    #: Stored tensors by id, each with its number; holding the tensor keeps its id from being reused.
+    _stored: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
-    def value(self, x: Any) -> Value:
-        """Anything as a value: tensors and numbers become constants, each stored once."""
+    def value(self, x: Operand) -> Value:
+        """Return an operand as a value: numbers become constants, and so do tensors, each stored once."""
         if isinstance(x, Value):
             return x
-        tensor = x if isinstance(x, Tensor) else torch.tensor(x)
-        if id(x) not in self.places or not isinstance(x, Tensor):
-            self.constants.append(tensor.detach().float().flatten().clone())
-            self.places[id(x)] = -len(self.constants)
-            self.seen.append(x)
-        return Value(self.places[id(x)], tuple(tensor.shape))
+        if not isinstance(x, Tensor):
+            return Value(self._store(torch.tensor(x)), ())
+        if id(x) not in self._stored:
+            self._stored[id(x)] = (x, self._store(x))
+        return Value(self._stored[id(x)][1], tuple(x.shape))
 
-    def emit(self, kind: str, inputs: Sequence[Any], shape: Sequence[int], **settings: Any) -> Value:
-        given = [self.value(x).at for x in inputs]
-        self.ops.append({"kind": kind, "in": given, "length": math.prod(shape), **settings})
+    def _store(self, tensor: Tensor) -> int:
+        self.constants.append(tensor.detach().float().flatten().clone())
+        return -len(self.constants)
+
+    def emit(self, loop: Loop, inputs: Sequence[Operand], shape: Shape) -> Value:
+        """Append an operation, and return the value that it writes."""
+        numbers = tuple(self.value(x).number for x in inputs)
+        self.ops.append(Op(loop, numbers, math.prod(shape)))
         return Value(len(self.ops), tuple(shape))
 
-    def view(self, x: Any, change: Callable[[Tensor], Any]) -> Any:
-        """What a function that only moves elements makes of a value: one value, or several."""
-        x = self.value(x)
-        found = change(torch.empty(x.shape, device="meta"))
-        return pytree.tree_map(lambda part: self._copied(x, part), found)
+    def view(self, x: Operand, change: Callable[[Tensor], Tensor]) -> Value:
+        """Return the value that a function makes which only moves elements."""
+        source = self.value(x)
+        return self._copy(source, change(torch.empty(source.shape, device="meta")))
 
-    def _copied(self, x: Value, part: Tensor) -> Value:
+    def views(self, x: Operand, change: Callable[[Tensor], object]) -> object:
+        """Return what a function makes which only moves elements: one value, or a sequence of them."""
+        source = self.value(x)
+        parts = change(torch.empty(source.shape, device="meta"))
+        return pytree.tree_map(lambda part: self._copy(source, part), parts)
+
+    def _copy(self, x: Value, part: Tensor) -> Value:
+        """Copy a part of an array, or refer to the array where the part is all of it in order."""
         shape = tuple(part.shape)
         offset = int(part.storage_offset())
         if part.is_contiguous() and not offset and part.numel() == math.prod(x.shape):
-            return Value(x.at, shape)
-        return self.place([x], shape, [(shape, offset, part.stride(), 0, strides_of(shape))])
+            return Value(x.number, shape)
+        return self.place([x], shape, [Piece(shape, offset, part.stride(), 0, strides_of(shape))])
 
     def place(
-        self, inputs: Sequence[Any], shape: Sequence[int], pieces: Sequence[tuple[Any, ...]], fill: Any = None
+        self, inputs: Sequence[Operand], shape: Shape, pieces: Sequence[Piece], fill: float | None = None
     ) -> Value:
-        """Copies: of each input (dims, where to read from, strides, where to write to, strides)."""
-        made = []
-        for dims, read, reading, write, writing in pieces:
-            dims, (reading, writing) = _merged(dims, reading, writing)
-            made.append({"dims": dims, "read": read, "from": reading, "write": write, "to": writing})
-        filled = None if fill is None else self.value(fill).at
-        return self.emit("place", inputs, shape, fill=filled, pieces=made)
+        """Copy a piece of each input into one array; `fill` is the value of all other elements."""
+        merged = []
+        for piece in pieces:
+            dims, (read, write) = _merged(piece.dims, piece.read_strides, piece.write_strides)
+            merged.append(Piece(dims, piece.read_offset, read, piece.write_offset, write))
+        filled = [] if fill is None else [fill]
+        return self.emit(Place(math.prod(shape), tuple(merged)), [*inputs, *filled], shape)
 
-    def pad(self, x: Any, widths: Sequence[int], value: float = 0.0) -> Value:
-        """Padding with a constant; negative widths crop."""
-        x = self.value(x)
-        around = [(0, 0)] * (len(x.shape) - len(widths) // 2)
+    def pad(self, x: Operand, widths: Sequence[int], value: float = 0.0) -> Value:
+        """Pad with a constant, as `torch.nn.functional.pad` does; negative widths crop."""
+        source = self.value(x)
+        around = [(0, 0)] * (len(source.shape) - len(widths) // 2)
         around += [(widths[i], widths[i + 1]) for i in range(len(widths) - 2, -1, -2)]
-        whole = [size + before + after for size, (before, after) in zip(x.shape, around, strict=True)]
-        dims = [
-            size + min(before, 0) + min(after, 0)
-            for size, (before, after) in zip(x.shape, around, strict=True)
-        ]
-        reading, writing = strides_of(x.shape), strides_of(whole)
-        read = sum(max(0, -before) * s for (before, _), s in zip(around, reading, strict=True))
-        write = sum(max(0, before) * s for (before, _), s in zip(around, writing, strict=True))
-        return self.place([x], whole, [(dims, read, reading, write, writing)], fill=float(value))
+        sizes = list(zip(source.shape, around, strict=True))
+        shape = [size + before + after for size, (before, after) in sizes]
+        dims = tuple(size + min(before, 0) + min(after, 0) for size, (before, after) in sizes)
+        read_strides, write_strides = strides_of(source.shape), strides_of(shape)
+        read = sum(max(0, -before) * s for (before, _), s in zip(around, read_strides, strict=True))
+        write = sum(max(0, before) * s for (before, _), s in zip(around, write_strides, strict=True))
+        piece = Piece(dims, read, read_strides, write, write_strides)
+        return self.place([source], shape, [piece], fill=float(value))
 
-    def zip(self, name: str, *operands: Any) -> Value:
-        """Elementwise, with broadcasting."""
-        given = [self.value(x) for x in operands]
-        shape = torch.broadcast_shapes(*(x.shape for x in given))
-        spread = [torch.empty(x.shape, device="meta").expand(shape).stride() for x in given]
-        dims, strides = _merged(shape, *spread)
-        return self.emit("zip", given, shape, name=name, dims=dims, strides=strides)
+    def zip(self, name: str, *operands: Operand) -> Value:
+        """Apply a function of `program.ZIPS` to elements, with broadcasting."""
+        values = [self.value(x) for x in operands]
+        shape = torch.broadcast_shapes(*(x.shape for x in values))
+        strides = [torch.empty(x.shape, device="meta").expand(shape).stride() for x in values]
+        dims, merged = _merged(shape, *strides)
+        return self.emit(Zip(name, dims, merged), values, shape)
 
-    def map(self, name: str, x: Any, *values: Any) -> Value:
-        x = self.value(x)
-        return self.emit("map", [x], x.shape, name=name, values=list(values))
+    def map(self, name: str, x: Operand, *values: float | None) -> Value:
+        """Apply a function of `program.MAPS` to each element."""
+        source = self.value(x)
+        return self.emit(Map(name, values), [source], source.shape)
 
-    def rows(self, name: str, x: Value, length: int, shape: Sequence[int], **settings: Any) -> Value:
-        return self.emit("rows", [x], shape, name=name, size=length, **settings)
+    def rows(self, name: str, x: Operand, size: int, shape: Shape, eps: float | None = None) -> Value:
+        """Apply a function of `program.ROWS`, or `normalise`, to rows of `size` elements."""
+        return self.emit(Rows(name, size, eps), [x], shape)
 
-    def linear(self, x: Value, weight: Value, bias: Any) -> Value:
-        """(..., inputs) by a weight (outputs, inputs): a convolution of images of one pixel."""
+    def linear(self, x: Value, weight: Value, bias: Operand | None) -> Value:
+        """Multiply (..., inputs) by a weight (outputs, inputs): a convolution of images of one pixel."""
         outputs, inputs = weight.shape
-        one = [1, 1]
-        return self.emit(
-            "conv",
-            [x, weight, *([] if bias is None else [bias])],
-            (*x.shape[:-1], outputs),
-            images=math.prod(x.shape[:-1]),
-            groups=1,
-            channels=[inputs, outputs],
-            size=one, kernel=one, stride=one, dilation=one, out=one,
-        )  # fmt: skip
+        images, one = math.prod(x.shape[:-1]), (1, 1)
+        conv = Conv(images, 1, (inputs, outputs), size=one, kernel=one, stride=one, dilation=one, out=one)
+        return self.emit(conv, with_bias(x, weight, bias), (*x.shape[:-1], outputs))
 
 
-def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous array."""
+def with_bias(x: Operand, weight: Operand, bias: Operand | None) -> list[Operand]:
+    """Return the inputs of a convolution."""
+    return [x, weight] if bias is None else [x, weight, bias]
+
+
+def strides_of(shape: Shape) -> Ints:
+    """Return the strides of a contiguous array."""
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-def _merged(shape: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """The same walk over as few dimensions as possible, at least one."""
+def _merged(shape: Shape, *strides: Sequence[int]) -> tuple[Ints, tuple[Ints, ...]]:
+    """Merge dimensions that are walked in one go with each of the strides; at least one remains."""
     dims: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for axis, size in enumerate(shape):
@@ -142,4 +156,4 @@ def _merged(shape: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], l
             dims.append(size)
             for m, stride in zip(merged, here, strict=True):
                 m.append(stride)
-    return dims or [1], [m or [0] for m in merged]
+    return tuple(dims or [1]), tuple(tuple(m or [0]) for m in merged)

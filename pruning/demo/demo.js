@@ -1,5 +1,5 @@
-"use strict";
-// The page: what is drawn becomes pixels, the networks say what they are. program.js runs the networks.
+// The page: turns drawings into pixels and shows what the networks predict. program.js, which is included
+// before this file and sets strict mode, runs the networks.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
@@ -11,12 +11,12 @@ const networks = page.networks.map((each) => ({
 }));
 const examples = page.examples.map((each) => ({ ...each, pixels: bytes(each.pixels) }));
 
-/** Strokes are lists of points in units of the paper's width; or a picture in their place. */
+/** What is on the paper: strokes, lists of points in units of the paper's width, or a picture. */
 const drawing = { strokes: [], picture: null };
 const PAPER = 640; // pixels across, of the canvas to draw on
 const PEN = 0.08; // of the paper's width
-const LEAST = 0.15; // a drawing that is smaller than this part of the paper stays small
-const MOST_ROWS = 20; // of classes that are all shown, in their order
+const LEAST = 0.15; // drawings smaller than this part of the paper are not enlarged to full size
+const MOST_ROWS = 20; // with more classes, only the ten most likely are shown
 
 function bytes(base64) {
   const text = atob(base64), found = new Uint8Array(text.length);
@@ -30,13 +30,13 @@ function made(name, content = "", attributes = {}) {
   return element;
 }
 
-/** A share of 1; what is rounded to all or nothing is given without decimals. */
+/** A probability as text; what rounds to 0 or 100 % has no decimals. */
 const percent = (share) => `${share > 0.9995 ? 100 : share < 0.0005 ? 0 : (100 * share).toFixed(1)} %`;
 const pause = () => new Promise((resolve) => setTimeout(resolve));
 
 // --- pixels -------------------------------------------------------------------------
 
-/** Pixels (channels, height, width) from 0 to 255 as the networks were trained on them. */
+/** Normalise pixels (channels, height, width) from 0 to 255 as in training. */
 function normalised(pixels) {
   const area = height * width, { mean, std } = page.input;
   return Float32Array.from(pixels, (pixel, i) => {
@@ -62,7 +62,7 @@ function drawStrokes(context, scale, left, top, pen, ink) {
   }
 }
 
-/** The drawing as MNIST's digits were made: 20 of 28 pixels large, its centre of mass in the middle. */
+/** The drawing as MNIST prepares digits: scaled to 20 of 28 pixels, its centre of mass in the middle. */
 function digit() {
   const points = drawing.strokes.flatMap((stroke) => stroke.points);
   const bounds = [0, 1].map((axis) => {
@@ -74,7 +74,7 @@ function digit() {
   const scale = ((20 / 28) * side - pen) / extent;
   let [left, top] = bounds.map(([low, high], axis) => ([width, height][axis] - (low + high) * scale) / 2);
   const [x, y] = centre(covered(scale, left, top, pen));
-  // MNIST's centres of mass lie in the middle of the pixel behind the middle.
+  // MNIST's centres of mass lie in the middle of the pixel right of and below the middle.
   left += width / 2 + 0.5 - x;
   top += height / 2 + 0.5 - y;
   return Uint8Array.from(covered(scale, left, top, pen), (share) => Math.round(255 * share));
@@ -105,7 +105,7 @@ function centre(shares) {
   return [x / sum, y / sum];
 }
 
-/** The whole paper, for networks that see colours. */
+/** The whole paper as pixels, for networks that take colours. */
 function painting() {
   const context = canvasOf(width, height);
   context.fillStyle = "#fff";
@@ -114,7 +114,7 @@ function painting() {
   return planes(context);
 }
 
-/** Red, green and blue one after the other, as networks take them. */
+/** The pixels of a canvas as networks take them: all red values, then green, then blue. */
 function planes(context) {
   const { data } = context.getImageData(0, 0, width, height);
   return Uint8Array.from({ length: 3 * width * height }, (_, i) => {
@@ -125,7 +125,7 @@ function planes(context) {
 
 const blank = () => !drawing.picture && !drawing.strokes.length;
 
-/** The pixels that the networks get, or null where nothing is drawn. */
+/** The pixels that the networks get, or null if nothing is drawn. */
 function input() {
   if (blank()) return null;
   return drawing.picture ?? (coloured ? painting() : digit());
@@ -141,13 +141,13 @@ function show(canvas, pixels) {
   Object.assign(canvas, { width, height }).getContext("2d").putImageData(image, 0, 0);
 }
 
-/** The middle of an image file, as large as fits, in the networks' size. */
+/** The largest central part of an image file with the networks' aspect ratio, in the networks' size. */
 async function opened(file) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(bitmap.width / width, bitmap.height / height);
   const [wide, high] = [width * scale, height * scale];
   const context = canvasOf(width, height);
-  context.fillStyle = "#fff"; // behind what is transparent
+  context.fillStyle = "#fff"; // shows through transparent pixels
   context.fillRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
   const [left, top] = [(bitmap.width - wide) / 2, (bitmap.height - high) / 2];
@@ -159,8 +159,8 @@ async function opened(file) {
 
 const probabilities = (network, output) => (network.probabilities ? Array.from(output) : softmax(output));
 const best = (values) => values.reduce((at, value, i) => (value > values[at] ? i : at), 0);
-let milliseconds = 0; // that the last answer took
-let said = []; // name, class and share of each network
+let milliseconds = 0; // how long the last answer took
+let said = []; // name, predicted class and probability of each network
 
 function answer() {
   const start = performance.now(), pixels = input();
@@ -197,7 +197,7 @@ function showAnswers(found) {
 
 const ranked = (values) => [...values.keys()].sort((a, b) => values[b] - values[a]);
 
-/** For those who listen, and not at every move of the pen. */
+/** Tell screen readers the answer; called at the end of a stroke, not at every move of the pen. */
 function say() {
   const sentences = said.map(([name, says, share]) => `${name}: ${says}${share}`);
   find("said").textContent = blank() ? "" : sentences.join("; ");
@@ -230,7 +230,7 @@ function drawPaper() {
   context.stroke();
 }
 
-/** Draw and answer before the next frame; a slow network answers when the pen is lifted. */
+/** Draw and answer before the next frame; slow networks answer only when the pen is lifted. */
 function update() {
   if (waiting) return;
   waiting = true;
@@ -241,13 +241,13 @@ function update() {
   });
 }
 
-/** Have a picture, or nothing, in place of whatever is there. */
+/** Replace the drawing by a picture, or clear it. */
 function put(picture) {
   Object.assign(drawing, { strokes: [], picture });
   find("trouble").textContent = "";
   cursor.down = false;
   pointer = null;
-  settled();
+  drawingChanged();
 }
 
 function startStroke(x, y) {
@@ -261,8 +261,8 @@ function goOn(x, y) {
   update();
 }
 
-/** A stroke has ended, or there is another picture. */
-function settled() {
+/** Called when a stroke has ended or the picture has changed. */
+function drawingChanged() {
   update();
   requestAnimationFrame(say);
 }
@@ -287,7 +287,7 @@ for (const name of ["pointerup", "pointercancel"])
   addEventListener(name, (event) => {
     if (event.pointerId !== pointer) return;
     pointer = null;
-    settled();
+    drawingChanged();
   });
 
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -301,7 +301,7 @@ paper.addEventListener("keydown", (event) => {
   } else if (event.key === " ") {
     cursor.down = !cursor.down;
     if (cursor.down) startStroke(cursor.x, cursor.y);
-    else settled();
+    else drawingChanged();
   } else if (["Delete", "Backspace", "Escape"].includes(event.key)) put(null);
   else return;
   event.preventDefault();
@@ -309,14 +309,14 @@ paper.addEventListener("keydown", (event) => {
   update();
 });
 paper.addEventListener("blur", () => {
-  if (cursor.down) settled();
+  if (cursor.down) drawingChanged();
   cursor.seen = cursor.down = false;
   update();
 });
 
 // --- check and time -----------------------------------------------------------------
 
-/** Images of noise, always the same: pruning/demo/writer.py draws them likewise. */
+/** Images of noise, always the same; Images.noise of pruning/demo/writer.py makes the same. */
 function noise(count) {
   let state = 1;
   return Array.from({ length: count }, () =>
@@ -327,7 +327,7 @@ function noise(count) {
   );
 }
 
-/** Whether the networks compute in this browser what they computed in PyTorch. */
+/** Check that the networks compute in this browser what they computed in PyTorch. */
 async function check() {
   const inputs = [...noise(page.noise), ...examples.map((each) => each.pixels)].map(normalised);
   let worst = 0;
@@ -356,13 +356,13 @@ function timed(network, ready, passes) {
   return (performance.now() - start) / passes;
 }
 
-/** Time per image: the median of turns of about 20 ms that the networks take. */
+/** Measure the time per image: the networks take turns of about 20 ms; the median of each is shown. */
 async function measure() {
   const button = find("again"), ready = normalised(noise(1)[0]);
   button.disabled = true;
   const passes = [], times = networks.map(() => []);
   for (const network of networks) {
-    let count = 1; // doubled as long as a turn is short, which also gives the compiler time to work
+    let count = 1; // doubled until a turn is long enough; this also gives the compiler time to optimise
     while (timed(network, ready, count) * count < 20 && count < 1e5) count *= 2;
     passes.push(count);
     await pause();
@@ -387,7 +387,7 @@ function showFact(row, values, text) {
   if (values.length > 1) cells.at(-1).textContent = `÷ ${(values[0] / values.at(-1)).toFixed(1)}`;
 }
 
-// --- what is there once -------------------------------------------------------------
+// --- building the page -------------------------------------------------------------
 
 function build() {
   Object.assign(paper, { width: PAPER, height: Math.round((PAPER * height) / width) });
@@ -431,7 +431,7 @@ function build() {
     } catch {
       find("trouble").textContent = "This file is not a picture that can be read.";
     }
-    target.value = ""; // so that the same file can be chosen again
+    target.value = ""; // so that choosing the same file again is noticed
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPaper);
   showAnswers(null);

@@ -2,16 +2,13 @@
 // Runs what pruning/demo/program.py writes: operations on flat Float32Arrays whose sizes are known.
 // (ONNX Runtime's build for browsers would be more than ten megabytes in every page.)
 
-/** A program and its weights, made ready: `run(input)` gives the output, valid until the next run. */
+/** Prepare a program with its weights. `run(input)` returns the output, which the next run overwrites. */
 function makeNetwork(program, weights) {
   let offset = 0;
   const constants = program.constants.map((length) => weights.subarray(offset, (offset += length)));
   const arrays = [new Float32Array(program.input), ...program.ops.map((op) => new Float32Array(op.length))];
   const at = (number) => (number < 0 ? constants[-1 - number] : arrays[number]);
-  const steps = program.ops.map((op, i) => {
-    const fill = op.fill == null ? null : at(op.fill)[0];
-    return LOOPS[op.kind]({ ...op, fill }, arrays[i + 1], ...op.in.map(at));
-  });
+  const steps = program.ops.map((op, i) => LOOPS[op.kind](op, arrays[i + 1], ...op.in.map(at)));
   return {
     run(input) {
       arrays[0].set(input);
@@ -21,7 +18,7 @@ function makeNetwork(program, weights) {
   };
 }
 
-/** Each takes an operation, the array that it writes and those that it reads, and gives what runs it. */
+/** Each takes an operation, the array it writes and those it reads, and returns a function that runs it. */
 const LOOPS = {
   // Every output is a sum over the same taps, shifted: offsets from the window's first element.
   conv(op, y, x, weight, bias) {
@@ -117,14 +114,17 @@ const LOOPS = {
     };
   },
 
-  place(op, y, ...inputs) {
+  // An input without a piece fills what the pieces leave.
+  place({ pieces }, y, ...inputs) {
+    const fill = inputs[pieces.length];
     return () => {
-      if (op.fill !== null) y.fill(op.fill);
-      op.pieces.forEach(({ dims, read, from, write, to }, n) => {
+      if (fill) y.fill(fill[0]);
+      pieces.forEach((piece, n) => {
+        const { dims, read_strides: from, write_strides: to } = piece;
         const x = inputs[n], last = dims.length - 1;
         walk(dims.slice(0, last), [from, to], ([i, j]) => {
-          i += read;
-          j += write;
+          i += piece.read_offset;
+          j += piece.write_offset;
           for (let n = 0; n < dims[last]; n++, i += from[last], j += to[last]) y[j] = x[i];
         });
       });
@@ -142,7 +142,7 @@ const LOOPS = {
               for (let j = left; j < right; j += step[1]) {
                 const value = x[(plane * height + i) * width + j];
                 if (!largest) found += value;
-                else if (!(value <= found)) found = value; // the other way round, NaN would be lost
+                else if (!(value <= found)) found = value; // `value > found` would lose NaN
               }
             y[to++] = largest ? found : found / (tall * wide);
           }
@@ -173,7 +173,7 @@ function walk(dims, strides, visit) {
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 
-/** By its series, all of whose terms have the same sign; beyond 4 it is 1 in float32. */
+/** The error function by a series whose terms have the same sign; beyond 4 it is 1 in float32. */
 function erf(x) {
   if (Math.abs(x) > 4) return Math.sign(x);
   let term = x, sum = x;
@@ -217,7 +217,7 @@ const ZIPS = {
   where: (choice, x, y) => (choice !== 0 ? x : y),
 };
 
-/** Each takes a row and where to write what becomes of it: a number, or a row. */
+/** Each takes a row and the array that receives the result: one number, or a row. */
 const ROWS = {
   sum: (x, y) => (y[0] = total(x)),
   mean: (x, y) => (y[0] = total(x) / x.length),

@@ -4,32 +4,219 @@
         {"kind": "conv", "in": [0, -1, -2], "length": 2704, "groups": 1, "channels": [1, 4], ...},
         {"kind": "pool", "in": [1], "length": 676, "name": "max", ...}, ...]}
 
-Every tensor is contiguous, in float32, and its shape is known, so all that depends on shapes is
-settled here: views are gone, broadcasting and permutations are strides, padding and pooling
-windows are numbers. Seven kinds of loops are left, which `program.js` runs in a browser and
-`Program.__call__` with torch. Operation i writes array i + 1; array 0 is the input; negative
+Every array is contiguous float32 of a known length. The shapes of all tensors are known, so whatever
+depends on them is computed beforehand: views disappear, broadcasting and permutations become strides,
+padding and pooling windows become numbers. Seven kinds of loops remain. `program.js` runs them in a
+browser, `Program.__call__` with torch. Operation i writes array i + 1; array 0 is the input; negative
 numbers are constants, the first of them -1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Op = dict[str, Any]
+Pair: TypeAlias = tuple[int, int]
+Ints: TypeAlias = tuple[int, ...]
+#: Start, stop and divisor of a pooling window along one axis.
+Window: TypeAlias = tuple[int, int, int]
+
+#: Elementwise functions of one array, by the name that `Map` gives.
+MAPS: dict[str, Callable[..., Tensor]] = {
+    "clamp": lambda x, low, high: x.clamp(low, high),
+    "leaky_relu": F.leaky_relu,
+    "elu": lambda x, alpha, scale, inner: torch.where(x > 0, x * scale, alpha * scale * (x * inner).expm1()),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "exp", "log", "log1p", "sqrt", "rsqrt",
+                                               "abs", "neg", "reciprocal", "erf", "logical_not")},
+}  # fmt: skip
+#: Elementwise functions of several arrays, by the name that `Zip` gives.
+ZIPS: dict[str, Callable[..., Tensor]] = {
+    "where": lambda choice, x, other: torch.where(choice != 0, x, other),
+    **{name: getattr(torch, name) for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum",
+                                               "pow", "eq", "ne", "gt", "ge", "lt", "le")},
+}  # fmt: skip
+#: Functions of each row, (rows, size) to (rows,) or (rows, size), by the name that `Rows` gives.
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(1),
+    "max": lambda x: x.amax(1),
+    "min": lambda x: x.amin(1),
+    "softmax": lambda x: x.softmax(1),
+    "log_softmax": lambda x: x.log_softmax(1),
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 2-d convolution without padding: images, weight and an optional bias."""
+
+    kind: ClassVar = "conv"
+    images: int
+    groups: int
+    channels: Pair
+    size: Pair
+    kernel: Pair
+    stride: Pair
+    dilation: Pair
+    out: Pair
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        inputs, outputs = self.channels
+        images = x.view(self.images, inputs, *self.size)
+        kernels = weight.view(outputs, inputs // self.groups, *self.kernel)
+        return F.conv2d(images, kernels, bias, self.stride, 0, self.dilation, self.groups)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A product of matrices, (batch, rows, inner) by (batch, inner, columns)."""
+
+    kind: ClassVar = "matmul"
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+
+    def run(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.view(self.batch, self.rows, -1) @ y.view(self.batch, self.inner, -1)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A function of `MAPS`, applied to each element with some numbers."""
+
+    kind: ClassVar = "map"
+    name: str
+    values: tuple[float | None, ...]
+
+    def run(self, x: Tensor) -> Tensor:
+        return MAPS[self.name](x, *self.values)
+
+
+@dataclass(frozen=True)
+class Zip:
+    """A function of `ZIPS`, applied to the elements of several arrays, each read with its own strides."""
+
+    kind: ClassVar = "zip"
+    name: str
+    dims: Ints
+    strides: tuple[Ints, ...]
+
+    def run(self, *operands: Tensor) -> Tensor:
+        pairs = zip(operands, self.strides, strict=True)
+        return ZIPS[self.name](*(x.as_strided(self.dims, strides) for x, strides in pairs))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A strided copy: dimensions, and where reading and writing start and how they advance."""
+
+    dims: Ints
+    read_offset: int
+    read_strides: Ints
+    write_offset: int
+    write_strides: Ints
+
+
+@dataclass(frozen=True)
+class Place:
+    """Strided copies into one array, a piece of each input; a further input fills what they leave."""
+
+    kind: ClassVar = "place"
+    length: int
+    pieces: tuple[Piece, ...]
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        y = torch.empty(self.length)
+        if len(inputs) > len(self.pieces):
+            y.fill_(float(inputs[-1]))
+        for x, piece in zip(inputs, self.pieces, strict=False):
+            target = y.as_strided(piece.dims, piece.write_strides, piece.write_offset)
+            target.copy_(x.as_strided(piece.dims, piece.read_strides, piece.read_offset))
+        return y
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The `max` or `mean` of windows; a mean is divided by the divisors of both axes."""
+
+    kind: ClassVar = "pool"
+    name: str
+    planes: int
+    size: Pair
+    windows: tuple[tuple[Window, ...], ...]
+    step: Pair
+
+    def run(self, x: Tensor) -> Tensor:
+        x = x.view(self.planes, *self.size)
+        for dim, (windows, step) in enumerate(zip(self.windows, self.step, strict=True), start=1):
+            parts = [x.narrow(dim, start, stop - start) for start, stop, _ in windows]
+            parts = [part[:, ::step] if dim == 1 else part[:, :, ::step] for part in parts]
+            if self.name == "max":
+                x = torch.stack([part.amax(dim) for part in parts], dim)
+            else:
+                sums = (part.sum(dim) / over for part, (_, _, over) in zip(parts, windows, strict=True))
+                x = torch.stack(list(sums), dim)
+        return x
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A function of `ROWS`, or `normalise` with its `eps`, applied to rows of `size` elements."""
+
+    kind: ClassVar = "rows"
+    name: str
+    size: int
+    eps: float | None = None
+
+    def run(self, x: Tensor) -> Tensor:
+        x = x.view(-1, self.size)
+        return ROWS[self.name](x) if self.eps is None else F.layer_norm(x, (self.size,), eps=self.eps)
+
+
+Loop: TypeAlias = Conv | Matmul | Map | Zip | Place | Pool | Rows
+LOOPS: tuple[type[Loop], ...] = (Conv, Matmul, Map, Zip, Place, Pool, Rows)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: a loop, the numbers of the arrays that it reads, and how much it writes."""
+
+    loop: Loop
+    inputs: Ints
+    length: int
+
+    def to_json(self) -> dict[str, object]:
+        """Return the operation as one flat dict."""
+        settings = {key: value for key, value in asdict(self.loop).items() if value is not None}
+        return {"kind": self.loop.kind, "in": self.inputs, "length": self.length, **settings}
 
 
 @dataclass(frozen=True)
 class Program:
     """What a network computes for one example, as plain data.
 
-    `input` is the length of the array that goes in, `output` the number of the one that comes
-    out.
+    Attributes:
+        input: length of the input array.
+        constants: weights and other constants, flat float32.
+        ops: operations in the order in which they run.
+        output: number of the output array.
+
+    Example:
+        >>> import torch
+        >>> from pruning.demo.program import Map, Op, Program
+        >>> relu = Program(3, [], [Op(Map("clamp", (0, None)), (0,), 3)], output=1)
+        >>> relu(torch.tensor([[-1.0, 0.0, 2.0]]))
+        tensor([0., 0., 2.])
+        >>> relu.to_json()["ops"]
+        [{'kind': 'map', 'in': (0,), 'length': 3, 'name': 'clamp', 'values': (0, None)}]
     """
 
     input: int
@@ -37,10 +224,11 @@ class Program:
     ops: list[Op]
     output: int
 
-    def to_json(self) -> dict[str, Any]:
-        """All but the constants' values, which are `weights`."""
+    def to_json(self) -> dict[str, object]:
+        """Return the program as plain data; the values of its constants are in `weights`."""
         lengths = [len(constant) for constant in self.constants]
-        return {"constants": lengths, "input": self.input, "output": self.output, "ops": self.ops}
+        ops = [op.to_json() for op in self.ops]
+        return {"constants": lengths, "input": self.input, "output": self.output, "ops": ops}
 
     @property
     def weights(self) -> bytes:
@@ -50,99 +238,16 @@ class Program:
     @property
     def probabilities(self) -> bool:
         """Whether the outputs are probabilities already."""
-        last = self.ops[self.output - 1] if self.output > 0 else {}
-        return last.get("name") == "softmax"
+        last = self.ops[self.output - 1].loop if self.output > 0 else None
+        return isinstance(last, Rows) and last.name == "softmax"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The output for one example, (1, ...), as a flat tensor: what the page must compute."""
-        arrays = [x.detach().flatten().clone()]  # strides count from where a storage begins
+        """Return the flat output for one example (1, ...): what the page must compute."""
+        arrays = [x.detach().flatten().clone()]  # strides count from the beginning of a storage
+
+        def read(number: int) -> Tensor:
+            return arrays[number] if number >= 0 else self.constants[-1 - number]
+
         for op in self.ops:
-            given = [arrays[i] if i >= 0 else self.constants[-1 - i] for i in op["in"]]
-            if op.get("fill") is not None:
-                given.insert(0, self.constants[-1 - op["fill"]])
-            arrays.append(_LOOPS[op["kind"]](op, *given).flatten().float())
-        return arrays[self.output] if self.output >= 0 else self.constants[-1 - self.output]
-
-
-# --- what each kind of loop computes, with torch --------------------------------------
-
-
-def _run_conv(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    inputs, outputs = op["channels"]
-    images = x.view(op["images"], inputs, *op["size"])
-    kernels = weight.view(outputs, inputs // op["groups"], *op["kernel"])
-    return F.conv2d(images, kernels, bias, op["stride"], 0, op["dilation"], op["groups"])
-
-
-def _run_matmul(op: Op, x: Tensor, y: Tensor) -> Tensor:
-    return x.view(op["batch"], op["rows"], -1) @ y.view(op["batch"], op["inner"], -1)
-
-
-def _run_zip(op: Op, *operands: Tensor) -> Tensor:
-    spread = [x.as_strided(op["dims"], strides) for x, strides in zip(operands, op["strides"], strict=True)]
-    return _ZIPS[op["name"]](*spread)
-
-
-def _run_place(op: Op, *inputs: Tensor) -> Tensor:
-    made = torch.empty(op["length"])
-    if op["fill"] is not None:
-        made.fill_(float(inputs[0]))
-        inputs = inputs[1:]
-    for x, piece in zip(inputs, op["pieces"], strict=True):
-        there = made.as_strided(piece["dims"], piece["to"], piece["write"])
-        there.copy_(x.as_strided(piece["dims"], piece["from"], piece["read"]))
-    return made
-
-
-def _run_pool(op: Op, x: Tensor) -> Tensor:
-    x = x.view(op["planes"], *op["size"])
-    largest = op["name"] == "max"
-    for dim, (windows, step) in enumerate(zip(op["windows"], op["step"], strict=True), start=1):
-        parts = [x.narrow(dim, start, stop - start) for start, stop, _ in windows]
-        parts = [part[:, ::step] if dim == 1 else part[:, :, ::step] for part in parts]
-        if largest:
-            x = torch.stack([part.amax(dim) for part in parts], dim)
-        else:
-            sums = (part.sum(dim) / over for part, (_, _, over) in zip(parts, windows, strict=True))
-            x = torch.stack(list(sums), dim)
-    return x
-
-
-def _run_rows(op: Op, x: Tensor) -> Tensor:
-    x = x.view(-1, op["size"])
-    if op["name"] == "normalise":
-        return F.layer_norm(x, (op["size"],), eps=op["eps"])
-    return _ROWS[op["name"]](x)
-
-
-_LOOPS: dict[str, Callable[..., Tensor]] = {
-    "conv": _run_conv,
-    "matmul": _run_matmul,
-    "map": lambda op, x: _MAPS[op["name"]](x, *op["values"]),
-    "zip": _run_zip,
-    "place": _run_place,
-    "pool": _run_pool,
-    "rows": _run_rows,
-}
-_MAPS: dict[str, Callable[..., Tensor]] = {
-    "clamp": lambda x, low, high: x.clamp(low, high),
-    "leaky_relu": F.leaky_relu,
-    "elu": lambda x, alpha, scale, inner: torch.where(x > 0, x * scale, alpha * scale * (x * inner).expm1()),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "exp", "log", "log1p", "sqrt", "rsqrt",
-                                               "abs", "neg", "reciprocal", "erf", "logical_not")},
-}  # fmt: skip
-_ZIPS: dict[str, Callable[..., Tensor]] = {
-    "where": lambda choice, x, other: torch.where(choice != 0, x, other),
-    **{name: getattr(torch, name) for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum",
-                                               "pow", "eq", "ne", "gt", "ge", "lt", "le")},
-}  # fmt: skip
-_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(1),
-    "mean": lambda x: x.mean(1),
-    "max": lambda x: x.amax(1),
-    "min": lambda x: x.amin(1),
-    "softmax": lambda x: x.softmax(1),
-    "log_softmax": lambda x: x.log_softmax(1),
-}
+            arrays.append(op.loop.run(*map(read, op.inputs)).flatten().float())
+        return read(self.output)

@@ -1,116 +1,126 @@
-"""Rules: what an operation of ATen becomes in a program.
+"""Rules: what an ATen operation becomes in a program.
 
-A rule takes the builder, the shape of the output and the operation's arguments, and gives a value,
-or a tensor where nothing depends on the input. The rules of layers are in `pruning.demo.layer_rules`.
+A rule takes the builder, the shape of the output and the operation's arguments. It returns a value, or
+a tensor where the output does not depend on the input. `pruning.demo.layer_rules` has the rules of
+layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pruning.demo.builder import Builder, Lacking, Value, strides_of
-from pruning.demo.layer_rules import LAYERS
+from pruning.demo.builder import Builder, Operand, Shape, UnsupportedOperation, Value, strides_of
+from pruning.demo.layer_rules import LAYERS, Rule
+from pruning.demo.program import Piece
 
 
-def _map(name: str) -> Callable[..., Value]:
+def _map(name: str) -> Rule:
     return lambda b, shape, x, *values: b.map(name, x, *values)
 
 
-def _zip(name: str) -> Callable[..., Value]:
+def _zip(name: str) -> Rule:
     return lambda b, shape, x, other: b.zip(name, x, other)
 
 
-def _same(b: Builder, shape: Any, x: Value, *_: Any, **__: Any) -> Value:
+def _same(b: Builder, shape: Shape, x: Value, *_: object, **__: object) -> Value:
     return x
 
 
-def _reshaped(b: Builder, shape: Sequence[int], x: Any, *_: Any) -> Value:
-    return Value(b.value(x).at, tuple(shape))
+def _reshape(b: Builder, shape: Shape, x: Operand, *_: object) -> Value:
+    return Value(b.value(x).number, tuple(shape))
 
 
-def _full(value: float) -> Callable[..., Tensor]:
+def _full(value: float) -> Rule:
     return lambda b, shape, *_, **__: torch.full(shape, value)
 
 
-def _add(b: Builder, shape: Any, x: Any, other: Any, alpha: float = 1) -> Value:
+def _add(b: Builder, shape: Shape, x: Operand, other: Operand, alpha: float = 1) -> Value:
     return b.zip("add", x, other if alpha == 1 else b.zip("multiply", other, alpha))
 
 
-def _subtract(b: Builder, shape: Any, x: Any, other: Any, alpha: float = 1) -> Value:
+def _subtract(b: Builder, shape: Shape, x: Operand, other: Operand, alpha: float = 1) -> Value:
     return b.zip("subtract", x, other if alpha == 1 else b.zip("multiply", other, alpha))
 
 
-def _divide(b: Builder, shape: Any, x: Any, other: Any, rounding_mode: str | None = None) -> Value:
+def _divide(b: Builder, shape: Shape, x: Operand, other: Operand, rounding_mode: str | None = None) -> Value:
     if rounding_mode is not None:
-        raise Lacking(f"div with rounding mode {rounding_mode}")
+        raise UnsupportedOperation(f"div with rounding mode {rounding_mode}")
     return b.zip("divide", x, other)
 
 
-def _clamp(b: Builder, shape: Any, x: Any, min: Any = None, max: Any = None) -> Value:
+def _clamp(
+    b: Builder, shape: Shape, x: Operand, min: Operand | None = None, max: Operand | None = None
+) -> Value:
     if isinstance(min, Tensor | Value) or isinstance(max, Tensor | Value):
-        raise Lacking("clamp between tensors")
+        raise UnsupportedOperation("clamp between tensors")
     bounds = (None if bound is None or math.isinf(bound) else bound for bound in (min, max))
     return b.map("clamp", x, *bounds)
 
 
-def _gelu(b: Builder, shape: Any, x: Any, approximate: str = "none") -> Value:
+def _gelu(b: Builder, shape: Shape, x: Operand, approximate: str = "none") -> Value:
     return b.map("gelu" if approximate == "none" else "gelu_tanh", x)
 
 
-def _leaky_relu(b: Builder, shape: Any, x: Any, negative_slope: float = 0.01) -> Value:
+def _leaky_relu(b: Builder, shape: Shape, x: Operand, negative_slope: float = 0.01) -> Value:
     return b.map("leaky_relu", x, negative_slope)
 
 
-def _elu(b: Builder, shape: Any, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
+def _elu(
+    b: Builder, shape: Shape, x: Operand, alpha: float = 1, scale: float = 1, input_scale: float = 1
+) -> Value:
     return b.map("elu", x, alpha, scale, input_scale)
 
 
-def _cat(b: Builder, shape: Sequence[int], parts: Sequence[Any], dim: int = 0) -> Value:
+def _cat(b: Builder, shape: Shape, parts: Sequence[Operand], dim: int = 0) -> Value:
     values = [x for x in map(b.value, parts) if x.shape != (0,)]
-    strides, at, pieces = strides_of(shape), 0, []
+    strides, start, pieces = strides_of(shape), 0, []
     for x in values:
-        pieces.append((x.shape, 0, strides_of(x.shape), at * strides[dim], strides))
-        at += x.shape[dim]
+        pieces.append(Piece(x.shape, 0, strides_of(x.shape), start * strides[dim], strides))
+        start += x.shape[dim]
     return b.place(values, shape, pieces)
 
 
-def _index_select(b: Builder, shape: Sequence[int], x: Any, dim: int, index: Any) -> Value:
+def _index_select(b: Builder, shape: Shape, x: Operand, dim: int, index: Operand) -> Value:
     if not isinstance(index, Tensor):
-        raise Lacking("index_select by an index that depends on the input")
-    x, places = b.value(x), index.tolist()
-    starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
-    runs = zip(starts, [*starts[1:], len(places)], strict=True)
-    return _cat(b, shape, [_narrowed(b, x, dim, places[i], j - i) for i, j in runs], dim)
+        raise UnsupportedOperation("index_select by an index that depends on the input")
+    x, indices = b.value(x), index.tolist()
+    starts = [i for i, entry in enumerate(indices) if not i or entry != indices[i - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(indices)], strict=True)
+    return _cat(b, shape, [_narrow(b, x, dim, indices[i], j - i) for i, j in runs], dim)
 
 
-def _narrowed(b: Builder, x: Value, dim: int, start: int, length: int) -> Value:
+def _narrow(b: Builder, x: Value, dim: int, start: int, length: int) -> Value:
     return b.view(x, lambda t: t.narrow(dim, start, length))
 
 
-def _reduce(name: str, pair: bool = False) -> Callable[..., Any]:
-    """A reduction over dimensions, which are brought to the end; `pair` for those that tell places, too."""
+def _reduce(name: str, indices: bool = False) -> Rule:
+    """Reduce over dimensions, which are moved to the end.
 
-    def rule(b: Builder, shape: Sequence[int], x: Any, dim: Any = None, *_: Any, **__: Any) -> Any:
+    `indices` is for operations that also return indices along a dimension; no rule computes those.
+    """
+
+    def rule(
+        b: Builder, shape: Shape, x: Operand, dim: int | Sequence[int] | None = None, *_: object, **__: object
+    ) -> Value | tuple[Value, None]:
         x = b.value(x)
         axes = [dim] if isinstance(dim, int) else list(dim or range(len(x.shape)))
-        moved = [axis % len(x.shape) for axis in axes]
-        kept = [axis for axis in range(len(x.shape)) if axis not in moved]
-        ordered = b.view(x, lambda t: t.permute(*kept, *sorted(moved)))
-        made = b.rows(name, ordered, math.prod(x.shape[axis] for axis in moved), shape)
-        return (made, None) if pair and dim is not None else made
+        reduced = [axis % len(x.shape) for axis in axes]
+        kept = [axis for axis in range(len(x.shape)) if axis not in reduced]
+        ordered = b.view(x, lambda t: t.permute(*kept, *sorted(reduced)))
+        made = b.rows(name, ordered, math.prod(x.shape[axis] for axis in reduced), shape)
+        return (made, None) if indices and dim is not None else made
 
     return rule
 
 
-def _along(name: str) -> Callable[..., Value]:
-    """Rows along one dimension, which stay as long as they are."""
+def _along(name: str) -> Rule:
+    """Apply a function to rows along one dimension; the rows keep their length."""
 
-    def rule(b: Builder, shape: Sequence[int], x: Any, dim: int, *_: Any) -> Value:
+    def rule(b: Builder, shape: Shape, x: Operand, dim: int, *_: object) -> Value:
         moved = b.view(x, lambda t: t.movedim(dim, -1))
         made = b.rows(name, moved, shape[dim], moved.shape)
         return b.view(made, lambda t: t.movedim(-1, dim))
@@ -118,11 +128,11 @@ def _along(name: str) -> Callable[..., Value]:
     return rule
 
 
-#: ATen's operations by name, without the views (which need no rule). A new one is a row here.
-RULES: dict[str, Callable[..., Any]] = {
+#: Rules by the name of the ATen operation. Views need none. To support another operation, add a row.
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("clone", "alias", "detach", "contiguous", "lift_fresh_copy"), _same),
     "_to_copy": lambda b, shape, x, dtype=None, **_: b.zip("ne", x, 0) if dtype is torch.bool else x,
-    **dict.fromkeys(("_unsafe_view", "reshape", "_reshape_copy"), _reshaped),
+    **dict.fromkeys(("_unsafe_view", "reshape", "_reshape_copy"), _reshape),
     "zeros_like": _full(0.0),
     "ones_like": _full(1.0),
     "full_like": lambda b, shape, x, value, **_: torch.full(shape, value),
@@ -150,8 +160,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "sum": _reduce("sum"),
     "amax": _reduce("max"),
     "amin": _reduce("min"),
-    "max": _reduce("max", pair=True),
-    "min": _reduce("min", pair=True),
+    "max": _reduce("max", indices=True),
+    "min": _reduce("min", indices=True),
     "any": _reduce("max"),
     "_softmax": _along("softmax"),
     "_log_softmax": _along("log_softmax"),

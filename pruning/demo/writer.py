@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,20 +19,28 @@ from pruning.deploy.runtimes import first_line, relative_difference
 from pruning.errors import ExportError, PruningError
 from pruning.planning.cost import count
 from pruning.utils.files import replace_file
-from pruning.utils.html import document, text
+from pruning.utils.html import render
 from pruning.utils.modules import copied
 
-#: Thickness of the pen in pixels of 28 x 28 images. Chosen on the embedded validation digits.
+#: Thickness of the pen, in pixels of a 28 x 28 image; tuned on the embedded validation digits.
 PEN = 2.4
-#: How many images of noise the page checks itself with.
-NOISE = 3
-#: Most bytes of weights: browsers do not open much longer files.
-LARGEST = 300_000_000
+#: Number of noise images on which the page checks its networks.
+NOISE_IMAGES = 3
+#: Most bytes of weights in a page: browsers do not open much longer files.
+MAX_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A page that was written. `difference` is the largest of its programs' from PyTorch, `size` in bytes."""
+    """A page that was written.
+
+    Attributes:
+        path: path of the file.
+        networks: names of its networks.
+        size: size of the file in bytes.
+        difference: largest difference between a program of the page and its model in PyTorch, as a
+            share of the model's largest output.
+    """
 
     path: Path
     networks: tuple[str, ...]
@@ -50,9 +57,24 @@ class Demo:
 
 @dataclass(frozen=True)
 class Images:
-    """What networks take: shape (C, H, W), the normalisation by channel, and images to click on.
+    """The images that the networks of a page take.
 
-    `examples` are pairs of pixels (C, H, W), uint8, and the number of their class.
+    Args:
+        shape: (C, H, W), with 1 or 3 channels.
+        mean: mean of each channel, of pixels from 0 to 1.
+        std: standard deviation of each channel.
+        examples: images to click on: pixels (C, H, W), uint8, and the number of the class.
+
+    Raises:
+        PruningError: If the number of channels is not 1 or 3, or if `mean` and `std` do not have one
+            number per channel, the latter positive.
+
+    Example:
+        >>> import torch
+        >>> from pruning.demo.writer import Images
+        >>> images = Images((1, 28, 28), mean=[0.5], std=[0.5])
+        >>> images.normalised(torch.full((1, 28, 28), 255, dtype=torch.uint8)).unique()
+        tensor([1.])
     """
 
     shape: tuple[int, ...]
@@ -73,17 +95,33 @@ class Images:
             )
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels (C, H, W) as the networks take them, (1, C, H, W); the page computes the same."""
+        """Normalise pixels (C, H, W) to a batch (1, C, H, W), as the page does."""
         mean, std = (np.array(each, dtype=np.float64).reshape(-1, 1, 1) for each in (self.mean, self.std))
         return torch.from_numpy(((pixels.numpy() / 255 - mean) / std).astype(np.float32))[None]
 
     def noise(self) -> list[Tensor]:
-        """Pixels at random, always the same: demo.js draws them likewise."""
-        state, found = 1, []
-        for _ in range(NOISE * int(np.prod(self.shape))):
+        """Return random pixels, always the same: demo.js makes the same ones."""
+        state, values = 1, []
+        for _ in range(NOISE_IMAGES * int(np.prod(self.shape))):
             state = (state * 1664525 + 1013904223) % 2**32
-            found.append(state >> 24)
-        return list(torch.tensor(found, dtype=torch.uint8).reshape(NOISE, *self.shape))
+            values.append(state >> 24)
+        return list(torch.tensor(values, dtype=torch.uint8).reshape(NOISE_IMAGES, *self.shape))
+
+
+class Network(TypedDict):
+    """What the page holds of a network.
+
+    `weights` is in base64; `expected` has PyTorch's outputs on the noise and on the examples.
+    """
+
+    name: str
+    params: int
+    macs: int
+    bytes: int
+    probabilities: bool
+    program: dict[str, object]
+    weights: str
+    expected: list[list[float]]
 
 
 def demo(
@@ -93,57 +131,95 @@ def demo(
     *,
     title: str | None = None,
     classes: Sequence[str] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> Demo:
-    """Write a page in which networks say what is drawn, side by side.
+    """Write a page in which networks classify what is drawn, side by side.
 
     Args:
-        networks: classifiers by the name they are shown with, the main one last; left as
-            they are.
-        path: replaced where it exists.
-        title: of the page, by default the networks' names.
-        classes: their names in order, by default their numbers.
-        facts: plain data on how each was made, shown at the end.
+        networks: classifiers by the name that the page shows, the main one last. They are not changed.
+        path: the file to write; it is replaced if it exists.
+        images: what the networks take.
+        title: title of the page, by default the names of the networks.
+        classes: names of the classes in order, by default their numbers.
+        facts: plain data on how networks were made, by their names; shown at the end.
 
-    Raises `ExportError` when a network cannot be traced or has an operation without a rule, which is
-    named; `PruningError` for what is no classifier. Then nothing is written.
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: If a network cannot be traced, or has an operation without a rule. The message names
+            the operation.
+        PruningError: If a network is not a classifier of such images, or if classes do not match.
+            Nothing is written in either case.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from pruning.demo.writer import Images, demo
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = demo({"tiny": net}, f"{folder}/tiny.html", Images((1, 8, 8), [0.5], [0.5]))
+        ...     page.networks, page.path.stat().st_size == page.size
+        (('tiny',), True)
     """
     inputs = [images.normalised(pixels) for pixels in (*images.noise(), *(x for x, _ in images.examples))]
-    worst, shown = 0.0, []
-    for name, model in networks.items():
-        found, apart = _network(name, model, inputs)
-        worst = max(worst, apart)
-        shown.append(found)
-    weights = sum(each["bytes"] for each in shown)
-    if weights > LARGEST:
-        raise PruningError(f"{weights:,} bytes of weights are too many for a page, which holds {LARGEST:,}")
-    sizes = {len(each["expected"][0]) for each in shown}
-    if len(sizes) > 1 or (classes is not None and {len(classes)} != sizes):
-        given = [*(f"{each['name']}: {len(each['expected'][0])}" for each in shown)]
-        given += [f"names: {len(classes)}"] if classes is not None else []
-        raise PruningError(f"the numbers of classes differ: {', '.join(given)}")
-    names = list(classes) if classes is not None else [str(i) for i in range(*sizes)]
-    if any(truth >= len(names) for _, truth in images.examples):
-        raise PruningError(f"the test images have more classes than the networks, {len(names)}")
+    converted = [_convert(name, model, inputs) for name, model in networks.items()]
+    shown = [network for network, _ in converted]
+    names = _class_names(shown, images, classes)
     data = {
         "input": {"shape": list(images.shape), "mean": list(images.mean), "std": list(images.std)},
         "classes": names,
         "networks": shown,
-        "noise": NOISE,
+        "noise": NOISE_IMAGES,
         "examples": [
-            {"pixels": _encoded(pixels.contiguous().numpy().tobytes()), "truth": truth}
+            {"pixels": _encode(pixels.contiguous().numpy().tobytes()), "truth": truth}
             for pixels, truth in images.examples
         ],
         "tolerance": TOLERANCE,
         "pen": PEN,
     }
-    page = _page(title or " beside ".join(reversed(list(networks))), images, data, facts or {}).encode()
+    channels, height, width = images.shape
+    values = {
+        "title": title or " beside ".join(reversed(list(networks))),
+        "digits": channels == 1 and names == [str(i) for i in range(10)],
+        "several": len(shown) > 1,
+        "coloured": channels == 3,
+        "width": width,
+        "height": height,
+        "facts": [(name, json.dumps(fact, indent=2)) for name, fact in (facts or {}).items()],
+        "data": data,
+    }
+    page = render(Path(__file__).with_name("demo.html"), values).encode()
     replace_file(path, page)
-    return Demo(Path(path), tuple(networks), len(page), worst)
+    return Demo(Path(path), tuple(networks), len(page), max([0.0, *(apart for _, apart in converted)]))
 
 
-def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], float]:
-    """What the page holds of a network, and how far its program is from it."""
+def _class_names(networks: Sequence[Network], images: Images, classes: Sequence[str] | None) -> list[str]:
+    """Check the weights and the numbers of classes together, and return the names of the classes."""
+    weights = sum(network["bytes"] for network in networks)
+    if weights > MAX_BYTES:
+        raise PruningError(f"{weights:,} bytes of weights are too many for a page, which holds {MAX_BYTES:,}")
+    sizes = {network["name"]: len(network["expected"][0]) for network in networks}
+    given = [f"{name}: {size}" for name, size in sizes.items()]
+    if classes is not None:
+        given.append(f"names: {len(classes)}")
+    different = {*sizes.values(), *(() if classes is None else (len(classes),))}
+    if len(different) > 1:
+        raise PruningError(
+            f"the numbers of classes differ: {', '.join(given)}; give networks of the same classes, and one "
+            "name for each"
+        )
+    names = list(classes) if classes is not None else [str(i) for i in range(*different)]
+    if any(truth >= len(names) for _, truth in images.examples):
+        raise PruningError(
+            f"the test images have more classes than the networks, {len(names)}; give the data that the "
+            "networks were trained on"
+        )
+    return names
+
+
+def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Network, float]:
+    """Return what the page holds of a network, and the largest difference of its program from it."""
     whole = copied(model).cpu().float().eval().requires_grad_(False)
     try:
         with torch.no_grad():
@@ -155,7 +231,9 @@ def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dic
     first = expected[0]
     if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[1] < 2:
         got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise PruningError(f"{name} is no classifier: outputs (N, classes) were expected, it gives {got}")
+        raise PruningError(
+            f"{name} is not a classifier: outputs (N, classes) were expected, it returns {got}"
+        )
     ready = folded(whole, [inputs[0]])
     program = program_of(ready, inputs[0])
     apart = max(relative_difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True))
@@ -165,46 +243,18 @@ def _network(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dic
             f"{TOLERANCE:g}). Does the model take a Python value from a tensor?"
         )
     cost = count(ready, inputs[0])
-    found = {
-        "name": name,
-        "params": cost.params,
-        "macs": cost.macs,
-        "bytes": len(program.weights),
-        "probabilities": program.probabilities,
-        "program": program.to_json(),
-        "weights": _encoded(program.weights),
-        "expected": [[float(f"{value:.9g}") for value in y.flatten().tolist()] for y in expected],
-    }
-    return found, apart
-
-
-def _encoded(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _page(title: str, images: Images, data: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    def beside(name: str) -> str:
-        return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-    channels, height, width = images.shape
-    several = len(data["networks"]) > 1
-    digits = data["classes"] == [str(i) for i in range(10)] and channels == 1
-    made = (
-        f"<details><summary>{text(name)}: how it was made</summary>"
-        f"<pre>{text(json.dumps(facts[name], indent=2))}</pre></details>"
-        for name in facts
+    network = Network(
+        name=name,
+        params=cost.params,
+        macs=cost.macs,
+        bytes=len(program.weights),
+        probabilities=program.probabilities,
+        program=program.to_json(),
+        weights=_encode(program.weights),
+        expected=[[float(f"{value:.9g}") for value in y.flatten().tolist()] for y in expected],
     )
-    parts = {
-        "title": text(title),
-        "what": "a digit" if digits else "something",
-        "runs": "networks run" if several else "network runs",
-        "see": "networks see" if several else "network sees",
-        "colours": "" if channels == 3 else "hidden",
-        "size": f"{width} × {height}",
-        "facts": "".join(made),
-        "script": beside("program.js") + beside("demo.js").replace('"use strict";\n', ""),
-        # In a script element nothing but the end of one needs an escape.
-        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-    }
-    body = re.sub(r"@(\w+)@", lambda found: parts[found[1]], beside("demo.html"))
-    return document(title, body, beside("demo.css"))
+    return network, apart
+
+
+def _encode(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -1,10 +1,9 @@
-"""What pruning would do to a model, before anything is done."""
+"""What pruning could do to a model, found without changing it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +26,13 @@ class GroupFacts:
     """A group that can be narrowed.
 
     Attributes:
-        makes, reads: the layers that make its channels, and those that consume them.
-        params, macs: what one of its channels frees, of the whole network, 0 to 1.
-        scales: BatchNorm layers with scales, on which stage 1 pulls and `bn_scale` scores.
+        name: name of the group.
+        channels: its width.
+        makes: layers that produce its channels.
+        reads: layers that consume its channels.
+        params: share of the network's parameters that removing one channel frees, 0 to 1.
+        macs: share of the network's MACs that removing one channel frees, 0 to 1.
+        scales: normalization layers with a weight; stage 1 sparsifies it and `bn_scale` scores by it.
     """
 
     name: str
@@ -43,15 +46,26 @@ class GroupFacts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found, as plain data (`to_json`) and as text (`str`).
+    """The result of `doctor`: plain data; `str` gives it as text.
 
     Attributes:
-        cost: of the network, BatchNorm folded. least: at one channel in every group.
-        skipped: layers whose channels stay, each with the reason and the cure.
-        sizes: attributes by which modules view or split channels, and which follow them.
-        uncounted: layers with weights that the count of MACs leaves out: name to type.
-        trial: empty when the network passes the check of equivalence with half of every group
-            gone, else what went wrong.
+        model: class name of the model.
+        cost: cost of the network, BatchNorm folded.
+        least: cost with one channel left in every group.
+        groups: groups that can be narrowed.
+        skipped: layers that keep all their channels, each with the reason and the cure.
+        sizes: attributes that hold a number of channels and are updated with it.
+        uncounted: layers with weights that the MACs leave out: name to type.
+        trial: empty if the network passes the equivalence check with every second channel removed;
+            otherwise the error.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pruning import doctor
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> print(str(doctor(net, torch.zeros(1, 4))).splitlines()[0])
+        Sequential: 58 params, 48 MACs
     """
 
     model: str
@@ -63,11 +77,13 @@ class Diagnosis:
     uncounted: dict[str, str]
     trial: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return everything as dicts, lists, numbers and strings."""
         return asdict(self)
 
     @property
     def without_scale(self) -> list[str]:
+        """Names of the groups without a normalization layer that has a weight."""
         return [group.name for group in self.groups if not group.scales]
 
     def __str__(self) -> str:
@@ -77,33 +93,33 @@ class Diagnosis:
             f"({self.least.params / max(1, self.cost.params):.1%}), {self.least.macs:,} MACs "
             f"({self.least.macs / max(1, self.cost.macs):.1%})",
             "",
-            f"{len(self.groups)} groups can be narrowed; one channel of each frees, of all params and MACs:"
+            f"{len(self.groups)} groups can be narrowed; one channel of each frees (params, MACs):"
             if self.groups
             else "no group can be narrowed",
         ]
         width = max([len(group.name) for group in self.groups], default=0)
         for group in self.groups:
             others = [name for name in group.makes if name != group.name]
-            coupled = f"; with {_some(others)}" if others else ""
+            coupled = f"; with {_listed(others)}" if others else ""
             lines.append(
                 f"  {group.name:<{width}}  {group.channels:>5} channels  {group.params:7.3%}  "
-                f"{group.macs:7.3%}  read by {_some(group.reads)}{coupled}"
+                f"{group.macs:7.3%}  read by {_listed(group.reads)}{coupled}"
             )
         if self.without_scale and self.groups:
             lines += [
                 "",
-                f"{len(self.without_scale)} of them have no BatchNorm scale ({_some(self.without_scale)}): "
-                "stage 1 pulls on none there; score by taylor, l1 or l2",
+                f"{len(self.without_scale)} of them have no BatchNorm scale ({_listed(self.without_scale)}): "
+                "stage 1 cannot sparsify them; score by taylor, l1 or l2",
             ]
         if self.skipped:
             lines += ["", f"{len(self.skipped)} layers keep all their channels:"]
             lines += [f"  {layer}: {reason}" for layer, reason in self.skipped.items()]
         if self.sizes:
-            lines += ["", f"sizes in attributes that follow the channels: {_some(self.sizes)}"]
+            lines += ["", f"attributes that are updated with the channels: {_listed(self.sizes)}"]
         if self.uncounted:
-            listed = _some([f"{name} ({kind})" for name, kind in self.uncounted.items()])
-            lines += ["", f"weights that the count of MACs leaves out: {listed}"]
-        passed = "passed: with half of every group gone it computes what it should"
+            listed = _listed([f"{name} ({kind})" for name, kind in self.uncounted.items()])
+            lines += ["", f"layers with weights that the MACs leave out: {listed}"]
+        passed = "passed: with half of every group removed, the outputs are what they should be"
         if self.groups:
             lines += ["", f"trial {passed if not self.trial else 'failed: ' + self.trial}"]
         return "\n".join(lines)
@@ -111,13 +127,31 @@ class Diagnosis:
 
 @buffers_unchanged
 def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Diagnosis:
-    """Look at a model as pruning would, and change nothing.
+    """Diagnose what pruning could do to a model. The model is not changed.
 
     Args:
-        inputs: example inputs with a batch dimension, as `trace` takes them.
-        ignored: layers whose channels all stay.
+        model: the model.
+        inputs: example inputs with a batch dimension: a tensor, a sequence of arguments, or keyword
+            arguments.
+        ignored: layers that must keep all their channels.
 
-    Raises `PruningError` when the model does not run on the inputs.
+    Returns:
+        The groups and what their channels cost, the layers that keep all their channels with the
+        reason, and whether the model still computes the right outputs with half of its channels.
+
+    Raises:
+        PruningError: If the model does not run on the inputs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pruning import doctor
+        >>> net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2))
+        >>> found = doctor(net, torch.zeros(1, 1, 4, 4))
+        >>> [(group.name, group.channels, group.reads) for group in found.groups]
+        [('0', 6, ['3'])]
+        >>> list(found.skipped), found.trial
+        (['3'], '')
     """
     traced = trace(model, inputs, ignored)
     cost_model = CostModel(model, traced)
@@ -133,8 +167,8 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
     if groups:
         try:
             with torch.random.fork_rng(devices=[]):
-                lively = enliven(model, inputs)  # random weights hide nothing behind a 0
-                verify(lively, apply(lively, traced, plan), traced, plan, inputs)
+                probe = enliven(model, inputs)  # with random weights no factor of 0 hides a difference
+                verify(probe, apply(probe, traced, plan), traced, plan, inputs)
         except PruningError as error:
             trial = str(error)
     return Diagnosis(
@@ -166,7 +200,7 @@ def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupF
     )
 
 
-def _some(names: list[str]) -> str:
-    """A few names, and how many more there are."""
+def _listed(names: list[str]) -> str:
+    """Join up to four names, or three and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
     return ", ".join(names[: 3 if more else 4]) + more

@@ -1,9 +1,9 @@
-"""What a pruned classifier gets wrong that the dense one got right, and the other way round."""
+"""Where the predictions of a pruned classifier and of the dense one differ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,67 +12,117 @@ from pruning.errors import PruningError
 from pruning.training.batches import to_device
 from pruning.training.losses import IGNORED, classes_of
 from pruning.utils.modules import call, device_of, eval_mode
+from pruning.utils.tree import Inputs
 
 #: Larger images are not kept: they would make the run's folder large.
-MOST_PIXELS = 64 * 64
+MAX_PIXELS = 64 * 64
+
+#: An image (C, H, W) with values from 0 to 255, as nested lists.
+Pixels = list[list[list[int]]]
 
 
-def mistakes(
-    dense: nn.Module, small: nn.Module, batches: Iterable[tuple[Any, Any]], most: int = 20
-) -> dict[str, Any]:
-    """Compare two classifiers example by example, as plain data.
+class Example(TypedDict):
+    """An example that one network classifies correctly and the other does not."""
+
+    truth: int
+    dense: int
+    small: int
+    image: Pixels | None
+
+
+class Differences(TypedDict):
+    """The content of a run's `mistakes.json`.
+
+    Attributes:
+        confusion: for `dense` and `small`, (classes, classes) counts with the truth in rows.
+        count: how many examples are `lost` and `won`, kept or not.
+        lost: examples that only the dense network classifies correctly.
+        won: examples that only the small network classifies correctly.
+    """
+
+    confusion: dict[str, list[list[int]]]
+    count: dict[str, int]
+    lost: list[Example]
+    won: list[Example]
+
+
+def differing_predictions(
+    dense: nn.Module, small: nn.Module, batches: Iterable[tuple[Inputs, Tensor]], most: int = 20
+) -> Differences:
+    """Compare two classifiers example by example.
 
     Args:
-        batches: (inputs, targets), targets (N,); logits lie along dimension 1.
+        dense: the network before pruning. Its logits are (N, classes), like those of the other.
+        small: the network after pruning, on the same device.
+        batches: (inputs, targets), with targets (N,) or a share of every class (N, classes). Targets
+            of -100 are left out.
         most: examples kept of each kind.
 
-    Returns `confusion`, by network a matrix (classes, classes) of counts with the truth in rows;
-    and the examples that only the dense one (`lost`) and only the small one (`won`) gets
-    right: `{"truth", "dense", "small"}` each, with the `image` as (C, H, W) values from 0 to 255
-    where the inputs are small images.
+    Returns:
+        Plain data. An example has its image where the inputs are (N, 1, H, W) or (N, 3, H, W) and
+        H · W is at most `MAX_PIXELS`, else None.
 
-    Raises `PruningError` for outputs that are not those of a classifier.
+    Raises:
+        PruningError: If the outputs or targets are not those of a classifier.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pruning.report.predictions import differing_predictions
+        >>> right, wrong = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(right.weight), nn.init.zeros_(wrong.weight)
+        >>> found = differing_predictions(right, wrong, [(torch.eye(2), torch.tensor([0, 1]))])
+        >>> found["count"], found["confusion"]["small"]
+        ({'lost': 1, 'won': 0}, [[1, 0], [1, 0]])
     """
-    counts: dict[str, Tensor] = {}
-    found: dict[str, list[dict[str, Any]]] = {"lost": [], "won": []}
-    how_many = dict.fromkeys(found, 0)
+    confusion: dict[str, Tensor] = {}
+    found: dict[str, list[Example]] = {"lost": [], "won": []}
+    count = dict.fromkeys(found, 0)
     device = device_of(small)
     with torch.inference_mode(), eval_mode(dense, small):
         for batch in batches:
             inputs, given = to_device(batch, device)
-            chosen = {}
+            predicted = {}
             for name, model in (("dense", dense), ("small", small)):
                 logits = call(model, inputs)
                 targets = classes_of(given, logits)
                 if not isinstance(logits, Tensor) or logits.ndim != 2 or targets.ndim != 1:
-                    raise PruningError("mistakes are compared of classifiers: one label an example")
+                    raise PruningError(
+                        "only predictions of classifiers can be compared: logits (N, classes) and targets "
+                        "(N,) were expected"
+                    )
                 counted = (targets != IGNORED).nonzero().flatten()
                 classes = logits.shape[1]
-                truth, chosen[name] = targets[counted], logits.argmax(1)[counted]
-                places = (truth * classes + chosen[name]).cpu()
-                seen = torch.bincount(places, minlength=classes**2).reshape(classes, classes)
-                counts[name] = counts.get(name, 0) + seen
-            right = {name: guess == truth for name, guess in chosen.items()}
+                truth, predicted[name] = targets[counted], logits.argmax(1)[counted]
+                cells = (truth * classes + predicted[name]).cpu()
+                counts = torch.bincount(cells, minlength=classes**2).reshape(classes, classes)
+                confusion[name] = confusion.get(name, 0) + counts
+            right = {name: classes == truth for name, classes in predicted.items()}
             for kind, only, other in (("lost", "dense", "small"), ("won", "small", "dense")):
-                at = (right[only] & ~right[other]).nonzero().flatten()
-                how_many[kind] += len(at)
-                for i in at[: most - len(found[kind])].tolist():
-                    example = {"truth": int(truth[i])}
-                    example.update({name: int(guess[i]) for name, guess in chosen.items()})
-                    found[kind].append({**example, "image": _pixels(inputs, int(counted[i]))})
+                differing = (right[only] & ~right[other]).nonzero().flatten()
+                count[kind] += len(differing)
+                for i in differing[: most - len(found[kind])].tolist():
+                    example = Example(
+                        truth=int(truth[i]),
+                        dense=int(predicted["dense"][i]),
+                        small=int(predicted["small"][i]),
+                        image=_pixels(inputs, int(counted[i])),
+                    )
+                    found[kind].append(example)
     return {
-        "confusion": {name: count.tolist() for name, count in counts.items()},
-        "count": how_many,
-        **found,
+        "confusion": {name: counts.tolist() for name, counts in confusion.items()},
+        "count": count,
+        "lost": found["lost"],
+        "won": found["won"],
     }
 
 
-def _pixels(inputs: Any, number: int) -> list[Any] | None:
-    """One image of a batch in 256 shades; None for what is no small image."""
+def _pixels(inputs: Inputs, number: int) -> Pixels | None:
+    """Return one image of a batch in 256 shades; None where the inputs are not small images."""
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
         return None
     image = inputs[number].float().cpu()
-    if image[0].numel() > MOST_PIXELS:
+    if image[0].numel() > MAX_PIXELS:
         return None
     image = image - image.min()
     return (image / image.max().clamp(min=1e-9) * 255).round().to(torch.uint8).tolist()

@@ -1,54 +1,72 @@
-"""A run's history as TensorBoard shows it."""
+"""The history of a run in TensorBoard's format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from pruning.errors import PruningError
+from pruning.report import plots
+from pruning.report.figures import require_matplotlib
+from pruning.report.plots import Event
 
 
-class Board:
-    """Writes the events of a run (`Run.note`) for TensorBoard.
+class TensorBoardWriter:
+    """Writes the events of a run for TensorBoard.
 
-    Scalars: loss, validation figure and learning rate of every epoch; params, MACs and
-    channels after every step. Histograms: the scales of every group before and after stage 1.
-    Figures: widths after every step. The step of each is the line of the history.
+    Scalars: loss, validation figure and learning rate of every epoch; params, MACs and channels after
+    every pruning step. Histograms: the scales of every group before and after stage 1. Figures, where
+    matplotlib is installed: the widths after every step. The step that TensorBoard shows is the line of
+    the history.
 
-    Raises `PruningError` where TensorBoard is not installed.
+    Args:
+        folder: receives TensorBoard's event files.
+
+    Raises:
+        PruningError: If TensorBoard is not installed.
+
+    Example:
+        Let a run write its history for TensorBoard too::
+
+            run = Run("runs/first", settings)
+            run.observe = TensorBoardWriter(run.folder / "tensorboard").add
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise PruningError(
                 f"--tensorboard needs the package tensorboard: pip install tensorboard ({error})"
             ) from error
-        self.writer: Any = SummaryWriter(str(folder))
-        self.dense: Mapping[str, int] = {}
+        self._writer = SummaryWriter(str(folder))
+        self._dense: Mapping[str, int] = {}
+        try:
+            require_matplotlib()
+            self._draws = True
+        except PruningError:
+            self._draws = False
 
-    def add(self, step: int, event: Mapping[str, Any]) -> None:
-        """Write one event."""
-        import torch
+    def add(self, step: int, event: Event) -> None:
+        """Write one event.
 
+        Args:
+            step: number of the event's line in the history.
+            event: the event.
+        """
         for name in ("train_loss", "validation", "lr", "params", "macs", "channels"):
             value = event.get(name)
             if isinstance(value, int | float) and abs(value) < float("inf"):
-                self.writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step)
         for group, values in (event.get("scales") or {}).items():
-            self.writer.add_histogram(f"scales/{group}", torch.tensor(values), step)
+            self._writer.add_histogram(f"scales/{group}", torch.tensor(values), step)
         widths = event.get("widths")
         if widths:
-            self.dense = self.dense or widths
-            self._draw(step, {group: widths[group] for group in self.dense if group in widths})
-        self.writer.flush()
-
-    def _draw(self, step: int, widths: Mapping[str, int]) -> None:
-        try:
-            from pruning.report import plots
-        except ImportError:  # matplotlib is optional
-            return
-        shown = {group: self.dense[group] for group in widths}
-        self.writer.add_figure("widths", plots.widths(shown, widths), step)
+            self._dense = self._dense or widths
+            if self._draws:
+                shown = {group: full for group, full in self._dense.items() if group in widths}
+                kept = {group: widths[group] for group in shown}
+                self._writer.add_figure("widths", plots.widths(shown, kept), step)
+        self._writer.flush()

@@ -1,4 +1,4 @@
-"""`python -m pruning demo`: what it names, and what is refused, by the command and from Python."""
+"""Errors and names of `demo`, by the command `python -m pruning demo` and from Python."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pruning.demo import Images, demo
 YOURNET = Path(__file__).resolve().parents[2] / "checkpoints" / "YourNet" / "best.pth"
 
 
-class Lacking(nn.Module):
-    """What cannot be shown, by name."""
+class Unsupported(nn.Module):
+    """A network that no page can show, for the reason `how`."""
 
     def __init__(self, how="operation"):
         super().__init__()
@@ -51,21 +51,21 @@ class Lacking(nn.Module):
         ("random", r"no rule for rand, which draws at random"),
         ("by data", r"cannot be traced by torch.export: .*data-dependent"),
         ("whole numbers", r"no rule for argmax of int64"),
-        ("image", r"is no classifier: outputs \(N, classes\) were expected, it gives \(1, 3, 14, 14\)"),
+        ("image", r"is not a classifier: outputs \(N, classes\) were expected, it returns \(1, 3, 14, 14\)"),
         ("number", r"differ from the model by inf"),
-        ("several", r"is no classifier.*it gives tuple"),
+        ("several", r"is not a classifier.*it returns tuple"),
     ],
 )
-def test_what_cannot_be_shown_is_named_and_leaves_nothing(how, message, tmp_path):
+def test_unsupported_network_raises_and_writes_nothing(how, message, tmp_path):
     (tmp_path / "old.html").write_text("as it was")
     for name in ("new.html", "old.html"):
         with pytest.raises(PruningError, match=message):
-            demo({"net": Lacking(how)}, tmp_path / name, SMALL)
+            demo({"net": Unsupported(how)}, tmp_path / name, SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["old.html"]
     assert (tmp_path / "old.html").read_text() == "as it was"
 
 
-def test_bad_networks_classes_and_images_are_named(tmp_path, monkeypatch):
+def test_wrong_networks_classes_and_images_raise(tmp_path, monkeypatch):
     for net, message in [
         (
             nn.Sequential(nn.ConvTranspose2d(3, 2, 3), nn.Flatten(), nn.Linear(512, 3)),
@@ -84,7 +84,7 @@ def test_bad_networks_classes_and_images_are_named(tmp_path, monkeypatch):
             tmp_path / "x",
             SMALL,
         )
-    monkeypatch.setattr("pruning.demo.writer.LARGEST", 5000)
+    monkeypatch.setattr("pruning.demo.writer.MAX_BYTES", 5000)
     with pytest.raises(PruningError, match=r"[\d,]+ bytes of weights are too many for a page"):
         demo({"a": nets.make("lenet"), "b": nets.make("lenet")}, tmp_path / "x", SMALL)
     monkeypatch.undo()
@@ -100,7 +100,7 @@ def test_bad_networks_classes_and_images_are_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_refuses(tmp_path, toolkit):
+def test_command_reports_errors_in_one_line(tmp_path, toolkit):
     def refused(*words):
         code, _, err = toolkit("demo", *words)
         said = [line for line in err.splitlines() if not line.startswith("NOTICE: these are 5,000")]
@@ -129,12 +129,12 @@ def test_the_command_refuses(tmp_path, toolkit):
     assert "its pixels are not from 0 to 1" in refused(
         YOURNET, *away, *words, "--output", tmp_path / "page.html"
     )
-    save(net, Lacking())
+    save(net, Unsupported())
     assert "no rule for special_bessel_j0" in refused(net, *shape)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "net.pth", "other.pth"]
 
 
-def test_the_command_names_networks_and_classes(tmp_path, toolkit):
+def test_command_names_networks_and_classes(tmp_path, toolkit):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net = torchvision.models.squeezenet1_1(num_classes=3)

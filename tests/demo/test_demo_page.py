@@ -1,4 +1,4 @@
-"""The page in which a network says what is drawn, in a browser: what it computes, what it shows."""
+"""The demo page in a browser: what it computes, and what it shows."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def page(tmp_path_factory, toolkit):
 
 
 @needs_browser
-def test_the_page_reads_drawn_digits_as_pytorch_does(page, digits, shown):
+def test_page_classifies_drawn_digits_as_pytorch_does(page, digits, shown):
     models = [load(LENET), load(YOURNET)]
     right = 0
     browser = shown(page)
@@ -124,7 +124,7 @@ SEVEN = [(0.3, 0.22), (0.72, 0.2), (0.6, 0.45), (0.5, 0.85)]
 
 
 @needs_browser
-def test_mouse_finger_keyboard_and_examples(page, shown):
+def test_mouse_touch_keyboard_and_examples_draw(page, shown):
     browser = shown(page)
     browser.look(400, 800)
     left, top, size = browser("(box => [box.left, box.top, box.width])(paper.getBoundingClientRect())")
@@ -171,7 +171,7 @@ def test_mouse_finger_keyboard_and_examples(page, shown):
 
 
 @needs_browser
-def test_the_page_fits_its_window_and_follows_the_setting(page, shown):
+def test_page_fits_the_window_and_follows_dark_mode(page, shown):
     browser = shown(page)
     drawn(browser, [SEVEN])
     browser.until("!find('again').disabled")
@@ -194,7 +194,7 @@ def test_the_page_fits_its_window_and_follows_the_setting(page, shown):
 
 
 @needs_browser
-def test_a_colour_network_takes_pictures(tmp_path, shown):
+def test_colour_network_takes_image_files(tmp_path, shown):
     made = demo({"net": nets.make("residual")}, tmp_path / "net.html", SMALL)
     pixels = torch.randint(256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.numpy()).save(tmp_path / "same.png")
@@ -229,7 +229,7 @@ def test_a_colour_network_takes_pictures(tmp_path, shown):
 
 
 @needs_browser
-def test_torchvisions_networks_in_the_browser(tmp_path, shown):
+def test_page_of_torchvision_networks_shows_the_likeliest_classes(tmp_path, shown):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     made = {
@@ -246,7 +246,7 @@ def test_torchvisions_networks_in_the_browser(tmp_path, shown):
 
 
 @needs_browser
-def test_a_page_that_computes_something_else_says_so(tmp_path, chromium):
+def test_page_reports_outputs_that_differ_from_pytorch(tmp_path, chromium):
     path = demo({"net": nets.make("lenet")}, tmp_path / "net.html", SMALL).path
     found = re.search(r'"expected":\[\[(-?[\d.e-]+)', path.read_text())
     path.write_text(
@@ -258,7 +258,7 @@ def test_a_page_that_computes_something_else_says_so(tmp_path, chromium):
         assert "do not trust them" in browser("find('check').textContent")
 
 
-def test_a_page_needs_nothing_else(tmp_path):
+def test_page_is_self_contained(tmp_path):
     net = nets.make("lenet").train()
     before = nets.snapshot(net)
     path = demo(
@@ -267,6 +267,6 @@ def test_a_page_needs_nothing_else(tmp_path):
     page = path.read_text()
     assert not re.search(r"""(src|href|action)=["']""", page) and "url(" not in page and "http" not in page
     assert "<h1>net &amp; more</h1>" in page and "&lt;\\u03b3&gt;" in page
-    assert not re.search(r"@\w+@", page) and str(ROOT) not in page
+    assert "{{" not in page and "{%" not in page and str(ROOT) not in page
     assert net.training and all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert [p.name for p in tmp_path.iterdir()] == ["net.html"]

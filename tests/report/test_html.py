@@ -1,4 +1,4 @@
-"""The report of a run: complete, self-contained, and fit to be read in a browser."""
+"""The report of a run is complete and self-contained, and a browser shows it without overflow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECTIONS = ["Asked and got", "Before and after", "Figures", "Layers", "Pruning s
 
 
 def finished_run(folder, net, images, labels):
-    """A short run of any network, with all that a report can show beside it."""
+    """A short run of a network, with every file that a report can show."""
     batches = [(images, labels)] * 2
     config = SlimConfig(
         Budget(params="60%"), TrainConfig(1, lr=0.01), PruneConfig(2, TrainConfig(1, lr=0.01), layers=True),
@@ -64,7 +64,7 @@ def images_of(page):
     ]
 
 
-def test_a_report_holds_everything_and_needs_nothing(lenet_run, toolkit):
+def test_report_is_complete_and_self_contained(lenet_run, toolkit):
     code, out, err = toolkit("report", lenet_run)
     assert code == 0, err
     path = Path(out.strip())
@@ -83,7 +83,7 @@ def test_a_report_holds_everything_and_needs_nothing(lenet_run, toolkit):
     assert len(images_of(page)) == 6
 
 
-def test_a_report_of_many_groups_is_whole(tmp_path):
+def test_report_lists_every_group_of_a_large_network(tmp_path):
     torch.manual_seed(0)
     net = resnet20(image_shape=(3, 16, 16), classes=4)
     folder = finished_run(tmp_path / "resnet", net, torch.randn(4, 3, 16, 16), torch.arange(4))
@@ -93,7 +93,7 @@ def test_a_report_of_many_groups_is_whole(tmp_path):
     assert len(images_of(page)) == 6
 
 
-def test_an_interrupted_run_has_a_report_of_what_has_happened(lenet_run, tmp_path):
+def test_interrupted_run_can_be_reported(lenet_run, tmp_path):
     shutil.copytree(lenet_run, tmp_path / "cut", ignore=shutil.ignore_patterns("*.pth", "sensitivity.json"))
     history = (lenet_run / "history.jsonl").read_text().splitlines(keepends=True)
     for lines in (1, 2, 3, 5):
@@ -101,9 +101,9 @@ def test_an_interrupted_run_has_a_report_of_what_has_happened(lenet_run, tmp_pat
         assert "<h2>Asked and got</h2>" in report(tmp_path / "cut").read_text()
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path, toolkit):
+def test_folder_without_a_run_raises(tmp_path, toolkit):
     code, _, err = toolkit("report", tmp_path)
-    assert code == 2 and "holds no run: config.json is not there" in err
+    assert code == 2 and "holds no run: config.json is missing" in err
     assert "Traceback" not in err and not (tmp_path / "report.html").exists()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "history.jsonl").write_text("")
@@ -124,10 +124,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path, toolkit):
         ("history.jsonl", '{"stage": "dense"}\n{"stage": "stage 2", "asked": {"params": "few"}}'),
     ],
 )
-def test_a_file_that_no_run_wrote_is_named(lenet_run, tmp_path, file, content):
+def test_error_names_the_file_with_wrong_content(lenet_run, tmp_path, file, content):
     shutil.copytree(lenet_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
     (tmp_path / "run" / file).write_text(content)
-    with pytest.raises(PruningError, match=file if content != "3" else "another tool's"):
+    with pytest.raises(PruningError, match=file if content != "3" else "another tool"):
         report(tmp_path / "run")
     assert not (tmp_path / "run" / "report.html").exists()
 
@@ -144,7 +144,7 @@ document.title = JSON.stringify({inner: innerWidth, page: document.documentEleme
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [500, 1400])
-def test_a_browser_shows_the_report(lenet_run, tmp_path, width):
+def test_browser_shows_the_report_without_overflow(lenet_run, tmp_path, width):
     page = report(lenet_run, tmp_path / "report.html").read_text()
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE))
     done = subprocess.run(

@@ -191,7 +191,7 @@ def test_a_size_that_is_computed_from_another_tensor_keeps_that_ones_channels():
 def test_doctor_counts_them_among_the_prunable():
     found = doctor(Halves(), nets.images())
     assert "stem.0" in {group.name for group in found.groups} and found.sizes == ["width"]
-    assert "sizes in attributes that follow the channels: width" in str(found) and not found.trial
+    assert "attributes that are updated with the channels: width" in str(found) and not found.trial
 
 
 @pytest.mark.parametrize("value", [[5, 4], 99, "7", [7.5], -1])

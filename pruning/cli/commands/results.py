@@ -13,7 +13,7 @@ from pruning.cli import arguments, config_file
 from pruning.cli.sources import Data, arguments_of
 from pruning.errors import PruningError
 from pruning.planning.cost import count
-from pruning.report.tensorboard import Board
+from pruning.report.tensorboard import TensorBoardWriter
 from pruning.stages.run import Run
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
@@ -48,7 +48,7 @@ def start(args: argparse.Namespace) -> Run:
     run = Run(args.output, settings, resume=args.resume)
     if run.writes:
         if args.tensorboard:
-            run.observe = Board(run.folder / "tensorboard").add
+            run.observe = TensorBoardWriter(run.folder / "tensorboard").add
         config_file.write_recipe(run.folder / "config.toml", args, args.parser)
     return run
 

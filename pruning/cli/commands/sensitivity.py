@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from pruning.cli import arguments, build
-from pruning.errors import PruningError
 from pruning.planning.budget import PLACES
 from pruning.planning.scores import NAMES as SCORES
 from pruning.planning.sensitivity import sensitivity
+from pruning.report.figures import require_matplotlib, save
+from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
 from pruning.utils.files import replace_file
@@ -49,11 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    try:
-        from pruning.report import plots
-    except ImportError as error:
-        raise PruningError(f"drawing needs matplotlib: pip install matplotlib ({error})") from error
-
+    require_matplotlib()
     model, data = build.network(args), build.required_data(args)
     example = build.examples(args, data)
     require_classifier(model, data.train, data.validation)
@@ -78,9 +75,9 @@ def execute(args: argparse.Namespace) -> None:
         path=args.output / "curves.json",
     )
     replace_file(args.output / "curves.csv", found.to_csv().encode())
-    plots.save(plots.sensitivity_curves(found), args.output / "curves")
-    plots.save(plots.sensitivity_map(found), args.output / "map")
-    plots.save(plots.lost_per_cost(found), args.output / "cost")
+    save(sensitivity_curves(found), args.output / "curves")
+    save(sensitivity_map(found), args.output / "map")
+    save(lost_per_cost(found), args.output / "cost")
     print(
         f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples; its layers take "
         f"{found.dense_milliseconds:.3f} ms in {args.runtime}"

@@ -14,7 +14,7 @@ from pruning.cli import arguments, build
 from pruning.cli.commands.results import finish, start
 from pruning.errors import PruningError
 from pruning.planning.cost import count
-from pruning.report.predictions import mistakes
+from pruning.report.predictions import differing_predictions
 from pruning.stages.slim import feasible, slim
 from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
@@ -63,6 +63,6 @@ def execute(args: argparse.Namespace) -> None:
     if run.writes:
         save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
         with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
-            compared = mistakes(result.dense, result.model, data.validation)
+            compared = differing_predictions(result.dense, result.model, data.validation)
             replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())
     print(written)
