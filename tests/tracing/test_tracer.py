@@ -79,19 +79,19 @@ def test_nothing_is_computed_to_trace_a_model(name):
 def test_ties_are_transitive_and_named_by_the_smallest():
     ties = Ties()
     first, second, third = ties.new(4), ties.new(4), ties.new(2)
-    ties.tie(first, second)
-    ties.tie(third, second[2:])
-    ties.tie(first[:1], first[3:])
-    assert ties.root(third).tolist() == [2, 0]
-    assert ties.root(second).tolist() == [0, 1, 2, 0]
+    ties.union(first, second)
+    ties.union(third, second[2:])
+    ties.union(first[:1], first[3:])
+    assert ties.find(third).tolist() == [2, 0]
+    assert ties.find(second).tolist() == [0, 1, 2, 0]
 
 
 def test_a_long_chain_of_ties_is_one():
     ties = Ties()
     numbers = ties.new(10_000)
     shuffled = numbers[torch.randperm(10_000).numpy()]
-    ties.tie(shuffled[:-1], shuffled[1:])
-    assert (ties.root(numbers) == 0).all()
+    ties.union(shuffled[:-1], shuffled[1:])
+    assert (ties.find(numbers) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
