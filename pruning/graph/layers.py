@@ -123,8 +123,8 @@ def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) 
         replace: whether a rule that there is for this very type may be replaced.
 
     Returns a handle: its method `remove`, or the end of a `with` block, takes the rule back.
-    Raises `PruningError` for what is no module type, for what is no rule, for one without tensors or of
-    kind `"recurrent"`, and for a type that has a rule. `trace` raises it for a rule that names a tensor
+    Raises `PruningError` for what is no module type or no rule, for a rule that names too few tensors or is
+    of kind `"recurrent"`, and for a type that has a rule. `trace` raises it for a rule that names a tensor
     or attribute which the layer does not have.
 
     >>> import torch
@@ -141,35 +141,42 @@ def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) 
     >>> small[0].scale.shape, small[2].kernel.shape
     (torch.Size([4]), torch.Size([3, 4]))
     """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise PruningError(f"{kind!r} is no type of layers; give a subclass of nn.Module")
-    if not isinstance(rule, Rule):
-        raise PruningError(f"the rule for {kind.__name__} is a {type(rule).__name__}; give a Rule")
-    if rule.kind == "recurrent":
-        raise PruningError(
-            f"the rule for {kind.__name__} is of kind 'recurrent', which is for torch's own layers; put its "
-            "input weights into a layer of their own, of kind 'weighted'"
-        )
-    if rule.kind not in ("weighted", "embedding", "channelwise", "norm"):
-        raise PruningError(
-            f"the rule for {kind.__name__} is of kind {rule.kind!r}; expected 'weighted', 'embedding', "
-            "'channelwise' or 'norm'"
-        )
-    between = rule.out.keys() & rule.into.keys()
-    if not rule.out or bool(between if rule.kind == "weighted" else rule.into) != (rule.kind == "weighted"):
-        raise PruningError(
-            f"the rule for {kind.__name__} has out={dict(rule.out)}, into={dict(rule.into)}: name "
-            "the tensors that hold its output channels; of a weighted layer, and of no other, those that hold its input "
-            "channels, with a weight that holds both"
-        )
-    if rule.dim is not None and rule.dim >= 0:
-        raise PruningError(f"the rule for {kind.__name__} has dim={rule.dim}; count it from the end, as -1")
+    _require_valid(kind, rule)
     known = any(of is kind for of, _ in _REGISTERED.values())
     if not replace and (known or (kind.__module__.startswith("torch.nn.") and _table_rule(kind) is not None)):
         raise PruningError(f"{kind.__name__} has a rule already; pass replace=True to replace it")
     handle = RemovableHandle(_REGISTERED)
     _REGISTERED[handle.id] = kind, rule
     return handle
+
+
+def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
+    """Raise `PruningError` for a type or rule that cannot be registered."""
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise PruningError(f"{kind!r} is no type of layers; give a subclass of nn.Module")
+    if not isinstance(rule, Rule):
+        raise PruningError(f"the rule for {kind.__name__} is a {type(rule).__name__}; give a Rule")
+    wrong = f"the rule for {kind.__name__} has"
+    if rule.kind == "recurrent":
+        raise PruningError(
+            f"{wrong} kind='recurrent', which is for torch's own layers; put its input weights into a layer "
+            "of their own, with kind='weighted'"
+        )
+    if rule.kind not in ("weighted", "embedding", "channelwise", "norm"):
+        raise PruningError(
+            f"{wrong} kind={rule.kind!r}; expected 'weighted', 'embedding', 'channelwise' or 'norm'"
+        )
+    if not rule.out:
+        raise PruningError(f"{wrong} out={{}}; name the tensors that hold its output channels")
+    if rule.kind == "weighted" and not rule.out.keys() & rule.into.keys():
+        raise PruningError(
+            f"{wrong} out={dict(rule.out)} and into={dict(rule.into)}; name the weight of a weighted layer "
+            "in both"
+        )
+    if rule.kind != "weighted" and rule.into:
+        raise PruningError(f"{wrong} kind={rule.kind!r} and into={dict(rule.into)}; leave out into")
+    if rule.dim is not None and rule.dim >= 0:
+        raise PruningError(f"{wrong} dim={rule.dim}; count it from the end, as -1")
 
 
 def require_rules(model: nn.Module) -> None:

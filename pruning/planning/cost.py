@@ -213,7 +213,7 @@ class CostModel:
             out, into, in_fixed = share.get((name, "out"), nothing), nothing, 1.0
             out_width = rule.width(layer, "out")
             out_fixed = float(out_width - out @ self.full)
-            if rule.in_count and not is_depthwise(layer):
+            if rule.into and not is_depthwise(layer):
                 into = share.get((name, "in"), nothing)
                 in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -171,43 +171,43 @@ def channel_constants(
     >>> {name: mean.shape for name, mean in constants.items()}
     {'2': torch.Size([6])}
     """
-    sums: dict[str, Tensor] = {}
-    bounds: dict[str, tuple[Tensor, Tensor]] = {}
-    counts: dict[str, int] = {}
-
-    def watch(name: str, dim: int) -> Callable[[Tensor], None]:
-        def observe(x: Tensor) -> None:
-            values = x.detach().movedim(dim, 0).flatten(1)
-            low, high = values.amin(1).cpu(), values.amax(1).cpu()
-            if name in sums:
-                low, high = torch.minimum(low, bounds[name][0]), torch.maximum(high, bounds[name][1])
-            sums[name] = sums.get(name, 0) + values.sum(1).double().cpu()
-            counts[name] = counts.get(name, 0) + values.shape[1]
-            bounds[name] = low, high
-
-        return observe
-
+    seen: dict[str, _Statistics] = {}
     handles: list[RemovableHandle] = []
     with hooked(handles), torch.no_grad(), eval_mode(model):
         for group in trace.groups.values():
             for member in group.side("in"):
                 layer = model.get_submodule(member.layer)
-                if _pads_with_zeros(layer) or member.layer in counts:
+                if _pads_with_zeros(layer) or member.layer in seen:
                     continue
-                counts[member.layer] = 0
-                handles.append(on_input(layer, watch(member.layer, member.dim)))
+                seen[member.layer] = _Statistics(member.dim)
+                handles.append(on_input(layer, seen[member.layer].observe))
         for inputs in batches:
             for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
                 call(model, fresh(variant))
+    return {name: found.constants(exact_only) for name, found in seen.items() if found.count}
 
-    constants = {}
-    for name, total in sums.items():
-        mean = total / counts[name]
-        if exact_only:
-            low, high = bounds[name]
-            mean = torch.where(high - low <= 1e-6 * high.abs(), mean, 0)
-        constants[name] = mean
-    return constants
+
+class _Statistics:
+    """Mean and range of each channel of a layer's input, which lie along dimension `dim`."""
+
+    def __init__(self, dim: int):
+        self.dim, self.count = dim, 0
+        self.total, self.low, self.high = torch.zeros(()), torch.zeros(()), torch.zeros(())
+
+    def observe(self, x: Tensor) -> None:
+        values = x.detach().movedim(self.dim, 0).flatten(1)
+        low, high = values.amin(1).cpu(), values.amax(1).cpu()
+        if self.count:
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+        self.total = self.total + values.sum(1).double().cpu()
+        self.count += values.shape[1]
+        self.low, self.high = low, high
+
+    def constants(self, exact_only: bool) -> Tensor:
+        """Return the means; 0 for channels that vary if only exact constants are wanted."""
+        mean = self.total / self.count
+        constant = self.high - self.low <= 1e-6 * self.high.abs()
+        return torch.where(constant, mean, 0) if exact_only else mean
 
 
 def _noise_like(inputs: Inputs) -> list[Inputs]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -71,15 +71,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     folded = _folded(given, pairs)
     if not differs(folded):
         return folded
-    right: dict[str, str] = {}
-    waiting = [list(pairs)]
-    while waiting:  # halve, until the norms at fault are found
-        names = waiting.pop()
-        tried = {name: pairs[name] for name in (*right, *names)}
-        if tried.keys() != pairs.keys() and not differs(_folded(given, tried)):
-            right = tried
-        elif len(names) > 1:
-            waiting += [names[len(names) // 2 :], names[: len(names) // 2]]
+    right = _without_faults(pairs, lambda tried: differs(_folded(given, tried)))
     left = [norm for name, norm in pairs.items() if name not in right]
     warnings.warn(
         f"{', '.join(left)} cannot be folded: the outputs would change. Their parameters and MACs "
@@ -87,6 +79,20 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
         stacklevel=2,
     )
     return _folded(given, right)
+
+
+def _without_faults(pairs: dict[str, str], fails: Callable[[dict[str, str]], bool]) -> dict[str, str]:
+    """Return the pairs of which a test does not fail, found by halves; it fails with all of them."""
+    right: dict[str, str] = {}
+    waiting = [list(pairs)]
+    while waiting:
+        names = waiting.pop()
+        tried = {name: pairs[name] for name in (*right, *names)}
+        if tried.keys() != pairs.keys() and not fails(tried):
+            right = tried
+        elif len(names) > 1:
+            waiting += [names[len(names) // 2 :], names[: len(names) // 2]]
+    return right
 
 
 def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:

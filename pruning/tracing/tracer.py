@@ -208,7 +208,7 @@ class _Tracer(TorchDispatchMode):
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for handle in self.handles:
             handle.remove()
@@ -219,8 +219,8 @@ class _Tracer(TorchDispatchMode):
         self,
         func: OpOverload,
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         output = run_operation(func, args, kwargs)
