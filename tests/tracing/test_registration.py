@@ -1,4 +1,4 @@
-"""Layers and operators that users register: they are pruned exactly, wherever torch's own are known."""
+"""Layers and operators that users register are pruned exactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pruning.tracing.operators import pointwise, register_operator
 
 
 class Scaled(nn.Module):
-    """A linear layer with its weight the other way round, a scale per channel and a temperature for all."""
+    """A linear layer with a transposed weight, a scale for each channel and a temperature for all."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -43,7 +43,7 @@ class Scaled(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution that keeps no numbers of channels, and adds its bias itself."""
+    """A convolution without attributes for its widths, which adds its bias itself."""
 
     def __init__(self, into, out, size):
         super().__init__()
@@ -65,7 +65,7 @@ class RootMeanSquare(nn.Module):
 
 
 class Gain(nn.Module):
-    """Channels of images, each by a factor that is no parameter."""
+    """Multiply each channel of an image by a buffer's entry."""
 
     def __init__(self, width):
         super().__init__()
