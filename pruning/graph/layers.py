@@ -112,10 +112,10 @@ def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) 
     """Tell the toolkit where a type of layer keeps its channels, so that it can be pruned.
 
     The rule holds for the type and its subclasses wherever a layer of torch is known: in `trace`,
-    `apply`, scores, costs and checkpoints. Tensors that the rule does not name stay as they are. `trace`
-    compares the outputs with a channel less, and leaves groups for which the rule is wrong, with the
-    reason. The MACs of a weighted layer are counted as one use of each weight per output position.
-    Checkpoints of pruned layers load without the registration, and without the toolkit.
+    `apply`, scores, costs and checkpoints. Tensors that it does not name stay as they are. `trace`
+    compares the model's outputs with a channel less, and skips groups for which the rule is wrong. Each
+    weight counts one MAC per output position; layers of the other kinds count none, as norms do.
+    Checkpoints load without the registration, and without the toolkit.
 
     Args:
         kind: the type of the layer.
@@ -190,7 +190,13 @@ def require_rules(model: nn.Module) -> None:
 
 
 def _problems(layer: nn.Module, rule: Rule) -> Iterator[str]:
-    own = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
+    own = [name for name, _ in _tensors(layer)]
+    for child, module in layer.named_children():
+        if any(_tensors(module, recurse=True)):
+            yield (
+                f"is for a layer that holds another, {child!r} ({type(module).__name__}); register what the "
+                "inner layers need instead"
+            )
     for name in (*rule.out, *rule.into, *filter(None, [rule.bias])):
         if not hasattr(layer, name):
             yield f"names the tensor {name!r}; the layer has {', '.join(own) or 'none'}"
@@ -211,6 +217,10 @@ def _problems(layer: nn.Module, rule: Rule) -> Iterator[str]:
                 yield f"names dimension {dim} of {name!r}, which is {_described(tensor)}"
             elif tensor.shape[dim] not in (width := rule.width(layer, side), width // parts(layer)):
                 yield f"says that {name!r} has {width} channels along dimension {dim}: {_described(tensor)}"
+
+
+def _tensors(layer: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]]:
+    return [*layer.named_parameters(recurse=recurse), *layer.named_buffers(recurse=recurse)]
 
 
 def _described(value: object) -> str:

@@ -172,7 +172,7 @@ def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
 
 def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) -> float:
     """Of one layer alone, per example: the least of several turns."""
-    weight, sizes = layer.get_parameter(rule_of(layer).weight or "weight_ih_l0"), list(shape)
+    weight, sizes = layer.get_parameter(rule_of(layer).weight), list(shape)
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
     received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)

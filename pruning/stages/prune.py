@@ -84,7 +84,7 @@ def prune(
             channel that goes: it is folded into the layer behind it. Without them only
             what is constant on the example inputs is folded.
         ignored: layers whose channels all stay, by name pattern, type or instance.
-        remove: names of whole layers to remove first (see `pruning.depth.removable`).
+        remove: names of whole layers to remove first (see `pruning.removable`).
         towards: the budget of the last of several steps, in counts: no channel goes now that a plan
             within it keeps. Of several limits a step may else meet one by channels that the others
             leave room for in the end.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.layers import WEIGHTED, rule_for
+from pruning.graph.layers import WEIGHTED, is_registered, rule_for
 from pruning.utils.modules import on_input
 
 #: What share of a range each training batch contributes to it.
@@ -38,7 +38,7 @@ class Rounding:
 
     def __enter__(self) -> Rounding:
         for name, layer in self.model.named_modules():
-            if isinstance(layer, WEIGHTED):
+            if isinstance(layer, WEIGHTED) and not is_registered(layer):
                 self._attach(name, layer)
         return self
 

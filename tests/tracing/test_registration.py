@@ -240,6 +240,19 @@ def test_a_rule_that_does_not_describe_the_layer_is_refused_when_it_is_traced(ru
         trace(made(Linears), Linears.inputs)
 
 
+def test_a_registered_layer_that_holds_another_is_refused():
+    class Holder(Scaled):
+        def __init__(self):
+            super().__init__(5, 8)
+            self.norm = nn.BatchNorm1d(8)
+
+    with (
+        register_layer(Scaled, RULES[Scaled]),
+        pytest.raises(PruningError, match=r"holds another, 'norm' \(BatchNorm1d\)"),
+    ):
+        trace(nn.Sequential(Holder(), nn.Linear(8, 3)), torch.randn(2, 5))
+
+
 @torch.library.custom_op("pruning_tests::mix", mutates_args=())
 def mix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x * y.sigmoid()
