@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 class DeformableConv(nn.Module, ABC):
     """The type of torchvision's DeformConv2d and its subclasses.
 
-    Beside its input it takes offsets, and perhaps a mask: where and how much its kernel reads.
+    It also reads offsets, which move its kernel's positions, and optionally a mask, which scales them.
     """
 
     weight: Tensor

@@ -26,8 +26,8 @@ class Rule:
 
     Args:
         out: names of the tensors that hold output channels, each with the dimension they lie along.
-            The channels of a norm or an activation go in and out at once; they count as output channels.
-        into: names of the tensors that hold input channels, likewise.
+            The channels of a norm or an activation, which are both, count as output channels.
+        into: names of the tensors that hold input channels, in the same way.
         out_count, in_count: attributes with the number of channels; of a tuple the last entry counts.
             Empty where the layer keeps no such number: the width is then that of its tensors.
         parts: attribute with the number of equal parts that the channels are divided into.
@@ -36,9 +36,10 @@ class Rule:
             treated alone (BatchNorm, PReLU); `"norm"`, channels are scaled by statistics over several
             of them (LayerNorm); `"recurrent"`, input channels are read, the hidden size is kept.
         bias: the tensor that is added to the weighted sum, if the layer adds one and neither scales the
-            sum nor pads its input with zeros; the constants that removed channels leave go there.
-        dim: the dimension of the input and the output along which channels lie, from the end. By
-            default dimension 1, or -1 for an embedding and for a weighted layer without `kernel_size`.
+            sum nor pads its input with zeros; `apply` adds the constants of removed channels to it.
+        dim: the dimension of the input and the output along which channels lie, from the end. The default
+            is -1 for an embedding and for a weight of two dimensions, -3 for one of four (a convolution of
+            images); for channelwise layers and norms it is dimension 1.
     """
 
     out: Mapping[str, int]
@@ -291,7 +292,7 @@ def layer_width(layer: nn.Module, side: Side) -> int:
 def channels_stand_alone(layer: nn.Module) -> bool:
     """Whether a layer in parts has one channel in each, as a depthwise convolution does.
 
-    Then channels need not go in equal numbers from every part: the parts go with them.
+    Such a layer may lose any of its channels: it loses the part with the channel.
     """
     rule = rule_of(layer)
     if rule.kind != "weighted" and rule.parts:
@@ -301,15 +302,14 @@ def channels_stand_alone(layer: nn.Module) -> bool:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a weighted layer's input along which its channels lie, from the end."""
-    dim = rule_of(layer).dim
-    if dim is None:
-        kernel = getattr(layer, "kernel_size", ())
-        return -1 - (len(kernel) if isinstance(kernel, tuple) else 0)
-    return dim
+    dim, weight = rule_of(layer).dim, weight_of(layer)
+    if dim is None and weight is not None and is_registered(layer):
+        return 1 - weight.ndim
+    return -1 - len(getattr(layer, "kernel_size", ())) if dim is None else dim
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each channel is convolved alone, into one or several, so that they go in and out at once."""
+    """Whether each input channel is convolved alone, into one output channel or several."""
     rule = rule_for(layer)
     if rule is not _CONV and rule is not _TRANSPOSED:
         return False

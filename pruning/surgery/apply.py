@@ -117,11 +117,11 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
             )
         if kept[-1] >= group.channels:
             raise PruningError(f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels}")
-        gone = torch.ones(group.channels, dtype=torch.bool)
-        gone[list(kept)] = False
-        if not gone.any():
+        drop = torch.ones(group.channels, dtype=torch.bool)
+        drop[list(kept)] = False
+        if not drop.any():
             continue
-        channels = gone.nonzero().flatten()
+        channels = drop.nonzero().flatten()
         for member in group.members:
             dropped.setdefault((member.layer, member.side), []).append(member.positions(channels))
     return {side: torch.cat(positions).unique() for side, positions in dropped.items()}

@@ -53,7 +53,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     if isinstance(expected, Exception):
         raise PruningError(
             f"{type(model).__name__} does not run on the example inputs of its trace "
-            f"({type(expected).__name__}: {expected}); give those that it takes as `inputs`"
+            f"({type(expected).__name__}: {expected}); give inputs that it runs on"
         ) from expected
     #: The inputs and outputs in double precision, once they are needed.
     precise: list[tuple[Inputs, list[Tensor] | Exception]] = []

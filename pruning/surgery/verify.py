@@ -57,7 +57,7 @@ def verify(
     if problem:
         raise PruningError(
             f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
-            "nothing was changed. List these layers as ignored, or mend what ties the model to its widths"
+            "nothing was changed. Ignore these layers, or change the code that depends on their widths"
         )
     return largest
 

@@ -38,7 +38,7 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
 
 
 def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int, str]]:
-    """Return every side with the smallest label tied to each of its own, and fixed labels with the reason.
+    """Return every side with each label replaced by the smallest tied to it, and why labels are fixed.
 
     Tensors outside layers become vectors along the dimension that holds channels; those without are left
     out.

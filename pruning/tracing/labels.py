@@ -221,7 +221,7 @@ class Labels:
             self.note_sizes(labels, labels)
         return labels
 
-    # --- what belongs together, what stays -----------------------------------------------
+    # --- tied and fixed channels ----------------------------------------------------------
 
     def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
         """Tie labels element by element, broadcast; those that meet `NONE` are fixed for the reason."""
@@ -249,7 +249,7 @@ class Labels:
             self.found.fixed.append((flat[flat != NONE], reason))
 
     def fix_operands(self, name: str, operands: Iterable[Tensor]) -> None:
-        """Fix what an operation takes that has no rule."""
+        """Fix the channels that reach an operation without a rule."""
         for operand in operands:
             self.fix(
                 self.of(operand), f"{self.where()} uses it in {name}, which channels are not followed through"
@@ -273,7 +273,7 @@ class Labels:
         """Note that channels were taken by position.
 
         Args:
-            counts: labels whose number gives the begin, the end or the length of what was taken.
+            counts: labels whose number is the start, the end or the length of what was taken.
         """
         for counted in counts:
             self.note_sizes(counted, counted)

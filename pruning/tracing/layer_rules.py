@@ -67,7 +67,7 @@ def deformable(labels: Labels, call: LayerCall) -> None:
     """Follow a deformable convolution: what says where to read is fixed; parts may have a place each."""
     x, *places = call.inputs
     for other in places:
-        labels.fix(labels.of(other), f"{call.name} takes places from it")
+        labels.fix(labels.of(other), f"{call.name} reads positions from it")
     offsets = max((other.shape[-3] for other in places), default=0)  # a mask has half as many
     assert isinstance(call.module, DeformableConv)
     apart = offsets // (2 * math.prod(call.module.kernel_size))
@@ -116,7 +116,7 @@ def layer_norm(labels: Labels, call: LayerCall) -> None:
 
 
 def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None:
-    """Follow a layer whose channels go in and out at once."""
+    """Follow a layer whose output channels are its input channels."""
     x, rule = call.inputs[0], rule_for(call.module)
     if dim is None and rule is not None:
         dim = rule.dim
@@ -200,6 +200,6 @@ def follow_layer(labels: Labels, call: LayerCall) -> bool:
         labels.found.calls[call.name] += 1
     if is_registered(call.module):
         for other in call.inputs[1:]:
-            labels.fix(labels.of(other), f"{call.name} takes it beside its first input")
+            labels.fix(labels.of(other), f"{call.name} reads it in addition to its first input")
     rule(labels, call)
     return is_weighted(call.module)

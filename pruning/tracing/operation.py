@@ -63,7 +63,7 @@ OperatorRule: TypeAlias = Callable[[Labels, Operation], None]
 
 
 def first_operand(rule: Callable[[Labels, Operation, Tensor], None]) -> OperatorRule:
-    """Make an operator's rule out of one that also takes the labels of the first operand.
+    """Return an operator's rule for a function that also takes the labels of the first operand.
 
     Channels of the other operands are tied to those of the first where they lie in the same places (the
     indices of an unpooling), and fixed elsewhere (a grid to sample at).
@@ -82,7 +82,7 @@ def first_operand(rule: Callable[[Labels, Operation, Tensor], None]) -> Operator
                 reason = f"{labels.where()} uses it in {op.name} beside a tensor of fixed size"
                 labels.tie(first, also, reason)
             else:
-                labels.fix(also, f"{labels.where()} takes places from it ({op.name})")
+                labels.fix(also, f"{labels.where()} reads positions from it ({op.name})")
         return rule(labels, op, first)
 
     return full

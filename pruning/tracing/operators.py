@@ -130,7 +130,7 @@ def same(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def unlabeled(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Make a tensor that takes its type and device alone from the first one."""
+    """Make a tensor without channels, such as `new_empty`."""
     labels.put(op.output, None)
 
 
@@ -247,7 +247,7 @@ def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -
 
     A rule that fits is often here already: `pointwise` (elementwise, any number of tensors), `same` (the
     output has the channels of the first tensor in the same places), `spatial` (pooling, resizing),
-    `reduction`. One of your own takes the `Labels` of the pass and the `Operation`: it reads the labels
+    `reduction`. A rule of your own takes the `Labels` of the pass and the `Operation`: it reads the labels
     of operands (`labels.of`), then ties (`labels.tie`), fixes (`labels.fix`) or passes them on
     (`labels.put`). `prune` compares its result with the masked model, so a wrong rule is found there.
 

@@ -99,7 +99,7 @@ class WidthProbe:
         return reasons, _merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return groups of which the code takes other channels, by their positions, when some are gone."""
+        """Return groups of which the code takes other channels by position once some are removed."""
         why: dict[str, str] = {}
         for labels, reason in self.found.by_position:
             roots = self.found.ties.find(labels)
@@ -161,7 +161,7 @@ class _NarrowedRuns:
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
         places = [found.ties.find(taken) for taken, _ in found.by_position]
-        #: Channels of each group, numbered by the pieces that the code takes of it.
+        #: Channels of each group, numbered by the pieces that the code slices it into.
         self.pieces = (
             {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
             if places
@@ -187,7 +187,7 @@ class _NarrowedRuns:
         """Return how the outputs differ from the masked model's without these channels; else empty.
 
         Args:
-            share: of every piece that the code takes of a group, the least part that is removed.
+            share: the least part of every such piece that is removed.
         """
         traced, plan = self._narrower(names, sizes, share)
         small = apply(self.model, traced, plan)

@@ -1,7 +1,7 @@
 """Tracing: find the channel groups of a model, with the reason for every layer that has none.
 
 `pruning.tracing.tracer` follows the channels through a forward pass; here the tied labels become groups,
-and `pruning.tracing.probing` finds those that the model's code does not let go.
+and `pruning.tracing.probing` finds the groups whose width the model's code fixes.
 """
 
 from __future__ import annotations

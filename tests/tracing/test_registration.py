@@ -27,6 +27,8 @@ from pruning.load_pruned import load_pruned
 from pruning.surgery.apply import channel_constants
 from pruning.tracing.operators import pointwise, register_operator
 
+pytestmark = pytest.mark.quick
+
 
 class Scaled(nn.Module):
     """A linear layer with a transposed weight, a scale for each channel and a temperature for all."""
@@ -88,7 +90,7 @@ RULES = {
     Scaled: Rule(
         out={"kernel": 1, "scale": 0, "shift": 0}, into={"kernel": 0}, out_count="n_out", in_count="n_in"
     ),
-    Conv: Rule(out={"filters": 0, "offset": 0}, into={"filters": 1}, bias="offset", dim=-3),
+    Conv: Rule(out={"filters": 0, "offset": 0}, into={"filters": 1}, bias="offset"),
     RootMeanSquare: Rule(out={"gain": 0}, kind="norm", dim=-1),
     Gain: Rule(out={"factors": 0}, kind="channelwise"),
     Table: Rule(out={"rows": 0}, kind="embedding"),

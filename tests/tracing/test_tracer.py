@@ -399,7 +399,7 @@ def test_channels_of_a_sampling_grid_are_not_pruned():
             return self.head(torch.cat([moved, torch.relu(self.edges(flow))], 1))
 
     step = prune(Flow(), nets.images(), Budget(channels=8), score="random", ranking="group")
-    assert "takes places from it" in step.trace.skipped["flow"]
+    assert "reads positions from it" in step.trace.skipped["flow"]
     assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
 
 
@@ -410,7 +410,7 @@ def test_offsets_of_a_deformable_convolution_are_not_pruned_and_the_rest_is():
     assert step.plan.widths == {"first": 2, "bent": 7, "own": 3, "still": 3}
     small = step.model
     assert small.bent.in_channels == 4 and small.each.groups == small.each.out_channels == 7
-    assert small.places.out_channels == 54 and "takes places" in step.trace.skipped["own.offset"]
+    assert small.places.out_channels == 54 and "reads positions" in step.trace.skipped["own.offset"]
     assert step.difference < 1e-5 and step.after.macs == count(small, images).macs
     of_one = sum(m.weight.numel() * 49 for m in (net.each, net.own, net.own.offset, net.still))
     whole = sum(m.weight.numel() * 196 for m in (net.first, net.places, net.bent, net.where))
