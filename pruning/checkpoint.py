@@ -30,12 +30,15 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
-from pruning.graph.layers import rule_for
+from pruning.graph.layers import is_registered, rule_for
 from pruning.load_pruned import rebuild, takes
-from pruning.surgery.sizes import changed_sizes
+from pruning.surgery.width_attributes import changed_attributes
 from pruning.utils.files import read_plain, replace_file
 
 FORMAT = 1
+
+#: Numbers that a module keeps in attributes, by attribute.
+Attributes = dict[str, int | list[int]]
 
 #: The type of each entry of a checkpoint that must be there. Later versions have added others.
 _ENTRIES: dict[str, type] = {
@@ -205,13 +208,14 @@ def describe(model: nn.Module) -> dict[str, object]:
         for name, value in model.state_dict().items()
     }
     everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
+    layers, sizes = _channel_counts(model)
     return {
-        "layers": _channel_counts(model),
+        "layers": layers,
         "folded": [name for name, layer in everywhere if type(layer) is nn.Identity],
         "not_in_place": [
             name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False
         ],
-        "sizes": {name: sizes for name, module in model.named_modules() if (sizes := changed_sizes(module))},
+        "sizes": sizes,
         "state_dict": state,
         "buffers": {
             name: buffer.cpu()
@@ -221,16 +225,25 @@ def describe(model: nn.Module) -> dict[str, object]:
     }
 
 
-def _channel_counts(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
-    """Return the channel counts of every layer in the table of layers, by attribute."""
-    layers: dict[str, dict[str, int | list[int]]] = {}
-    for name, layer in model.named_modules():
-        rule = rule_for(layer)
-        if rule is not None:
+def _channel_counts(model: nn.Module) -> tuple[dict[str, Attributes], dict[str, Attributes]]:
+    """Return the channel counts of torch's layers, and the numbers that other modules keep.
+
+    The loader knows the tensors of torch's layers alone. Registered layers keep their counts among the
+    other modules' numbers, and their tensors are as wide as stored.
+    """
+    layers: dict[str, Attributes] = {}
+    sizes: dict[str, Attributes] = {}
+    for name, module in model.named_modules():
+        if rule := rule_for(module):
             attributes = filter(None, (rule.out_count, rule.in_count, rule.parts))
-            counts = {attribute: getattr(layer, attribute) for attribute in attributes}
-            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
-    return layers
+            counts = {attribute: getattr(module, attribute) for attribute in attributes}
+            if counts:
+                (sizes if is_registered(module) else layers)[name] = {
+                    key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()
+                }
+        if changed := changed_attributes(module):
+            sizes[name] = {**sizes.get(name, {}), **changed}
+    return layers, sizes
 
 
 def _find_class(path: str | Path, name: str) -> type[nn.Module]:

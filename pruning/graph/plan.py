@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 from pruning.errors import PruningError
+
+
+class PlanData(TypedDict):
+    """A plan as plain data."""
+
+    keep: dict[str, list[int]]
+    removed: list[str]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which channels each group keeps; frozen, printable, and plain data in JSON.
 
+    Args:
+        keep: by group, the channels that it keeps, in any order; a group that is not named keeps all.
+        removed: layers that were removed as a whole before (`pruning.surgery.layer_removal`); the
+            groups are those of the model without them.
+
+    Raises `PruningError` for a group that would keep no channel, or one twice.
+
     >>> plan = Plan(keep={"conv1": (0, 2, 5)})
     >>> plan.widths
     {'conv1': 3}
     >>> Plan.from_json(plan.to_json()) == plan
     True
-
-    `removed` names layers that were removed as a whole before (`pruning.depth`): the groups
-    are those of the model without them.
-
-    Raises `PruningError` for a group that would keep nothing, or a channel twice.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -43,14 +52,17 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
+        """The number of channels that each group keeps."""
         return {group: len(channels) for group, channels in self.keep.items()}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> PlanData:
+        """The plan as plain data."""
         keep = {group: list(channels) for group, channels in self.keep.items()}
         return {"keep": keep, "removed": list(self.removed)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan of what `to_json` returned."""
         keep = {group: tuple(channels) for group, channels in data["keep"].items()}
         return cls(keep, tuple(data.get("removed", ())))
 

@@ -17,8 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruning.graph.deformable import count_deformable
 from pruning.graph.groups import Trace
-from pruning.graph.layers import RECURRENT, WEIGHTED, count_deformable, is_depthwise, readers, rule_for
+from pruning.graph.layer_tensors import readers, weight_size
+from pruning.graph.layers import (
+    RECURRENT,
+    WEIGHTED,
+    Rule,
+    bias_of,
+    is_depthwise,
+    is_registered,
+    is_weighted,
+    rule_for,
+)
 from pruning.utils.meta import Shapes, without_computing
 from pruning.utils.modules import call, eval_mode
 from pruning.utils.tree import Inputs, tensors
@@ -118,8 +129,8 @@ class _BiasCounter:
 
     def __init__(self, model: nn.Module):
         self.total = 0
-        layers = (m for m in model.modules() if isinstance(m, WEIGHTED))
-        self.handles = [m.register_forward_hook(self._add) for m in layers if m.bias is not None]
+        layers = (m for m in model.modules() if is_weighted(m))
+        self.handles = [m.register_forward_hook(self._add) for m in layers if bias_of(m) is not None]
 
     def _add(self, layer: nn.Module, args: Any, output: Tensor) -> None:
         self.total += output.numel()
@@ -134,18 +145,11 @@ class _BiasCounter:
 
 def uncounted(model: nn.Module) -> dict[str, str]:
     """Layers with weights that the count of MACs leaves out: name to type."""
-    counts_nothing = (
-        *_COUNTED,
-        nn.modules.batchnorm._NormBase,
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-        nn.PReLU,
-    )
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if list(module.parameters(recurse=False)) and not isinstance(module, counts_nothing)
+        if list(module.parameters(recurse=False))
+        and ((rule := rule_for(module)) is None or rule.kind == "embedding")
     }
 
 
@@ -209,12 +213,12 @@ class CostModel:
             out, into, in_fixed = share.get((name, "out"), nothing), nothing, 1.0
             out_width = rule.width(layer, "out")
             out_fixed = float(out_width - out @ self.full)
-            if rule.in_count and not is_depthwise(layer):
+            if rule.into and not is_depthwise(layer):
                 into = share.get((name, "in"), nothing)
                 in_fixed = float(rule.width(layer, "in") - into @ self.full)
             use = trace.uses.get(name)
             if isinstance(layer, RECURRENT):  # what it reads with; the rest stays as it is
-                taken = sum(weight.numel() for weight, _ in readers(layer))
+                taken = sum(reader.weight.numel() for reader in readers(layer))
                 weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
                 steps = use.uses if use is not None else 0.0
                 per_channel = taken / rule.width(layer, "in")
@@ -223,16 +227,17 @@ class CostModel:
                 self.fixed_params += numel - taken
                 self.fixed_macs += steps * (weights - taken)
                 continue
+            if is_registered(layer):
+                numel -= self._add_other_tensors(layer, rule, rows, (out, out_fixed), (into, in_fixed))
             self.layers.append(name if use is not None else "")
             if use is None:  # a norm, a PReLU, a layer that is not run: so much per channel
                 per_product = numel / max(1.0, float(out_width * (in_fixed + into @ self.full)))
                 rows.append(_Row(out, out_fixed, into, in_fixed, per_product, 0.0, 0.0, 0.0))
             else:
                 with eval_mode(layer):  # in training a parametrized weight may change as it is read
-                    weight: Any = layer.weight
-                    kernel = weight.numel() / float(out_width * (in_fixed + into @ self.full))
+                    kernel = weight_size(layer) / float(out_width * (in_fixed + into @ self.full))
                 # A weight that another layer has already counted, or that is computed from others.
-                own_weight = kernel if f"{name}.weight".lstrip(".") in loose else 0.0
+                own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in loose else 0.0
                 bias = float(use.bias)
                 macs, bias_macs = kernel * use.uses, use.positions * bias
                 rows.append(_Row(out, out_fixed, into, in_fixed, own_weight, macs, bias, bias_macs))
@@ -245,6 +250,29 @@ class CostModel:
         self._out_fixed, self._in_fixed = column("out_fixed"), column("in_fixed")
         self._params, self._macs = column("params"), column("macs")
         self._bias, self._bias_macs = column("bias"), column("bias_macs")
+
+    def _add_other_tensors(
+        self,
+        layer: nn.Module,
+        rule: Rule,
+        rows: list[_Row],
+        out: tuple[np.ndarray, float],
+        into: tuple[np.ndarray, float],
+    ) -> int:
+        """Count what a registered layer has beside its weight and bias; returns how many parameters."""
+        nothing, total = np.zeros(len(self.groups)), 0
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name == rule.bias or (name in rule.out and name in rule.into):
+                continue
+            total += parameter.numel()
+            if name in rule.out or name in rule.into:
+                side, fixed = out if name in rule.out else into
+                each = parameter.numel() / float(fixed + side @ self.full)
+                rows.append(_Row(side, fixed, nothing, 1.0, each, 0.0, 0.0, 0.0))
+                self.layers.append("")
+            else:
+                self.fixed_params += parameter.numel()
+        return total
 
     def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed

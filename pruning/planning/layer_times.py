@@ -14,17 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pruning.deploy.runtimes import onnx_session, require_package
+from pruning.graph.deformable import DeformableConv
 from pruning.graph.groups import Trace
-from pruning.graph.layers import (
-    DeformableConv,
-    Side,
-    channel_dim,
-    holds_layers,
-    is_depthwise,
-    layer_width,
-    narrow,
-    parts,
-)
+from pruning.graph.layer_tensors import narrow
+from pruning.graph.layers import Side, channel_dim, holds_layers, is_depthwise, layer_width, parts, rule_of
 from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.search import Order
@@ -179,7 +172,7 @@ def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
 
 def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) -> float:
     """Of one layer alone, per example: the least of several turns."""
-    weight, sizes = layer.get_parameter("weight"), list(shape)
+    weight, sizes = layer.get_parameter(rule_of(layer).weight), list(shape)
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
     received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)

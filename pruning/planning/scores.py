@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
-from pruning.graph.layers import MAKERS, output_rows
+from pruning.graph.layer_tensors import output_rows
+from pruning.graph.layers import makes_channels, rule_of, weight_of
 from pruning.planning import scores
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
@@ -84,8 +85,8 @@ def taylor(
         (member.layer, kind): parameter
         for chosen in members.values()
         for member in chosen
-        for kind in ("weight", "bias")
-        if (parameter := getattr(model.get_submodule(member.layer), kind, None)) is not None
+        for kind in rule_of(model.get_submodule(member.layer)).out
+        if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
     }
     scores = {name: torch.zeros(group.channels, dtype=torch.float32) for name, group in groups.items()}
     if not scores:
@@ -106,7 +107,7 @@ def taylor(
             for name, group in groups.items():
                 change = torch.zeros(group.channels, dtype=torch.float32)
                 for member in members[name]:
-                    for kind in ("weight", "bias"):
+                    for kind in rule_of(model.get_submodule(member.layer)).out:
                         gradient = gradients.get((member.layer, kind))
                         if gradient is not None:
                             products = parameters[member.layer, kind].detach() * gradient.to_dense()
@@ -143,12 +144,12 @@ def _scored_members(model: nn.Module, group: Group) -> list[Member]:
     """The norms of a group, or where it has none the layers that make its channels."""
     out = group.side("out")
     norms = [m for m in out if _has_scale(model.get_submodule(m.layer))]
-    return norms or [m for m in out if isinstance(model.get_submodule(m.layer), MAKERS)]
+    return norms or [m for m in out if makes_channels(model.get_submodule(m.layer))]
 
 
 def _weight(model: nn.Module, member: Member) -> Tensor:
-    weight = model.get_submodule(member.layer).weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(model.get_submodule(member.layer))
+    assert weight is not None
     return weight.detach()
 
 
@@ -170,8 +171,8 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
         total = torch.zeros(group.channels, dtype=torch.float32)
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
-            if isinstance(layer, MAKERS):
-                rows = output_rows(layer, "weight", _weight(model, member))
+            if makes_channels(layer):
+                rows = output_rows(layer, rule_of(layer).weight, _weight(model, member))
                 norms = torch.linalg.vector_norm(rows, order, dim=1)
                 total += _per_channel(group, member, norms**order)
         scores[name] = total ** (1 / order)

@@ -11,11 +11,11 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Ignored
-from pruning.graph.layers import MAKERS
+from pruning.graph.layers import makes_channels
 from pruning.graph.plan import Plan
 from pruning.planning.cost import Cost, CostModel, uncounted
 from pruning.surgery.apply import apply
-from pruning.surgery.verify import enliven, verify
+from pruning.surgery.verify import verify, with_random_weights
 from pruning.tracing.trace import trace
 from pruning.utils.modules import buffers_unchanged
 from pruning.utils.tree import Inputs
@@ -167,8 +167,8 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
     if groups:
         try:
             with torch.random.fork_rng(devices=[]):
-                probe = enliven(model, inputs)  # with random weights no factor of 0 hides a difference
-                verify(probe, apply(probe, traced, plan), traced, plan, inputs)
+                lively = with_random_weights(model, inputs)  # random weights hide nothing behind a 0
+                verify(lively, apply(lively, traced, plan), traced, plan, inputs)
         except PruningError as error:
             trial = str(error)
     return Diagnosis(
@@ -188,7 +188,7 @@ def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupF
     return GroupFacts(
         group.name,
         group.channels,
-        [name for name, layer in out if isinstance(layer, MAKERS)],
+        [name for name, layer in out if makes_channels(layer)],
         [m.layer for m in group.side("in")],
         float(params),
         float(macs),

@@ -20,7 +20,7 @@ from pruning.planning.sensitivity import sensitivity
 from pruning.surgery.apply import apply, channel_constants, may_leave_constants
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
-from pruning.surgery.verify import enliven, verify
+from pruning.surgery.verify import verify, with_random_weights
 from pruning.tracing.trace import require_groups, trace
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy
@@ -84,7 +84,7 @@ def prune(
             channel that goes: it is folded into the layer behind it. Without them only
             what is constant on the example inputs is folded.
         ignored: layers whose channels all stay, by name pattern, type or instance.
-        remove: names of whole layers to remove first (see `pruning.depth.removable`).
+        remove: names of whole layers to remove first (see `pruning.removable`).
         towards: the budget of the last of several steps, in counts: no channel goes now that a plan
             within it keeps. Of several limits a step may else meet one by channels that the others
             leave room for in the end.
@@ -154,7 +154,7 @@ def prune(
     small = apply(model, traced, plan, constants)
     difference = verify(model, small, traced, plan, example_inputs, constants) if check else float("nan")
     if difference == 0:  # the outputs may not depend on what was cut: ask random weights
-        lively = enliven(model, example_inputs)
+        lively = with_random_weights(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
     recalibrate(small, map(fresh, batches))
     distributed.broadcast_weights(small)

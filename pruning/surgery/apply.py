@@ -1,9 +1,8 @@
-"""Surgery: a model and a plan give a smaller model."""
+"""Surgery: apply a plan to a model, which gives a smaller model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,56 +10,67 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
+from pruning.graph.deformable import DeformableConv
 from pruning.graph.groups import Trace
-from pruning.graph.layers import DeformableConv, Side, layer_width, narrow, output_rows, parts, readers
+from pruning.graph.layer_tensors import narrow, output_rows, readers
+from pruning.graph.layers import Side, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
-from pruning.surgery.sizes import resize
+from pruning.surgery.width_attributes import update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
 
-#: For consumers of pruned channels, the value each of their input channels is taken to have
-#: once it is gone: layer name to (input channels,).
+#: By layer, the value that each of its input channels is taken to have once it is removed, (channels,).
 Constants = Mapping[str, Tensor]
 
 
 def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | None = None) -> nn.Module:
-    """The model that keeps only the channels of the plan.
+    """Return a copy of a model that keeps only the channels of a plan.
 
     Args:
         model: left as it is.
         trace: of this model.
-        plan: what each group keeps; a group it does not name is kept whole.
-        constants: folded into the bias of the consumer, or into the running mean of the
-            BatchNorm behind it, for the channels that go (see `channel_constants`).
+        plan: which channels each group keeps; a group that it does not name keeps all.
+        constants: values of input channels (see `channel_constants`). What the removed ones contribute
+            is added to the bias of the layer, or to the running mean of the BatchNorm behind it.
 
     Returns a new model on the same device, in the same mode, without gradients.
-    Raises `PruningError` for a plan that names a group or channel the trace does not have.
+    Raises `PruningError` for a plan that names a group or channel which the trace does not have.
+
+    >>> from pruning import trace
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    >>> small = apply(model, trace(model, torch.zeros(1, 3, 9, 9)), Plan({"0": (0, 4, 7)}))
+    >>> small[0].weight.shape, small[1].num_features, small[3].in_channels
+    (torch.Size([3, 3, 3, 3]), 3, 3)
     """
     dropped = dropped_positions(trace, plan)
     # Weights that are narrowed below are not copied whole before.
     narrowed = [
         weight
         for name, side in dropped
-        if side != "self" and isinstance(weight := getattr(model.get_submodule(name), "weight", None), Tensor)
+        if side != "self" and (weight := _weight_along(model.get_submodule(name), side)) is not None
     ]
     small = copied(model, {id(weight): weight for weight in narrowed})
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
-    _cut(small, trace, dropped)
-    resize(small, trace, plan)
+    _cut(small, trace, plan, dropped)
     small.zero_grad(set_to_none=True)
     return small
 
 
-def cut(model: nn.Module, trace: Trace, plan: Plan) -> None:
-    """Take the channels that a plan does not keep out of a model, in place."""
-    _cut(model, trace, dropped_positions(trace, plan))
-    resize(model, trace, plan)
+def _weight_along(layer: nn.Module, side: Side) -> Tensor | None:
+    """Return the weight of a layer if it holds the channels of a side."""
+    rule = rule_of(layer)
+    return weight_of(layer) if rule.weight in (rule.out if side == "out" else rule.into) else None
 
 
-def _cut(model: nn.Module, trace: Trace, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
+def cut_channels(model: nn.Module, trace: Trace, plan: Plan) -> None:
+    """Remove the channels that a plan does not keep from a model, in place."""
+    _cut(model, trace, plan, dropped_positions(trace, plan))
+
+
+def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     # Rows first: what is left of them is then less to gather columns from.
     for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
@@ -68,22 +78,27 @@ def _cut(model: nn.Module, trace: Trace, dropped: Mapping[tuple[str, Side], Tens
             _narrow_tensor(model, name, lies[name, side], drop)
         else:
             layer = model.get_submodule(name)
-            narrow(layer, side, others(layer_width(layer, side), drop))
+            narrow(layer, side, kept_positions(layer_width(layer, side), drop))
+    update_attributes(model, trace, plan)
 
 
-def others(width: int, drop: Tensor) -> Tensor:
-    """The positions that stay of so many, sorted."""
+def kept_positions(width: int, drop: Tensor) -> Tensor:
+    """Return the positions below `width` that are not dropped, sorted.
+
+    >>> kept_positions(5, torch.tensor([1, 3]))
+    tensor([0, 2, 4])
+    """
     keep = torch.ones(width, dtype=torch.bool)
     keep[drop] = False
     return keep.nonzero().flatten()
 
 
 def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
-    """Take positions out of a parameter or buffer, in place."""
+    """Remove positions from a parameter or buffer, in place."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     tensor = getattr(module, attribute)
-    keep = others(tensor.shape[dim], drop).to(tensor.device)
+    keep = kept_positions(tensor.shape[dim], drop).to(tensor.device)
     kept = tensor.detach().index_select(dim, keep)
     if isinstance(tensor, nn.Parameter):
         kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
@@ -91,7 +106,7 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
 
 
 def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
-    """For each side of each layer that loses channels, the positions that go, sorted."""
+    """Return, for each side of each layer that loses channels, the positions that are removed, sorted."""
     dropped: dict[tuple[str, Side], list[Tensor]] = {}
     for name, kept in plan.keep.items():
         group = trace.groups.get(name)
@@ -102,28 +117,29 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
             )
         if kept[-1] >= group.channels:
             raise PruningError(f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels}")
-        gone = torch.ones(group.channels, dtype=torch.bool)
-        gone[list(kept)] = False
-        if not gone.any():
+        drop = torch.ones(group.channels, dtype=torch.bool)
+        drop[list(kept)] = False
+        if not drop.any():
             continue
-        channels = gone.nonzero().flatten()
+        channels = drop.nonzero().flatten()
         for member in group.members:
             dropped.setdefault((member.layer, member.side), []).append(member.positions(channels))
     return {side: torch.cat(positions).unique() for side, positions in dropped.items()}
 
 
 def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
-    """Whether a channel that goes may be a constant other than 0: its scale or all its weights are 0.
+    """Whether a removed channel may be a constant other than 0: its scale or all its weights are 0.
 
     Without such a channel `channel_constants(..., exact_only=True)` would find nothing.
     """
     for (name, side), drop in dropped_positions(trace, plan).items():
-        weight = getattr(model.get_submodule(name), "weight", None) if side == "out" else None
-        if weight is None:
+        layer = model.get_submodule(name) if side == "out" else None
+        weight = weight_of(layer) if layer is not None else None
+        if layer is None or weight is None:
             continue  # an input, or a norm without scales
-        rows = output_rows(model.get_submodule(name), "weight", weight.detach())
+        rows = output_rows(layer, rule_of(layer).weight, weight.detach())
         at = drop.to(rows.device)
-        at = at[rows[at, 0] == 0]  # most rows are told by their first weight
+        at = at[rows[at, 0] == 0]  # the first weight rules most rows out
         if len(at) and (~rows[at].any(1)).any():
             return True
     return False
@@ -133,60 +149,72 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
 def channel_constants(
     model: nn.Module, trace: Trace, batches: Iterable[Inputs], *, exact_only: bool = False
 ) -> dict[str, Tensor]:
-    """The mean that each channel has where a layer consumes it, over calibration batches.
+    """Return the mean of each channel where a layer reads it, over calibration batches.
 
-    A channel with γ = 0 is constant: its mean is the constant that β leaves behind the
-    activation, and folding it loses nothing. For any other channel the mean is the constant
-    that replaces it with the least squared error.
+    A channel with γ = 0 is constant: its mean is the constant that β leaves behind the activation, and
+    `apply` loses nothing when it folds it. For any other channel the mean is the constant that replaces it
+    with the least squared error.
 
-    Layers that pad with zeros have no entry: near the border the constant would be missing.
-    With `exact_only`, channels that vary count as 0, so that example inputs of any kind do;
-    noise of their shape is run besides, because a single example varies nowhere.
+    Args:
+        model: left as it is.
+        trace: of this model.
+        batches: inputs, as `trace` takes them.
+        exact_only: give channels that vary the value 0, so that example inputs suffice; noise of their
+            shape is run besides, because a single example may not vary.
+
+    Returns a tensor (input channels,) for each layer that reads pruned channels. Layers that pad with
+    zeros have none: near the border the constant would be missing.
+
+    >>> from pruning import trace
+    >>> model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.ones(2, 4)
+    >>> constants = channel_constants(model, trace(model, inputs), [inputs, -inputs])
+    >>> {name: mean.shape for name, mean in constants.items()}
+    {'2': torch.Size([6])}
     """
-    sums: dict[str, Tensor] = {}
-    spread: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def watch(name: str, dim: int) -> Callable[[Tensor], None]:
-        def observe(x: Tensor) -> None:
-            values = x.detach().movedim(dim, 0).flatten(1)
-            low, high = values.amin(1).cpu(), values.amax(1).cpu()
-            if name in sums:
-                low, high = torch.minimum(low, spread[name][0]), torch.maximum(high, spread[name][1])
-            sums[name] = sums.get(name, 0) + values.sum(1).double().cpu()
-            counts[name] = counts.get(name, 0) + values.shape[1]
-            spread[name] = torch.stack([low, high])
-
-        return observe
-
+    seen: dict[str, _Statistics] = {}
     handles: list[RemovableHandle] = []
     with hooked(handles), torch.no_grad(), eval_mode(model):
         for group in trace.groups.values():
             for member in group.side("in"):
                 layer = model.get_submodule(member.layer)
-                if _pads_with_zeros(layer) or member.layer in counts:
+                if _pads_with_zeros(layer) or member.layer in seen:
                     continue
-                counts[member.layer] = 0
-                handles.append(on_input(layer, watch(member.layer, member.dim)))
+                seen[member.layer] = _Statistics(member.dim)
+                handles.append(on_input(layer, seen[member.layer].observe))
         for inputs in batches:
             for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
                 call(model, fresh(variant))
-
-    constants = {}
-    for name, total in sums.items():
-        mean = total / counts[name]
-        if exact_only:
-            low, high = spread[name]
-            mean = torch.where(high - low <= 1e-6 * high.abs(), mean, 0)
-        constants[name] = mean
-    return constants
+    return {name: found.constants(exact_only) for name, found in seen.items() if found.count}
 
 
-def _noise_like(inputs: Inputs) -> list[Any]:
-    """Two inputs in which every floating-point tensor is replaced by noise, always the same."""
+class _Statistics:
+    """Mean and range of each channel of a layer's input, which lie along dimension `dim`."""
+
+    def __init__(self, dim: int):
+        self.dim, self.count = dim, 0
+        self.total, self.low, self.high = torch.zeros(()), torch.zeros(()), torch.zeros(())
+
+    def observe(self, x: Tensor) -> None:
+        values = x.detach().movedim(self.dim, 0).flatten(1)
+        low, high = values.amin(1).cpu(), values.amax(1).cpu()
+        if self.count:
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+        self.total = self.total + values.sum(1).double().cpu()
+        self.count += values.shape[1]
+        self.low, self.high = low, high
+
+    def constants(self, exact_only: bool) -> Tensor:
+        """Return the means; 0 for channels that vary if only exact constants are wanted."""
+        mean = self.total / self.count
+        constant = self.high - self.low <= 1e-6 * self.high.abs()
+        return torch.where(constant, mean, 0) if exact_only else mean
+
+
+def _noise_like(inputs: Inputs) -> list[Inputs]:
+    """Return two inputs in which noise, always the same, replaces every floating-point tensor."""
     generator = torch.Generator().manual_seed(0)
 
-    def noise(leaf: Any) -> Any:
+    def noise(leaf: object) -> object:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
         return torch.randn(leaf.shape, generator=generator).to(leaf)
@@ -195,6 +223,7 @@ def _noise_like(inputs: Inputs) -> list[Any]:
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether a constant input channel does not add the same to every output position."""
     if isinstance(layer, (nn.modules.conv._ConvTransposeNd, DeformableConv)):
         return True  # its output positions see different numbers of inputs
     if not isinstance(layer, nn.modules.conv._ConvNd):
@@ -204,13 +233,14 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 
 
 def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
-    """Add what the dropped inputs of a layer contribute to its bias or the norm behind it."""
+    """Add the contribution of a layer's dropped inputs to its bias, or to the mean of the norm behind it."""
     layer = model.get_submodule(name)
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
     with torch.no_grad():
-        for weight, bias in readers(layer):
-            per_input = weight.detach().cpu().double()
+        for reader in readers(layer):
+            weight = reader.weight.detach().movedim((reader.out_dim, reader.in_dim), (0, 1))
+            per_input = weight.cpu().double()
             if per_input.ndim > 2:
                 per_input = per_input.flatten(2).sum(2)
             if parts(layer) > 1:
@@ -218,24 +248,33 @@ def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, con
                 shift = (per_input * inputs).sum(1)
             else:
                 shift = per_input @ values
-            if bias is not None:
-                bias.add_(shift.to(bias))
+            if reader.bias is not None:
+                reader.bias.add_(shift.to(reader.bias))
             elif name in trace.foldable:
                 mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
                 mean.sub_(shift.to(mean))
 
 
 def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
-    """The constants that surgery can put somewhere: a bias, or a BatchNorm directly behind."""
+    """Return the constants that `apply` can fold: into a bias, or into a BatchNorm directly behind."""
     return {
         name: value
         for name, value in constants.items()
-        if name in trace.foldable or all(bias is not None for _, bias in readers(model.get_submodule(name)))
+        if name in trace.foldable
+        or all(reader.bias is not None for reader in readers(model.get_submodule(name)))
     }
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into a submodule's place, under each of the names that it may have."""
+    """Replace a submodule, under each of the names that it may have, in place.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> replace_module(model, "0", nn.Identity())
+    >>> model
+    Sequential(
+      (0): Identity()
+    )
+    """
     replaced = model.get_submodule(name)
     for parent in list(model.modules()):
         for child in [child for child, held in parent._modules.items() if held is replaced]:

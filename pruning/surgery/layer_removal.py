@@ -1,18 +1,17 @@
-"""Whole layers: which of them a model can do without, and the model without them.
+"""Remove whole layers: find which a model can do without, and make the model without them.
 
-Two kinds can go. A hidden layer, when a single layer consumes its channels: that layer is
-fitted anew, by least squares on calibration data, to do the work of both; where nothing
-non-linear lies between the two, this is exact. And a residual block, when its input can
-pass in its place. Training then makes up for the rest.
+Two kinds can be removed: a hidden layer whose channels a single layer reads, which is refitted by least
+squares on calibration data to do the work of both (exact where nothing non-linear lies between the two);
+and a residual block whose input can take the place of its output. Training makes up for the rest.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +19,28 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Trace
-from pruning.graph.layers import WEIGHTED
+from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
 from pruning.utils.meta import Shapes, without_storage
 from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
 
-#: Added to the diagonal of the normal equations, relative to its mean: inputs that hardly
-#: vary in the calibration data get no weight.
+#: Added to the diagonal of the normal equations, relative to its mean: inputs that hardly vary in the
+#: calibration data get no weight.
 RIDGE = 1e-5
+
+#: Layers that can be refitted.
+_Fittable: TypeAlias = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
 class Removable:
-    """A layer that can go.
+    """A layer that can be removed.
 
     Attributes:
         name: of the hidden layer or the residual block.
         bypassed: the modules that an identity replaces.
-        joined: the layer that is fitted anew; empty for a residual block.
+        joined: the layer that is refitted; empty for a residual block.
     """
 
     name: str
@@ -47,11 +49,18 @@ class Removable:
 
 
 def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Removable]:
-    """The layers that the model can do without, by name, in the order of the forward pass.
+    """Return the layers that a model can do without, by name, in the order of the forward pass.
 
     Args:
-        model: left as it is. traced: of this model; layers that it ignores stay, and with
-            them the blocks around them. inputs: example inputs, as `trace` takes them.
+        model: left as it is.
+        traced: the trace of this model. Layers that it ignores, and blocks with such layers, are no
+            candidates.
+        inputs: example inputs, as `trace` takes them.
+
+    >>> from pruning import trace
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> removable(model, trace(model, torch.zeros(1, 4)), torch.zeros(1, 4))
+    {'0': Removable(name='0', bypassed=('0',), joined='2')}
     """
     seen = _observe(model, inputs)
     probe, example = without_storage(model, lambda copied, x: call(copied, x), inputs)
@@ -79,17 +88,29 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
 def without_layer(
     model: nn.Module, traced: Trace, layer: Removable, batches: Iterable[Inputs] = ()
 ) -> nn.Module:
-    """A new model without a layer; the given one is left as it is.
+    """Return a copy of a model without a layer.
 
     Args:
-        traced: of the model. layer: as `removable` gave it.
-        batches: calibration inputs, to fit the joined layer.
+        model: left as it is.
+        traced: the trace of this model.
+        layer: one of those that `removable` found.
+        batches: calibration inputs, to refit the joined layer.
 
-    Raises `PruningError` when a layer must be fitted and there is no calibration data.
+    Raises `PruningError` when a layer must be refitted and there is no calibration data.
+
+    >>> from pruning import trace
+    >>> model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(50, 4)
+    >>> traced = trace(model, inputs)
+    >>> without_layer(model, traced, removable(model, traced, inputs)["0"], [inputs])
+    Sequential(
+      (0): Identity()
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=3, bias=True)
+    )
     """
     smaller = _bypassed(model, layer)
     if layer.joined:
-        _fit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))
+        _refit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))
     smaller.zero_grad(set_to_none=True)
     return smaller
 
@@ -98,27 +119,28 @@ def without_layer(
 class _Use:
     """One call of a module."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    output: object
 
     def inputs(self) -> list[Tensor]:
+        """Return the tensors among the arguments."""
         return tensors_among((*self.args, *self.kwargs.values()))
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
-    """Every module's calls in a forward pass, in the order in which they begin."""
+    """Return every module's calls in a forward pass, in the order in which they begin."""
     seen: dict[str, list[_Use]] = {}
     handles = []
 
     def begin(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             seen.setdefault(name, []).append(_Use(args, kwargs, None))
 
         return hook
 
     def end(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(_: nn.Module, args: object, output: object) -> None:
             seen[name][-1].output = output
 
         return hook
@@ -132,7 +154,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
 
 
 def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Removable | None:
-    """The layer that makes a group's channels, when one other layer consumes all of them."""
+    """Return the layer that makes a group's channels, where one other layer alone reads all of them."""
     makers = [m.layer for m in group.side("out")]
     weighted = [m for m in makers if isinstance(model.get_submodule(m), WEIGHTED)]
     consumers = group.side("in")
@@ -141,21 +163,23 @@ def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Remo
     layer, consumer = model.get_submodule(weighted[0]), model.get_submodule(consumers[0].layer)
     if len(consumers[0].index) != group.channels or len(seen.get(consumers[0].layer, ())) != 1:
         return None
-    for fitted in (layer, consumer):
-        if not isinstance(fitted, nn.Linear) and not (isinstance(fitted, nn.Conv2d) and fitted.groups == 1):
-            return None
+    if not _is_fittable(layer) or not _is_fittable(consumer):
+        return None
     if isinstance(consumer, nn.Conv2d) and consumer.padding_mode != "zeros":
         return None
-    if (
-        consumer.in_features != group.channels
-        if isinstance(consumer, nn.Linear)
-        else (consumer.in_channels != group.channels)
-    ):
+    if layer_width(consumer, "in") != group.channels:
         return None
     use = seen[weighted[0]][0]
-    if isinstance(layer, nn.Conv2d) and use.args[0].shape[2:] != use.output.shape[2:]:
-        return None
+    if isinstance(layer, nn.Conv2d):
+        [output] = tensors_among((use.output,))
+        if use.inputs()[0].shape[2:] != output.shape[2:]:
+            return None
     return Removable(weighted[0], tuple(makers), consumers[0].layer)
+
+
+def _is_fittable(layer: nn.Module) -> TypeGuard[_Fittable]:
+    """Whether a layer can be refitted."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
 def _passes_input_on(module: nn.Module, use: _Use) -> bool:
@@ -178,16 +202,16 @@ def _passes_input_on(module: nn.Module, use: _Use) -> bool:
 
 
 def _input_of(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
-    """What a layer receives in a forward pass."""
+    """Return the input of a layer in a forward pass."""
     with torch.no_grad():
         return call_until(model, inputs, name, "in").detach()
 
 
 def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
-    """A copy with identities in place of the bypassed modules.
+    """Return a copy with identities in place of the bypassed modules.
 
-    The activation behind them now sees the tensor that they received, which others may use,
-    too: it must not write into it.
+    The activation behind them then reads the tensor that they received. Other modules may read it, too,
+    so the activation must not write into it.
     """
     smaller = copied(model)
     for name in layer.bypassed:
@@ -199,13 +223,13 @@ def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
 
 
 def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, list[_Use]]) -> bool:
-    """Whether the model still fits together without the layer, and can be trained.
+    """Whether the model still runs without the layer, and can be trained.
 
-    One pass shows it: the joined layer takes its new width when its input arrives.
+    One pass shows it: the joined layer gets its new width when its input arrives.
     """
     probe = _bypassed(model, layer)
     if layer.joined:
-        joined = probe.get_submodule(layer.joined)
+        joined = _fittable(probe, layer.joined)
         before = seen[layer.joined][0].inputs()[0].shape
         on_input(joined, lambda x: _take_width(joined, x, before))
     try:
@@ -216,20 +240,27 @@ def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, li
     return bool(layer.joined) or shapes == [t.shape for t in tensors(seen[""][0].output)]
 
 
-def _take_width(joined: Any, x: Tensor, before: torch.Size) -> None:
-    """Make a layer's weights fit an input that differs from the one before in its channels alone."""
+def _fittable(model: nn.Module, name: str) -> _Fittable:
+    """Return the layer of this name, one that can be refitted."""
+    layer = model.get_submodule(name)
+    assert _is_fittable(layer)
+    return layer
+
+
+def _take_width(joined: _Fittable, x: Tensor, before: torch.Size) -> None:
+    """Give a layer weights for an input that differs from the one before in its channels alone."""
     linear = isinstance(joined, nn.Linear)
     if (x.shape[:-1] != before[:-1]) if linear else (x.shape[2:] != before[2:]):
         raise ValueError(f"{tuple(x.shape)} arrives in place of {tuple(before)}")
     width = x.shape[-1] if linear else x.shape[1]
-    per_row = width * math.prod(getattr(joined, "kernel_size", ()))
+    per_row = width * (1 if isinstance(joined, nn.Linear) else math.prod(joined.kernel_size))
     _replace_weights(joined, joined.weight.new_zeros(len(joined.weight), per_row))
 
 
 def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs of a forward pass that a backward pass could follow; raises RuntimeError if not.
+    """Return the outputs of a forward pass, after a backward pass; raises RuntimeError where that fails.
 
-    An operation that writes into a tensor which the backward pass needs is found here.
+    It fails, for one, where an operation writes into a tensor that the backward pass needs.
     """
     with torch.enable_grad(), eval_mode(model):
         outputs = tensors(call(model, fresh(inputs)))
@@ -238,55 +269,68 @@ def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return outputs
 
 
-def _fit(
+def _refit(
     model: nn.Module, smaller: nn.Module, layer: Removable, batches: list[Inputs], norm: str | None
 ) -> None:
-    """Fit the joined layer: least squares from what it now receives to what it gave before."""
+    """Refit the joined layer, in place: map what it now receives to what it gave before.
+
+    Args:
+        model: with the layer. smaller: without it, whose joined layer is refitted.
+        norm: the BatchNorm directly behind the joined layer, if there is one.
+    """
     if not batches:
         raise PruningError(f"calibration data is needed to join {layer.name} and {layer.joined}")
-    joined: Any = model.get_submodule(layer.joined)
-    offset = joined.bias is not None or norm is not None
-    gram: Any = 0.0
-    cross: Any = 0.0
-    weight: Tensor
-    bias: Any
-    with torch.no_grad():
+    joined, refitted = _fittable(model, layer.joined), _fittable(smaller, layer.joined)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for inputs in batches:
             wanted = joined(_input_of(model, layer.joined, inputs))
-            given, wanted = _rows(joined, _input_of(smaller, layer.joined, inputs), wanted)
-            if offset:
-                given = torch.cat([given, given.new_ones(len(given), 1)], 1)
-            gram, cross = gram + given.T @ given, cross + given.T @ wanted
-        diagonal = gram.diagonal()
-        ridge = torch.full_like(diagonal, RIDGE * diagonal.mean().item() + 1e-12)
+            yield _rows(joined, _input_of(smaller, layer.joined, inputs), wanted)
+
+    with torch.no_grad():
+        weight, bias = _least_squares(pairs(), offset=joined.bias is not None or norm is not None)
+        _replace_weights(refitted, weight.T.to(joined.weight))
+        if bias is not None and joined.bias is not None:
+            refitted.get_parameter("bias").copy_(bias.to(joined.weight))
+        elif bias is not None and norm is not None:
+            smaller.get_submodule(norm).get_buffer("running_mean").sub_(bias.to(joined.weight))
+
+
+def _least_squares(pairs: Iterable[tuple[Tensor, Tensor]], offset: bool) -> tuple[Tensor, Tensor | None]:
+    """Solve `wanted = given @ weight + bias` in the least-squares sense, with a small ridge on the weight.
+
+    Args:
+        pairs: `given` (rows, inputs) and `wanted` (rows, outputs), in float64, batch by batch.
+        offset: whether there is a bias.
+
+    Returns the weight (inputs, outputs) and the bias (outputs,).
+    """
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for given, wanted in pairs:
         if offset:
-            ridge[-1] = 0
-        solved = torch.linalg.solve(gram + torch.diag(ridge), cross).to(joined.weight)
-        weight, bias = (solved[:-1], solved[-1]) if offset else (solved, None)
-        fitted = smaller.get_submodule(layer.joined)
-        _replace_weights(fitted, weight.T)
-        if joined.bias is not None:
-            fitted.get_parameter("bias").copy_(bias)
-        elif norm is not None:
-            smaller.get_submodule(norm).get_buffer("running_mean").sub_(bias)
+            given = torch.cat([given, given.new_ones(len(given), 1)], 1)
+        gram, cross = gram.to(given) + given.T @ given, cross.to(given) + given.T @ wanted
+    diagonal = gram.diagonal()
+    ridge = torch.full_like(diagonal, RIDGE * diagonal.mean().item() + 1e-12)
+    if offset:
+        ridge[-1] = 0
+    solved = torch.linalg.solve(gram + torch.diag(ridge), cross)
+    return (solved[:-1], solved[-1]) if offset else (solved, None)
 
 
-def _rows(joined: nn.Module, given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of a layer as the rows of a linear regression, in float64."""
+def _rows(joined: _Fittable, given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs and outputs of a layer as the rows of a linear regression, in float64."""
     if isinstance(joined, nn.Conv2d):
-        padding: Any = joined.padding
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
+        if joined.padding == "same":
             given = F.pad(given, joined._reversed_padding_repeated_twice)
-            padding = 0
+        padding = 0 if isinstance(joined.padding, str) else joined.padding
         given = F.unfold(given, joined.kernel_size, joined.dilation, padding, joined.stride)
         given, wanted = given.movedim(1, -1), wanted.flatten(2).movedim(1, -1)
     return given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
 
 
-def _replace_weights(layer: Any, weight: Tensor) -> None:
-    """Give a linear layer or convolution weights (outputs, inputs × kernel) of another input width."""
+def _replace_weights(layer: _Fittable, weight: Tensor) -> None:
+    """Give a layer weights (outputs, inputs × kernel) of another input width, in place."""
     if isinstance(layer, nn.Conv2d):
         layer.in_channels = weight.shape[1] // math.prod(layer.kernel_size)
         weight = weight.reshape(len(weight), layer.in_channels, *layer.kernel_size)

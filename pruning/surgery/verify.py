@@ -1,10 +1,9 @@
-"""The check that surgery was right: the equivalence law on example inputs."""
+"""Check surgery by the equivalence law: the small model computes what the masked dense one does."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
-from pruning.graph.layers import layer_width, narrow
+from pruning.graph.layer_tensors import narrow
+from pruning.graph.layers import layer_width, rule_for
 from pruning.graph.plan import Plan
-from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, others
+from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, kept_positions
 from pruning.surgery.batchnorm import recalibrate
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import copied, hooked, on_input
-from pruning.utils.tree import Inputs, fresh
+from pruning.utils.tree import Inputs, fresh, tensors_among
 
 
 def verify(
@@ -29,45 +29,64 @@ def verify(
     inputs: Inputs,
     constants: Constants | None = None,
 ) -> float:
-    """Check the equivalence law, and return the largest relative difference found.
+    """Check that a small model computes what its plan says, and return the largest relative difference.
 
-    The dense model, with every dropped channel set to its constant (zero without one)
-    wherever a layer consumes it, must compute what the small one computes. Norms that mix
-    channels take their statistics over the kept ones.
+    The dense model is run with every removed channel set to its constant (0 without one) wherever a layer
+    reads it; norms over several channels take their statistics over the kept ones. The outputs of the
+    small model must be the same, up to rounding.
 
-    Raises `PruningError` when the outputs differ in shape or value; it names the group.
+    Args:
+        model: the dense model; left as it is.
+        small: what `apply` made of it with the plan and the constants.
+        trace: of the dense model.
+        plan: the channels that each group keeps.
+        inputs: to run both models on.
+        constants: as given to `apply`.
+
+    Returns the largest difference between two outputs, relative to the largest output.
+    Raises `PruningError` when the outputs differ in shape or value; it names the groups at fault.
+
+    >>> from pruning import trace
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    >>> images = torch.ones(1, 3, 9, 9)
+    >>> traced, plan = trace(model, images), Plan({"0": (0, 4, 7)})
+    >>> verify(model, apply(model, traced, plan), traced, plan, images) < 1e-4
+    True
     """
-    problem, largest = difference(model, small, trace, plan, inputs, constants)
+    problem, largest = compare_with_masked(model, small, trace, plan, inputs, constants)
     if problem:
         raise PruningError(
             f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
-            "nothing was changed. List these layers as ignored, or mend what ties the model to its widths"
+            "nothing was changed. Ignore these layers, or change the code that depends on their widths"
         )
     return largest
 
 
-def enliven(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """A copy with random weights under which the outputs depend on every layer.
+def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """Return a copy of a model with random weights, under which the outputs depend on every layer.
 
-    At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend
-    on what surgery touches, and a check of equivalence would see nothing.
+    At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend on what
+    surgery touches, and `verify` would not see an error.
+
+    Args:
+        inputs: on which the statistics of BatchNorm layers are recalibrated.
     """
-    lively = copied(model).eval()
+    randomized = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
 
     def draw(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).to(tensor)
 
     with torch.no_grad():
-        for parameter in lively.parameters():
+        for parameter in randomized.parameters():
             if parameter.ndim > 1 and parameter.numel() > max(parameter.shape):
                 parameter.copy_(draw(parameter) * (2 / max(1, parameter[0].numel())) ** 0.5)
             else:
                 parameter.copy_(1 + draw(parameter) / 4)
-    return recalibrate(lively, [fresh(inputs)])
+    return recalibrate(randomized, [fresh(inputs)])
 
 
-def difference(
+def compare_with_masked(
     model: nn.Module,
     small: nn.Module,
     trace: Trace,
@@ -75,24 +94,27 @@ def difference(
     inputs: Inputs,
     constants: Constants | None = None,
 ) -> tuple[str, float]:
-    """How a small model's outputs differ from what `verify` asks for, in words, and how far."""
+    """Return how the outputs of a small model differ from the masked model's: in words, and how far.
+
+    The words are empty where they agree. See `verify` for the arguments.
+    """
     found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
     if not found[0] or not found[1] < float("inf"):
         return found
     # A deep network may amplify rounding, or its signals vanish.
-    (wide, finer), (narrow, _) = doubled(model, inputs), doubled(small, ())
-    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrow, finer))
+    (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
+    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer))
     return found if again[0] else again
 
 
 def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
-    """The groups that are at fault when narrowed alone."""
+    """Name the groups for which surgery alone is wrong, for a message."""
     alone = {group: Plan({group: kept}) for group, kept in plan.keep.items()}
     culprits = [
         group
         for group, part in alone.items()
         if len(part.keep[group]) < trace.groups[group].channels
-        and difference(model, apply(model, trace, part), trace, part, inputs)[0]
+        and compare_with_masked(model, apply(model, trace, part), trace, part, inputs)[0]
     ]
     return f", at fault: {', '.join(culprits)}" if culprits else ""
 
@@ -100,7 +122,7 @@ def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
 def _run_masked(
     model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
 ) -> list[Tensor] | Exception:
-    """The model's outputs with the dropped channels at their constants; it is left as it was."""
+    """Return the model's outputs with the dropped channels at their constants; the model is left as it is."""
     constants = foldable_constants(trace, model, constants)
     lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     handles: list[RemovableHandle] = []
@@ -110,13 +132,15 @@ def _run_masked(
             if side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
                 handles.append(on_input(layer, _replace_channels(lies[name, side], drop, value)))
-            elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            elif layer is not None and (rule := rule_for(layer)) is not None and rule.kind == "norm":
                 hook = _norm_over_kept(layer, lies[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         return outputs_of(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that gives channels a value."""
+
     def replace(x: Tensor) -> Tensor:
         changed = x.movedim(dim, -1).clone()
         changed[..., drop.to(x.device)] = value.to(x)
@@ -126,16 +150,18 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
 
 
 def _norm_over_kept(
-    layer: nn.LayerNorm | nn.RMSNorm | nn.GroupNorm, dim: int, drop: Tensor
-) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
-    """What a norm that mixes channels gives when it sees the kept ones alone; 0 for the others."""
-    keep = others(layer_width(layer, "out"), drop)
+    layer: nn.Module, dim: int, drop: Tensor
+) -> Callable[[nn.Module, tuple[object, ...], Mapping[str, object], Tensor], Tensor]:
+    """Return a hook that gives the output of a norm which sees the kept channels alone; others are 0."""
+    keep = kept_positions(layer_width(layer, "out"), drop)
     smaller = copy.deepcopy(layer)
     narrow(smaller, "out", keep)
 
-    def normalise(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def normalise(
+        _: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Tensor
+    ) -> Tensor:
         kept = keep.to(output.device)
-        x = args[0] if args else kwargs["input"]
+        x = tensors_among((args, kwargs))[0]
         values = smaller(x.index_select(dim, kept)).to(output.dtype)
         return torch.zeros_like(output).index_copy(dim, kept, values)
 

@@ -1,58 +1,58 @@
-"""Labels: numbers for channels, which tensors carry, and what is tied to what."""
+"""Channel labels: the integers that tensors carry through a forward pass, and which are tied together."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning.graph.layers import Side
+from pruning.graph.layers import Side, layer_width, parts
 
 #: The label of a position that belongs to no channel.
 NONE = -1
 
-#: Why channels are fixed that are tied to positions without a channel.
+#: The reason for fixing channels that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
 
-#: Of tensors that no layer in the table owns (a layer scale, a position embedding), those
-#: with more elements than this are not followed: what they touch is fixed.
+#: Tensors outside the layers of the table (a layer scale, a position embedding) with more elements
+#: than this get no labels: channels that meet them are fixed.
 MOST_ELEMENTS = 1_000_000
 
 
 class Ties:
-    """Numbers that are tied to one another, as disjoint sets; vectors at a time."""
+    """Union-find over channel labels, vectorised."""
 
     def __init__(self) -> None:
         self._parent = np.arange(0)
         self._size = 0
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> np.ndarray:
+        """Return as many labels that are not tied to any other."""
         self._size += count
         return np.arange(self._size - count, self._size)
 
-    def tie(self, left: np.ndarray, right: np.ndarray) -> None:
-        """Tie two vectors element by element."""
-        self._waiting.append((left, right))
+    def union(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Tie two vectors of labels element by element."""
+        self._pending.append((left, right))
 
-    def root(self, numbers: np.ndarray) -> np.ndarray:
-        """The smallest number that each one is tied to; `NONE` stays."""
-        self._settle()
-        return np.where(numbers == NONE, NONE, self._parent[numbers])
+    def find(self, labels: np.ndarray) -> np.ndarray:
+        """Return the smallest label that each one is tied to; `NONE` stays."""
+        self._merge_pending()
+        return np.where(labels == NONE, NONE, self._parent[labels])
 
-    def _settle(self) -> None:
+    def _merge_pending(self) -> None:
         if len(self._parent) < self._size:
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), self._size)])
-        if not self._waiting:
+        if not self._pending:
             return
-        left, right = (np.concatenate(side) for side in zip(*self._waiting, strict=True))
-        self._waiting = []
+        left, right = (np.concatenate(side) for side in zip(*self._pending, strict=True))
+        self._pending = []
         parent = self._parent
         while True:
             left, right = parent[left], parent[right]
@@ -68,11 +68,12 @@ class Ties:
 
 @dataclass(frozen=True)
 class SideUse:
-    """One side of a layer as it was met: the label of each position, and where they lie.
+    """The labels of one side of a layer, or of a tensor outside the layers (side `self`).
 
-    `labels` is a vector and `dim`, negative, the dimension of the layer's input or output
-    along which it lies. For a tensor of its own (side `self`) there is a label for each
-    element, and `dim` says nothing yet.
+    Attributes:
+        labels: of each position, (positions,); on the side `self`, of each element, in its shape.
+        dim: the dimension of the layer's input or output along which the positions lie, negative;
+            on the side `self` it has no meaning yet.
     """
 
     labels: np.ndarray
@@ -81,7 +82,7 @@ class SideUse:
 
 @dataclass(frozen=True)
 class Extent:
-    """A size of channels that an operation may have been given by the code around it.
+    """A number of channels that module code may have given to an operation as a size.
 
     Attributes:
         module: the name of the module whose code ran.
@@ -94,100 +95,79 @@ class Extent:
 
 @dataclass
 class Flow:
-    """What a forward pass showed.
+    """What one forward pass showed.
 
     Attributes:
-        ties: between labels. sides: by layer (or tensor) name and side.
-        fixed: labels that must stay, each with the reason.
-        rigid: labels that passed an operation whose sizes may be written in the code.
+        ties: which labels belong to the same channel.
+        sides: the labels of each layer (or tensor) by name and side.
+        fixed: labels that cannot be pruned, each vector with the reason.
+        sized: labels that passed an operation whose sizes may be constants in the code.
         extents: these sizes.
-        placed: labels whose number the code may know, as it takes channels by position; each with
-            that as a reason.
+        by_position: labels that were taken by position, so that the code may hold their number; each
+            vector with the reason to fix them if it does.
         calls: how often each layer in the table ran.
-        uses: (uses of a weight, output positions) per layer, summed over the pass.
-        follows: for every convolution and linear layer, what reads its output; the empty
-            text is anything but a norm.
-        other_macs: of matrix products and convolutions outside those layers, for one example.
-        borrowed: layers in the table whose tensors were read by something else than themselves.
-        functional: parameters of no layer by which the model's code convolves, or which it
-            multiplies with, each with the reason why their channels stay.
-        outputs: shapes of what the model gave in eval mode.
-        probe: the copy of the model that ran, if on the meta device.
+        uses: by layer, uses of its weight and output positions, summed over the pass, for one example.
+        readers: by convolution or linear layer, what reads its output: the name of a BatchNorm, or the
+            empty string for anything else.
+        other_macs: MACs of matrix products and convolutions outside those layers, for one example.
+        read_elsewhere: layers in the table whose tensors other code than their own read.
+        functional: parameters outside the layers that the model's code convolves or multiplies with,
+            each with the reason why their channels are not pruned.
+        outputs: shapes of the model's outputs in eval mode.
+        probe: the copy of the model that ran, if it is on the meta device.
     """
 
     ties: Ties = field(default_factory=Ties)
     sides: dict[tuple[str, Side], SideUse] = field(default_factory=dict)
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    rigid: list[np.ndarray] = field(default_factory=list)
+    sized: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
-    placed: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    by_position: list[tuple[np.ndarray, str]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    follows: dict[str, list[str]] = field(default_factory=dict)
+    readers: dict[str, list[str]] = field(default_factory=dict)
     other_macs: float = 0.0
-    borrowed: set[str] = field(default_factory=set)
+    read_elsewhere: set[str] = field(default_factory=set)
     functional: dict[str, str] = field(default_factory=dict)
     outputs: list[torch.Size] = field(default_factory=list)
     probe: nn.Module | None = None
 
 
 class Labels:
-    """The labels of the tensors of one forward pass, and what happens to them.
+    """The channel labels of the tensors of one forward pass.
 
-    Labels of a tensor have its rank, with size 1 along the dimensions that do not matter.
+    The labels of a tensor have its rank, with size 1 along dimensions on which they do not depend:
+    those of images (N, C, H, W) behind a convolution are a tensor (1, C, 1, 1).
 
     Args:
-        found: receives ties, fixed labels and the tensors met.
-        own: parameters and buffers of no layer in the table, by identity; they get labels
-            for their elements when they are first used.
+        found: receives ties, fixed labels and the sides of layers.
+        loose: names of parameters and buffers outside the layers of the table, by identity; they get a
+            label for each element when they are first used.
     """
 
-    def __init__(self, found: Flow, own: dict[int, str]):
-        self.found, self.own = found, own
-        #: The modules that run, each inside the one before it: name, and how messages call it.
+    def __init__(self, found: Flow, loose: dict[int, str]):
+        self.found, self.loose = found, loose
+        #: The modules that run, each inside the one before it: name, and description for messages.
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
-        self._even = WeakTensorKeyDictionary()
+        self._uniform = WeakTensorKeyDictionary()
         self._slices: dict[tuple[str, bytes], tuple[Tensor, int, set[tuple[int, int]]]] = {}
 
-    def filled(self, tensor: Tensor) -> None:
-        """A tensor was made that is the same everywhere, such as the first state of a ConvLSTM."""
-        self._even[tensor] = True
-
-    def written(self, tensors: Iterable[Tensor]) -> None:
-        """These are the same everywhere no longer, or may come to be: something shares their memory."""
-        for tensor in tensors:
-            self._even.pop(tensor, None)
-
-    def is_even(self, tensor: Tensor) -> bool:
-        """Whether a tensor without channels is the same everywhere, so that it fits any of its size."""
-        return tensor in self._even
-
-    def labels_or_even(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The labels of a tensor; one that is the same everywhere gets some, along this dimension.
-
-        Its size there may be written in the code.
-        """
-        labels = self.of(tensor)
-        if labels is None and self.is_even(tensor):
-            self.written([tensor])
-            labels = spread(torch.from_numpy(self.found.ties.new(tensor.shape[dim])), tensor.ndim, dim)
-            self.put(tensor, labels)
-            self.rigid(labels, labels)
-        return labels
+    # --- labels of tensors and layers ----------------------------------------------------
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The labels of a tensor; None where no channel lies in it."""
+        """Return the labels of a tensor; None where it holds no channels."""
         known = self._of.get(tensor)
-        if known is None and id(tensor) in self.own and tensor.numel() <= MOST_ELEMENTS:
-            name = self.own[id(tensor)]
+        if known is None and id(tensor) in self.loose and tensor.numel() <= MOST_ELEMENTS:
+            name = self.loose[id(tensor)]
             if (name, "self") not in self.found.sides:
-                numbers = self.found.ties.new(tensor.numel())
-                self.found.sides[name, "self"] = SideUse(numbers.reshape(tensor.shape), 0)
+                labels = self.found.ties.new(tensor.numel())
+                self.found.sides[name, "self"] = SideUse(labels.reshape(tensor.shape), 0)
             known = torch.from_numpy(self.found.sides[name, "self"].labels)
         return known
 
-    def put(self, tensor: Any, labels: Tensor | None) -> None:
+    def put(self, tensor: object, labels: Tensor | None) -> None:
+        """Give an output its labels; they are fixed where it has another rank or is no tensor."""
         if not isinstance(tensor, Tensor):
             self.fix(labels, f"{self.where()} makes something else than a tensor of it")
         elif labels is not None and tensor.ndim == labels.ndim:
@@ -197,83 +177,141 @@ class Labels:
             if tensor in self._of:
                 del self._of[tensor]
 
+    def side(self, name: str, module: nn.Module, side: Side, dim: int) -> Tensor:
+        """Return the labels of one side of a layer, made at its first use, (channels,)."""
+        use = self.found.sides.get((name, side))
+        if use is None:
+            use = SideUse(self.found.ties.new(layer_width(module, side)), dim)
+            self.found.sides[name, side] = use
+            if parts(module) > 1:  # every part must lose as many
+                by_part = use.labels.reshape(parts(module), -1)
+                for other in by_part[1:]:
+                    self.found.ties.union(by_part[0], other)
+        return torch.from_numpy(use.labels)
+
+    def where(self) -> str:
+        """Describe the module that runs, for messages."""
+        return self.path[-1][1]
+
+    # --- tensors of one value ------------------------------------------------------------
+
+    def mark_uniform(self, tensor: Tensor) -> None:
+        """Note that a tensor has one value throughout, such as the first state of a ConvLSTM."""
+        self._uniform[tensor] = True
+
+    def unmark_uniform(self, tensors: Iterable[Tensor]) -> None:
+        """Note that these may have several values: something writes to them or shares their memory."""
+        for tensor in tensors:
+            self._uniform.pop(tensor, None)
+
+    def is_uniform(self, tensor: Tensor) -> bool:
+        """Whether a tensor without channels has one value, so that one of another width could replace it."""
+        return tensor in self._uniform
+
+    def of_or_uniform(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """Return the labels of a tensor; a uniform one gets new labels along the dimension.
+
+        Its size there may be a constant in the code.
+        """
+        labels = self.of(tensor)
+        if labels is None and self.is_uniform(tensor):
+            self.unmark_uniform([tensor])
+            labels = spread(torch.from_numpy(self.found.ties.new(tensor.shape[dim])), tensor.ndim, dim)
+            self.put(tensor, labels)
+            self.note_sizes(labels, labels)
+        return labels
+
+    # --- tied and fixed channels ----------------------------------------------------------
+
     def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
-        """Tie labels element by element; what is tied to no channel is fixed."""
+        """Tie labels element by element, broadcast; those that meet `NONE` are fixed for the reason."""
         left, right = torch.broadcast_tensors(left, right)
         a, b = left.flatten().numpy(), right.flatten().numpy()
         both = (a != NONE) & (b != NONE)
         if both.all():
-            self.found.ties.tie(a, b)
+            self.found.ties.union(a, b)
             return
-        self.found.ties.tie(a[both], b[both])
+        self.found.ties.union(a[both], b[both])
         lone = np.concatenate([a[~both], b[~both]])
         self.found.fixed.append((lone[lone != NONE], reason))
 
-    def fix(self, labels: Tensor | None, reason: str) -> None:
-        if labels is not None:
-            numbers = labels.flatten().numpy()
-            self.found.fixed.append((numbers[numbers != NONE], reason))
-
-    def rigid(self, labels: Tensor, sized: Tensor | None) -> None:
-        """An operation on channels with sizes that may be written in the code, or held by its module.
-
-        `sized` has labels along the dimensions whose size the operation was given.
-        """
-        self.found.rigid.append(labels.flatten().numpy())
-        for dim in varying(sized):
-            vector = vector_along(sized, dim, sized.shape[dim])  # type: ignore[arg-type, union-attr]
-            self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
-
-    def equal_parts(self, labels: Tensor, dim: int, length: int) -> None:
-        """Channels were cut into parts of this length: the parts keep as many each."""
+    def tie_equal_parts(self, labels: Tensor, dim: int, length: int) -> None:
+        """Tie the parts of this length along a dimension, so that they keep as many channels each."""
         along = labels.movedim(dim, 0)
-        parts = along.reshape(-1, length, *along.shape[1:])
-        for other in parts[1:]:
-            self.tie(parts[0], other, FIXED_SIZE)
+        pieces = along.reshape(-1, length, *along.shape[1:])
+        for other in pieces[1:]:
+            self.tie(pieces[0], other, FIXED_SIZE)
 
-    def sliced(self, labels: Tensor, dim: int, start: int, length: int) -> None:
-        """A slice was taken of channels that lie along one dimension."""
-        key = self.path[-1][0], labels.numpy().tobytes()
-        self._slices.setdefault(key, (labels, dim, set()))[2].add((start, length))
+    def fix(self, labels: Tensor | None, reason: str) -> None:
+        """Keep the channels of these labels from being pruned."""
+        if labels is not None:
+            flat = labels.flatten().numpy()
+            self.found.fixed.append((flat[flat != NONE], reason))
 
-    def settle(self, holds: Callable[[str, int], bool]) -> None:
-        """The pass has ended: slices that were equal parts of a tensor, or several of them, count as such.
-
-        Unless they are unequal, and an attribute of the module that ran (`holds`) may tell where they end.
-        """
-        for (module, _), (labels, dim, taken) in self._slices.items():
-            numbers = {n for start, length in taken for n in (start, length, start + length)}
-            length = min(length for _, length in taken)
-            parts = not any(n % length for n in (labels.shape[dim], *numbers))
-            told = any(holds(module, n) for n in numbers if 0 < n < labels.shape[dim])
-            if parts and (len({length for _, length in taken}) == 1 or not told):
-                self.equal_parts(labels, dim, length)
-
-    def placed(self, counts: Iterable[Tensor], reason: str) -> None:
-        """Channels were taken by position: where each of `counts` begins or ends, or how long it is."""
-        for counted in counts:
-            self.rigid(counted, counted)
-            self.found.placed.append((counted.flatten().numpy(), reason))
-
-    def where(self) -> str:
-        """The module that runs, for messages."""
-        return self.path[-1][1]
-
-    def unknown(self, name: str, operands: Iterable[Tensor]) -> None:
-        """An operation that channels cannot be followed through: they stay."""
+    def fix_operands(self, name: str, operands: Iterable[Tensor]) -> None:
+        """Fix the channels that reach an operation without a rule."""
         for operand in operands:
             self.fix(
                 self.of(operand), f"{self.where()} uses it in {name}, which channels are not followed through"
             )
 
+    # --- sizes and positions that the code may hold as constants -------------------------
+
+    def note_sizes(self, labels: Tensor, sized: Tensor | None) -> None:
+        """Note an operation on channels whose sizes may be constants in the code, or attributes.
+
+        Args:
+            sized: labels along the dimensions whose size the operation was given.
+        """
+        self.found.sized.append(labels.flatten().numpy())
+        if sized is not None:
+            for dim in varying(sized):
+                vector = vector_along(sized, dim, sized.shape[dim])
+                self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
+
+    def note_positions(self, counts: Iterable[Tensor], reason: str) -> None:
+        """Note that channels were taken by position.
+
+        Args:
+            counts: labels whose number is the start, the end or the length of what was taken.
+        """
+        for counted in counts:
+            self.note_sizes(counted, counted)
+            self.found.by_position.append((counted.flatten().numpy(), reason))
+
+    def note_slice(self, labels: Tensor, dim: int, start: int, length: int) -> None:
+        """Note a slice of channels that lie along one dimension."""
+        key = self.path[-1][0], labels.numpy().tobytes()
+        self._slices.setdefault(key, (labels, dim, set()))[2].add((start, length))
+
+    def close_slices(self, holds: Callable[[str, int], bool]) -> None:
+        """At the end of the pass, tie slices that are equal parts of one tensor, or several of them.
+
+        Unequal ones are not tied if an attribute of the module may tell where they end.
+
+        Args:
+            holds: whether an attribute of the module of this name has this value.
+        """
+        for (module, _), (labels, dim, taken) in self._slices.items():
+            bounds = {n for start, length in taken for n in (start, length, start + length)}
+            length = min(length for _, length in taken)
+            aligned = not any(n % length for n in (labels.shape[dim], *bounds))
+            told = any(holds(module, n) for n in bounds if 0 < n < labels.shape[dim])
+            if aligned and (len({length for _, length in taken}) == 1 or not told):
+                self.tie_equal_parts(labels, dim, length)
+
 
 def varying(labels: Tensor | None) -> list[int]:
-    """The dimensions along which channels lie."""
+    """Return the dimensions along which channels lie.
+
+    >>> varying(torch.arange(4).reshape(1, 4, 1))
+    [1]
+    """
     return [] if labels is None else [d for d, size in enumerate(labels.shape) if size > 1]
 
 
 def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
-    """Labels that lie along one dimension at most, as a vector along it."""
+    """Return labels that lie along one dimension at most as a vector along it, (size,)."""
     for d in reversed(range(labels.ndim)):
         if d != dim:
             labels = labels.select(d, 0)
@@ -281,12 +319,16 @@ def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
 
 
 def spread(vector: Tensor, rank: int, dim: int) -> Tensor:
-    """A vector of labels along one dimension of several."""
+    """Return a vector of labels as a tensor of this rank, along one of its dimensions."""
     return vector.reshape([-1 if d == dim % rank else 1 for d in range(rank)])
 
 
 def compact(full: Tensor) -> Tensor:
-    """Labels with size 1 along every dimension on which they do not depend."""
+    """Return labels with size 1 along every dimension on which they do not depend.
+
+    >>> compact(torch.arange(4).reshape(1, 4, 1).expand(2, 4, 7)).shape
+    torch.Size([1, 4, 1])
+    """
     for d in range(full.ndim):
         if full.shape[d] < 2:
             continue

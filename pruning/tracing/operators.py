@@ -1,159 +1,103 @@
-"""What operations do to labels: the rules by which channels are followed between layers.
+"""The rules by which channel labels pass through operators, and the table of them.
 
-Every rule takes the labels of the pass, the operation, and the labels of its first tensor.
-An operation without a rule fixes the channels that reach it, with the reason.
+A rule takes the labels of the pass and one operation. It gives labels to the operation's outputs, or
+fixes channels with a reason. Operators without a rule fix the channels that reach them.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
+from pruning.errors import PruningError
 from pruning.tracing.labels import FIXED_SIZE, NONE, Labels, compact, spread, varying, vector_along
-from pruning.utils.tree import tensors_among
-
-
-@dataclass
-class Operation:
-    """One operation as it ran."""
-
-    func: Any
-    args: Any
-    kwargs: dict[str, Any]
-    output: Any
-
-    @functools.cached_property
-    def name(self) -> str:
-        return self.func._schema.name.removeprefix("aten::").rstrip("_")
-
-    @functools.cached_property
-    def operands(self) -> list[Tensor]:
-        return tensors_among((self.args, self.kwargs))
-
-    @functools.cached_property
-    def given(self) -> dict[str, Any]:
-        """Arguments by the names of the operation's schema."""
-        given = {}
-        for i, argument in enumerate(self.func._schema.arguments):
-            if i < len(self.args):
-                given[argument.name] = self.args[i]
-            elif argument.name in self.kwargs:
-                given[argument.name] = self.kwargs[argument.name]
-            elif argument.has_default_value():
-                given[argument.name] = argument.default_value
-        return given
-
-
-def follow(book: Labels, op: Operation) -> None:
-    """Label what an operation gives, or fix what it takes."""
-    rule = _rule(op.name)
-    if rule is None and (op.name in POINTWISE or _tagged(op.name, "pointwise")):
-        return pointwise(book, op)
-    if op.name in JOINS:
-        return join(book, op)
-    if op.name == "bmm":
-        return product(book, op)
-    rule = rule or (reduction if _tagged(op.name, "reduction") else None)
-    labels = book.of(op.operands[0])
-    if rule is None or labels is None:
-        return book.unknown(op.name, op.operands)
-    for other in op.operands[1:]:  # the indices of an unpooling go with its channels; a grid says where
-        also = book.of(other)
-        if also is None or other is op.operands[0]:
-            continue
-        if varying(also) == varying(labels) and also.shape == labels.shape:
-            book.tie(labels, also, f"{book.where()} uses it in {op.name} beside a tensor of fixed size")
-        else:
-            book.fix(also, f"{book.where()} takes places from it ({op.name})")
-    return rule(book, op, labels)
-
-
-def _rule(name: str) -> Callable[[Labels, Operation, Tensor], None] | None:
-    return RULES.get(name) or (spatial if name.lstrip("_").startswith(SPATIAL) else None)
-
-
-@functools.cache
-def _tagged(name: str, tag: str) -> bool:
-    """Whether torch gives an operation, in any of its forms, a tag; older versions lack some."""
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
-    return any(str(each) == f"Tag.{tag}" for overload in overloads for each in overload.tags)
-
+from pruning.tracing.movement import (
+    channel_shuffle,
+    index,
+    move,
+    pad,
+    pixel_shuffle,
+    restride,
+    shift,
+    split,
+    unfold_patches,
+    view,
+)
+from pruning.tracing.operation import Operation, OperatorRule, first_operand
 
 # --- several tensors ------------------------------------------------------------------------
 
 
-def pointwise(book: Labels, op: Operation) -> None:
-    """Elementwise operations tie what lies in the same place."""
+def pointwise(labels: Labels, op: Operation) -> None:
+    """Tie what lies in the same place, for elementwise operators on one or several tensors."""
     if not isinstance(op.output, Tensor):
-        return book.unknown(op.name, op.operands)
+        return labels.fix_operands(op.name, op.operands)
     rank = op.output.ndim
     if any(t.ndim > rank for t in op.operands):
-        return book.unknown(op.name, op.operands)
+        return labels.fix_operands(op.name, op.operands)
     shapes = [[1] * (rank - t.ndim) + list(t.shape) for t in op.operands]
     aligned = [
         None if found is None else found.reshape([1] * (rank - found.ndim) + list(found.shape))
-        for found in map(book.of, op.operands)
+        for found in map(labels.of, op.operands)
     ]
     known = [i for i, found in enumerate(aligned) if found is not None]
     first = max(known, key=lambda i: (len(varying(aligned[i])), math.prod(shapes[i])))
     result = aligned[first]
     assert result is not None
     lies = varying(result)
-    combines = f"{book.where()} combines it ({op.name})"
+    combines = f"{labels.where()} combines it ({op.name})"
     for i, other in enumerate(aligned):
         if i == first:
             continue
         wide = [d for d in lies if shapes[i][d] > 1]
         expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
-        even = other is None and book.is_even(op.operands[i])
-        if (expanded == wide or even) and not varying(other):
-            # One value for all channels. The size that it was expanded to may be written in the code.
+        uniform = other is None and labels.is_uniform(op.operands[i])
+        if (expanded == wide or uniform) and not varying(other):
+            # One value for all channels. The size that it was expanded to may be a constant in the code.
             if wide:
-                book.rigid(result, result)
+                labels.note_sizes(result, result)
             elif other is not None and not lies:
-                book.tie(result, other, f"{combines} with a tensor of fixed size")
+                labels.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
-            book.fix(result, f"{combines} with a tensor of fixed size")
+            labels.fix(result, f"{combines} with a tensor of fixed size")
         elif set(varying(other)) <= set(lies) and wide == lies:
-            book.tie(result, other, f"{combines} with a tensor of fixed size")
+            labels.tie(result, other, f"{combines} with a tensor of fixed size")
         else:
             for each in (result, other):
-                book.fix(each, f"{combines} with channels along another dimension")
-    if len(lies) > 1:  # of a parameter that is now tied, along one of its dimensions perhaps
-        result = compact(torch.from_numpy(book.found.ties.root(result.numpy())))
-    return book.put(op.output, result)
+                labels.fix(each, f"{combines} with channels along another dimension")
+    if len(lies) > 1:  # those of a parameter, which now may be tied along all its dimensions but one
+        result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
+    return labels.put(op.output, result)
 
 
-def product(book: Labels, op: Operation) -> None:
-    """A batched matrix product: what is summed over is fixed, what is not passes on."""
-    left, right = map(book.of, op.operands)
+def batched_product(labels: Labels, op: Operation) -> None:
+    """Pass on what a batched matrix product does not sum over; fix what it does."""
+    left, right = map(labels.of, op.operands)
     passing = [x for x, summed in ((left, 2), (right, 1)) if varying(x) and summed not in varying(x)]
     result = passing[0] if len(passing) == 1 else None
-    for labels in (left, right):
-        if labels is not result:
-            book.fix(
-                labels, f"{book.where()} multiplies activations over its channels, as attention heads do"
+    for found in (left, right):
+        if found is not result:
+            labels.fix(
+                found, f"{labels.where()} multiplies activations over its channels, as attention heads do"
             )
-    book.put(op.output, result)
+    labels.put(op.output, result)
 
 
-def join(book: Labels, op: Operation) -> None:
-    """Concatenation and stacking."""
+def join(labels: Labels, op: Operation) -> None:
+    """Concatenate or stack."""
     rank = op.output.ndim
     dim = (op.given.get("dim") or 0) % rank
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
     stacked = rank > op.operands[0].ndim
-    found = [book.of(piece) for piece in pieces]
+    found = [labels.of(piece) for piece in pieces]
     if not stacked and any(dim in varying(x) for x in found):
-        found = [book.labels_or_even(piece, dim) for piece in pieces]
+        found = [labels.of_or_uniform(piece, dim) for piece in pieces]
     if stacked:
         found = [None if x is None else x.unsqueeze(dim) for x in found]
     sizes = [1 if stacked else piece.shape[dim] for piece in pieces]
@@ -163,237 +107,106 @@ def join(book: Labels, op: Operation) -> None:
             torch.full([size], NONE) if x is None else vector_along(x, dim, size)
             for x, size in zip(found, sizes, strict=True)
         ]
-        return book.put(op.output, spread(torch.cat(column), rank, dim))
+        return labels.put(op.output, spread(torch.cat(column), rank, dim))
     for piece, x in zip(pieces, found, strict=True):
         if x is None:
-            book.fix(across, f"{book.where()} joins it with a tensor of fixed size")
+            labels.fix(across, f"{labels.where()} joins it with a tensor of fixed size")
         elif dim in varying(x) or varying(x) != varying(across):
             for each in (across, x):
-                book.fix(each, f"{book.where()} joins it with channels along another dimension")
+                labels.fix(each, f"{labels.where()} joins it with channels along another dimension")
         elif x is not across and piece.numel():
-            book.tie(across, x, f"{book.where()} joins it with a tensor of fixed size")
-    return book.put(op.output, across if dim not in varying(across) else None)
+            labels.tie(across, x, f"{labels.where()} joins it with a tensor of fixed size")
+    return labels.put(op.output, across if dim not in varying(across) else None)
 
 
 # --- the first tensor's channels ------------------------------------------------------------
 
 
-def same(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Operations whose result has the labels of the first tensor."""
-    book.put(op.output[0] if isinstance(op.output, tuple) else op.output, labels)
+@first_operand
+def same(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Give the output the labels of the first tensor."""
+    labels.put(op.output[0] if isinstance(op.output, tuple) else op.output, first)
 
 
-def anew(book: Labels, op: Operation, labels: Tensor) -> None:
-    """A tensor that shares its type and device alone with the first one: no channel lies in it."""
-    book.put(op.output, None)
+@first_operand
+def unlabeled(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Make a tensor without channels, such as `new_empty`."""
+    labels.put(op.output, None)
 
 
-def reduction(book: Labels, op: Operation, labels: Tensor) -> None:
+@first_operand
+def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Reduce over dimensions, along which no channels may lie."""
     rank = op.operands[0].ndim
     dims = op.given.get("dim")
     dims = list(range(rank)) if dims is None or dims == [] else dims
     dims = sorted({d % max(1, rank) for d in ([dims] if isinstance(dims, int) else dims)})
-    if any(d in dims for d in varying(labels)):
-        return book.fix(labels, f"{book.where()} reduces over its channels ({op.name})")
+    if any(d in dims for d in varying(first)):
+        return labels.fix(first, f"{labels.where()} reduces over its channels ({op.name})")
     for leaf in pytree.tree_leaves(op.output):
-        kept = labels
+        kept = first
         for d in reversed(dims):
             kept = kept.narrow(d, 0, 1)
             if leaf.ndim < rank:
                 kept = kept.squeeze(d)
-        book.put(leaf, kept)
+        labels.put(leaf, kept)
     return None
 
 
-def softmax(book: Labels, op: Operation, labels: Tensor) -> None:
-    if op.given["dim"] % labels.ndim in varying(labels):
-        book.fix(labels, f"{book.where()} takes {op.name.strip('_')} over its channels")
-    book.put(op.output, labels)
+@first_operand
+def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Normalise along a dimension, along which no channels may lie."""
+    if op.given["dim"] % first.ndim in varying(first):
+        labels.fix(first, f"{labels.where()} takes {op.name.strip('_')} over its channels")
+    labels.put(op.output, first)
 
 
-def spatial(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Pooling and resizing: batch and channels stay, whatever lies behind them changes."""
-    if any(d > 1 for d in varying(labels)):
-        return book.fix(labels, f"{book.where()} pools or resizes over its channels ({op.name})")
+@first_operand
+def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Pool or resize: batch and channels stay, the dimensions behind them change."""
+    if any(d > 1 for d in varying(first)):
+        return labels.fix(first, f"{labels.where()} pools or resizes over its channels ({op.name})")
     for leaf in pytree.tree_leaves(op.output):
-        book.put(leaf, labels)
+        labels.put(leaf, first)
     return None
 
 
-def regions(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Pooling of regions: each region becomes a map with the channels of its image."""
-    if varying(labels) not in ([], [1]):
-        return book.fix(labels, f"{book.where()} cuts regions out along its channels ({op.name})")
-    return spatial(book, op, labels)
+@first_operand
+def regions(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Pool regions: each becomes a map with the channels of its image."""
+    if varying(first) not in ([], [1]):
+        return labels.fix(first, f"{labels.where()} cuts regions out along its channels ({op.name})")
+    for leaf in pytree.tree_leaves(op.output):
+        labels.put(leaf, first)
+    return None
 
 
-# --- operations that move data --------------------------------------------------------------
+@first_operand
+def gated(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Apply GLU: a channel of the second half weighs one of the first."""
+    dim = op.given["dim"] % first.ndim
+    if dim in varying(first):
+        first, gates = first.chunk(2, dim)
+        labels.tie(first, gates, FIXED_SIZE)
+    labels.put(op.output, first)
 
 
-def move(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Do with the labels what is done with the tensor."""
-    x = op.operands[0]
-    full = labels.expand(x.shape)
-    moved = op.func(*[full if a is x else a for a in op.args], **op.kwargs)
-    for leaf, found in zip(pytree.tree_leaves(op.output), pytree.tree_leaves(moved), strict=True):
-        book.put(leaf, compact(found))
+# --- the table ------------------------------------------------------------------------------
 
-
-def view(book: Labels, op: Operation, labels: Tensor) -> None:
-    found = compact(labels.expand(op.operands[0].shape).reshape(op.output.shape))
-    found = _along_one_dimension(book, found)
-    book.rigid(labels, found)
-    book.put(op.output, found)
-
-
-def _along_one_dimension(book: Labels, labels: Tensor) -> Tensor:
-    """Channels divided over several dimensions: the largest counts, across others all are tied.
-
-    Of the sizes that a view names, the others are taken for written in the code.
-    """
-    lies = varying(labels)
-    if len(lies) < 2:
-        return labels
-    largest = max(lies, key=lambda d: (labels.shape[d], d))
-    flat = labels.movedim(largest, -1).reshape(-1, labels.shape[largest])
-    for row in flat[1:]:
-        book.tie(flat[0], row, FIXED_SIZE)
-    return spread(flat[0], labels.ndim, largest)
-
-
-def cut(book: Labels, op: Operation, labels: Tensor) -> None:
-    """A part or the parts along a dimension: equal parts keep as many channels each.
-
-    Whether a slice is one of equal parts shows when the others are taken.
-    """
-    x = op.operands[0]
-    if not x.ndim:
-        return
-    dim = (op.given.get("dim") or 0) % x.ndim
-    pieces = pytree.tree_leaves(op.output)
-    lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
-    if dim in varying(labels) and lengths[0] < x.shape[dim]:
-        start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
-        reason = f"{book.where()} takes channels out of it by position"
-        alone = varying(labels) == [dim]
-        equal = all(n == lengths[0] for n in lengths) and not (
-            x.shape[dim] % lengths[0] or start % lengths[0]
-        )
-        if pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
-            book.fix(labels, reason)
-        else:
-            book.placed(_counts(labels, dim, start, lengths), reason)
-            if len(pieces) == 1 and alone:
-                book.sliced(labels, dim, start, lengths[0])
-            elif equal:
-                book.equal_parts(labels, dim, lengths[0])
-    move(book, op, labels)
-
-
-def _counts(labels: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
-    """Channels that the code may count to cut pieces out: those in each piece; of a slice, up to its ends."""
-    for length in lengths:
-        ends = {(0, start), (0, start + length)} if len(lengths) == 1 else set()
-        for first, last in sorted({(start, start + length), *ends}):
-            if 0 < last - first < labels.shape[dim]:
-                yield labels.narrow(dim, first, last - first)
-        start += length
-
-
-def pad(book: Labels, op: Operation, labels: Tensor) -> None:
-    pads = list(op.given["pad"])
-    if all(not any(pads[2 * (labels.ndim - 1 - d) : 2 * (labels.ndim - d)]) for d in varying(labels)):
-        return book.put(op.output, labels)
-    full = labels.expand(op.operands[0].shape)
-    return book.put(op.output, compact(torch.constant_pad_nd(full, pads, NONE)))
-
-
-def shift(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Rolling or picking along dimensions: fine where no channel lies along them."""
-    dims = op.given.get("dims", op.given.get("dim", []))
-    touched = {d % labels.ndim for d in ([dims] if isinstance(dims, int) else dims)}
-    if not touched or touched & set(varying(labels)):
-        return book.fix(labels, f"{book.where()} rearranges its channels by position")
-    return book.put(op.output, labels)
-
-
-def index(book: Labels, op: Operation, labels: Tensor) -> None:
-    places = op.given["indices"]
-    used = [d for d, place in enumerate(places) if place is not None]
-    plain = all(place is None or place.dtype == torch.long for place in places)
-    if not plain or set(used) & set(varying(labels)) or used != list(range(used[0], used[-1] + 1)):
-        return book.fix(labels, f"{book.where()} picks from it by position")
-    narrowed = labels
-    for d in reversed(used):
-        narrowed = narrowed.select(d, 0)
-    for _ in range(max(place.ndim for place in places if place is not None)):
-        narrowed = narrowed.unsqueeze(used[0])
-    return book.put(op.output, narrowed)
-
-
-def gated(book: Labels, op: Operation, labels: Tensor) -> None:
-    """GLU: a channel of the second half weighs one of the first."""
-    dim = op.given["dim"] % labels.ndim
-    if dim in varying(labels):
-        labels, gates = labels.chunk(2, dim)
-        book.tie(labels, gates, FIXED_SIZE)
-    book.put(op.output, labels)
-
-
-def restride(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Another layout in memory."""
-    if list(op.given["size"]) == list(op.operands[0].shape):
-        book.put(op.output, labels)
-    else:
-        book.unknown(op.name, op.operands)
-
-
-def pixel_shuffle(book: Labels, op: Operation, labels: Tensor) -> None:
-    if varying(labels) not in ([], [labels.ndim - 3]):
-        return book.fix(labels, f"{book.where()} shuffles pixels of channels along another dimension")
-    vector = vector_along(labels, labels.ndim - 3, op.operands[0].shape[-3])
-    by_output = vector.reshape(op.output.shape[-3], -1)
-    for column in by_output.T[1:]:
-        book.tie(by_output[:, 0], column, FIXED_SIZE)
-    return book.put(op.output, spread(by_output[:, 0].contiguous(), op.output.ndim, -3))
-
-
-def channel_shuffle(book: Labels, op: Operation, labels: Tensor) -> None:
-    """Channels of as many parts as `groups` in turn: every part keeps the same places."""
-    x = op.operands[0]
-    if varying(labels) not in ([], [1]):
-        return book.fix(labels, f"{book.where()} shuffles channels along another dimension")
-    by_part = vector_along(labels, 1, x.shape[1]).reshape(op.given["groups"], -1)
-    for other in by_part[1:]:
-        book.tie(by_part[0], other, FIXED_SIZE)
-    return book.put(op.output, spread(by_part.T.flatten(), x.ndim, 1))
-
-
-def patches(book: Labels, op: Operation, labels: Tensor) -> None:
-    """F.unfold: every channel becomes as many rows as the kernel has places."""
-    x = op.operands[0]
-    if varying(labels) not in ([], [1]) or x.ndim != 4:
-        return book.fix(labels, f"{book.where()} unfolds channels along another dimension")
-    vector = vector_along(labels, 1, x.shape[1]).repeat_interleave(op.output.shape[1] // x.shape[1])
-    return book.put(op.output, vector.reshape(1, -1, 1))
-
-
-#: Elementwise operations without torch's tag.
-POINTWISE = frozenset(
-    ("masked_fill", "where", "lerp", "addcmul", "addcdiv", "threshold", "rrelu_with_noise", "hardswish",
-     "_prelu_kernel")
-)  # fmt: skip
-
-JOINS = frozenset(("cat", "stack", "concat"))
-
-#: How the names of pooling and resizing begin.
+#: How the names of pooling and resizing operators begin.
 SPATIAL = (
     "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "reflection_pad",
     "replication_pad", "fractional_max_pool", "max_unpool", "grid_sampler",
 )  # fmt: skip
 
-#: By the name of the operation; reductions that torch tags need no entry.
-RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
+#: By the name of the operator. Those that torch tags as pointwise or as reductions need no entry.
+RULES: dict[str, OperatorRule] = {
+    **dict.fromkeys(
+        ("masked_fill", "where", "lerp", "addcmul", "addcdiv", "threshold", "rrelu_with_noise", "hardswish",
+         "_prelu_kernel"), pointwise
+    ),
+    **dict.fromkeys(("cat", "stack", "concat"), join),
+    "bmm": batched_product,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
     **dict.fromkeys(
         ("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "repeat", "unfold", "flip",
@@ -401,7 +214,7 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
     ),
     **dict.fromkeys(
         ("slice", "select", "split", "split_with_sizes", "unbind", "narrow", "unsafe_split",
-         "unsafe_chunk", "chunk"), cut
+         "unsafe_chunk", "chunk"), split
     ),
     **dict.fromkeys(("roll", "index_select", "cumsum", "sort", "gather"), shift),
     **dict.fromkeys(
@@ -413,14 +226,97 @@ RULES: dict[str, Callable[[Labels, Operation, Tensor], None]] = {
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod",
          "logsumexp", "norm", "linalg_vector_norm", "argmax", "argmin", "any", "all", "median"), reduction
     ),
-    **dict.fromkeys(("new_empty", "new_empty_strided"), anew),
+    **dict.fromkeys(("new_empty", "new_empty_strided"), unlabeled),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
     "constant_pad_nd": pad,
     "index": index,
     "as_strided": restride,
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
-    "im2col": patches,
+    "im2col": unfold_patches,
     **dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions),
     "glu": gated,
 }  # fmt: skip
+
+#: Rules that users added, by the id of their handle.
+_REGISTERED: OrderedDict[int, tuple[str, OperatorRule]] = OrderedDict()
+
+
+def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -> RemovableHandle:
+    """Tell the toolkit how channels pass through an operator, such as a custom one of `torch.library`.
+
+    A rule that fits is often here already: `pointwise` (elementwise, any number of tensors), `same` (the
+    output has the channels of the first tensor in the same places), `spatial` (pooling, resizing),
+    `reduction`. A rule of your own takes the `Labels` of the pass and the `Operation`: it reads the labels
+    of operands (`labels.of`), then ties (`labels.tie`), fixes (`labels.fix`) or passes them on
+    (`labels.put`). `prune` compares its result with the masked model, so a wrong rule is found there.
+
+    Args:
+        name: the operator's name with its namespace, `mine::blur`; of torch's own (`aten`) without.
+        rule: called once for each time the operator runs on a tensor with channels.
+        replace: whether an operator may get another rule than it has.
+
+    Returns a handle: its method `remove`, or the end of a `with` block, takes the rule back.
+    Raises `PruningError` for a name that is none, for a rule that cannot be called, and for an operator
+    that has a rule.
+
+    >>> @torch.library.custom_op("pruning_example::halve", mutates_args=())
+    ... def halve(x: Tensor) -> Tensor:
+    ...     return x / 2
+    >>> _ = halve.register_fake(torch.empty_like)
+    >>> class Net(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.first, self.last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+    ...     def forward(self, x):
+    ...         return self.last(halve(self.first(x)))
+    >>> from pruning import trace
+    >>> trace(Net(), torch.randn(2, 4)).widths
+    {}
+    >>> with register_operator("pruning_example::halve", pointwise):
+    ...     trace(Net(), torch.randn(2, 4)).widths
+    {'first': 8}
+    """
+    if not isinstance(name, str) or not name.replace("::", "", 1).replace(".", "").isidentifier():
+        raise PruningError(f"{name!r} is no name of an operator; give one such as 'mine::blur'")
+    if not callable(rule):
+        raise PruningError(
+            f"the rule for {name} is a {type(rule).__name__}; give a function (labels, operation)"
+        )
+    name = name.removeprefix("aten::").rstrip("_")
+    if not replace and rule_for(name) is not None:
+        raise PruningError(f"operator {name!r} has a rule already; pass replace=True to replace it")
+    handle = RemovableHandle(_REGISTERED)
+    _REGISTERED[handle.id] = name, rule
+    return handle
+
+
+def rule_for(name: str) -> OperatorRule | None:
+    """Return the rule for an operator: registered, of `RULES`, or by torch's tags; None if there is none."""
+    registered = [rule for known, rule in _REGISTERED.values() if known == name]
+    return registered[-1] if registered else RULES.get(name) or _rule_by_kind(name)
+
+
+@functools.cache
+def _rule_by_kind(name: str) -> OperatorRule | None:
+    if name.lstrip("_").startswith(SPATIAL):
+        return spatial
+    if _has_tag(name, "pointwise"):
+        return pointwise
+    return reduction if _has_tag(name, "reduction") else None
+
+
+def _has_tag(name: str, tag: str) -> bool:
+    """Whether torch gives an operator, in any of its forms, a tag; older versions lack some."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    return any(str(each) == f"Tag.{tag}" for overload in overloads for each in overload.tags)
+
+
+def follow(labels: Labels, op: Operation) -> None:
+    """Give labels to the outputs of an operation, or fix those of its operands."""
+    rule = rule_for(op.name)
+    if rule is None:
+        labels.fix_operands(op.name, op.operands)
+    else:
+        rule(labels, op)

@@ -1,10 +1,10 @@
-"""Groups whose widths the model's own code knows: written in it, or kept in attributes.
+"""Find groups whose width the model's code is bound to, by running the model with a channel less.
 
-Sizes of a view or a split may have been computed from those of its input, which shows when the
-model runs with a channel less. Where it fails then, an attribute of the module that ran may hold
-the size, and the model runs when that follows. Where none does, the size is written in the code.
+The sizes of a view or a split may be computed from those of its input, or be constants: that shows when
+the model runs with a channel less. Where it then fails, an attribute of the module that ran may hold the
+size, and the model runs when the attribute follows. Where none does, the size is a constant in the code.
 Layers with code of their own (standardized weights, say) may run with a channel less and compute
-something else; that shows when their groups lose a channel and the outputs are compared.
+something else: that shows when outputs are compared.
 """
 
 from __future__ import annotations
@@ -13,45 +13,58 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pruning.graph.groups import Group, Size, Trace
+from pruning.graph.groups import Group, Trace, WidthAttribute
 from pruning.graph.plan import Plan
-from pruning.surgery.apply import apply, cut
-from pruning.surgery.sizes import holding
-from pruning.surgery.verify import difference
+from pruning.surgery.apply import apply, cut_channels
+from pruning.surgery.verify import compare_with_masked
+from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.labels import NONE, Flow
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.tree import Inputs, tensors
 
-#: A size as it was met: the module whose code ran, the number, and how many of its positions
-#: each channel is, by group.
-Kept = tuple[str, int, dict[str, torch.Tensor]]
+
+@dataclass(frozen=True)
+class _CountedSize:
+    """A size that an operation was given, and the channels that it counts.
+
+    Attributes:
+        module: the module whose code ran. value: the size.
+        owned: by group, how many positions each channel contributes to it, (channels,).
+    """
+
+    module: str
+    value: int
+    owned: dict[str, torch.Tensor]
+
 
 _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
 
-#: Ways to tell which attributes a group's width is kept in that are tried out.
-TRIALS = 16
+#: How many sets of attributes are tried for one group.
+MOST_CANDIDATES = 16
 
-#: A way that has failed in so many modules of a type, and worked in none, is tried in no further one.
-HOPELESS = 2
+#: A set of attributes that failed in as many modules of a type, and held in none, is not tried in others.
+MOST_FAILURES = 2
 
 
-class Rigid:
-    """What the code of a model says about its channel groups.
+class WidthProbe:
+    """Runs of a model with narrower groups, which show what its code is bound to.
 
     Args:
-        found: by a pass over the model. groups: that may be pruned otherwise. labels: of their
-            channels, by group.
+        model, inputs: as given to `trace`; left as they are.
+        found: by a pass over the model.
+        groups: those that can be pruned otherwise.
+        labels: of their channels, by group.
     """
 
     def __init__(
@@ -63,51 +76,51 @@ class Rigid:
         labels: Mapping[str, np.ndarray],
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _Runs(model, inputs, found, groups, labels)
+        self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
 
-    def tied(self) -> tuple[dict[str, str], tuple[Size, ...]]:
-        """Groups that cannot lose a channel, with the reason, and sizes that follow the others."""
+    def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
+        """Return groups that cannot lose a channel, with the reason, and attributes that follow the rest."""
         found, groups, labels = self.found, self.groups, self.labels
-        sized = np.unique(found.ties.root(np.concatenate([np.arange(0), *found.rigid])))
+        sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         suspect = [name for name in groups if np.isin(labels[name], sized).any()]
-        at_fault = _at_fault(self.runs.failure, suspect)
+        at_fault = _at_fault(self.runs.error, suspect)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
-            # Sizes of what stays whole may be computed from those of any other tensor.
-            at_fault |= _at_fault(self.runs.failure, [name for name in groups if name not in suspect])
+            # Sizes of what is not pruned may be computed from those of any other tensor.
+            at_fault |= _at_fault(self.runs.error, [name for name in groups if name not in suspect])
         reasons = {
             name: f"the model's code is tied to its width: with a channel less, {error}. {_CURE}"
             for name, error in at_fault.items()
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
         reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
-        followed = _followed(self.model, self.runs, _kept(found, labels, reasons))
-        reasons = {name: reason for name, reason in reasons.items() if name not in followed}
-        return reasons, _merged(followed.values())
+        attributes = _following(self.model, self.runs, _counted_sizes(found, labels, reasons))
+        reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
+        return reasons, _merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Groups of which the model takes other channels, by their positions, when some are gone."""
+        """Return groups of which the code takes other channels by position once some are removed."""
         why: dict[str, str] = {}
-        for numbers, reason in self.found.placed:
-            roots = self.found.ties.root(numbers)
+        for labels, reason in self.found.by_position:
+            roots = self.found.ties.find(labels)
             for name in names:
                 if name not in why and np.isin(self.labels[name], roots).any():
                     why[name] = reason
 
-        def changed_outputs(some: list[str]) -> str:
-            """An end that is computed from the input's width may be right by chance, but not twice."""
-            return self.runs.difference(some, (), 1 / 3) or self.runs.difference(some, (), 2 / 3)
+        def mismatch_at_two_widths(some: list[str]) -> str:
+            """A bound that is computed from the input's width may be right by chance, but not twice."""
+            return self.runs.mismatch(some, (), 1 / 3) or self.runs.mismatch(some, (), 2 / 3)
 
-        changed = _at_fault(changed_outputs, list(why))
+        changed = _at_fault(mismatch_at_two_widths, list(why))
         return {name: why[name] for name in changed}
 
-    def mixed(self, names: Iterable[str], sizes: tuple[Size, ...]) -> dict[str, str]:
-        """Of these groups those whose channels a layer's own code mixes, with the reason.
+    def mixing(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...]) -> dict[str, str]:
+        """Return those of the groups whose channels a layer's own code mixes, with the reason.
 
-        Only where there are layers with code of their own are outputs compared, which takes two passes.
+        Outputs are compared, which takes two passes, only where there are layers with code of their own.
         """
         own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
-        changed = _at_fault(lambda some: self.runs.difference(some, sizes), list(own))
+        changed = _at_fault(lambda some: self.runs.mismatch(some, sizes), list(own))
         return {
             name: f"{own[name]} has code of its own, and with a channel less the model does not compute what "
             f"it should ({error}). Put a layer of torch in its place, with the weights that it computes "
@@ -117,7 +130,7 @@ class Rigid:
 
 
 def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, str]:
-    """Of these groups those with which the model fails a test, found by halves, each with the error."""
+    """Return those of the groups with which the model fails a test, found by halves, with the error."""
     error = test(names) if names else ""
     if not error or len(names) == 1:
         return {names[0]: error} if error else {}
@@ -126,7 +139,7 @@ def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, s
 
 
 def _own_code(model: nn.Module, group: Group) -> str:
-    """The first layer of a group, those that read it before others, whose type is not torch's own."""
+    """Return the first layer of a group, readers before makers, whose type is not torch's own; else ""."""
     for member in (*group.side("in"), *group.side("out")):
         kind = type(model.get_submodule(member.layer))
         codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))
@@ -135,28 +148,8 @@ def _own_code(model: nn.Module, group: Group) -> str:
     return ""
 
 
-def _followed(model: nn.Module, runs: _Runs, kept: Mapping[str, list[Kept]]) -> dict[str, tuple[Size, ...]]:
-    """Of the groups at fault those that can lose a channel when these sizes follow."""
-    ways = {name: those for name, sizes in kept.items() if (those := list(_ways(model, sizes)))}
-    likely = {name: those[0] for name, those in ways.items()}
-    if not likely or runs.follow(likely):
-        return likely
-    alone: dict[str, tuple[Size, ...]] = {}
-    failed: Counter[Any] = Counter()
-    for name, those in ways.items():
-        for way in those:
-            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in way)
-            if failed[kind] >= HOPELESS:
-                continue
-            if runs.follow({name: way}):
-                alone[name], failed[kind] = way, -len(ways)
-                break
-            failed[kind] += 1
-    return alone if alone and runs.follow(alone) else {}
-
-
-class _Runs:
-    """Runs of a model whose groups have a channel less."""
+class _NarrowedRuns:
+    """Runs of a model whose groups have lost channels."""
 
     def __init__(
         self,
@@ -167,107 +160,143 @@ class _Runs:
         labels: Mapping[str, np.ndarray],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        places = [found.ties.root(numbers) for numbers, _ in found.placed]
-        #: Channels of each group, by the pieces that the code takes of it.
+        places = [found.ties.find(taken) for taken, _ in found.by_position]
+        #: Channels of each group, numbered by the pieces that the code slices it into.
         self.pieces = (
-            {name: _alike([np.isin(own, place) for place in places]) for name, own in labels.items()}
+            {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
             if places
             else {}
         )
         self.unused = found.probe
-        self.quick = found.probe is not None
-        self.example = pytree.tree_map(to_meta, inputs) if self.quick else inputs
+        self.on_meta = found.probe is not None
+        self.example = pytree.tree_map(to_meta, inputs) if self.on_meta else inputs
 
-    def failure(self, names: Iterable[str], sizes: tuple[Size, ...] = ()) -> str:
-        """Why the model fails when these groups lose their last channels; empty if it does not."""
-        probe, self.unused = self.unused or (on_meta if self.quick else copied)(self.model), None
+    def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
+        """Return why the model fails when these groups lose their last channels; empty if it does not."""
+        probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
         try:
-            cut(probe, *self._less(names, sizes))
-            with torch.no_grad(), Shapes() if self.quick else contextlib.nullcontext():
+            cut_channels(probe, *self._narrower(names, sizes))
+            with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
                 got = [t.shape for t in tensors(call(probe.eval(), self.example))]
         except Exception as error:  # of a model that no longer fits together
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         outputs = self.found.outputs
         return "" if got == outputs else f"its outputs change from {outputs} to {got}"
 
-    def follow(self, sizes: Mapping[str, tuple[Size, ...]]) -> bool:
-        """Whether the model computes what it should when these groups lose a channel and sizes follow.
+    def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
+        """Return how the outputs differ from the masked model's without these channels; else empty.
 
-        An attribute may also be a factor, say, or have had its value by chance.
+        Args:
+            share: the least part of every such piece that is removed.
+        """
+        traced, plan = self._narrower(names, sizes, share)
+        small = apply(self.model, traced, plan)
+        return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
+
+    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
+        """Whether the outputs are right when these groups lose channels and their attributes follow.
+
+        An attribute may also be a factor, say, or have its value by chance.
         """
         together = _merged(sizes.values())
-        return not (self.failure(sizes, together) or self.difference(sizes, together, 1 / 3))
+        return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
 
-    def difference(self, names: Iterable[str], sizes: tuple[Size, ...], share: float = 0.0) -> str:
-        """How the outputs differ from what they should be without these channels; empty where they do not."""
-        traced, plan = self._less(names, sizes, share)
-        return difference(self.model, apply(self.model, traced, plan), traced, plan, self.inputs)[0]
+    def _narrower(
+        self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0
+    ) -> tuple[Trace, Plan]:
+        """Plan to remove the last channel of each group; of every second two, so that sizes differ.
 
-    def _less(self, names: Iterable[str], sizes: tuple[Size, ...], share: float = 0.0) -> tuple[Trace, Plan]:
-        """Every second group loses two channels, lest what is tied by the code fit together by chance.
-
-        From every piece that the code takes of a group at least this share goes.
+        Groups that are bound to each other by the code might otherwise fit together by chance.
         """
         keep = {}
         for i, name in enumerate(names):
             channels = np.arange(self.groups[name].channels)
             pieces = self.pieces.get(name, np.zeros_like(channels))
-            parts = [channels[pieces == piece] for piece in np.unique(pieces)]
-            last = [part[-max(1, int(share * len(part))) - i % 2 :] for part in parts]
+            each = [channels[pieces == piece] for piece in np.unique(pieces)]
+            last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
         return Trace(self.groups, {}, {}, {}, sizes=sizes), Plan(keep)
 
 
-def _alike(marks: list[np.ndarray]) -> np.ndarray:
-    """Numbers of the channels, equal for those that have all marks in common."""
+def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
+    """Return a number for each channel, the same for channels that have all marks in common."""
     return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
 
 
-def _kept(found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, list[Kept]]:
-    """For each of these groups the sizes that count its channels."""
+# --- attributes that hold a size ------------------------------------------------------------
+
+
+def _following(
+    model: nn.Module, runs: _NarrowedRuns, sizes: Mapping[str, list[_CountedSize]]
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Return groups that can lose channels when attributes follow, with these attributes."""
+    candidates = {
+        name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
+    }
+    likely = {name: several[0] for name, several in candidates.items()}
+    if not likely or runs.is_exact(likely):
+        return likely
+    alone: dict[str, tuple[WidthAttribute, ...]] = {}
+    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
+    for name, several in candidates.items():
+        for chosen in several:
+            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
+            if failures[kind] >= MOST_FAILURES:
+                continue
+            if runs.is_exact({name: chosen}):
+                alone[name], failures[kind] = chosen, -len(candidates)
+                break
+            failures[kind] += 1
+    return alone if alone and runs.is_exact(alone) else {}
+
+
+def _counted_sizes(
+    found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
+) -> dict[str, list[_CountedSize]]:
+    """Return for each of the groups the sizes that count its channels."""
     belongs: dict[int, tuple[str, int]] = {}
-    for group, numbers in labels.items():
-        belongs.update((number, (group, channel)) for channel, number in enumerate(numbers.tolist()))
-    kept: dict[str, list[Kept]] = {name: [] for name in names}
+    for group, own in labels.items():
+        belongs.update((label, (group, channel)) for channel, label in enumerate(own.tolist()))
+    sizes: dict[str, list[_CountedSize]] = {name: [] for name in names}
     seen = set()
     for extent in found.extents:
-        numbers = found.ties.root(extent.labels)
-        key = extent.module, numbers.tobytes()
-        if not kept or key in seen:
+        counted = found.ties.find(extent.labels)
+        key = extent.module, counted.tobytes()
+        if not sizes or key in seen:
             continue
         seen.add(key)
         owned: dict[str, torch.Tensor] = {}
-        for group, channel in filter(None, map(belongs.get, numbers.tolist())):
+        for group, channel in filter(None, map(belongs.get, counted.tolist())):
             owned.setdefault(group, torch.zeros(len(labels[group]), dtype=torch.long))[channel] += 1
-        for group in kept.keys() & owned.keys():
-            kept[group].append((extent.module, len(numbers), owned))
-    return kept
+        for group in sizes.keys() & owned.keys():
+            sizes[group].append(_CountedSize(extent.module, len(counted), owned))
+    return sizes
 
 
-def _ways(model: nn.Module, kept: list[Kept]) -> Iterator[tuple[Size, ...]]:
-    """Sets of attributes that may be what a group's sizes are read from, likely ones first."""
-    choices: list[list[tuple[Size, ...]]] = []
-    for module, value, owned in kept:
+def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
+    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
+    choices: list[list[tuple[WidthAttribute, ...]]] = []
+    for size in sizes:
         held = [
-            Size(module, attribute, entries, owned)
-            for attribute, entries in holding(model.get_submodule(module), value)
+            WidthAttribute(size.module, attribute, entries, size.owned)
+            for attribute, entries in attributes_with(model.get_submodule(size.module), size.value)
         ]
         if held:
             several = [tuple(held)] if len(held) > 1 else []
-            choices.append([*((size,) for size in held), *several, ()])
-    for chosen in itertools.islice(itertools.product(*choices), TRIALS):
+            choices.append([*((each,) for each in held), *several, ()])
+    for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
         if any(chosen):
             yield _merged(chosen)
 
 
-def _merged(ways: Iterable[tuple[Size, ...]]) -> tuple[Size, ...]:
-    """The sizes of several sets, each attribute, or entry of one, once."""
-    sizes: list[Size] = []
+def _merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
+    """Return the attributes of several sets; each attribute, or entry of one, once."""
+    merged: list[WidthAttribute] = []
     taken: dict[tuple[str, str], set[int]] = {}
-    for size in itertools.chain.from_iterable(ways):
+    for size in itertools.chain.from_iterable(sets):
         entries = taken.setdefault((size.module, size.attribute), set())
         wanted = set(size.entries) or {0}
         if not entries & wanted:
             entries |= wanted
-            sizes.append(size)
-    return tuple(sizes)
+            merged.append(size)
+    return tuple(merged)

@@ -1,7 +1,7 @@
-"""From what flowed together to channel groups: tracing a model.
+"""Tracing: find the channel groups of a model, with the reason for every layer that has none.
 
-`pruning.tracing` follows the channels through the model; here what is tied becomes groups,
-with the reason for every layer that is left out.
+`pruning.tracing.tracer` follows the channels through a forward pass; here the tied labels become groups,
+and `pruning.tracing.probing` finds the groups whose width the model's code fixes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.graph.groups import Group, Ignored, LayerUse, Member, Trace
-from pruning.graph.layers import MAKERS, RECURRENT, Side, layer_width, parts
+from pruning.graph.groups import Group, Ignored, LayerUse, Trace
+from pruning.graph.layers import (
+    RECURRENT,
+    bias_of,
+    layer_width,
+    makes_channels,
+    parts,
+    require_rules,
+    rule_of,
+)
 from pruning.surgery.batchnorm import can_fold
-from pruning.tracing.labels import Flow, SideUse, Ties
-from pruning.tracing.probing import Rigid
+from pruning.tracing.grouping import channel_groups
+from pruning.tracing.labels import Flow
+from pruning.tracing.probing import WidthProbe
 from pruning.tracing.tracer import flow
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.tree import Inputs, tensors
 
-_OWN_WAY = "its own code computes with its weight in another way than its type does"
+_OTHER_CODE = "its own code computes with its weight in another way than its type does"
 
 _NOT_RUN = (
     "it does not run on the example inputs: should it read channels that are pruned, it will no longer fit. "
@@ -38,51 +47,76 @@ def trace(
     """Find the channel groups of a model.
 
     Args:
-        model: any module; it is not changed, nor is its mode.
+        model: any module; neither it nor its mode is changed.
         inputs: example inputs with a batch dimension, on the model's device.
-        ignored: layers whose outputs are to stay as they are; a pattern, type or instance
-            that matches no layer is an error.
-        compare: of layers with code of their own, see by the model's outputs whether they mix channels.
+        ignored: layers whose outputs are not pruned: names, patterns, types or modules.
+        compare: for layers with code of their own, whether to compare the model's outputs with a channel
+            less, which shows whether that code mixes channels.
 
-    Raises `PruningError` when the model does not run on the inputs.
+    Returns the groups, and for every other layer that makes channels the reason why it is left.
+    Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
+    layer, and when a registered rule does not describe a layer.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    >>> traced = trace(model, torch.zeros(1, 3, 9, 9))
+    >>> traced.widths
+    {'0': 8}
+    >>> [(member.layer, member.side) for member in traced.groups["0"].members]
+    [('0', 'out'), ('2', 'in')]
+    >>> traced.skipped
+    {'2': "its channels are the model's output, whose size is kept"}
     """
-    _refuse(model, inputs)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    keep = _match(model, ignored)
-    shared = _shared_parameters(model)
+    _require_traceable(model, inputs)
+    ignored_by = _match(model, ignored)
     found = flow(model, call, inputs)
-    ran = {name for name, layer in model.named_modules() if isinstance(layer, MAKERS) and found.calls[name]}
+    groups, labels, reasons = _prunable(model, found, ignored_by)
 
-    groups: dict[str, Group] = {}
-    labels: dict[str, np.ndarray] = {}
-    skipped: dict[str, str] = {}
-    for group, numbers, reason in _groups(model, found):
-        producers = [m.layer for m in group.side("out") if m.layer in ran]
-        reason = reason or _obstacle(group, model, keep, frozen, shared)
-        if reason:
-            skipped.update(dict.fromkeys(producers, reason))
-            continue
-        groups[group.name], labels[group.name] = group, numbers
-    rigid = Rigid(model, inputs, found, groups, labels)
-    stay, sizes = rigid.tied()
+    probe = WidthProbe(model, inputs, found, groups, labels)
+    bound, sizes = probe.code_bound()
     if compare:
-        stay |= rigid.mixed([name for name in groups if name not in stay], sizes)
-    for name, reason in stay.items():
-        skipped.update({member.layer: reason for member in groups.pop(name).side("out")})
-    makers = {member.layer for group in groups.values() for member in group.members if member.side == "out"}
-    skipped = {layer: why for layer, why in skipped.items() if layer in ran and layer not in makers}
-    skipped.update(_unseen(model, found))
+        bound |= probe.mixing([name for name in groups if name not in bound], sizes)
+    for name, reason in bound.items():
+        reasons.update({member.layer: reason for member in groups.pop(name).side("out")})
 
     foldable = _foldable(model, found)
     uses = {
-        name: LayerUse(used, positions, model.get_submodule(name).bias is not None or name in foldable)
+        name: LayerUse(used, positions, bias_of(model.get_submodule(name)) is not None or name in foldable)
         for name, (used, positions) in found.uses.items()
     }
-    return Trace(groups, skipped, foldable, uses, frozenset(keep), found.other_macs, inputs, sizes)
+    skipped = _skipped(model, found, groups, reasons)
+    return Trace(groups, skipped, foldable, uses, frozenset(ignored_by), found.other_macs, inputs, sizes)
 
 
-def _refuse(model: nn.Module, inputs: Inputs) -> None:
-    """Say what is wrong with a model or inputs that cannot be traced."""
+def _prunable(
+    model: nn.Module, found: Flow, ignored_by: dict[str, str]
+) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
+    """Return the groups without an obstacle, the labels of their channels, and why other layers are left."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    shared = _shared_parameters(model)
+    groups: dict[str, Group] = {}
+    labels: dict[str, np.ndarray] = {}
+    reasons: dict[str, str] = {}
+    for group, channels, reason in channel_groups(model, found):
+        reason = reason or _obstacle(group, model, ignored_by, frozen, shared)
+        if reason:
+            reasons.update({member.layer: reason for member in group.side("out")})
+        else:
+            groups[group.name], labels[group.name] = group, channels
+    return groups, labels, reasons
+
+
+def _skipped(
+    model: nn.Module, found: Flow, groups: dict[str, Group], reasons: dict[str, str]
+) -> dict[str, str]:
+    """Return the layers that make channels and ran, but are in no group, and those that the pass missed."""
+    pruned = {member.layer for group in groups.values() for member in group.side("out")}
+    ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
+    left = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
+    return left | dict(_missed(model, found))
+
+
+def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
+    """Raise `PruningError` for a model or inputs that cannot be traced."""
     if torch.is_inference_mode_enabled():
         raise PruningError("torch.inference_mode() is on: its tensors cannot be trained; leave it first")
     for name, module in model.named_modules():
@@ -94,6 +128,7 @@ def _refuse(model: nn.Module, inputs: Inputs) -> None:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
     if any(x.ndim and not len(x) for x in tensors(inputs)[:1]):
         raise PruningError("the example inputs are a batch of no examples; give at least one")
+    require_rules(model)
 
 
 def require_groups(model: nn.Module, traced: Trace) -> None:
@@ -104,140 +139,36 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
         raise PruningError(f"{kind} has no prunable group ({reasons or 'no layer was found'})")
 
 
-def _unseen(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
-    """Layers that would have channels, had the pass shown them; each with the reason why it did not."""
-    shown = {name for name, _ in found.sides} | found.borrowed
+def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
+    """Yield layers whose channels the pass did not show, each with the reason."""
+    shown = {name for name, _ in found.sides} | found.read_elsewhere
     holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, RECURRENT):
             yield name, "recurrent layers keep their hidden size"
             continue
-        if not own or name in shown or ("weight" in own and name in holders):
+        if not own or name in shown or not makes_channels(layer):
             continue
-        if isinstance(layer, MAKERS) and "weight" not in own:
+        weight = rule_of(layer).weight
+        if weight not in own:
             yield name, "its weight is computed from others; remove what does that to let it be pruned"
-        elif isinstance(layer, MAKERS):
+        elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
-            yield name, _OWN_WAY if inside else _NOT_RUN
+            yield name, _OTHER_CODE if inside else _NOT_RUN
     yield from found.functional.items()
 
 
-def _groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:
-    """Channels that are tied, by the layers that make them: each group with its labels.
-
-    Layers one of whose channels are tied to those of another make channels of one group.
-    Within it channels that own different numbers of positions (some take part in a sum,
-    others do not) are groups apart, so that every channel of a group costs the same; and
-    so are those that must stay, which come with the reason.
-    """
-    made = [found.ties.root(use.labels) for (_, side), use in found.sides.items() if side == "out"]
-    known = np.unique(np.concatenate([np.arange(0), *made]))  # of layers; others do not matter
-    reasons: dict[int, str] = {}
-    for labels, reason in found.fixed:
-        for number in np.intersect1d(found.ties.root(labels), known).tolist():
-            reasons.setdefault(number, reason)
-    sides = _settled_sides(found, known, reasons)
-
-    # Components: channels that one layer makes belong together.
-    together = Ties()
-    together.new(1 + max((int(side.labels.max()) for side in sides.values() if len(side.labels)), default=0))
-    makers = [
-        (name, side.labels)
-        for (name, which), side in sides.items()
-        if which == "out" and isinstance(model.get_submodule(name), MAKERS)
-    ]
-    for _, labels in makers:
-        together.tie(labels[:-1], labels[1:])
-
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    keys = list(sides)
-    component_of: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for i, key in enumerate(keys):
-        components = together.root(sides[key].labels)
-        by_component = np.argsort(components, kind="stable")
-        bounds = np.flatnonzero(np.diff(components[by_component], prepend=-2))
-        for place in np.split(by_component, bounds[1:]):
-            component_of.setdefault(int(components[place[0]]), []).append((i, np.sort(place)))
-
-    roots: dict[int, str] = {}
-    for name, labels in sorted(makers, key=lambda maker: order[maker[0]]):
-        roots.setdefault(int(together.root(labels[:1])[0]), name)
-    for component, root in roots.items():
-        places = component_of[component]
-        channels = _in_order(sides[root, "out"].labels, [sides[keys[i]].labels[at] for i, at in places])
-        number = {int(label): c for c, label in enumerate(channels)}
-        owned = np.zeros((len(channels), len(places) + 1), dtype=np.int64)
-        members = []
-        for column, (i, at) in enumerate(places):
-            channel = np.array([number[int(label)] for label in sides[keys[i]].labels[at]])
-            np.add.at(owned[:, column], channel, 1)
-            members.append((keys[i], at, channel, sides[keys[i]].dim))
-        owned[:, -1] = [int(label) in reasons for label in channels]
-        _, kind, first = _unique_rows(owned)
-        for count, which in enumerate(np.argsort(first)):
-            chosen = np.flatnonzero(kind == which)
-            renumber = np.full(len(channels), -1)
-            renumber[chosen] = np.arange(len(chosen))
-            parts_of = []
-            for (layer, side), at, channel, dim in members:
-                inside = renumber[channel] >= 0
-                if inside.any():
-                    index = torch.from_numpy(at[inside])
-                    parts_of.append(
-                        Member(layer, side, index, torch.from_numpy(renumber[channel[inside]]), dim)
-                    )
-            name = root if not count else f"{root}/{count + 1}"
-            reason = next((reasons[int(x)] for x in channels[chosen] if int(x) in reasons), "")
-            yield Group(name, len(chosen), tuple(parts_of)), channels[chosen], reason
-
-
-def _settled_sides(
-    found: Flow, known: np.ndarray, reasons: dict[int, str]
-) -> dict[tuple[str, Side], SideUse]:
-    """Every side with its final labels, a vector; tensors of their own where channels touch them."""
-    sides = {}
-    for (name, side), use in found.sides.items():
-        labels, dim = found.ties.root(use.labels), use.dim
-        if side == "self":
-            if not np.isin(labels, known).any():
-                continue
-            rows = [d for d, size in enumerate(labels.shape) if size > 1]
-            lying = [d for d in rows if (labels != labels.take([0], axis=d)).any()]
-            if len(lying) > 1:
-                for number in np.intersect1d(labels, known).tolist():
-                    reasons.setdefault(number, f"the parameter {name} holds it along several dimensions")
-                continue
-            dim = lying[0] if lying else (rows[0] if rows else 0)
-            labels = np.moveaxis(labels, dim, 0).reshape(labels.shape[dim] if labels.ndim else 1, -1)[:, 0]
-        sides[name, side] = SideUse(labels, dim)
-    return sides
-
-
-def _in_order(first: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
-    """All labels, each once, by their first place in the vectors."""
-    everything = np.concatenate([first, *others])
-    labels, place = np.unique(everything, return_index=True)
-    return labels[np.argsort(place)]
-
-
-def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct rows, the number of each row's, and where each is first."""
-    distinct, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    return distinct, kind.reshape(-1), first
-
-
 def _obstacle(
-    group: Group, model: nn.Module, keep: dict[str, str], frozen: set[str], shared: dict[str, str]
+    group: Group, model: nn.Module, ignored_by: dict[str, str], frozen: set[str], shared: dict[str, str]
 ) -> str:
-    """Why a group is left as it is; empty when it can be pruned."""
+    """Return why a group cannot be pruned; empty when it can."""
     if not group.side("in"):
         return "no layer that surgery knows consumes its channels; they may be the model's output"
     for member in group.members:
         if member.side == "self":
             continue
         layer = model.get_submodule(member.layer)
-        # None of the parts of such a layer could be given up.
         if 1 < parts(layer) == layer_width(layer, member.side):
             return (
                 f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
@@ -249,8 +180,8 @@ def _obstacle(
         return "its channels can only be removed all together (tied in parts), and a group is never emptied"
     for member in group.members:
         owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
-        if member.side != "in" and owner in keep:
-            return f"ignored, as asked by {keep[owner]}"
+        if member.side != "in" and owner in ignored_by:
+            return f"ignored, as asked by {ignored_by[owner]}"
         if member.side == "self":
             names = [member.layer]
         else:
@@ -266,9 +197,9 @@ def _obstacle(
 
 
 def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
-    """The names of the layers to ignore, each with what asked for it."""
-    keep: dict[str, str] = {}
-    first = {id(module): name for name, module in model.named_modules()}  # of several names of a module
+    """Return the names of the layers to ignore, each with the entry that matches it."""
+    ignored_by: dict[str, str] = {}
+    first = {id(module): name for name, module in model.named_modules()}  # a module may have several names
     for entry in ignored:
         described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
         matched = [
@@ -285,14 +216,14 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
             )
         for name in matched:
             inner = model.get_submodule(name).modules()
-            keep.update({first[id(module)]: repr(described) for module in inner})
-    return keep
+            ignored_by.update({first[id(module)]: repr(described) for module in inner})
+    return ignored_by
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Parameters that two layers hold: each full name with the other's.
+    """Return parameters that two layers hold: each full name with the other's.
 
-    A layer that is registered under two names is one layer, and counts under the first.
+    A layer that has two names is one layer, and counts under the first.
     """
     holders: dict[int, str] = {}
     shared: dict[str, str] = {}
@@ -306,11 +237,11 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
-    """BatchNorm layers that alone read the output of the layer before them."""
+    """Return layers whose output a BatchNorm alone reads, into which it can be folded, with its name."""
     pairs = {}
     shared = _shared_parameters(model)
     with eval_mode(model):
-        for name, readers in found.follows.items():
+        for name, readers in found.readers.items():
             norm_name = readers[0] if readers else ""
             if not norm_name or set(readers) != {norm_name}:
                 continue
@@ -318,7 +249,7 @@ def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
                 can_fold(model, name, norm_name)
                 and found.calls[name] == found.calls[norm_name] == len(readers)
                 and found.sides[name, "out"].dim == found.sides[norm_name, "out"].dim
-                and not found.borrowed & {name, norm_name}
+                and not found.read_elsewhere & {name, norm_name}
                 and f"{name}.weight" not in shared
                 and f"{name}.bias" not in shared
             ):

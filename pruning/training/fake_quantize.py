@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pruning.graph.layers import WEIGHTED, rule_for
+from pruning.graph.layers import WEIGHTED, is_registered, rule_for
 from pruning.utils.modules import on_input
 
 #: The weight of each training batch in the moving average of a range.
@@ -45,7 +45,7 @@ class Rounding:
 
     def __enter__(self) -> Rounding:
         for name, layer in self.model.named_modules():
-            if isinstance(layer, WEIGHTED):
+            if isinstance(layer, WEIGHTED) and not is_registered(layer):
                 self._attach(name, layer)
         return self
 

@@ -54,7 +54,7 @@ def test_every_group_alone_and_all_together_are_equivalent(name):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_widths_are_those_of_the_plan_and_a_second_step_composes(name):
+def test_widths_equal_the_plan_and_a_second_step_composes(name):
     net, images = nets.make(name), nets.images()
     traced = trace(net, images)
     plan = some_plan(traced, seed=1)
@@ -75,7 +75,7 @@ def test_widths_are_those_of_the_plan_and_a_second_step_composes(name):
 
 @pytest.mark.parametrize(("name", "group"), [("lenet", "features.conv1"), ("lenet", "classifier.fc1"),
                                              ("yournet", "features.conv1")])  # fmt: skip
-def test_the_constant_of_a_dead_channel_is_folded_without_loss(name, group):
+def test_folding_the_constant_of_a_dead_channel_changes_no_output(name, group):
     """γ = 0 leaves relu(β) behind: without zero padding, folding it changes no output."""
     net, images = nets.make(name), nets.images()
     traced = trace(net, images)
@@ -91,7 +91,7 @@ def test_the_constant_of_a_dead_channel_is_folded_without_loss(name, group):
     assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
 
 
-def test_the_constant_of_a_channel_without_weights_is_folded_by_prune():
+def test_prune_folds_the_constant_of_a_channel_whose_weights_are_0():
     """A convolution without bias whose row is 0, and a BatchNorm with a scale: the norm gives a constant."""
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
@@ -106,7 +106,7 @@ def test_the_constant_of_a_channel_without_weights_is_folded_by_prune():
     torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_constant_is_folded_into_what_reads_it_step_by_step():
+def test_a_constant_is_folded_into_recurrent_layers():
     """Both directions of a recurrent layer, and a cell."""
     net, images = nets.make("lines"), nets.images()
     with torch.no_grad():
@@ -121,14 +121,14 @@ def test_a_constant_is_folded_into_what_reads_it_step_by_step():
     assert not torch.allclose(apply(net, traced, plan)(images), net(images), atol=1e-3)
 
 
-def test_a_single_example_is_not_taken_for_a_constant():
+def test_channels_that_a_single_example_does_not_vary_are_no_constants():
     net = nets.make("plain")
     traced = trace(net, nets.images(1))
     constants = channel_constants(net, traced, [nets.images(1)], exact_only=True)
     assert not any(value.any() for value in constants.values())
 
 
-def test_constants_do_not_go_through_zero_padding():
+def test_constants_are_not_folded_through_zero_padding():
     net, images = nets.make("residual"), nets.images()
     traced = trace(net, images)
     constants = channel_constants(net, traced, [images])
@@ -136,7 +136,7 @@ def test_constants_do_not_go_through_zero_padding():
     assert padded and not padded & constants.keys()
 
 
-def test_surgery_leaves_the_model_its_mode_and_its_gradients_alone():
+def test_apply_changes_neither_the_model_nor_its_mode_nor_its_gradients():
     net, images = nets.make("lenet").train(), nets.images(4)
     net.features.bn1.eval()
     net(images).sum().backward()
@@ -197,7 +197,7 @@ def test_a_plan_for_another_model_is_refused(keep, message):
 
 
 @pytest.mark.parametrize("channels", [(), (0, 0), (-1, 2)])
-def test_a_plan_that_empties_a_group_or_repeats_a_channel_cannot_be_made(channels):
+def test_a_plan_that_empties_a_group_or_repeats_a_channel_is_refused(channels):
     with pytest.raises(PruningError):
         Plan({"conv": channels})
 
@@ -222,7 +222,7 @@ def test_layers_may_be_called_by_keyword():
 
 
 class Keeps(nn.Module):
-    """A model that keeps an activation, as those do whose features are looked at later."""
+    """A model that keeps an activation as an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ class Keeps(nn.Module):
         return self.head(self.features.mean((2, 3)))
 
 
-def test_what_a_training_step_left_in_a_model_does_not_keep_it_from_being_pruned():
+def test_a_model_that_keeps_tensors_of_a_training_step_is_pruned():
     net = Keeps()
     net(nets.images()).sum().backward()
     with pytest.raises(RuntimeError, match="deepcopy"):

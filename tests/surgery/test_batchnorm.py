@@ -1,4 +1,4 @@
-"""Folding BatchNorms and scaling channels to one size leave the outputs as they were."""
+"""Folding and equalizing BatchNorm change no output; recalibration changes statistics alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, PruningError, equalize, fold_batchnorm, load, prune, recalibrate, save, trace
+from pruning import (
+    Budget,
+    PruningError,
+    accuracy,
+    equalize,
+    fold_batchnorm,
+    load,
+    prune,
+    recalibrate,
+    save,
+    trace,
+)
 from pruning.utils.compare import compare
 from pruning.utils.tree import tensors
 
@@ -56,7 +67,7 @@ class Folding(nn.Module):
 
 
 def lively(norm):
-    """Statistics, scales and shifts that folding cannot leave out unseen."""
+    """Give norms statistics, scales and shifts whose loss would change the outputs."""
     for tensor in (norm.running_mean, norm.weight, norm.bias):
         nn.init.normal_(tensor)
     nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -94,7 +105,7 @@ class ReadsOutput(Folding):
 
 
 class OverTime(nn.Module):
-    """BatchNorm1d takes dimension 1 for channels; those of the linear layer lie along the last."""
+    """BatchNorm1d normalises dimension 1; the channels of the linear layer lie along the last."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +136,7 @@ def with_a_hook():
         with_a_hook,
     ],
 )
-def test_a_norm_that_does_not_fold_without_change_is_left_and_counted(make):
+def test_a_norm_whose_folding_would_change_outputs_is_not_folded_and_is_counted(make):
     torch.manual_seed(0)
     net, images = make().eval(), nets.images()
     traced = trace(net, images)
@@ -134,7 +145,7 @@ def test_a_norm_that_does_not_fold_without_change_is_left_and_counted(make):
 
 
 class ByTheSide(nn.Module):
-    """A middle convolution whose weight is read where no trace sees it: through numpy."""
+    """Its middle convolution's weight is read through numpy, which tracing does not see."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +156,7 @@ class ByTheSide(nn.Module):
         return [block(x) * scale for block in (self.first, self.middle, self.last)]
 
 
-def test_folding_is_checked_and_only_the_norm_at_fault_is_left():
+def test_folding_is_checked_and_only_the_norm_at_fault_is_not_folded():
     net, images = ByTheSide().eval(), nets.images()
     traced = trace(net, images)
     pairs = {f"{block}.conv": f"{block}.norm" for block in ("first", "middle", "last")}
@@ -195,7 +206,7 @@ def test_equalized_networks_compute_the_same(name):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-def test_equalized_channels_have_mean_square_one_behind_relu_and_are_as_they_were_behind_others():
+def test_equalized_channels_have_mean_square_one_behind_relu_and_are_unchanged_behind_others():
     net = nets.make("lenet")
     first, last = net.features.bn1, net.classifier.bn1
     with torch.no_grad():
@@ -215,7 +226,7 @@ def test_equalized_channels_have_mean_square_one_behind_relu_and_are_as_they_wer
     assert torch.equal(equalize(net, trace(net, x), x)[1].weight, net[1].weight)
 
 
-def test_a_layer_before_a_norm_keeps_the_size_of_its_weights_and_another_takes_on_the_scales():
+def test_equalize_keeps_the_weight_norm_of_a_layer_before_a_norm_and_scales_other_layers():
     net, x = nets.make("lenet"), nets.images()
     with torch.no_grad():
         for norm in (net.features.bn1, net.classifier.bn2):
@@ -228,3 +239,65 @@ def test_a_layer_before_a_norm_keeps_the_size_of_its_weights_and_another_takes_o
     consumer = list(equal.classifier.children())[-1].weight.norm()
     assert consumer < 0.1 * list(net.classifier.children())[-1].weight.norm()
     torch.testing.assert_close(equal(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+# --- recalibration
+
+
+def test_recalibrated_statistics_equal_those_of_the_data():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()).train()
+    nn.init.normal_(net[1].running_mean)
+    batches = [torch.randn(32, 3) for _ in range(3)]
+    assert recalibrate(net, batches).training and net[1].momentum == 0.1
+    values = [net[0](x).detach() for x in batches]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([v.mean(0) for v in values]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([v.var(0) for v in values]).mean(0))
+
+
+def test_a_calibration_set_of_one_image_changes_no_statistics():
+    net = nets.make("lenet")
+    before = nets.snapshot(net)
+    recalibrate(net, [nets.images(1)])
+    recalibrate(net, [])
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    step = prune(net, nets.images(), Budget(params="50%"), calibration=[(nets.images(1), torch.tensor([1]))])
+    assert accuracy(step.model, [(nets.images(), torch.tensor([0, 1]))]) >= 0
+
+
+def test_norms_that_do_not_run_keep_their_statistics():
+    """An auxiliary head, say, which calibration does not reach."""
+
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.aux = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x, aux=False):
+            return self.aux(x) if aux else self.norm(x)
+
+    net = Aux()
+    net.aux(torch.randn(8, 3))
+    net.aux.running_mean.fill_(5)
+    before = nets.snapshot(net.aux)
+    recalibrate(net, [torch.randn(8, 3) + 2])
+    assert all(torch.equal(before[key], value) for key, value in net.aux.state_dict().items())
+    assert (net.norm.running_mean > 1).all()
+
+
+def test_a_recalibration_that_fails_changes_nothing():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    nn.init.normal_(net[0].running_mean)
+    before = nets.snapshot(net)
+    with pytest.raises(RuntimeError):
+        recalibrate(net, [torch.randn(8, 3), torch.randn(8, 4)])
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert net[0].momentum == 0.1
+
+
+def test_frozen_norms_keep_their_statistics():
+    net = nets.make("residual")
+    frozen = net.stem[1].requires_grad_(False).running_mean.clone()
+    others = net.blocks[0].inner[1].running_mean.clone()
+    recalibrate(net, [nets.images(16)])
+    assert torch.equal(net.stem[1].running_mean, frozen)
+    assert not torch.equal(net.blocks[0].inner[1].running_mean, others)

@@ -1,4 +1,4 @@
-"""Whole layers: which can go, and that what is left does their work as well as it can."""
+"""Whole layers: which can be removed, and how well the model without them is refitted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pruning import (
     Budget,
     Plan,
     PruningError,
-    accuracy,
     fold_batchnorm,
     load,
     prune,
-    recalibrate,
     removable,
     save,
     trace,
@@ -53,7 +51,7 @@ def test_linear_neighbours_are_joined_exactly():
         assert small[4].in_features == 4 and isinstance(small[2], nn.Identity)
 
 
-def test_convolutions_in_a_row_are_joined_as_well_as_their_border_lets_them():
+def test_consecutive_convolutions_are_joined_exactly_away_from_the_border():
     """The padding between two convolutions is 0, so only inner positions can be exact."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -65,7 +63,7 @@ def test_convolutions_in_a_row_are_joined_as_well_as_their_border_lets_them():
     assert small[2].weight.shape == (2, 4, 3, 3)
 
 
-def test_what_is_not_linear_is_joined_by_least_squares():
+def test_layers_with_an_activation_between_them_are_joined_by_least_squares():
     net, x = linear_chain(nn.ReLU()), torch.randn(500, 5)
     small = without(net, "2", x)
     received = torch.relu(torch.tanh(net[0](x)))  # the ReLU behind the layer stays
@@ -75,7 +73,7 @@ def test_what_is_not_linear_is_joined_by_least_squares():
     torch.testing.assert_close(small[4].bias.double(), best[-1], rtol=1e-2, atol=1e-3)
 
 
-def test_the_mean_goes_into_the_norm_where_the_joined_layer_has_no_bias():
+def test_the_offset_goes_into_the_norm_where_the_joined_layer_has_no_bias():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(4, 6), nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)
@@ -86,7 +84,7 @@ def test_the_mean_goes_into_the_norm_where_the_joined_layer_has_no_bias():
     torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=1e-4)
 
 
-def test_residual_blocks_let_their_input_pass():
+def test_a_residual_block_is_replaced_by_its_input():
     net, x = nets.make("residual"), nets.images()
     found = candidates(net, x)
     assert [name for name, layer in found.items() if not layer.joined] == ["blocks.0", "blocks.1"]
@@ -97,7 +95,7 @@ def test_residual_blocks_let_their_input_pass():
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_a_model_without_a_layer_runs_and_the_given_one_is_left_as_it_was(name):
+def test_a_model_without_a_layer_runs_and_the_given_model_is_unchanged(name):
     net, x = nets.make(name), nets.images(8)
     before = nets.snapshot(net)
     for layer in candidates(net, x):
@@ -107,7 +105,7 @@ def test_a_model_without_a_layer_runs_and_the_given_one_is_left_as_it_was(name):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-def test_layers_that_are_ignored_stay():
+def test_ignored_layers_are_not_removable():
     net, x = nets.make("residual"), nets.images()
     found = candidates(net, x, ["blocks.0.*"])
     assert "blocks.0" not in found and "blocks.1" in found
@@ -115,7 +113,7 @@ def test_layers_that_are_ignored_stay():
     assert list(candidates(net, torch.randn(2, 1, 28, 28), ["classifier.fc1"])) == ["classifier.fc2"]
 
 
-def test_the_plan_names_what_went_and_the_result_reloads(tmp_path):
+def test_the_plan_names_the_removed_layers_and_the_result_reloads(tmp_path):
     torch.manual_seed(0)
     net, x = YourNet(batch_norm=True).eval(), torch.randn(64, 1, 28, 28)
     labels = torch.arange(64) % 10
@@ -132,7 +130,7 @@ def test_the_plan_names_what_went_and_the_result_reloads(tmp_path):
     torch.testing.assert_close(small(x), step.model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_go_is_refused_with_what_can():
+def test_removing_another_layer_is_refused_with_the_removable_ones():
     net, x = YourNet(batch_norm=True), torch.randn(8, 1, 28, 28)
     with pytest.raises(
         PruningError, match=r"'features.conv2' cannot be removed.*classifier.fc1, classifier.fc2"
@@ -156,70 +154,8 @@ def test_separable_networks_are_pruned_and_rebuilt(options):
     torch.testing.assert_close(small(x), step.model(x), rtol=1e-4, atol=1e-5)
 
 
-# Statistics taken anew
-
-
-def test_recalibrated_statistics_are_those_of_the_data():
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()).train()
-    nn.init.normal_(net[1].running_mean)
-    batches = [torch.randn(32, 3) for _ in range(3)]
-    assert recalibrate(net, batches).training and net[1].momentum == 0.1
-    values = [net[0](x).detach() for x in batches]
-    torch.testing.assert_close(net[1].running_mean, torch.stack([v.mean(0) for v in values]).mean(0))
-    torch.testing.assert_close(net[1].running_var, torch.stack([v.var(0) for v in values]).mean(0))
-
-
-def test_a_calibration_set_of_one_image_changes_no_statistics():
-    net = nets.make("lenet")
-    before = nets.snapshot(net)
-    recalibrate(net, [nets.images(1)])
-    recalibrate(net, [])
-    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    step = prune(net, nets.images(), Budget(params="50%"), calibration=[(nets.images(1), torch.tensor([1]))])
-    assert accuracy(step.model, [(nets.images(), torch.tensor([0, 1]))]) >= 0
-
-
-def test_norms_that_do_not_run_keep_their_statistics():
-    """An auxiliary head, say, which calibration does not reach."""
-
-    class Aux(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.aux = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-
-        def forward(self, x, aux=False):
-            return self.aux(x) if aux else self.norm(x)
-
-    net = Aux()
-    net.aux(torch.randn(8, 3))
-    net.aux.running_mean.fill_(5)
-    before = nets.snapshot(net.aux)
-    recalibrate(net, [torch.randn(8, 3) + 2])
-    assert all(torch.equal(before[key], value) for key, value in net.aux.state_dict().items())
-    assert (net.norm.running_mean > 1).all()
-
-
-def test_recalibration_that_fails_changes_nothing():
-    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    nn.init.normal_(net[0].running_mean)
-    before = nets.snapshot(net)
-    with pytest.raises(RuntimeError):
-        recalibrate(net, [torch.randn(8, 3), torch.randn(8, 4)])
-    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    assert net[0].momentum == 0.1
-
-
-def test_frozen_norms_keep_their_statistics():
-    net = nets.make("residual")
-    frozen = net.stem[1].requires_grad_(False).running_mean.clone()
-    others = net.blocks[0].inner[1].running_mean.clone()
-    recalibrate(net, [nets.images(16)])
-    assert torch.equal(net.stem[1].running_mean, frozen)
-    assert not torch.equal(net.blocks[0].inner[1].running_mean, others)
-
-
-def test_an_activation_that_writes_in_place_does_not_spoil_a_skip_connection(tmp_path):
-    """Without its convolution, the ReLU inside a block sees the tensor that the skip adds."""
+def test_an_in_place_activation_does_not_change_a_skip_connection(tmp_path):
+    """Without its convolution, the ReLU inside a block reads the tensor that the skip connection adds."""
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=4).eval()

@@ -1,4 +1,4 @@
-"""The check behind every surgery: what is compared, and that a wrong one is found out."""
+"""`verify`: what is compared, and that it finds a wrong surgery."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pruning.utils.compare import TOLERANCE, compare, outputs_of
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 
 
-def test_a_wrong_surgery_is_found_out():
+def test_verify_finds_a_wrong_surgery():
     net, images = nets.make("lenet"), nets.images()
     traced = trace(net, images)
     plan = Plan({"features.conv1": (0, 2)})
@@ -57,7 +57,7 @@ class Answers(nn.Module):
         lambda logits, features: collections.UserDict(logits=logits, features=features),
     ],
 )
-def test_outputs_in_objects_are_kept_and_compared(hold):
+def test_outputs_held_by_objects_are_compared(hold):
     net, images = Answers(hold), nets.images()
     traced = trace(net, images)
     assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
@@ -81,7 +81,7 @@ def test_complex_outputs_are_compared():
     assert compare([torch.ones(3) * 1j], [torch.ones(3) * 1j]) == ("", 0)
 
 
-def test_infinite_outputs_agree_with_themselves_alone():
+def test_infinite_outputs_agree_only_with_themselves():
     masked = torch.tensor([1.0, -float("inf")])
     assert compare([masked], [masked.clone()]) == ("", 0)
     assert compare([masked], [-masked])[0] and compare([masked], [torch.zeros(2)])[0]
@@ -89,7 +89,7 @@ def test_infinite_outputs_agree_with_themselves_alone():
 
 
 class Restless(nn.Module):
-    """It counts its passes, normalises its input in place and draws random numbers in eval mode."""
+    """It counts its passes, changes its input in place and draws random numbers in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ class Restless(nn.Module):
         return self.d(nn.functional.dropout(x, 0.5, training=True))
 
 
-def test_a_restless_model_is_pruned_and_neither_it_nor_its_inputs_change():
+def test_a_model_with_state_and_random_numbers_is_pruned_and_not_changed():
     torch.manual_seed(0)
     net, images = Restless().train(), nets.images()
     batch = {"images": images.clone()}
@@ -127,7 +127,7 @@ def test_a_restless_model_is_pruned_and_neither_it_nor_its_inputs_change():
         verify(net, small, traced, step.plan, (batch,))
 
 
-def test_rounding_that_a_network_amplifies_is_told_from_an_error_in_double_precision():
+def test_double_precision_tells_amplified_rounding_from_an_error():
     class Coarse(nn.Module):
         """Rounds to steps of 1/4096 in single precision, which is a thousandth of what it gives."""
 

@@ -1,4 +1,4 @@
-"""Channels that a model's code takes by position: what holds the positions follows, or they stay."""
+"""Channels that a model's code takes by position: attributes follow them, or they are skipped."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FOLLOWED = {
 
 
 @pytest.mark.parametrize("case", FOLLOWED)
-def test_positions_that_a_module_holds_or_computes_follow(case):
+def test_positions_that_are_attributes_or_computed_follow_the_widths(case):
     model, attributes = FOLLOWED[case]
     images, others = torch.randn(2, 3, 8, 8), ["one", "two", "head"]
     traced = trace(model, images, others)
@@ -76,7 +76,7 @@ def test_positions_that_a_module_holds_or_computes_follow(case):
         (lambda s, x: (x[:, : int(0.4 * len(x[0]))], x[:, int(0.4 * len(x[0])) :]), 10, 4, 6, 0),
     ],
 )
-def test_positions_that_are_written_in_the_code_stay(pieces, width, first, second, k):
+def test_channels_at_constant_positions_are_not_pruned(pieces, width, first, second, k):
     model, images = made(pieces, width, first, second, k=k), torch.randn(2, 3, 8, 8)
     traced = trace(model, images)
     assert "stem" not in traced.groups and not traced.sizes

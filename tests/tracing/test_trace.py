@@ -1,4 +1,4 @@
-"""What is pruned together, what is left alone, and the reasons that are given."""
+"""`trace`: which layers are pruned together, which are skipped, and for which reason."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pruning import Budget, PruningError, load, prune, save, trace
 pytestmark = pytest.mark.quick
 
 
-def test_the_output_layer_is_kept_and_named():
+def test_the_output_layer_is_skipped_with_the_reason():
     traced = trace(nets.make("lenet"), nets.images())
     assert "output" in traced.skipped["classifier.fc3"]
 
 
-def test_features_that_are_an_output_too_are_kept():
+def test_features_that_are_also_an_output_are_skipped():
     class TwoOutputs(nn.Module):
         def __init__(self):
             super().__init__()
@@ -35,7 +35,7 @@ def test_features_that_are_an_output_too_are_kept():
     assert step.plan.widths["b"] < 5
 
 
-def test_what_cannot_be_pruned_is_named_with_the_reason():
+def test_frozen_and_ignored_layers_are_skipped_with_the_reason():
     net = nets.make("lenet")
     net.features.conv2.weight.requires_grad_(False)
     traced = trace(net, nets.images(), ignored=["classifier.fc1"])
@@ -46,23 +46,23 @@ def test_what_cannot_be_pruned_is_named_with_the_reason():
 
 
 @pytest.mark.parametrize("ignored", ["classifier.*", nn.Linear])
-def test_ignored_by_pattern_and_by_type(ignored):
+def test_layers_are_ignored_by_pattern_and_by_type(ignored):
     net = nets.make("lenet")
     assert set(trace(net, nets.images(), [ignored]).groups) == {"features.conv1", "features.conv2"}
 
 
-def test_ignored_by_instance():
+def test_layers_are_ignored_by_instance():
     net = nets.make("lenet")
     kept = trace(net, nets.images(), [net.features]).groups
     assert set(kept) == {"classifier.fc1", "classifier.fc2"}
 
 
-def test_an_ignored_layer_that_is_not_there_is_an_error():
+def test_an_ignored_layer_that_does_not_exist_is_refused():
     with pytest.raises(PruningError, match=r"'clasifier\.\*' matches no layer"):
         trace(nets.make("lenet"), nets.images(), ["clasifier.*"])
 
 
-def test_a_shared_weight_is_named():
+def test_layers_that_share_a_weight_are_skipped():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     net[2].weight = net[0].weight
     traced = trace(net, torch.randn(2, 4))
@@ -70,7 +70,7 @@ def test_a_shared_weight_is_named():
     assert traced.groups == {}
 
 
-def test_a_hard_coded_view_is_named_and_the_rest_is_pruned():
+def test_a_layer_before_a_view_of_constant_size_is_skipped_and_the_rest_is_pruned():
     class Rigid(nn.Module):
         def __init__(self):
             super().__init__()
@@ -90,7 +90,7 @@ def test_a_hard_coded_view_is_named_and_the_rest_is_pruned():
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-def test_a_model_without_prunable_groups_says_why():
+def test_a_model_without_prunable_groups_is_refused_with_the_reason():
     with pytest.raises(PruningError, match=r"no prunable group.*output"):
         prune(nn.Linear(4, 2), torch.randn(2, 4), Budget(params="50%"), score="l2")
 
@@ -105,7 +105,7 @@ def test_a_model_without_prunable_groups_says_why():
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Conv2d(4, 2, 3))), "1 is TorchScript"),
     ],
 )
-def test_a_model_with_nothing_to_narrow_says_what_it_is(make, message):
+def test_a_model_without_narrowable_layers_is_refused_with_the_reason(make, message):
     with pytest.raises(PruningError, match=message):
         prune(make(), nets.images(), Budget(params="50%"), score="l2")
 
@@ -115,22 +115,22 @@ def test_a_batch_of_no_examples_is_refused():
         trace(nets.make("lenet"), nets.images(0))
 
 
-def test_a_model_that_does_not_run_on_the_inputs():
+def test_a_model_that_does_not_run_on_the_inputs_is_refused():
     with pytest.raises(PruningError, match="does not run on the example inputs"):
         trace(nets.make("lenet"), torch.randn(2, 1, 14, 14))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_weight_that_hooks_compute_is_left_alone_and_named():
+def test_a_layer_whose_weight_hooks_compute_is_skipped():
     normed = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
     net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
     step = prune(net, nets.images(), Budget(params="70%"), score="l2")
     assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
 
 
-def test_recurrent_layers_are_narrowed_where_they_read_and_keep_their_hidden_size():
+def test_recurrent_layers_lose_input_channels_and_keep_their_hidden_size():
     class Starts(nn.Module):
-        """Neither what makes a first state nor what a layer of one's own reads can be narrowed."""
+        """Neither a layer that makes a first state nor one that a custom RNN reads can be narrowed."""
 
         def __init__(self):
             super().__init__()
@@ -156,7 +156,7 @@ def test_recurrent_layers_are_narrowed_where_they_read_and_keep_their_hidden_siz
 
 @pytest.mark.parametrize("made", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize("score", ["l2", "taylor"])
-def test_embeddings_are_narrowed_unless_they_are_normalised(made, score, tmp_path):
+def test_embeddings_without_max_norm_are_narrowed(made, score, tmp_path):
     class Sentences(nn.Module):
         def __init__(self, **options):
             super().__init__()
@@ -176,7 +176,7 @@ def test_embeddings_are_narrowed_unless_they_are_normalised(made, score, tmp_pat
     assert "max_norm" in trace(Sentences(max_norm=1.0), nets.words()).skipped["words"]
 
 
-def test_layers_that_do_not_run_on_the_inputs_are_named():
+def test_layers_that_do_not_run_are_skipped_with_the_reason():
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,13 +203,13 @@ class Standardized(nn.Conv2d):
 
 
 class Padded(nn.Conv2d):
-    """Code of its own that leaves channels alone."""
+    """Its own code does not mix channels."""
 
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
-def test_channels_that_a_layers_own_code_mixes_stay_and_the_rest_is_pruned():
+def test_channels_mixed_by_a_layers_own_code_are_skipped_and_the_rest_is_pruned():
     net = nn.Sequential(
         Padded(3, 8, 3), nn.ReLU(), Padded(8, 8, 3), nn.ReLU(),
         Standardized(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),

@@ -1,4 +1,4 @@
-"""How channels are followed: against torch-pruning's graph, and through what models do with them."""
+"""How channels are followed: compared with torch-pruning's graph, and operator by operator."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made(name):
 
 
 def by_oracle(net, images, root, positions):
-    """The positions that torch-pruning takes out of each side of each layer with some of one layer."""
+    """Positions that torch-pruning removes from each side of each layer together with some of one layer."""
     graph = torch_pruning.DependencyGraph().build_dependency(net, images)
     layer = net.get_submodule(root)
     names = {module: name for name, module in net.named_modules()}
@@ -53,7 +53,7 @@ def by_oracle(net, images, root, positions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "lenet", "residual", "dense", "inverted", "tokens", *TORCHVISION])
-def test_the_groups_are_those_of_torch_pruning(name):
+def test_the_groups_equal_those_of_torch_pruning(name):
     net, images = made(name)
     traced = trace(net, images)
     assert traced.groups
@@ -70,32 +70,32 @@ def test_the_groups_are_those_of_torch_pruning(name):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "shuffled", "scaled", "attention", "grouped"])
-def test_nothing_is_computed_to_trace_a_model(name):
+def test_tracing_runs_on_the_meta_device(name):
     net, images = made(name)
     probe = flow(net, call, images).probe
     assert probe is not None and {t.device.type for t in probe.state_dict().values()} == {"meta"}
 
 
-def test_ties_are_transitive_and_named_by_the_smallest():
+def test_ties_are_transitive_and_find_returns_the_smallest_label():
     ties = Ties()
     first, second, third = ties.new(4), ties.new(4), ties.new(2)
-    ties.tie(first, second)
-    ties.tie(third, second[2:])
-    ties.tie(first[:1], first[3:])
-    assert ties.root(third).tolist() == [2, 0]
-    assert ties.root(second).tolist() == [0, 1, 2, 0]
+    ties.union(first, second)
+    ties.union(third, second[2:])
+    ties.union(first[:1], first[3:])
+    assert ties.find(third).tolist() == [2, 0]
+    assert ties.find(second).tolist() == [0, 1, 2, 0]
 
 
-def test_a_long_chain_of_ties_is_one():
+def test_a_long_chain_of_ties_becomes_one_set():
     ties = Ties()
     numbers = ties.new(10_000)
     shuffled = numbers[torch.randperm(10_000).numpy()]
-    ties.tie(shuffled[:-1], shuffled[1:])
-    assert (ties.root(numbers) == 0).all()
+    ties.union(shuffled[:-1], shuffled[1:])
+    assert (ties.find(numbers) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
-def test_what_no_layer_owns_goes_too(name):
+def test_parameters_outside_layers_are_narrowed(name):
     net, images = made(name)
     step = prune(net, images, Budget(params="50%"), score="l2")
     before, after = net.state_dict(), step.model.state_dict()
@@ -178,7 +178,7 @@ def functional(self, x):
         (functional, "convolution"),
     ],
 )
-def test_channels_that_cannot_go_are_named_with_the_reason(middle, reason):
+def test_channels_that_cannot_be_pruned_are_skipped_with_the_reason(middle, reason):
     traced = trace(Case(middle), nets.images())
     assert "stem" not in traced.groups and reason in traced.skipped["stem"]
 
@@ -253,7 +253,7 @@ FOLLOWED = [
 
 
 @pytest.mark.parametrize("middle", FOLLOWED)
-def test_channels_are_followed_through(middle):
+def test_channels_are_followed_through_operators(middle):
     net, images = Case(middle).eval(), nets.images()
     traced = trace(net, images)
     assert "stem" in traced.groups, traced.skipped
@@ -262,7 +262,7 @@ def test_channels_are_followed_through(middle):
 
 
 class Centred(nets.WithNorm):
-    """A weight that another one is computed from."""
+    """Its own code computes with another weight than the parameter."""
 
     def forward(self, x):
         return self.norm(self._conv_forward(x, self.weight - self.weight.mean(0), self.bias))
@@ -276,7 +276,7 @@ def test_a_layer_that_holds_its_norm_is_narrowed_with_it():
     assert step.after.macs == count(step.model, images).macs
 
 
-def test_what_the_code_weighs_with_is_named():
+def test_parameters_of_functional_convolutions_are_skipped_with_the_reason():
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -293,9 +293,9 @@ def test_what_the_code_weighs_with_is_named():
     assert "calls deform_conv2d" in skipped["bent"]
 
 
-def test_what_other_code_reads_of_a_layer_stays_and_the_rest_is_narrowed():
+def test_a_layer_whose_weight_other_code_reads_is_skipped_and_the_rest_is_narrowed():
     class Autoencoder(nn.Module):
-        """The decoder's last layer is the encoder's first, turned around."""
+        """The decoder's last layer is the encoder's first, transposed."""
 
         def __init__(self):
             super().__init__()
@@ -310,7 +310,7 @@ def test_what_other_code_reads_of_a_layer_stays_and_the_rest_is_narrowed():
     assert step.model.wide.out_features < 24 and step.model.encode.out_features == 16
 
 
-def test_pixel_shuffle_takes_its_channels_in_squares():
+def test_channels_of_one_pixel_shuffle_square_are_removed_together():
     net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 2, 1)).eval()
     traced = trace(net, nets.images())
     assert traced.widths == {"0": 3}
@@ -320,7 +320,7 @@ def test_pixel_shuffle_takes_its_channels_in_squares():
     assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
 
 
-def test_a_channel_shuffle_keeps_the_same_places_of_every_part():
+def test_a_channel_shuffle_keeps_the_same_channels_of_every_part():
     shuffle, parts = nn.ChannelShuffle(4), nn.Conv2d(32, 8, 1, groups=4)
     net = nn.Sequential(nn.Conv2d(3, 32, 1), shuffle, parts, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
     traced = trace(net, nets.images())
@@ -331,7 +331,7 @@ def test_a_channel_shuffle_keeps_the_same_places_of_every_part():
     assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
 
 
-def test_a_head_that_runs_in_training_alone_is_narrowed_too():
+def test_a_head_that_runs_only_in_training_is_narrowed():
     class Auxiliary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -346,7 +346,7 @@ def test_a_head_that_runs_in_training_alone_is_narrowed_too():
     small.train()(nets.images())
 
 
-def test_a_model_that_looks_at_values_is_traced_on_its_own_device():
+def test_a_model_that_reads_values_is_traced_on_its_own_device():
     class Looks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -362,7 +362,7 @@ def test_a_model_that_looks_at_values_is_traced_on_its_own_device():
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_one_map_for_all_channels_ties_none_of_them(written):
+def test_multiplying_by_one_map_ties_no_channels(written):
     """Spatial attention: the map is expanded to the channels' size, which the code may hold as a number."""
 
     class Attention(nn.Module):
@@ -383,8 +383,8 @@ def test_one_map_for_all_channels_ties_none_of_them(written):
         assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
 
 
-def test_what_says_where_to_sample_keeps_its_channels():
-    """Optical flow: of the two channels of a grid neither can go."""
+def test_channels_of_a_sampling_grid_are_not_pruned():
+    """Optical flow: neither of a grid's two channels can be removed."""
 
     class Flow(nn.Module):
         def __init__(self):
@@ -399,18 +399,18 @@ def test_what_says_where_to_sample_keeps_its_channels():
             return self.head(torch.cat([moved, torch.relu(self.edges(flow))], 1))
 
     step = prune(Flow(), nets.images(), Budget(channels=8), score="random", ranking="group")
-    assert "takes places from it" in step.trace.skipped["flow"]
+    assert "reads positions from it" in step.trace.skipped["flow"]
     assert step.plan.widths.keys() == {"stem", "edges"} and step.difference < 1e-5
 
 
-def test_where_a_deformable_convolution_reads_stays_and_all_else_is_narrowed():
+def test_offsets_of_a_deformable_convolution_are_not_pruned_and_the_rest_is():
     net, images = nets.make("deformable"), nets.images()
     step = prune(net, images, Budget(channels=16), score="random", ranking="group")
     # Of the first one's channels those of two parts go together, so it has half as many.
     assert step.plan.widths == {"first": 2, "bent": 7, "own": 3, "still": 3}
     small = step.model
     assert small.bent.in_channels == 4 and small.each.groups == small.each.out_channels == 7
-    assert small.places.out_channels == 54 and "takes places" in step.trace.skipped["own.offset"]
+    assert small.places.out_channels == 54 and "reads positions" in step.trace.skipped["own.offset"]
     assert step.difference < 1e-5 and step.after.macs == count(small, images).macs
     of_one = sum(m.weight.numel() * 49 for m in (net.each, net.own, net.own.offset, net.still))
     whole = sum(m.weight.numel() * 196 for m in (net.first, net.places, net.bent, net.where))
@@ -435,7 +435,7 @@ def test_regions_have_the_channels_of_their_image(pool):
     assert step.plan.widths == {"stem": 4, "fc": 3} and step.difference < 1e-5
 
 
-def test_unpooling_follows_the_indices_of_its_pooling():
+def test_unpooling_is_followed_with_its_indices():
     class Unpooled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -463,7 +463,7 @@ def empty(*shape):
         (lambda x: F.hardswish(x + x), empty(4, 6)),
     ],
 )
-def test_shapes_are_those_that_torch_tells(run, x):
+def test_shapes_equal_those_of_torch(run, x):
     wanted = run(x)
     with meta.Shapes():
         got = run(x)
@@ -472,7 +472,7 @@ def test_shapes_are_those_that_torch_tells(run, x):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("needed", [["x", "weight", "bias"], ["x"], ["weight", "bias"]])
-def test_shapes_of_gradients_are_those_that_torch_tells(training, needed):
+def test_shapes_of_gradients_equal_those_of_torch(training, needed):
     given = {"x": empty(3, 4, 6), "weight": empty(4), "bias": empty(4)}
     wanted_for = [given[name].requires_grad_() for name in needed]
 
@@ -495,12 +495,12 @@ def test_shapes_of_gradients_are_those_that_torch_tells(training, needed):
         lambda x: F.batch_norm(x, *empty(2, 5)),
     ],
 )
-def test_shapes_that_do_not_fit_fail_as_in_torch(run):
+def test_wrong_shapes_fail_as_in_torch(run):
     with meta.Shapes(), pytest.raises(RuntimeError):
         run(empty(4, 6))
 
 
-def test_a_buffer_that_a_pass_replaces_is_not_taken_for_the_next_tensor():
+def test_a_buffer_that_the_pass_replaces_is_not_confused_with_a_new_tensor():
     """As in ConViT, which makes its table of positions when it sees the first image."""
     gone = []
 

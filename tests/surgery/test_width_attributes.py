@@ -1,4 +1,4 @@
-"""Sizes that a module keeps in attributes follow the widths of its layers; law 2 and 4 hold then, too."""
+"""Attributes of modules follow the widths of layers; laws 2 and 4 hold with them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Spread(Sized):
 
 
 class Gated(Sized):
-    """Two attributes, of which both count."""
+    """Two attributes that must both follow."""
 
     def __init__(self):
         super().__init__(reads=6)
@@ -119,7 +119,7 @@ KINDS = [Halves, Parts, Flat, Decoder, Gated, Remembers]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_follow_and_the_checkpoint_has_them(kind, tmp_path):
+def test_attributes_follow_the_widths_and_are_stored_in_checkpoints(kind, tmp_path):
     net = kind()
     attributes = {k: v for module in net.modules() for k, v in vars(module).items() if type(v) is not dict}
     before = copy.deepcopy(attributes)
@@ -139,7 +139,7 @@ def test_they_follow_and_the_checkpoint_has_them(kind, tmp_path):
         assert torch.equal(load(tmp_path / "again.pth", kind)(images), small(images))
 
 
-def test_each_follows_the_channels_that_it_counts():
+def test_each_attribute_follows_the_channels_that_it_counts():
     step = prune(Halves(), nets.images(), Budget(channels=11), score="l2")
     assert step.model.width * 2 == step.model.stem[0].out_channels
     mixed = prune(Parts(), nets.images(), Budget(channels=2), score="l2").model
@@ -151,12 +151,12 @@ def test_each_follows_the_channels_that_it_counts():
     assert kept < 10 and decoder.decode[1].unflattened_size == (kept, 4, 4)
 
 
-def test_an_attribute_of_the_class_stays_and_the_model_gets_its_own():
+def test_a_class_attribute_is_unchanged_and_the_module_gets_its_own():
     step = prune(Spread(), nets.images(), Budget(channels=5), score="l2")
     assert (step.model.channels, Spread.channels) == (5, 12) and step.difference < 1e-5
 
 
-def test_a_value_that_also_counts_in_what_is_computed_keeps_the_channels():
+def test_channels_counted_by_an_attribute_that_also_scales_the_output_are_not_pruned():
     class Scaled(Flat):
         def middle(self, x):
             return super().middle(x) / self.features
@@ -170,7 +170,7 @@ def test_a_value_that_also_counts_in_what_is_computed_keeps_the_channels():
         assert "tied to its width" in traced.skipped["stem.0"] and not traced.sizes
 
 
-def test_a_size_that_is_computed_from_another_tensor_keeps_that_ones_channels():
+def test_channels_that_a_view_of_another_tensor_counts_are_not_pruned():
     """As in VOLO: the heads of one layer's output are counted by the channels of another's input."""
 
     class Heads(nn.Module):
@@ -188,14 +188,14 @@ def test_a_size_that_is_computed_from_another_tensor_keeps_that_ones_channels():
     assert set(traced.groups) == {"mix"} and "tied to its width" in traced.skipped["stem"]
 
 
-def test_doctor_counts_them_among_the_prunable():
+def test_doctor_lists_the_attributes_and_their_groups():
     found = doctor(Halves(), nets.images())
     assert "stem.0" in {group.name for group in found.groups} and found.sizes == ["width"]
     assert "attributes that are updated with the channels: width" in str(found) and not found.trial
 
 
 @pytest.mark.parametrize("value", [[5, 4], 99, "7", [7.5], -1])
-def test_a_damaged_size_is_refused(value, tmp_path):
+def test_a_damaged_attribute_in_a_checkpoint_is_refused(value, tmp_path):
     save(tmp_path / "net.pth", prune(Halves(), nets.images(), Budget(channels="50%"), score="l2").model)
     content = read(tmp_path / "net.pth")
     assert content["sizes"][""]["width"] < 6

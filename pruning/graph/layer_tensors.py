@@ -1,0 +1,111 @@
+"""The tensors of a layer by its channels: read, and narrowed in place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pruning.graph.layers import Side, channels_stand_alone, is_depthwise, parts, rule_of
+
+
+class Reader(NamedTuple):
+    """A weight that the input channels of a layer are multiplied with.
+
+    Attributes:
+        weight: between the channels.
+        bias: what is added to the product, (output channels,), if anything.
+        out_dim, in_dim: the dimensions of the weight along which channels lie.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    out_dim: int
+    in_dim: int
+
+
+def readers(layer: nn.Module) -> list[Reader]:
+    """Return the weights of a layer that its input channels are multiplied with."""
+    rule, found = rule_of(layer), []
+    own = dict(layer.named_parameters(recurse=False))
+    for name, dim in rule.into.items():
+        if name in own and rule.kind == "recurrent":  # the rows are the gates
+            found.append(Reader(own[name], own.get(name.replace("weight", "bias")), 0, dim))
+        elif name in own and name in rule.out:
+            found.append(Reader(own[name], own.get(rule.bias), rule.out[name], dim))
+    return found
+
+
+def weight_size(layer: nn.Module) -> int:
+    """Return the number of elements of a layer's weights between input and output channels.
+
+    >>> weight_size(nn.Conv2d(3, 8, 5))
+    600
+    """
+    rule = rule_of(layer)
+    weights = (getattr(layer, name, None) for name in rule.out if name in rule.into)
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
+
+
+def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
+    """A tensor of a layer by output channels.
+
+    Args:
+        name: of the tensor, one that the layer's rule says to hold output channels.
+        values: the tensor, or another of its shape, such as its gradient.
+
+    Returns a tensor (output channels, elements of each).
+
+    >>> output_rows(nn.Conv2d(3, 8, 5), "weight", torch.zeros(8, 3, 5, 5)).shape
+    torch.Size([8, 75])
+    """
+    dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
+    if dim == 1 and parts(layer) > 1:  # a transposed convolution: this dimension counts within one part
+        values, dim = values.unflatten(0, (parts(layer), -1)).transpose(1, 2).flatten(0, 1), 0
+    return values.movedim(dim, 0).reshape(values.shape[dim], -1)
+
+
+def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
+    """Keep only some channels of one side of a layer, in place.
+
+    Args:
+        keep: positions to keep, sorted; for a layer in several parts, as many in each.
+
+    >>> layer = nn.Linear(4, 6)
+    >>> narrow(layer, "out", torch.tensor([0, 2, 5]))
+    >>> layer
+    Linear(in_features=4, out_features=3, bias=True)
+    """
+    rule, depthwise, alone = rule_of(layer), is_depthwise(layer), channels_stand_alone(layer)
+    size = rule.width(layer, side) // parts(layer)
+    for name, dim in (rule.out if side == "out" else rule.into).items():
+        tensor = getattr(layer, name, None)
+        if tensor is None:
+            continue
+        index, dim = keep, 0 if depthwise else dim
+        if name == rule.weight and dim == 1 and parts(layer) > 1:
+            index = keep[keep < size]  # this dimension counts channels within one part
+        kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
+        if isinstance(tensor, nn.Parameter):
+            setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        else:
+            setattr(layer, name, kept)
+
+    if count := rule.count(side):
+        old = getattr(layer, count)
+        if depthwise:
+            setattr(layer, rule.in_count, len(keep) * getattr(layer, rule.in_count) // old)
+        setattr(layer, count, (*old[:-1], len(keep)) if isinstance(old, tuple) else len(keep))
+    if alone:
+        setattr(layer, rule.parts, getattr(layer, rule.in_count) if depthwise else len(keep))
+    if isinstance(layer, nn.RNNBase):
+        layer.flatten_parameters()  # on a GPU they lie in one piece
+
+
+def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:
+    """A tensor with its channels last in memory where those of another one lie so."""
+    for layout, ndim in {torch.channels_last: 4, torch.channels_last_3d: 5}.items():
+        if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+            return smaller.contiguous(memory_format=layout)
+    return smaller

@@ -1,0 +1,85 @@
+"""Attributes of modules that follow the widths of layers.
+
+A module whose code runs `x.split(self.width, 1)` or `x.view(-1, self.features)` fits narrower layers only
+if the attribute follows. `pruning.tracing.probing` finds such attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from pruning.graph.groups import Trace
+from pruning.graph.plan import Plan
+
+#: A longer list holds no widths.
+MOST_ENTRIES = 64
+
+#: The attribute in which a module keeps the names of those that pruning has changed.
+CHANGED = "_pruned_sizes"
+
+
+def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
+    """Give the attributes of a trace their values under a plan, in place."""
+    for size in trace.sizes:
+        removed = 0
+        for name, kept in plan.keep.items():
+            if name in size.owned:
+                drop = torch.ones(trace.groups[name].channels, dtype=torch.bool)
+                drop[list(kept)] = False
+                removed += int(size.owned[name][drop].sum())
+        if not removed:
+            continue
+        module = model.get_submodule(size.module)
+        value = getattr(module, size.attribute)
+        if size.entries:
+            value = type(value)(v - removed if i in size.entries else v for i, v in enumerate(value))
+        else:
+            value -= removed
+        setattr(module, size.attribute, value)
+        mark_changed(module, [size.attribute])
+
+
+def mark_changed(module: nn.Module, attributes: list[str]) -> None:
+    """Note that pruning changed attributes of a module, so that checkpoints keep their values."""
+    setattr(module, CHANGED, sorted({*getattr(module, CHANGED, ()), *attributes}))
+
+
+def changed_attributes(module: nn.Module) -> dict[str, int | list[int]]:
+    """Return the attributes of a module that pruning has changed, as plain data."""
+    values = {attribute: getattr(module, attribute) for attribute in getattr(module, CHANGED, ())}
+    return {
+        attribute: list(value) if isinstance(value, tuple) else value for attribute, value in values.items()
+    }
+
+
+def attributes_with(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the attributes of a module that are a number, and those that hold it, with the entries.
+
+    >>> module = nn.Module()
+    >>> module.width, module.parts = 5, [3, 5, 5]
+    >>> list(attributes_with(module, 5))
+    [('width', ()), ('parts', (1, 2)), ('parts', (1,)), ('parts', (2,))]
+    """
+    own: dict[str, object] = {}
+    for kind in reversed(type(module).__mro__[: type(module).__mro__.index(nn.Module)]):
+        own.update(vars(kind))
+    own.update(vars(module))
+    for attribute, held in own.items():
+        if attribute.startswith("__") or attribute == "_version":
+            continue
+        if type(held) is int and held == value:
+            yield attribute, ()
+        elif (
+            isinstance(held, list | tuple)
+            and type(held) in (list, tuple, torch.Size)
+            and len(held) <= MOST_ENTRIES
+            and {*map(type, held)} == {int}
+        ):
+            entries = tuple(i for i, v in enumerate(held) if v == value)
+            if entries:
+                yield attribute, entries
+            if len(entries) > 1:
+                yield from ((attribute, (i,)) for i in entries)

@@ -1,0 +1,205 @@
+"""The rules by which channel labels pass through layers, and the table of them.
+
+A layer of the table in `pruning.graph.layers` is not followed operator by operator: its rule ties the
+labels of what it reads to those of its input side and gives those of its output side to its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from pruning.graph.deformable import DeformableConv
+from pruning.graph.layers import (
+    Kind,
+    channel_dim,
+    is_depthwise,
+    is_registered,
+    is_weighted,
+    layer_width,
+    rule_for,
+)
+from pruning.tracing.labels import FIXED_SIZE, Labels, spread, varying, vector_along
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer.
+
+    Attributes:
+        name, module: of the layer.
+        inputs: all tensors among its arguments, at least one.
+        output: its output, or the first tensor of it.
+        batch: the number of examples of the pass.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Tensor]
+    output: Tensor
+    batch: int
+
+
+#: Ties the labels of a layer's inputs to the layer's sides, and gives its output labels.
+LayerRule: TypeAlias = Callable[[Labels, LayerCall], None]
+
+
+def weighted(labels: Labels, call: LayerCall) -> None:
+    """Follow a convolution or linear layer: channels end at its input, new ones begin at its output."""
+    dim, x, module = channel_dim(call.module), call.inputs[0], call.module
+    arriving = labels.of_or_uniform(x, dim)
+    positions = call.output.numel() / layer_width(module, "out") / call.batch
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    uses = x.numel() / layer_width(module, "in") / call.batch if transposed else positions
+    _count_uses(labels, call, uses, positions)
+    if is_depthwise(module):
+        return channelwise(labels, call, dim)
+    _read(labels, call, arriving, dim)
+    outgoing = labels.side(call.name, module, "out", dim)
+    return labels.put(call.output, spread(outgoing, call.output.ndim, dim))
+
+
+def deformable(labels: Labels, call: LayerCall) -> None:
+    """Follow a deformable convolution: what says where to read is fixed; parts may have a place each."""
+    x, *places = call.inputs
+    for other in places:
+        labels.fix(labels.of(other), f"{call.name} reads positions from it")
+    offsets = max((other.shape[-3] for other in places), default=0)  # a mask has half as many
+    assert isinstance(call.module, DeformableConv)
+    apart = offsets // (2 * math.prod(call.module.kernel_size))
+    if apart > 1:
+        vector = _along(labels, call, labels.of_or_uniform(x, -3), -3)
+        if vector is not None:
+            by_part = vector.reshape(apart, -1)
+            for part in by_part[1:]:
+                labels.tie(by_part[0], part, FIXED_SIZE)
+    weighted(labels, call)
+
+
+def embedding(labels: Labels, call: LayerCall) -> None:
+    """Follow an embedding: new channels, which lie along the last dimension by default."""
+    rule = rule_for(call.module)
+    dim = -1 if rule is None or rule.dim is None else rule.dim
+    made = labels.side(call.name, call.module, "out", dim)
+    if getattr(call.module, "max_norm", None) is not None:
+        labels.fix(made, f"{call.name} brings rows to max_norm over all their channels")
+    labels.put(call.output, spread(made, call.output.ndim, dim))
+
+
+def recurrent(labels: Labels, call: LayerCall) -> None:
+    """Follow a layer that reads channels at every time step and returns its hidden size."""
+    x, *states = call.inputs
+    steps = x.numel() / layer_width(call.module, "in") / call.batch
+    _count_uses(labels, call, steps, steps)
+    for state in states:
+        labels.fix(labels.of(state), f"{call.name} starts from it, and keeps its hidden size")
+    if _along(labels, call, labels.of(x), -1) is not None:
+        _read(labels, call, labels.of(x), -1)
+
+
+def layer_norm(labels: Labels, call: LayerCall) -> None:
+    """Follow LayerNorm or RMSNorm, where they normalise over the channels' dimension alone."""
+    x, shape = call.inputs[0], call.module.normalized_shape
+    assert isinstance(shape, tuple)
+    arriving = labels.of(x)
+    lies = varying(arriving)
+    front = lies[0] if len(lies) == 1 else x.ndim - 1
+    dim = front - x.ndim
+    if (len(shape) > 1 and dim != -1) or x.shape[front] != shape[-1]:
+        labels.fix(arriving, f"{call.name} normalises over other dimensions than its channels'")
+        return labels.put(call.output, None)
+    return channelwise(labels, call, dim)
+
+
+def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None:
+    """Follow a layer whose output channels are its input channels."""
+    x, rule = call.inputs[0], rule_for(call.module)
+    if dim is None and rule is not None:
+        dim = rule.dim
+    if dim is None:
+        dim = 1 - x.ndim if x.ndim > 1 else -1
+    arriving = labels.of_or_uniform(x, dim)
+    own = labels.side(call.name, call.module, "out", dim)
+    vector = _along(labels, call, arriving, dim)
+    if vector is None:
+        labels.fix(own, f"the input of {call.name} has a fixed size")
+        labels.put(call.output, None)
+    else:
+        each = len(own) // len(vector)  # a depthwise convolution may make several channels of one
+        labels.tie(vector.repeat_interleave(each), own, f"the input of {call.name} has a fixed size in part")
+        labels.put(call.output, spread(own, call.output.ndim, dim))
+
+
+def unchanged(labels: Labels, call: LayerCall) -> None:
+    """Give the output the labels of the input: dropout, PReLU with one slope for all channels."""
+    labels.put(call.output, labels.of(call.inputs[0]))
+
+
+def _count_uses(labels: Labels, call: LayerCall, uses: float, positions: float) -> None:
+    before = labels.found.uses.get(call.name, (0.0, 0.0))
+    labels.found.uses[call.name] = before[0] + uses, before[1] + positions
+
+
+def _read(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> None:
+    """Tie the channels that arrive to the layer's input side."""
+    inner = labels.side(call.name, call.module, "in", dim)
+    vector = _along(labels, call, arriving, dim)
+    if vector is not None:
+        labels.tie(vector, inner, f"{call.name} also reads a tensor of fixed size beside its channels")
+
+
+def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> Tensor | None:
+    """Return the labels of the first input along a dimension as a vector; fix those along another."""
+    if arriving is None:
+        return None
+    x = call.inputs[0]
+    front = dim + x.ndim
+    if any(d != front for d in varying(arriving)):
+        reason = f"its channels lie along another dimension than the one that {call.name} reads"
+        labels.fix(arriving, reason)
+        return None
+    return vector_along(arriving, front, x.shape[front])
+
+
+BY_KIND: dict[Kind, LayerRule] = {
+    "weighted": weighted,
+    "embedding": embedding,
+    "channelwise": channelwise,
+    "norm": channelwise,
+    "recurrent": recurrent,
+}
+
+#: Types with a rule of their own; the first that matches is taken. Others have the rule of their kind.
+BY_TYPE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], LayerRule], ...] = (
+    (nn.modules.dropout._DropoutNd, unchanged),
+    ((nn.LayerNorm, nn.RMSNorm), layer_norm),
+    (DeformableConv, deformable),
+)
+
+
+def layer_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule for a layer; None for a module whose code is followed operator by operator."""
+    rule = rule_for(module)
+    if rule is not None and is_registered(module):
+        return BY_KIND[rule.kind]
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return unchanged
+    special = next((made for types, made in BY_TYPE if isinstance(module, types)), None)
+    return special or (BY_KIND[rule.kind] if rule is not None else None)
+
+
+def follow_layer(labels: Labels, call: LayerCall) -> bool:
+    """Apply a layer's rule; returns whether the layer makes channels that a BatchNorm may be folded into."""
+    rule = layer_rule(call.module)
+    assert rule is not None
+    if rule is not unchanged:
+        labels.found.calls[call.name] += 1
+    if is_registered(call.module):
+        for other in call.inputs[1:]:
+            labels.fix(labels.of(other), f"{call.name} reads it in addition to its first input")
+    rule(labels, call)
+    return is_weighted(call.module)

@@ -1,0 +1,172 @@
+"""Rules for operators that move data: views, permutations, slices, shuffles.
+
+`move` covers most of them: what the operator does with a tensor is done with its labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pruning.tracing.labels import FIXED_SIZE, NONE, Labels, compact, spread, varying, vector_along
+from pruning.tracing.operation import Operation, first_operand
+
+
+@first_operand
+def move(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Apply the operator to the labels of its first operand."""
+    _move(labels, op, first)
+
+
+def _move(labels: Labels, op: Operation, first: Tensor) -> None:
+    x = op.operands[0]
+    full = first.expand(x.shape)
+    moved = op.func(*[full if a is x else a for a in op.args], **op.kwargs)
+    for leaf, found in zip(pytree.tree_leaves(op.output), pytree.tree_leaves(moved), strict=True):
+        labels.put(leaf, compact(found))
+
+
+@first_operand
+def view(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Give the elements another shape, whose sizes may be constants in the code."""
+    found = compact(first.expand(op.operands[0].shape).reshape(op.output.shape))
+    found = _along_one_dimension(labels, found)
+    labels.note_sizes(first, found)
+    labels.put(op.output, found)
+
+
+def _along_one_dimension(labels: Labels, found: Tensor) -> Tensor:
+    """Keep channels that a view divides over several dimensions along the largest; tie them across others.
+
+    The sizes of the other dimensions are taken for constants in the code.
+    """
+    lies = varying(found)
+    if len(lies) < 2:
+        return found
+    largest = max(lies, key=lambda d: (found.shape[d], d))
+    flat = found.movedim(largest, -1).reshape(-1, found.shape[largest])
+    for row in flat[1:]:
+        labels.tie(flat[0], row, FIXED_SIZE)
+    return spread(flat[0], found.ndim, largest)
+
+
+@first_operand
+def split(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Take a part or all parts along a dimension: equal parts keep as many channels each.
+
+    Whether a slice is one of equal parts is known when the others are taken (`Labels.close_slices`).
+    """
+    x = op.operands[0]
+    if not x.ndim:
+        return
+    dim = (op.given.get("dim") or 0) % x.ndim
+    pieces = pytree.tree_leaves(op.output)
+    lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
+    if dim in varying(first) and lengths[0] < x.shape[dim]:
+        start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
+        reason = f"{labels.where()} takes channels out of it by position"
+        alone = varying(first) == [dim]
+        equal = all(n == lengths[0] for n in lengths) and not (
+            x.shape[dim] % lengths[0] or start % lengths[0]
+        )
+        if pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
+            labels.fix(first, reason)
+        else:
+            labels.note_positions(_counted(first, dim, start, lengths), reason)
+            if len(pieces) == 1 and alone:
+                labels.note_slice(first, dim, start, lengths[0])
+            elif equal:
+                labels.tie_equal_parts(first, dim, lengths[0])
+    _move(labels, op, first)
+
+
+def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
+    """Yield channels that the code may count: those of each piece, and those up to the ends of a slice."""
+    for length in lengths:
+        ends = {(0, start), (0, start + length)} if len(lengths) == 1 else set()
+        for begin, end in sorted({(start, start + length), *ends}):
+            if 0 < end - begin < first.shape[dim]:
+                yield first.narrow(dim, begin, end - begin)
+        start += length
+
+
+@first_operand
+def pad(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Pad with a constant; padding along the channels belongs to none of them."""
+    pads = list(op.given["pad"])
+    if all(not any(pads[2 * (first.ndim - 1 - d) : 2 * (first.ndim - d)]) for d in varying(first)):
+        return labels.put(op.output, first)
+    full = first.expand(op.operands[0].shape)
+    return labels.put(op.output, compact(torch.constant_pad_nd(full, pads, NONE)))
+
+
+@first_operand
+def shift(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Roll or pick along dimensions, along which no channels may lie."""
+    dims = op.given.get("dims", op.given.get("dim", []))
+    touched = {d % first.ndim for d in ([dims] if isinstance(dims, int) else dims)}
+    if not touched or touched & set(varying(first)):
+        return labels.fix(first, f"{labels.where()} rearranges its channels by position")
+    return labels.put(op.output, first)
+
+
+@first_operand
+def index(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Index with tensors of integers along neighbouring dimensions, along which no channels may lie."""
+    places = op.given["indices"]
+    used = [d for d, place in enumerate(places) if place is not None]
+    plain = all(place is None or place.dtype == torch.long for place in places)
+    if not plain or set(used) & set(varying(first)) or used != list(range(used[0], used[-1] + 1)):
+        return labels.fix(first, f"{labels.where()} picks from it by position")
+    narrowed = first
+    for d in reversed(used):
+        narrowed = narrowed.select(d, 0)
+    for _ in range(max(place.ndim for place in places if place is not None)):
+        narrowed = narrowed.unsqueeze(used[0])
+    return labels.put(op.output, narrowed)
+
+
+@first_operand
+def restride(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Change the layout in memory alone."""
+    if list(op.given["size"]) == list(op.operands[0].shape):
+        labels.put(op.output, first)
+    else:
+        labels.fix_operands(op.name, op.operands)
+
+
+@first_operand
+def pixel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Turn the channels of each square into pixels: they are removed together."""
+    if varying(first) not in ([], [first.ndim - 3]):
+        return labels.fix(first, f"{labels.where()} shuffles pixels of channels along another dimension")
+    vector = vector_along(first, first.ndim - 3, op.operands[0].shape[-3])
+    by_output = vector.reshape(op.output.shape[-3], -1)
+    for column in by_output.T[1:]:
+        labels.tie(by_output[:, 0], column, FIXED_SIZE)
+    return labels.put(op.output, spread(by_output[:, 0].contiguous(), op.output.ndim, -3))
+
+
+@first_operand
+def channel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Interleave the channels of `groups` parts: every part keeps the same places."""
+    x = op.operands[0]
+    if varying(first) not in ([], [1]):
+        return labels.fix(first, f"{labels.where()} shuffles channels along another dimension")
+    by_part = vector_along(first, 1, x.shape[1]).reshape(op.given["groups"], -1)
+    for other in by_part[1:]:
+        labels.tie(by_part[0], other, FIXED_SIZE)
+    return labels.put(op.output, spread(by_part.T.flatten(), x.ndim, 1))
+
+
+@first_operand
+def unfold_patches(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Unfold (F.unfold): every channel becomes as many rows as the kernel has places."""
+    x = op.operands[0]
+    if varying(first) not in ([], [1]) or x.ndim != 4:
+        return labels.fix(first, f"{labels.where()} unfolds channels along another dimension")
+    vector = vector_along(first, 1, x.shape[1]).repeat_interleave(op.output.shape[1] // x.shape[1])
+    return labels.put(op.output, vector.reshape(1, -1, 1))

@@ -1,0 +1,323 @@
+"""Layers and operators that users register are pruned exactly."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pruning import (
+    Budget,
+    CostModel,
+    Plan,
+    PruningError,
+    apply,
+    count,
+    load,
+    prune,
+    save,
+    trace,
+    uncounted,
+    verify,
+)
+from pruning.graph.layers import Rule, register_layer
+from pruning.load_pruned import load_pruned
+from pruning.surgery.apply import channel_constants
+from pruning.tracing.operators import pointwise, register_operator
+
+pytestmark = pytest.mark.quick
+
+
+class Scaled(nn.Module):
+    """A linear layer with a transposed weight, a scale for each channel and a temperature for all."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.n_in, self.n_out = n_in, n_out
+        self.kernel = nn.Parameter(torch.randn(n_in, n_out) / n_in**0.5)
+        self.scale, self.shift = nn.Parameter(torch.rand(n_out) + 0.5), nn.Parameter(torch.randn(n_out))
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return F.linear(x, self.kernel.T) * self.scale / self.temperature + self.shift
+
+
+class Conv(nn.Module):
+    """A convolution without attributes for its widths, which adds its bias itself."""
+
+    def __init__(self, into, out, size):
+        super().__init__()
+        self.kernel_size = size
+        self.filters = nn.Parameter(torch.randn(out, into, size, size) / (into * size**2) ** 0.5)
+        self.offset = nn.Parameter(torch.randn(out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.filters) + self.offset[:, None, None]
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.gain
+
+
+class Gain(nn.Module):
+    """Multiply each channel of an image by a buffer's entry."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("factors", torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return x * self.factors[:, None, None]
+
+
+class Table(nn.Module):
+    def __init__(self, rows, width):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(width, rows))
+
+    def forward(self, x):
+        return self.rows.T[x]
+
+
+RULES = {
+    Scaled: Rule(
+        out={"kernel": 1, "scale": 0, "shift": 0}, into={"kernel": 0}, out_count="n_out", in_count="n_in"
+    ),
+    Conv: Rule(out={"filters": 0, "offset": 0}, into={"filters": 1}, bias="offset"),
+    RootMeanSquare: Rule(out={"gain": 0}, kind="norm", dim=-1),
+    Gain: Rule(out={"factors": 0}, kind="channelwise"),
+    Table: Rule(out={"rows": 0}, kind="embedding"),
+}
+
+
+@pytest.fixture
+def registered():
+    handles = [register_layer(kind, rule) for kind, rule in RULES.items()]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+class Linears(nn.Sequential):
+    def __init__(self):
+        super().__init__(Scaled(5, 8), RootMeanSquare(8), nn.ReLU(), Scaled(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    inputs = torch.randn(4, 5)
+
+
+class Images(nn.Sequential):
+    def __init__(self):
+        middle = Conv(3, 8, 3), Gain(8), nn.BatchNorm2d(8), nn.ReLU(), Conv(8, 6, 1)
+        super().__init__(*middle, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Scaled(6, 4))
+
+    inputs = torch.randn(4, 3, 9, 9)
+
+
+class Words(nn.Sequential):
+    def __init__(self):
+        super().__init__(Table(10, 8), nn.ReLU(), Scaled(8, 4))
+
+    inputs = nets.words()
+
+
+def made(kind):
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+@pytest.mark.parametrize("kind", [Linears, Images, Words])
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_a_registered_layer_is_pruned_exactly_and_reloads(kind, score, registered, tmp_path):
+    net, inputs = made(kind), kind.inputs
+    targets = torch.zeros(net(inputs).shape[:-1], dtype=torch.long)
+    loss = lambda model, x, y: F.cross_entropy(model(x).flatten(0, -2), y.flatten())  # noqa: E731
+    step = prune(net, inputs, Budget(channels="60%"), score=score, calibration=[(inputs, targets)], loss=loss)
+    assert all(width < step.trace.groups[name].channels for name, width in step.plan.widths.items())
+    assert step.difference < 1e-5 and set(step.trace.skipped) == {str(len(net) - 1)}
+    small = step.model.eval()
+    assert verify(net, apply(net, step.trace, step.plan), step.trace, step.plan, inputs) < 1e-5
+    counted = count(small, inputs)
+    cost = CostModel(small, trace(small, inputs))({})
+    assert (counted.params, counted.macs) == (cost.params, cost.macs)
+    assert cost.params == step.after.params and cost.macs == step.after.macs
+    save(tmp_path / "small.pth", small)
+    for loader in (load, load_pruned):
+        assert torch.equal(loader(tmp_path / "small.pth", kind)(inputs), small(inputs))
+
+
+def test_a_checkpoint_loads_and_is_saved_again_without_the_registration(tmp_path):
+    net = made(Linears)
+    with register_layer(Scaled, RULES[Scaled]), register_layer(RootMeanSquare, RULES[RootMeanSquare]):
+        small = prune(net, Linears.inputs, Budget(channels="60%"), score="l2").model.eval()
+        save(tmp_path / "small.pth", small)
+    for _ in range(2):
+        again = load(tmp_path / "small.pth", Linears)
+        assert again[0].n_out == small[0].n_out < 8 and again[3].n_in == small[0].n_out
+        assert torch.equal(again(Linears.inputs), small(Linears.inputs))
+        save(tmp_path / "small.pth", again)
+
+
+def test_constants_of_removed_channels_go_into_the_bias_that_a_rule_names(registered):
+    net = made(Images)
+    nn.init.zeros_(net[2].weight[:3])
+    nn.init.ones_(net[2].bias)
+    traced = trace(net, Images.inputs)
+    plan = Plan({"0": (3, 4, 5, 6, 7)})
+    constants = channel_constants(net, traced, [Images.inputs], exact_only=True)
+    small = apply(net, traced, plan, constants)
+    torch.testing.assert_close(small(Images.inputs), net(Images.inputs))
+    assert verify(net, small, traced, plan, Images.inputs, constants) < 1e-5
+
+
+def test_a_registration_ends_with_its_block_and_holds_for_subclasses():
+    class More(Scaled):
+        pass
+
+    net = nn.Sequential(More(5, 8), nn.ReLU(), Scaled(8, 3))
+    with register_layer(Scaled, RULES[Scaled]):
+        assert trace(net, torch.randn(2, 5)).widths == {"0": 8} and not uncounted(net)
+    assert trace(net, torch.randn(2, 5)).widths == {} and set(uncounted(net)) == {"0", "2"}
+
+
+def test_a_rule_that_is_wrong_about_the_code_of_a_layer_leaves_its_channels():
+    class Centred(Scaled):
+        def forward(self, x):
+            return super().forward(x - x.mean(-1, keepdim=True))
+
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Centred(8, 3))
+    with register_layer(Scaled, RULES[Scaled]):
+        assert "2 (Centred) has code of its own" in trace(net, torch.randn(2, 5)).skipped["0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "message"),
+    [
+        (Scaled(2, 2), RULES[Scaled], "give a subclass of nn.Module"),
+        (int, RULES[Scaled], "give a subclass of nn.Module"),
+        (Scaled, {"kernel": 1}, "is a dict; give a Rule"),
+        (Scaled, Rule({}), "name the tensors that hold its output channels"),
+        (Scaled, Rule({"scale": 0}, {"kernel": 0}), "name the weight of a weighted layer in both"),
+        (Gain, Rule({"factors": 0}, {"factors": 0}, kind="norm"), "leave out into"),
+        (Gain, Rule({"factors": 0}, kind="scaling"), "expected 'weighted'"),
+        (Gain, Rule({"factors": 0}, kind="recurrent"), "torch's own layers"),
+        (Gain, Rule({"factors": 0}, kind="channelwise", dim=1), "count it from the end"),
+        (nn.Linear, RULES[Scaled], "Linear has a rule already; pass replace=True"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(kind, rule, message):
+    with pytest.raises(PruningError, match=message):
+        register_layer(kind, rule)
+
+
+def test_a_type_that_is_registered_twice_needs_replace():
+    with register_layer(Scaled, RULES[Conv]):
+        with pytest.raises(PruningError, match="Scaled has a rule already; pass replace=True"):
+            register_layer(Scaled, RULES[Scaled])
+        with register_layer(Scaled, RULES[Scaled], replace=True):
+            assert trace(made(Words), Words.inputs).skipped
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule({"kernal": 1}, {"kernal": 0}), r"layer '0'\) names the tensor 'kernal'; the layer has kernel"),
+        (
+            Rule({"kernel": 1}, {"kernel": 0}, "width"),
+            "names the attribute 'width', which the layer does not",
+        ),
+        (Rule({"kernel": 1}, {"kernel": 0}, "kernel"), "names 'kernel', a Parameter; expected a number"),
+        (Rule({"kernel": 2}, {"kernel": 0}), r"dimension 2 of 'kernel', which is a tensor of shape \(5, 8\)"),
+        (Rule({"kernel": 0}, {"kernel": 1}, "n_out"), "says that 'kernel' has 8 channels along dimension 0"),
+    ],
+)
+def test_a_rule_that_does_not_describe_the_layer_is_refused_when_it_is_traced(rule, message):
+    with register_layer(Scaled, rule), pytest.raises(PruningError, match=f"the rule for Scaled.*{message}"):
+        trace(made(Linears), Linears.inputs)
+
+
+def test_a_registered_layer_that_holds_another_is_refused():
+    class Holder(Scaled):
+        def __init__(self):
+            super().__init__(5, 8)
+            self.norm = nn.BatchNorm1d(8)
+
+    with (
+        register_layer(Scaled, RULES[Scaled]),
+        pytest.raises(PruningError, match=r"holds another, 'norm' \(BatchNorm1d\)"),
+    ):
+        trace(nn.Sequential(Holder(), nn.Linear(8, 3)), torch.randn(2, 5))
+
+
+@torch.library.custom_op("pruning_tests::mix", mutates_args=())
+def mix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * y.sigmoid()
+
+
+@torch.library.custom_op("pruning_tests::swap_halves", mutates_args=())
+def swap_halves(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat(x.chunk(2, 1)[::-1], 1)
+
+
+mix.register_fake(lambda x, y: torch.empty_like(x))
+swap_halves.register_fake(lambda x: torch.empty_like(x))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(swap_halves(mix(self.a(x), self.b(x))))
+
+
+def exchanged(labels, operation):
+    found = labels.of(operation.operands[0])
+    left, right = found.chunk(2, 1)
+    labels.tie(left, right, "halves of one tensor keep as many channels each")
+    labels.put(operation.output, torch.cat([right, left], 1))
+
+
+def test_a_registered_operator_is_followed_and_pruned_exactly():
+    net, images = made(Mixed), nets.images()
+    assert "uses it in pruning_tests::mix" in trace(net, images).skipped["a"]
+    with register_operator("pruning_tests::mix", pointwise):
+        assert "uses it in pruning_tests::swap_halves" in trace(net, images).skipped["a"]
+        with register_operator("pruning_tests::swap_halves", exchanged):
+            step = prune(net, images, Budget(channels=2), score="l2")
+    assert step.plan.widths == {"a": 2} and step.difference < 1e-5
+    assert step.model.a.out_channels == step.model.b.out_channels == 4
+    assert "a" in trace(net, images).skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "message"),
+    [
+        ("relu", pointwise, "'relu' has a rule already; pass replace=True"),
+        ("aten::cat", pointwise, "'cat' has a rule already; pass replace=True"),
+        ("pruning_tests::mix", "pointwise", "is a str; give a function"),
+        (mix, pointwise, "no name of an operator"),
+        ("two words", pointwise, "no name of an operator"),
+    ],
+)
+def test_an_operator_that_cannot_be_registered_is_refused(name, rule, message):
+    with pytest.raises(PruningError, match=message):
+        register_operator(name, rule)
+
+
+def test_an_error_of_a_registered_rule_is_not_put_down_to_the_model():
+    def wrong(labels, operation):
+        raise KeyError("mistyped")
+
+    with (
+        register_operator("relu", wrong, replace=True),
+        pytest.raises(PruningError, match=r"could not be followed: KeyError.*rule that was registered"),
+    ):
+        trace(nets.make("lenet"), nets.images())
