@@ -38,8 +38,8 @@ class RowTable:
         self.owned = _owned_positions(trace)
         self.folded = set(trace.foldable.values())
         self.none = np.zeros(len(full))
-        #: Parameters that no row has counted yet: one that layers share counts once.
-        self.pending: dict[str, Tensor] = dict(model.named_parameters())
+        #: The parameters left to count, by name; one that layers share is listed once.
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.rows: list[Row] = []
         self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
         self._add_parameters()
@@ -50,15 +50,15 @@ class RowTable:
         """Add a row for each grouped parameter that the model uses outside the layers of the table."""
         dims = {m.layer: m.dim for group in self.trace.groups.values() for m in group.members}
         for (name, side), owned in self.owned.items():
-            if side == "self" and name in self.pending:
-                size = self.pending[name].shape[dims[name]]
-                per_position = self.pending.pop(name).numel() / size
+            if side == "self" and name in self.parameters:
+                size = self.parameters[name].shape[dims[name]]
+                per_position = self.parameters.pop(name).numel() / size
                 fixed = float(size - owned @ self.full)
                 self.rows.append(Row("", owned, fixed, self.none, 1.0, per_position))
 
     def _add_layer(self, name: str, layer: nn.Module) -> None:
         own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
-        params = sum(self.pending[key].numel() for key in own if key in self.pending)
+        params = sum(self.parameters[key].numel() for key in own if key in self.parameters)
         rule, use = rule_for(layer), self.trace.uses.get(name)
         if name in self.folded:  # a norm that ships folded into the layer before it
             return
@@ -78,7 +78,7 @@ class RowTable:
             assert isinstance(weight, Tensor)
             kernel = weight.numel() / self._full_product(layer, rule, row)
             # A weight that another layer has already counted, or that is computed from others, is free.
-            own_weight = kernel if f"{name}.weight".lstrip(".") in self.pending else 0.0
+            own_weight = kernel if f"{name}.weight".lstrip(".") in self.parameters else 0.0
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))

@@ -145,7 +145,7 @@ def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: 
         PruningError: when there is no group, no batch, or a class is missing.
     """
     device = device_of(model)
-    labelled = cast(list[LabelledBatch], [to_device(batch, device) for batch in batches])
+    labelled: list[LabelledBatch] = [to_device(batch, device) for batch in batches]
     sweep = WidthSweep(model, trace, labelled, labelled)
     curves = sweep.dense_result(channel_order(taylor(model, trace, labelled, cross_entropy)))
     curves.points.extend(sweep.measure(curves.order, points_to_measure(trace, SENSITIVITY_WIDTHS)))
