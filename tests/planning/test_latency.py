@@ -59,7 +59,7 @@ def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(na
         assert after < before and (slimmer <= wider).all() and (slimmer < wider).sum() == 1
 
 
-def test_widths_of_a_table_are_multiples_the_floor_or_whole():
+def test_widths_of_a_table_are_multiples_the_floor_or_the_full_width():
     net = wide()
     measured, order, _ = table(net, IMAGES, multiple=16)
     for widths in measured.path(order):
@@ -100,7 +100,7 @@ def test_the_pruned_network_meets_the_limit(runtime):
         assert times["small"].median < 0.8 * times["dense"].median
 
 
-def test_the_command_says_what_it_measured(tmp_path, toolkit):
+def test_the_command_prints_the_measured_times(tmp_path, toolkit):
     words = ["prune", "--model", "models:LeNet5", "--input-shape", "1x28x28", "--score", "l2"]
     code, out, err = toolkit(*words, "--max-latency", "0.9x", "--output", tmp_path / "s.pth")
     assert code == 0, err
@@ -108,7 +108,7 @@ def test_the_command_says_what_it_measured(tmp_path, toolkit):
     assert 0 < ratio <= 0.9 and (tmp_path / "s.pth").exists()
 
 
-def test_a_limit_in_milliseconds_and_a_batch_of_its_own():
+def test_a_limit_in_milliseconds_at_another_batch_size():
     net = wide()
     dense = time_forward({"dense": net}, IMAGES[:1], seconds=0.3)["dense"].median
     budget = LatencyBudget(f"{dense:.4f}ms", batch_size=1, seconds=0.2)

@@ -53,7 +53,7 @@ def test_norms_of_weights():
     torch.testing.assert_close(without_data(l2, net, traced)["3"], weight.square().sum((1, 2, 3)).sqrt())
 
 
-def test_scores_are_what_they_are_whatever_the_default_dtype():
+def test_scores_do_not_depend_on_the_default_dtype():
     net = nets.make("plain")
     traced = trace(net, nets.images())
     expected = without_data(l1, net, traced)["3"]
@@ -98,7 +98,7 @@ def test_taylor_is_exact_where_the_loss_is_linear():
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_taylor_scores_every_network_and_leaves_it_alone(name):
+def test_taylor_scores_every_network_and_does_not_change_it(name):
     net, images = nets.make(name), nets.images(3)
     before = copy.deepcopy(net.state_dict())
     traced = trace(net, images)
@@ -120,7 +120,7 @@ def test_a_dead_channel_scores_nothing():
         assert scores["0"][2] == 0 and scores["0"].any()
 
 
-def test_taylor_asks_no_gradients_of_cudnns_recurrent_layers():
+def test_taylor_turns_cudnn_off_for_recurrent_layers():
     net, seen = nets.make("lines"), []
     net.read.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
     before = torch.backends.cudnn.enabled

@@ -1,4 +1,4 @@
-"""Law 2: budgets are met exactly or refused; ties, floors, caps and multiples are kept."""
+"""Law 2: budgets are met exactly or rejected; ties, floors, caps and multiples are kept."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_ties_do_not_remove_more_than_asked(per_cost):
     assert plan.keep == {"0": tuple(range(24))}, "of equals, the later channels go first"
 
 
-def test_the_least_important_channels_go():
+def test_the_least_important_channels_are_dropped():
     _, traced, cost_model = chain(5)
     scores = {"0": torch.tensor([0.5, 0.1, 0.9, 0.2, 0.3])}
     plan = plan_within(Budget(macs=3 * 5), traced, cost_model, scores)
@@ -120,7 +120,7 @@ def test_multiples_are_kept_without_overshooting(share):
 
 
 def test_dropped_channels_that_still_fit_come_back():
-    """The last channel dropped may overshoot the budget; what fits beside it is put back."""
+    """The last channel dropped may free more than needed; channels that still fit come back."""
     _, traced, cost_model = traced_net("lenet")
     torch.manual_seed(0)
     for share in (30, 50, 70):
@@ -238,7 +238,7 @@ def test_scores_may_be_plain_numbers():
 
 
 def test_a_step_keeps_the_channels_of_the_last_plan():
-    """Of 5-6 a step to 1,755 params and 56,207 MACs alone goes to 5-4, from where 4-5 is out of reach."""
+    """A step from 5-6 to 1,755 params and 56,207 MACs alone gives 5-4, which cannot reach 4-5 later."""
     net, images = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10), torch.randn(2, 1, 28, 28)
     share, target = Budget(params=1755, macs=56_207), Budget(params=1485, macs=47_400)
 
@@ -255,15 +255,13 @@ def test_a_step_keeps_the_channels_of_the_last_plan():
 
 
 def test_groups_exchange_channels_where_the_greedy_search_falls_short():
-    """Three of the second convolution each matter less than one of the first; together they do not."""
+    """Three channels of the second convolution score less than one of the first each, but more in total."""
     net = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10)
     traced = trace(net, torch.randn(2, 1, 28, 28))
     first, second = traced.groups
     scores = {first: torch.tensor([9.0, 8, 7, 6, 2.5]), second: torch.tensor([9.0, 8, 1.1, 1.1, 1.1, 0.5])}
     plan = plan_within(Budget(params=1485, macs=47_400), traced, CostModel(net, traced), scores)
-    assert list(plan.widths.values()) == [4, 5], (
-        "5-2, which one after the other comes to, loses 3.8; this 3.0"
-    )
+    assert list(plan.widths.values()) == [4, 5], "5-2, the result of single steps, loses 3.8; 4-5 loses 3.0"
 
 
 @pytest.mark.parametrize("name", ["lenet", "residual"])

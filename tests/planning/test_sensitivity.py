@@ -171,7 +171,7 @@ def test_widths_that_were_not_measured_are_interpolated():
 
 
 def test_the_curves_drive_the_planner():
-    """Of the groups, the one whose loss does not rise is narrowed."""
+    """The plan narrows the group whose loss does not rise."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     points = [

@@ -118,7 +118,7 @@ def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
     assert histories[0] == histories[1]
 
 
-def test_a_run_is_not_mixed_with_another(tmp_path):
+def test_a_folder_with_another_run_is_rejected(tmp_path):
     Run(tmp_path / "run", {"seed": 0})
     with pytest.raises(PruningError, match="holds a run already"):
         Run(tmp_path / "run", {"seed": 0})
@@ -213,7 +213,7 @@ def test_a_run_resumes_where_the_file_system_has_no_locks(tmp_path, monkeypatch)
     assert Run(tmp_path / "run", {}, resume=True).state["stage"] == 0
 
 
-def test_two_processes_do_not_work_on_one_run(tmp_path):
+def test_a_run_that_another_process_works_on_is_rejected(tmp_path):
     run = Run(tmp_path / "run", {})
     other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
     words = [sys.executable, "-c", other, str(tmp_path / "run")]

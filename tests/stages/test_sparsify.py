@@ -1,4 +1,4 @@
-"""Stage 1: the pull on BatchNorm scales, and the strength that is found for it."""
+"""Stage 1: the pull on BatchNorm scales, and the search for its strength."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
         torch.testing.assert_close(norm.weight.detach(), expected)
 
 
-def test_a_pull_under_a_budget_weighs_what_is_over_it():
+def test_a_pull_under_a_budget_is_weighted_by_the_excess_over_each_limit():
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     dense = ChannelScales(net, traced).dense
@@ -72,7 +72,7 @@ def test_no_pull_is_strong_enough_to_empty_a_group():
 
 
 def test_the_strength_is_found_from_the_budget():
-    """Without resistance the pull over the way ahead leaves just what the budget allows."""
+    """Without resistance the pull over all steps to come leaves just what the budget allows."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     budget = Budget(params="40%", macs="60%").resolve(ChannelScales(net, traced).dense)
@@ -121,13 +121,13 @@ def test_sparsify_turns_channels_off_where_plain_training_does_not():
     assert zeros[0.0] == 0 and zeros[6.0] >= 3
 
 
-def test_sparsify_without_a_norm_says_so():
+def test_sparsify_rejects_a_network_without_norms():
     with pytest.raises(PruningError, match="no prunable group of this model has a BatchNorm"):
         sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
 
 
-def test_zeros_are_held_once_the_budget_is_met():
-    """Where stage 1 is at its goal nothing is pulled, and what is 0 does not come back."""
+def test_zeros_stay_once_the_budget_is_met():
+    """Where the budget of stage 1 is met, nothing is pulled, and scales that are 0 stay 0."""
     net, images = nets.make("lenet"), nets.images(8)
     traced = trace(net, images)
     with torch.no_grad():
