@@ -128,7 +128,10 @@ def prune_step(
     towards: Budget | None = None,
     dense: nn.Module | None = None,
 ) -> Step:
-    """Prune as `prune` does, with the settings of a run."""
+    """Prune as `prune` does, with the settings of a run.
+
+    In this order: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate.
+    """
     require_budget(budget)
     if dense is not None and isinstance(budget, Budget):
         raise PruningError("dense: only a LatencyBudget compares with another network; leave it out")
