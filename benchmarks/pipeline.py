@@ -61,7 +61,7 @@ from pruning import (
     provenance,
     slim,
 )
-from pruning.planning.search import RANKINGS
+from pruning.planning.options import RANKINGS
 
 OURS, LOADERS, MEMORY = "ours", {"loader 0": 0, "loader 2": 2}, "memory"
 SIDES = (OURS, *LOADERS, MEMORY)

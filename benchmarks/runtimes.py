@@ -67,7 +67,7 @@ from pruning import (
     trace,
 )
 from pruning.deploy.runtimes import first_line
-from pruning.planning.search import RANKINGS
+from pruning.planning.options import RANKINGS
 
 REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
 #: LeNet-5 with a single channel in each hidden layer: no narrower one is quicker.

@@ -21,10 +21,11 @@ from pruning.planning.search import plan_within
 from pruning.planning.sensitivity import joint, sensitivity
 from pruning.report.diagnose import Diagnosis, doctor
 from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.stages.feasibility import feasible, reachable
 from pruning.stages.finetune import finetune, tune
 from pruning.stages.prune import Step, prune
 from pruning.stages.run import Run
-from pruning.stages.slim import Slimmed, feasible, reachable, slim
+from pruning.stages.slim import Slimmed, slim
 from pruning.stages.sparsify import ScalePull, sparsify
 from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate

@@ -11,8 +11,8 @@ import torch
 
 from pruning.cli import arguments
 from pruning.planning.budget import PLACES
+from pruning.planning.options import RANKINGS
 from pruning.planning.scores import NAMES as SCORES
-from pruning.planning.search import RANKINGS
 from pruning.training.config import OPTIMIZERS
 
 

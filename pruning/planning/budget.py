@@ -1,10 +1,10 @@
-"""What the user asks for: limits on the params, MACs and channels of the result, or on its time."""
+"""Budgets: limits on the parameters, MACs and channels of the result, or on its latency."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pruning.errors import PruningError
 from pruning.planning.cost import Cost
 from pruning.utils.tree import Inputs, tensors
 
-#: What a budget can limit, as a `Cost` names it, and as it is printed.
+#: What a budget can limit: the name in `Cost`, and the name in print.
 LABELS = {"params": "params", "macs": "MACs", "channels": "channels"}
 
 #: Where a network can be timed; `eager` is PyTorch itself.
@@ -23,18 +23,26 @@ PLACES = ("eager", *RUNTIMES.values())
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
+InputTree = TypeVar("InputTree", bound=Inputs)
+
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on a network; None does not limit.
+    """Limits on the cost of a network, BatchNorm folded; None sets no limit.
 
-    A whole number is a count; text may be a count with k, M or G behind it, or a percentage
-    of the dense network's cost, BatchNorm folded. Channels are those of all prunable groups.
+    A whole number is a count. Text is a count with an optional k, M or G, or a percentage of the
+    dense network's cost.
+
+    Attributes:
+        params: number of parameters. macs: multiply-adds for one example.
+        channels: sum of the widths of all prunable groups.
+
+    Raises:
+        PruningError: without any limit, or for a limit that is no count or percentage, is not
+            positive, or is over 100 %.
 
     >>> Budget(params="25%", macs="50k").resolve(Cost(params=8000, macs=90000, macs_with_bias=0))
     Budget(params=2000, macs=50000, channels=None)
-
-    Raises `PruningError` for a limit that is not one, is not positive, or is over 100 %.
     """
 
     params: int | str | None = None
@@ -52,24 +60,38 @@ class Budget:
         return {what: limit for what, limit in limits.items() if limit is not None}
 
     def resolve(self, dense: Cost) -> Budget:
-        """The same limits as counts, given what the dense network costs."""
+        """Return the same limits as counts, given the cost of the dense network."""
         return Budget(
             **{what: _parse(what, limit, getattr(dense, what)) for what, limit in self._given().items()}
         )
 
     def limits(self) -> dict[str, int]:
-        """The limits in force, as counts; of a resolved budget."""
+        """Return the limits that are set, as counts; the budget must be resolved.
+
+        >>> Budget(macs=50_000).limits()
+        {'macs': 50000}
+        """
         return {what: limit for what, limit in self._given().items() if isinstance(limit, int)}
 
     def excess(self, cost: Cost) -> dict[str, int]:
-        """By how much a cost is over each limit that it breaks; empty when the budget is met."""
+        """Return by how much a cost exceeds each limit that it breaks; empty when the budget is met.
+
+        >>> Budget(params=100, macs=50).excess(Cost(params=130, macs=50, macs_with_bias=0))
+        {'params': 30}
+        """
         over = {what: getattr(cost, what) - limit for what, limit in self.limits().items()}
         return {what: value for what, value in over.items() if value > 0}
 
     def share(self, start: Cost, step: int, steps: int) -> Budget:
-        """The budget of one of several steps from `start` to here: equal ratios, the last exact.
+        """Return the budget of one of several steps from a cost to this budget, in equal ratios.
 
-        `step` counts from 1; the budget is resolved.
+        Args:
+            start: cost before the first step.
+            step: number of the step, from 1 to `steps`; the last gives the budget itself.
+            steps: number of steps.
+
+        >>> Budget(params=100).share(Cost(params=400, macs=0, macs_with_bias=0), step=1, steps=2)
+        Budget(params=200, macs=None, channels=None)
         """
         partial = {}
         for what, limit in self.limits().items():
@@ -89,13 +111,17 @@ class LatencyBudget:
     """A limit on the time of a forward pass.
 
     Attributes:
-        limit: `0.5x`, of the dense network's time, or `2ms`, per example.
+        limit: `0.5x`, a multiple of the dense network's time, or `2ms`, milliseconds per example.
         runtime: where the result will run: `eager`, `onnxruntime`, `torchscript` or `pt2`.
-        threads: of the runtime, on the CPU.
+        threads: number of CPU threads of the runtime.
         batch_size: examples in a pass; 0 takes as many as the example inputs have.
-        seconds: for which two whole networks are compared, each time.
+        seconds: duration of each timing of a network beside the dense one.
 
-    Raises `PruningError` for a limit that is not one.
+    Raises:
+        PruningError: for an unknown runtime, or a limit in neither form.
+
+    >>> LatencyBudget("0.5x").target(dense=3.0)
+    1.5
     """
 
     limit: str
@@ -110,7 +136,7 @@ class LatencyBudget:
         self.target(1.0)
 
     def target(self, dense: float) -> float:
-        """The limit in milliseconds per example, given what the dense network takes."""
+        """Return the limit in milliseconds per example, given the dense network's."""
         text = str(self.limit).strip().lower()
         try:
             value = float(text[:-2] if text.endswith("ms") else text[:-1])
@@ -123,11 +149,15 @@ class LatencyBudget:
             )
         return value if text.endswith("ms") else value * dense
 
-    def batch_of(self, inputs: Inputs) -> Any:
-        """Inputs with as many examples as a pass has, the given ones repeated."""
+    def batch_of(self, inputs: InputTree) -> InputTree:
+        """Repeat or cut example inputs to `batch_size` examples.
+
+        >>> LatencyBudget("1x", batch_size=5).batch_of(torch.zeros(2, 3)).shape
+        torch.Size([5, 3])
+        """
         size = self.batch_size or len(tensors(inputs)[0])
 
-        def resized(leaf: Any) -> Any:
+        def resized(leaf: object) -> object:
             if not (isinstance(leaf, Tensor) and leaf.ndim):
                 return leaf
             return torch.cat([leaf] * -(-size // len(leaf)))[:size]
@@ -138,20 +168,21 @@ class LatencyBudget:
         return f"≤ {self.limit} in {self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def require_budget(budget: Any) -> None:
-    """Raise `PruningError` for what is no budget."""
+def require_budget(budget: object) -> None:
+    """Raise `PruningError` unless this is a `Budget` or a `LatencyBudget`."""
     if not isinstance(budget, Budget | LatencyBudget):
         raise PruningError(f"budget {budget!r}: a Budget was expected, such as Budget(macs='50%')")
 
 
 def _parse(what: str, limit: int | str, dense: int) -> int:
+    """Convert a limit to a count, given the same cost of the dense network."""
     text = str(limit).strip().lower().replace(",", "").replace("_", "")
     try:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
             if not 0 < share <= 1:
                 raise PruningError(f"{what} budget {limit!r}: a percentage is above 0 and at most 100")
-            # Never more than was asked; what is a whole number but for rounding errors stays it.
+            # Round down: never more than asked. 1e-6 keeps whole numbers whole in floating point.
             return max(1, math.floor(share * dense + 1e-6))
         factor = _SUFFIXES.get(text[-1:], 1)
         count = float(text[:-1] if text[-1:] in _SUFFIXES else text) * factor

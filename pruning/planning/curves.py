@@ -1,28 +1,29 @@
-"""Sensitivity curves: what a group's width costs in loss, as data, and as scores for a plan."""
+"""Sensitivity curves: loss against the width of one group, as plain data and as scores for a plan."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.errors import PruningError
+from pruning.graph.groups import Group
 from pruning.planning.cost import Cost
-from pruning.planning.scores import Groups, Scores
 
-#: How a small model is measured: as surgery left it, with the statistics of its BatchNorm
-#: taken anew, and after a short fine-tuning.
+#: When a small model is measured: after surgery, after recalibrating its BatchNorm statistics, and
+#: after a short fine-tuning.
 STAGES = ("pruned", "recalibrated", "finetuned")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Loss and accuracy on the validation split, each with its bootstrap interval."""
+    """Loss and accuracy on the validation split, each with a 95 % bootstrap interval."""
 
     loss: float
     loss_low: float
@@ -34,11 +35,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class SensitivityPoint:
-    """One group at one width, all others whole.
+    """One group at one width, all other groups at full width.
 
-    `params` and `macs` are those of the whole network at this point, BatchNorm folded;
-    `readings` go by stage (see `STAGES`). `milliseconds` are what its layers take together, per
-    example, each measured alone; None where that was not asked for.
+    Attributes:
+        params, macs: of the whole network at this point, BatchNorm folded.
+        readings: by stage, see `STAGES`.
+        milliseconds: sum over the network's layers, each timed alone, per example; None where
+            time was not measured.
     """
 
     group: str
@@ -51,14 +54,21 @@ class SensitivityPoint:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What an analysis found.
+    """The result of a sensitivity analysis.
 
     Attributes:
-        channels: full width of every group. dense: the model before, and its cost.
-        order: for every group its channels from the least important on.
+        channels: full width of every group.
+        dense: reading of the unpruned model. dense_cost: its cost.
+        order: for every group its channels in ascending order of importance.
         skipped: layers whose channels cannot be removed, with the reason and the cure.
-        points: one per group and width, the full width left out.
-        dense_milliseconds: what the layers of the model take, as those of the points, in `runtime`.
+        points: one per group and width, without the full width.
+        dense_milliseconds: of the unpruned model, measured like those of the points, in `runtime`.
+
+    >>> dense, narrow = Reading(0.1, 0, 1, 0.9, 0, 1), Reading(0.5, 0, 1, 0.8, 0, 1)
+    >>> point = SensitivityPoint("conv", 1, 10, 90, {"recalibrated": narrow})
+    >>> found = Sensitivity({"conv": 2}, dense, Cost(20, 180, 0), {"conv": [1, 0]}, {}, [point])
+    >>> [width for width, _ in found.curve("conv")], found.predicted_loss({"conv": 1})
+    ([1, 2], 0.5)
     """
 
     channels: dict[str, int]
@@ -71,18 +81,17 @@ class Sensitivity:
     runtime: str | None = None
 
     def curve(self, group: str, stage: str = "recalibrated") -> list[tuple[int, Reading]]:
-        """(width, reading) of a group from its narrowest to its full width."""
+        """Return (width, reading) of a group, from its least to its full width."""
         found = [(p.width, p.readings[stage]) for p in self.points if p.group == group if stage in p.readings]
         return [*sorted(found, key=lambda pair: pair[0]), (self.channels[group], self.dense)]
 
     def increases(self, group: str, stage: str = "recalibrated") -> np.ndarray:
-        """How much each further channel raises the loss when channels go in their order.
+        """Return how much each further channel removed raises the loss, (channels,).
 
-        Entry k is the rise from k to k + 1 channels removed, (channels,); the last is
-        infinite, a group is never emptied. Between measured widths the loss is
-        interpolated. A curve that is not monotone, or falls more steeply later than
-        earlier, is replaced by the greatest convex curve below its running maximum: the
-        plan then never stops on a step of the curve that noise has made.
+        Channels are removed in their order; entry k is the rise from k to k + 1 removed. The last
+        entry is infinite, because a group is never emptied. The loss is interpolated between
+        measured widths. A curve that is not convex is replaced by the greatest convex curve below
+        its running maximum, so that a plan does not stop at a step of the curve that is noise.
         """
         curve = self.curve(group, stage)
         total = self.channels[group]
@@ -96,16 +105,20 @@ class Sensitivity:
                 hull.pop()
             hull.append(i)
         smooth = np.interp(np.arange(total), removed[hull], losses[hull])
-        beyond = removed[-1] + 1  # narrower than what was measured: as steep as its last part
+        beyond = removed[-1] + 1  # below the least measured width: continue with the last slope
         if beyond < total and len(hull) > 1:
             steep = _slope(removed, losses, hull[-2], hull[-1])
             smooth[beyond:] = losses[hull[-1]] + steep * (np.arange(beyond, total) - removed[-1])
         return np.append(np.diff(smooth), np.inf)
 
-    def scores(self, model: nn.Module, groups: Groups) -> Scores:
-        """Importance from the curves, to be given to `prune` as its score.
+    def scores(self, model: nn.Module, groups: Mapping[str, Group]) -> dict[str, Tensor]:
+        """Score channels by the curves; pass this method to `prune` as its `score`.
 
-        Raises `PruningError` when the model is not as wide as the one that was analysed.
+        Returns:
+            Importance per group, (channels,), float64.
+
+        Raises:
+            PruningError: when the groups have other widths than those of the analysed model.
         """
         found = {}
         for name, group in groups.items():
@@ -117,13 +130,13 @@ class Sensitivity:
             increases = self.increases(name)
             increases[-1] = increases[:-1].max(initial=0.0)  # the last channel stays in any case
             score = torch.zeros(group.channels, dtype=torch.float64)
-            # Where the curve is flat the order still tells the channels apart.
+            # A small slope keeps the order of channels where the curve is flat.
             score[self.order[name]] = torch.from_numpy(increases + 1e-12 * np.arange(group.channels))
             found[name] = score
         return found
 
     def predicted_loss(self, widths: dict[str, int], stage: str = "recalibrated") -> float:
-        """The loss of a plan if what its groups lose simply added up."""
+        """Predict the loss of a plan as the dense loss plus the increase of each group alone."""
         loss = self.dense.loss
         for group, width in widths.items():
             curve = self.curve(group, stage)
@@ -131,11 +144,13 @@ class Sensitivity:
             loss += float(at) - self.dense.loss
         return loss
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the result as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Sensitivity:
+        """Build the result from what `to_json` returned."""
         points = [
             SensitivityPoint(**{**p, "readings": {k: Reading(**r) for k, r in p["readings"].items()}})
             for p in content["points"]
@@ -144,14 +159,14 @@ class Sensitivity:
         return cls(**{**content, "dense": dense, "dense_cost": cost, "points": points})
 
     def to_csv(self) -> str:
-        """One line per group, width and stage."""
+        """Return the points as CSV, one line per group, width and stage."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         readings = list(asdict(self.dense))
         freed = ["params_freed", "macs_freed", "milliseconds_freed"]
         writer.writerow(["group", "channels", "width", *freed, "stage", *readings])
         for point in self.points:
-            less: list[Any] = [self.dense_cost.params - point.params, self.dense_cost.macs - point.macs]
+            less: list[int | str] = [self.dense_cost.params - point.params, self.dense_cost.macs - point.macs]
             if self.dense_milliseconds is None or point.milliseconds is None:
                 less.append("")
             else:
@@ -163,4 +178,5 @@ class Sensitivity:
 
 
 def _slope(x: np.ndarray, y: np.ndarray, i: int, j: int) -> float:
+    """Slope of the line through points i and j."""
     return float((y[j] - y[i]) / (x[j] - x[i]))

@@ -1,9 +1,9 @@
-"""Latency as a budget: widths chosen by what layers take on this machine, measured.
+"""Plans within a limit on latency, by measuring on this machine.
 
-Fewer MACs are not less time: a runtime may pad channels, or spend its time elsewhere. So the
-convolutions and linear layers of a model are timed alone at several widths, in the runtime
-that will run them; a plan gives up the channels that matter least for the time they free;
-and whole networks are timed side by side until one meets the limit.
+Fewer MACs do not always take less time: a runtime may pad channels, or spend its time elsewhere. So
+the convolutions and linear layers of a model are timed alone at several widths, in the runtime that
+will run them (`LatencyTable`). A path of widths then drops the channels with the lowest score for the
+time they free, and whole networks on that path are timed beside the dense one until one meets the limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,10 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import LatencyBudget
-from pruning.planning.layer_times import POINTS, LatencyTable
-from pruning.planning.scores import Groups, Scores
-from pruning.planning.search import Order, ascending, lowest_widths, most_important, require_multiple
+from pruning.planning.cost import CostModel
+from pruning.planning.layer_times import MAX_WIDTHS, LatencyTable
+from pruning.planning.options import PlanOptions
+from pruning.planning.search import DEFAULT_OPTIONS, Order, ascending, lowest_widths, most_important
 from pruning.surgery.apply import apply
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace as find_groups
@@ -36,9 +36,12 @@ from pruning.utils.tree import Inputs, tensors
 
 @dataclass(frozen=True)
 class LatencyFound:
-    """What was measured: the dense and the pruned network side by side, ms per example (medians).
+    """The times of the dense and the pruned network, measured side by side: medians, ms per example.
 
-    `networks` counts those that were built and timed.
+    `networks` counts the networks that were built and timed.
+
+    >>> print(LatencyFound(dense=2.0, pruned=1.0, networks=5))
+    1.0000 ms, dense 2.0000 ms (0.50x)
     """
 
     dense: float
@@ -51,102 +54,112 @@ class LatencyFound:
         return f"{self.pruned:.4f} ms, dense {self.dense:.4f} ms ({ratio:.2f}x){faster}"
 
 
-def even_scores(model: nn.Module, groups: Groups) -> Scores:
-    """Scores that rise from 1/n to 1 over the n channels of a group, so that all give up alike."""
-    return {name: torch.arange(1, group.channels + 1) / group.channels for name, group in groups.items()}
+def even_scores(trace: Trace) -> dict[str, Tensor]:
+    """Return scores that rise from 1/n to 1 over the n channels of a group: all groups narrow alike."""
+    return {
+        name: torch.arange(1, group.channels + 1) / group.channels for name, group in trace.groups.items()
+    }
 
 
 def plan_latency(
     model: nn.Module,
     inputs: Inputs,
     trace: Trace,
+    cost_model: CostModel,
     scores: Mapping[str, Tensor],
     budget: LatencyBudget,
+    options: PlanOptions = DEFAULT_OPTIONS,
     *,
-    floor: int | Mapping[str, int] = 1,
-    most: float | Mapping[str, float] = 1.0,
-    multiple: int = 1,
-    ranking: str = "global",
     dense: nn.Module | None = None,
-    **others: Any,
 ) -> tuple[Plan, LatencyFound]:
-    """The channels to keep so that a forward pass takes no longer than the budget.
+    """Choose the channels to keep so that a forward pass meets a limit on its time.
 
     Args:
+        model: the traced model; it is not changed.
         inputs: example inputs.
-        trace, scores: of the model, a score per channel.
-        floor, most: as `plan_within` takes them. multiple: widths are multiples of so many
-            channels; which ones pay is otherwise found by measuring.
-        dense: what the result is compared with; by default the model itself.
+        trace, cost_model: of the model. scores: importance per group, (channels,).
+        options: `floor`, `most` and `multiple` apply. Without a multiple the measured times decide
+            which widths pay.
+        dense: the network to compare with; by default the model itself.
 
-    Raises `PruningError` when no plan is fast enough, and says what the narrowest takes; and for
-    limits that only a plan under a budget of counts can keep.
+    Returns:
+        The plan, and the times measured for it.
+
+    Raises:
+        PruningError: when no plan is fast enough (the message has the time of the narrowest network),
+            and for options that apply only to a budget of counts.
     """
-    if others:
-        raise PruningError(
-            f"{', '.join(others)}: not kept under a budget of latency; give a budget of counts"
-        )
-    if ranking != "global":
-        raise PruningError(f"ranking {ranking!r}: a budget of latency is met by the global ranking alone")
-    require_multiple(multiple)
+    _require_supported(options)
     inputs = budget.batch_of(inputs)
     order = ascending(trace, scores)
-    lowest = lowest_widths(trace, order, floor, most)
-    table = LatencyTable(model, inputs, trace, budget, lowest, multiple)
+    lowest = lowest_widths(trace, order, options)
+    table = LatencyTable(model, inputs, cost_model, budget, lowest, options.multiple)
     path = table.path(order)
     if not np.array_equal(path[-1], lowest):
         path.append(lowest)
-    with _Race(model, inputs, trace, order, budget, dense) as race:
-        whole, least = race.run(lowest)
-        if least > budget.target(whole):
+    with _SideBySideTimer(model, inputs, trace, order, budget, dense) as timer:
+        dense_time, least = timer.run(lowest)
+        if least > budget.target(dense_time):
             raise PruningError(
-                f"the latency budget {budget} ({budget.target(whole):.4f} ms) cannot be reached: with every "
-                f"group at its floor the network takes {least:.4f} ms per example, dense {whole:.4f} ms"
+                f"the latency budget {budget} ({budget.target(dense_time):.4f} ms) cannot be reached: with "
+                f"every group at its floor the network takes {least:.4f} ms per example, dense "
+                f"{dense_time:.4f} ms"
             )
-        end = _search(race, table, path)
-        if end:  # the last move may have gone further than needed
-            path = _between(path[end - 1], path[end], multiple)
-            end = _search(race, table, path)
-        whole, pruned = race.run(path[end])
-    return most_important(trace, order, path[end]), LatencyFound(whole, pruned, networks=len(race.known))
+        end = _first_fast_enough(timer, table, path)
+        if end:  # the last step may narrow further than needed
+            path = _between(path[end - 1], path[end], options.multiple)
+            end = _first_fast_enough(timer, table, path)
+        dense_time, pruned = timer.run(path[end])
+    found = LatencyFound(dense_time, pruned, networks=len(timer.known))
+    return most_important(trace, order, path[end]), found
 
 
-def _search(race: _Race, table: LatencyTable, path: list[np.ndarray]) -> int:
-    """The first place on a path whose network is fast enough; the last one is known to be.
+def _require_supported(options: PlanOptions) -> None:
+    unsupported = {"per_cost": not options.per_cost, "widths": options.widths is not None}
+    if names := ", ".join(name for name, given in unsupported.items() if given):
+        raise PruningError(f"{names}: not kept under a budget of latency; give a budget of counts")
+    if options.ranking != "global":
+        raise PruningError(
+            f"ranking {options.ranking!r}: a budget of latency is met by the global ranking alone"
+        )
 
-    The table says how the time of the layers falls along the path; a race, where the whole
-    network stands.
+
+def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[np.ndarray]) -> int:
+    """Find the first place on a path whose network meets the limit; the last place must meet it.
+
+    The table tells how the time of the layers falls along the path, and a timing of the whole network
+    where on it the limit lies.
     """
     layers = [float(table.milliseconds(widths)) for widths in path]
-    # Place, and excess over the limit as a share of the dense time.
-    slow, fast = (0, race.excess(path[0])), (len(path) - 1, race.excess(path[-1]))
+    # (place, excess over the limit as a share of the dense time)
+    slow, fast = (0, timer.excess(path[0])), (len(path) - 1, timer.excess(path[-1]))
     if slow[1] <= 0:
         return 0
     halve = False
     while fast[0] - slow[0] > 1:
-        # Interpolate between what was measured, every other time halve what is left.
+        # Interpolate between the measured networks; every other time halve the interval.
         middle = (slow[0] + fast[0]) // 2
         if not halve:
             span = (layers[slow[0]] - layers[fast[0]]) / max(slow[1] - fast[1], 1e-9)
             wanted = layers[fast[0]] - fast[1] * span
             middle = next((k for k in range(slow[0], fast[0]) if layers[k] <= wanted), fast[0])
             middle = min(max(middle, slow[0] + 1), fast[0] - 1)
-        here = (middle, race.excess(path[middle]))
+        here = (middle, timer.excess(path[middle]))
         slow, fast = (slow, here) if here[1] <= 0 else (here, fast)
         halve = not halve
     return fast[0]
 
 
 def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarray]:
-    """From one to the other in at most `POINTS` steps: along the group in which they differ."""
-    count = int(max(1, min(POINTS, (wide - slim).max() // multiple)))
+    """Go from one to the other in at most `MAX_WIDTHS` steps, along the group in which they differ."""
+    count = int(max(1, min(MAX_WIDTHS, (wide - slim).max() // multiple)))
     steps = [wide + (slim - wide) * k / count for k in range(count + 1)]
     rounded = [np.maximum(slim, np.round(widths / multiple) * multiple) for widths in steps[1:-1]]
     return [wide, *rounded, slim]
 
 
-class _Race:
-    """Times pruned networks beside the dense one, as they will ship: BatchNorm folded, in their runtime."""
+class _SideBySideTimer:
+    """Time pruned networks beside the dense one as they ship: BatchNorm folded, in their runtime."""
 
     def __init__(
         self,
@@ -163,7 +176,7 @@ class _Race:
         #: (dense, pruned) in milliseconds per example, by widths.
         self.known: dict[tuple[float, ...], tuple[float, float]] = {}
 
-    def __enter__(self) -> _Race:
+    def __enter__(self) -> _SideBySideTimer:
         traced = self.trace if self.against is self.model else find_groups(self.against, self.inputs)
         self.dense = self._shipped(self.against, traced, "dense")
         return self
@@ -173,7 +186,7 @@ class _Race:
         self.folder.cleanup()
 
     def run(self, widths: np.ndarray) -> tuple[float, float]:
-        """Milliseconds per example of the dense network and of the one with these widths."""
+        """Return milliseconds per example of the dense network and of the one with these widths."""
         key = tuple(widths)
         if key not in self.known:
             plan = most_important(self.trace, self.order, widths)
@@ -185,11 +198,12 @@ class _Race:
         return self.known[key]
 
     def excess(self, widths: np.ndarray) -> float:
-        """By how much a network is over the limit, as a share of the dense one's time in the same race."""
+        """Return the time over the limit, as a share of the dense time of the same measurement."""
         dense, pruned = self.run(widths)
         return (pruned - self.budget.target(dense)) / dense
 
     def _shipped(self, model: nn.Module, trace: Trace, name: str) -> nn.Module:
+        """The network as it ships: folded, and exported for its runtime."""
         folded = fold_batchnorm(model, trace)
         if self.budget.runtime == "eager":
             return folded

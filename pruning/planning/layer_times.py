@@ -1,4 +1,4 @@
-"""What convolutions and linear layers take at several widths, measured alone on this machine."""
+"""Measure the time of convolutions and linear layers at several widths, each alone, on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import timeit
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from pruning.deploy.runtimes import onnx_session, require_package
 from pruning.graph.deformable import DeformableConv
-from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow
 from pruning.graph.layers import Side, channel_dim, holds_layers, is_depthwise, layer_width, parts, rule_of
 from pruning.planning.budget import LatencyBudget
@@ -24,82 +22,79 @@ from pruning.planning.search import Order
 from pruning.utils.modules import call, eval_mode, hooked, on_input, thread_count
 from pruning.utils.tree import Inputs
 
-#: Widths of each side of a layer at which it is timed, at most.
-POINTS = 8
+#: Most widths of each side of a layer at which it is timed.
+MAX_WIDTHS = 8
+
+#: Output widths (outputs,), input widths (inputs,), and milliseconds per example, (outputs, inputs).
+_TimeGrid = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class LatencyTable:
-    """What the layers of a model take at several widths, measured alone on this machine.
+    """The time of the layers of a model at several widths, each measured alone on this machine.
 
-    Times between measured widths are interpolated, in the output and the input channels.
+    Times between measured widths are interpolated in the output and the input channels.
+
+    Args:
+        model: the traced model; it is not changed.
+        inputs: example inputs, as many examples as one pass has.
+        cost_model: of this model.
+        budget: gives the runtime and its threads.
+        lowest: least width of each group, (groups,).
+        multiple: widths are multiples of this number of channels.
+
+    Attributes:
+        candidates: for each group the widths that a plan may choose.
+        times: for each layer its grid of times.
     """
 
     def __init__(
         self,
         model: nn.Module,
         inputs: Inputs,
-        trace: Trace,
+        cost_model: CostModel,
         budget: LatencyBudget,
         lowest: np.ndarray,
         multiple: int = 1,
     ):
-        self.cost_model = CostModel(model, trace)
-        self.full = self.cost_model.full
-        #: For every group the widths that a plan may choose, from its floor to its full width.
+        self.cost_model = cost_model
+        self.full = cost_model.full
         self.candidates = [
             _candidates(int(low), int(full), multiple) for low, full in zip(lowest, self.full, strict=True)
         ]
-        received = _received(model, inputs, [name for name in self.cost_model.layers if name])
+        shapes_of = _input_shapes(model, inputs, [name for name in cost_model.layers if name])
         grid_sides = self._grid_sides()
-        known: dict[Any, np.ndarray] = {}  # layers of one kind are timed once
-        self.times: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        known: dict[tuple[object, ...], np.ndarray] = {}  # layers of the same kind are timed once
+        self.times: dict[str, _TimeGrid] = {}
         with thread_count(budget.threads), torch.inference_mode():
-            for name, shapes in received.items():
+            for name, shapes in shapes_of.items():
                 layer = model.get_submodule(name)
                 outs, ins = grid_sides[name]
                 kind = (type(layer), layer.extra_repr(), tuple(shapes), tuple(outs), tuple(ins))
                 if kind not in known:
-                    known[kind] = _times(layer, shapes, outs, ins, budget)
+                    known[kind] = _time_grid(layer, shapes, outs, ins, budget)
                 self.times[name] = outs, ins, known[kind]
 
-    def _grid_sides(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every layer the output and input channels to time it at."""
-        narrow_to = np.array([widths[0] for widths in self.candidates], dtype=np.float64)
-        ends = self.cost_model.sides(np.stack([narrow_to, self.full], 1))
-        alone = {}
-        for i, widths in enumerate(self.candidates):
-            plans = np.repeat(self.full[:, None], len(widths), 1)
-            plans[i] = widths
-            alone[i] = self.cost_model.sides(plans)
-        grid = {}
-        for name, (out, into) in ends.items():
-            sides = []
-            for which, (low, high) in enumerate((out, into)):
-                moved = [s[name][which] for s in alone.values() if s[name][which][0] != s[name][which][-1]]
-                if len(moved) == 1:
-                    sides.append(np.unique(moved[0].round()))
-                else:  # fixed, or of several groups
-                    sides.append(np.unique(np.linspace(low, high, POINTS if high > low else 1).round()))
-            grid[name] = (sides[0], sides[1])
-        return grid
+    def milliseconds(self, widths: np.ndarray) -> np.ndarray:
+        """Return the time of all layers together, per example.
 
-    def milliseconds(self, widths: np.ndarray) -> Any:
-        """Of all layers together, per example: for widths (groups,), or (groups, plans) for each plan."""
-        total: Any = 0.0
+        Args:
+            widths: of the groups, (groups,), or (groups, plans) for one value per plan.
+        """
+        total = np.zeros(widths.shape[1:])
         for name, (out, into) in self.cost_model.sides(widths).items():
             if name in self.times:
                 total = total + _interpolated(*self.times[name], out, into)
         return total
 
     def path(self, order: Order) -> list[np.ndarray]:
-        """Widths from the full ones on, (groups,) each, as the layers' time falls.
+        """Return widths from the full ones on, (groups,) each, as the time of the layers falls.
 
-        At every step the group is narrowed, to one of its candidate widths, whose channels
-        matter least for the time that this frees. A width that is no faster than a wider one
-        frees nothing, and is passed over.
+        Each step narrows the group, to one of its candidate widths, whose channels have the lowest
+        score for the time that this frees. A width that is no faster than a wider one frees nothing
+        and is passed over.
         """
         groups = self.cost_model.groups
-        lost = {g: np.concatenate([[0.0], np.cumsum(scores)]) for g, (_, scores) in order.items()}
+        dropped_score = {g: np.concatenate([[0.0], np.cumsum(scores)]) for g, (_, scores) in order.items()}
         path = [self.full.copy()]
         while True:
             widths = path[-1]
@@ -110,28 +105,49 @@ class LatencyTable:
             losses = np.empty(len(moves))
             for column, (i, w) in enumerate(moves):
                 plans[i, column] = w
-                gone = lost[groups[i]]
-                losses[column] = gone[int(self.full[i] - w)] - gone[int(self.full[i] - widths[i])]
+                total = dropped_score[groups[i]]
+                losses[column] = total[int(self.full[i] - w)] - total[int(self.full[i] - widths[i])]
             freed = self.milliseconds(widths) - self.milliseconds(plans)
             value = np.where(freed > 0, losses / np.maximum(freed, 1e-12), np.inf)
-            # Of moves that lose equally little for it the shortest: the path has more places to stop.
+            # Of equal values take the shortest move: the path then has more places to stop.
             best = min(range(len(moves)), key=lambda k: (value[k], freed[k]))
             if not np.isfinite(value[best]):
                 return path
             path.append(plans[:, best].copy())
 
+    def _grid_sides(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For every layer the output and input channels to time it at."""
+        narrowest = np.array([widths[0] for widths in self.candidates], dtype=np.float64)
+        ends = self.cost_model.sides(np.stack([narrowest, self.full], 1))
+        alone = []  # the sides of all layers as one group alone takes each of its widths
+        for i, widths in enumerate(self.candidates):
+            plans = np.repeat(self.full[:, None], len(widths), 1)
+            plans[i] = widths
+            alone.append(self.cost_model.sides(plans))
+        grid = {}
+        for name, (out, into) in ends.items():
+            sides = []
+            for which, (low, high) in enumerate((out, into)):
+                moved = [s[name][which] for s in alone if s[name][which][0] != s[name][which][-1]]
+                if len(moved) == 1:
+                    sides.append(np.unique(moved[0].round()))
+                else:  # a fixed side, or one of several groups
+                    sides.append(np.unique(np.linspace(low, high, MAX_WIDTHS if high > low else 1).round()))
+            grid[name] = (sides[0], sides[1])
+        return grid
+
 
 def _candidates(lowest: int, full: int, multiple: int) -> np.ndarray:
-    """Widths from the floor to the full one: all of few, else `POINTS` evenly spaced."""
+    """Widths from the lowest to the full one: all of few, else `MAX_WIDTHS` evenly spaced."""
     allowed = [w for w in range(lowest, full + 1) if w % multiple == 0 or w in (lowest, full)]
-    if len(allowed) <= POINTS:
+    if len(allowed) <= MAX_WIDTHS:
         return np.array(allowed, dtype=np.float64)
-    # Even shares of the full width: of 64 channels multiples of 8, which runtimes like.
-    steps = [round(full * k / POINTS / multiple) * multiple for k in range(1, POINTS + 1)]
+    # Even shares of the full width: of 64 channels multiples of 8, which runtimes pad to.
+    steps = [round(full * k / MAX_WIDTHS / multiple) * multiple for k in range(1, MAX_WIDTHS + 1)]
     return np.array(sorted({lowest, full, *(w for w in steps if lowest <= w <= full)}), dtype=np.float64)
 
 
-def _received(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, list[torch.Size]]:
+def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, list[torch.Size]]:
     """The shapes that each layer receives in a forward pass, one for each time it runs."""
     shapes: dict[str, list[torch.Size]] = {}
 
@@ -144,7 +160,7 @@ def _received(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, l
     return shapes
 
 
-def _times(
+def _time_grid(
     layer: nn.Module, shapes: list[torch.Size], outs: np.ndarray, ins: np.ndarray, budget: LatencyBudget
 ) -> np.ndarray:
     """Milliseconds per example of a layer at each of its widths, (outputs, inputs)."""
@@ -157,7 +173,7 @@ def _times(
 
 
 def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
-    """A copy of a layer with so many output and input channels, as many of each of its parts."""
+    """A copy of a layer with these output and input channels, an equal number in each of its parts."""
     small, several = copy.deepcopy(layer).eval(), parts(layer)
     wanted: dict[Side, int] = {"out": out, "in": into}
     if is_depthwise(layer):
@@ -171,45 +187,49 @@ def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
 
 
 def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) -> float:
-    """Of one layer alone, per example: the least of several turns."""
+    """Time one layer alone, per example: the least of several repeats."""
     weight, sizes = layer.get_parameter(rule_of(layer).weight), list(shape)
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
-    received = (x, _unmoved(layer, x)) if isinstance(layer, DeformableConv) else (x,)
-    run: Callable[[], Any] = partial(layer, *received)
+    args = (x, _zero_offsets(layer, x)) if isinstance(layer, DeformableConv) else (x,)
+    run: Callable[[], object] = partial(layer, *args)
     if holds_layers(layer) or isinstance(layer, DeformableConv):
-        # Layers that it holds are as wide as they were; its code may find places itself.
+        # The layers inside it keep their widths, and its own code may compute the offsets: call torch's.
         torchs = ("torch.nn.", "torchvision.ops.")
         base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith(torchs))
-        run = partial(base.forward, layer, *received)  # type: ignore[attr-defined]
+        run = partial(base.forward, layer, *args)  # type: ignore[attr-defined]
     if budget.runtime == "onnxruntime" and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
         run = _in_onnxruntime(layer, x, budget.threads)
     if weight.is_cuda:
-        run = partial(_and_wait, run)
+        run = partial(_run_and_synchronize, run)
     timer = timeit.Timer(run)
     timer.timeit(2)
     passes = max(1, round(0.001 / max(timer.timeit(1), 1e-9)))
     return min(timer.repeat(3, passes)) / passes / len(x) * 1000
 
 
-def _unmoved(layer: Any, x: Tensor) -> Tensor:
-    """Offsets of 0 for a deformable convolution."""
+def _zero_offsets(layer: DeformableConv, x: Tensor) -> Tensor:
+    """The offsets with which a deformable convolution is a plain one."""
+    names = ("padding", "dilation", "kernel_size", "stride")
+    paddings, dilations, kernels, strides = (getattr(layer, name) for name in names)
     sizes = [
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for size, pad, dilation, kernel, stride in zip(
-            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+            x.shape[2:], paddings, dilations, kernels, strides, strict=True
         )
     ]
-    return x.new_zeros(len(x), 2 * math.prod(layer.kernel_size), *sizes)
+    return x.new_zeros(len(x), 2 * math.prod(kernels), *sizes)
 
 
-def _and_wait(run: Callable[[], Any]) -> None:
+def _run_and_synchronize(run: Callable[[], object]) -> None:
     run()
     torch.cuda.synchronize()
 
 
-def _in_onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
-    """One layer in ONNX Runtime; exporting it by torch would take longer than all its timings."""
+def _in_onnxruntime(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, x: Tensor, threads: int
+) -> Callable[[], object]:
+    """One layer in ONNX Runtime; exporting it with torch would take longer than all its timings."""
     onnx = require_package("onnx")
     held = {"w": layer.get_parameter("weight"), "b": getattr(layer, "bias", None)}
     initial = {name: t.detach().float().cpu() for name, t in held.items() if t is not None}
@@ -219,10 +239,9 @@ def _in_onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Callable[[], A
         product = make("MatMul", ["x", "w"], ["p" if "b" in initial else "y"])
         nodes = [product, *([make("Add", ["p", "b"], ["y"])] if "b" in initial else [])]
     else:
-        conv: Any = layer
-        twice = conv._reversed_padding_repeated_twice  # (last begin, last end, ..., first end)
+        twice = layer._reversed_padding_repeated_twice  # (last begin, last end, ..., first end)
         pads = [*twice[0::2][::-1], *twice[1::2][::-1]]
-        sizes = {"strides": list(conv.stride), "dilations": list(conv.dilation), "group": conv.groups}
+        sizes = {"strides": list(layer.stride), "dilations": list(layer.dilation), "group": layer.groups}
         nodes = [make("Conv", ["x", *initial], ["y"], pads=pads, **sizes)]
     describe, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
@@ -238,10 +257,13 @@ def _in_onnxruntime(layer: nn.Module, x: Tensor, threads: int) -> Callable[[], A
     return partial(session.run, None, {"x": x.float().cpu().numpy()})
 
 
-def _interpolated(outs: np.ndarray, ins: np.ndarray, times: np.ndarray, out: Any, into: Any) -> Any:
-    """Bilinear, at (plans,) or single widths."""
+def _interpolated(
+    outs: np.ndarray, ins: np.ndarray, times: np.ndarray, out: np.ndarray, into: np.ndarray
+) -> np.ndarray:
+    """Interpolate a grid of times bilinearly at (plans,) or single widths."""
 
-    def place(grid: np.ndarray, at: Any) -> tuple[Any, Any]:
+    def place(grid: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index of the grid point below, and the share of the way to the next."""
         if len(grid) == 1:
             return np.zeros_like(at, dtype=int), np.zeros_like(at, dtype=float)
         index = np.clip(np.searchsorted(grid, at, side="right") - 1, 0, len(grid) - 2)

@@ -1,52 +1,58 @@
-"""Skipping what a model computes before the layers that change, where it is evaluated many times."""
+"""Cache what a model computes before the layers that change, for models that are evaluated many times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pruning.graph.groups import Trace
 from pruning.utils.modules import call, call_until, eval_mode, hooked
-from pruning.utils.tree import tensors
+from pruning.utils.tree import Inputs, tensors
 
 
-class Shortcut:
-    """Skips what a model computes before the layers of a group: for every point it is the same.
+class PrefixCache:
+    """Skip what a model computes before the layers of a group: it is the same at every width.
 
-    The modules that have finished before the group's first layer begins let their input
-    pass, and the last of them returns what it returned in the whole model. Whether that is
-    all that the rest needs is tried out; where it is not, an earlier module is taken, and
-    in the end none.
+    The modules that finish before the group's first layer begins return their input unchanged, and
+    the last of them returns its cached output. Whether the rest of the model needs nothing else is
+    tested on the first batch; where it does, an earlier module becomes the last, and after `TRIES`
+    modules nothing is skipped.
+
+    Args:
+        model: the whole model; it is not changed.
+        trace: of this model.
+        group: name of the group whose width will change.
+        batches: the inputs that the model will be evaluated on, in memory for as long as the cache.
     """
 
     TRIES = 6
 
-    def __init__(self, model: nn.Module, traced: Trace, group: str, batches: Sequence[Any]):
+    def __init__(self, model: nn.Module, trace: Trace, group: str, batches: Sequence[Inputs]):
         self.batches = {id(tensors(batch)[0]): number for number, batch in enumerate(batches)}
-        self.cached: list[Any] = []
-        self.passing: list[str] = []
-        self.returning = ""
-        #: Modules before the group: what they compute, statistics included, does not change.
-        self.before = _finished_before(model, {m.layer for m in traced.groups[group].members}, batches[0])
-        finished = self.before
-        for last in range(len(finished), max(0, len(finished) - self.TRIES), -1):
-            *self.passing, self.returning = finished[:last]
-            self.cached = [self._output(model, batches[0])]
+        self.outputs: list[object] = []
+        self.skipped: list[str] = []
+        self.last = ""
+        #: The modules before the group: what they compute, their statistics included, does not change.
+        self.unchanged = modules_before(model, {m.layer for m in trace.groups[group].members}, batches[0])
+        finished = self.unchanged
+        for end in range(len(finished), max(0, len(finished) - self.TRIES), -1):
+            *self.skipped, self.last = finished[:end]
+            self.outputs = [self._output(model, batches[0])]
             if self._is_enough(model, batches[0]):
-                self.cached += [self._output(model, batch) for batch in batches[1:]]
+                self.outputs += [self._output(model, batch) for batch in batches[1:]]
                 return
-        self.passing, self.returning, self.cached = [], "", []
+        self.skipped, self.last, self.outputs = [], "", []
 
-    def _output(self, model: nn.Module, batch: Any) -> Any:
-        """What the last module returns for a batch."""
+    def _output(self, model: nn.Module, batch: Inputs) -> object:
+        """The output of the last skipped module for a batch."""
         with torch.inference_mode():
-            return call_until(model, batch, self.returning, "out")
+            return call_until(model, batch, self.last, "out")
 
-    def _is_enough(self, model: nn.Module, batch: Any) -> bool:
+    def _is_enough(self, model: nn.Module, batch: Inputs) -> bool:
+        """Whether the model computes the same with the cache."""
         with torch.inference_mode(), eval_mode(model):
             expected = call(model, batch)
             try:
@@ -57,27 +63,27 @@ class Shortcut:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The shortcut in a model of the same modules, which must be given the known batches."""
-        if not self.returning:
+        """Use the cache in a model with the same modules, which must be called with the known batches."""
+        if not self.last:
             yield
             return
         current = 0
 
-        def see(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def find_batch(_: nn.Module, args: object, kwargs: object) -> None:
             nonlocal current
             current = self.batches.get(id(tensors((args, kwargs))[0]), -1)
             if current < 0:
-                raise AssertionError("a shortcut knows only the batches that it was made with")
+                raise AssertionError("a prefix cache knows only the batches that it was made with")
 
-        def give(*_: Any, **__: Any) -> Any:
-            cached = self.cached[current]
-            return cached.clone() if isinstance(cached, Tensor) else cached
+        def cached(*_: object, **__: object) -> object:
+            output = self.outputs[current]
+            return output.clone() if isinstance(output, Tensor) else output
 
-        handle = model.register_forward_pre_hook(see, with_kwargs=True)
-        modules = {name: model.get_submodule(name) for name in (*self.passing, self.returning)}
+        handle = model.register_forward_pre_hook(find_batch, with_kwargs=True)
+        modules = {name: model.get_submodule(name) for name in (*self.skipped, self.last)}
         try:
             for name, module in modules.items():
-                module.forward = give if name == self.returning else _pass_on
+                module.forward = cached if name == self.last else _first_argument
             yield
         finally:
             handle.remove()
@@ -85,24 +91,27 @@ class Shortcut:
                 del module.forward
 
 
-def _pass_on(x: Any, *_: Any, **__: Any) -> Any:
+def _first_argument(x: object, *_: object, **__: object) -> object:
     return x
 
 
-def _finished_before(model: nn.Module, layers: set[str], batch: Any) -> list[str]:
-    """The outermost modules that finish before the first of these layers begins, in order."""
+def modules_before(model: nn.Module, layers: set[str], inputs: Inputs) -> list[str]:
+    """List the outermost modules that finish before the first of these layers begins, in order.
+
+    Empty where such a module runs more than once.
+    """
     finished: list[str] = []
     reached = False
 
     def begin(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             nonlocal reached
             reached = reached or name in layers
 
         return hook
 
     def end(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             if not reached:
                 finished[:] = [other for other in finished if not other.startswith(f"{name}.")]
                 finished.append(name)
@@ -115,5 +124,5 @@ def _finished_before(model: nn.Module, layers: set[str], batch: Any) -> list[str
             handles.append(module.register_forward_pre_hook(begin(name)))
             handles.append(module.register_forward_hook(end(name)))
     with hooked(handles), torch.inference_mode(), eval_mode(model):
-        call(model, batch)
+        call(model, inputs)
     return finished if len(set(finished)) == len(finished) else []

@@ -1,14 +1,25 @@
-"""Importance: functions from a model and its groups to one score per channel.
+"""Importance scores: functions that give each channel of a model a number; the higher is kept.
 
-A score says how much a channel matters; the higher is kept. Each function returns, by
-group name, a float32 tensor of shape (channels,). The model is left as it is.
+Every score has the signature `(model, trace, batches, loss)` and returns, by group name, a tensor
+(channels,). `BY_NAME` lists them. Scores that need no data ignore `batches` and `loss`. The model
+is not changed.
+
+>>> from pruning.tracing.trace import trace
+>>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+>>> traced = trace(net, torch.zeros(1, 3))
+>>> {group: score.shape for group, score in l2(net, traced, [], cross_entropy).items()}
+{'0': torch.Size([4])}
+>>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
+>>> bool((taylor(net, traced, batches, cross_entropy)["0"] >= 0).all())
+True
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +28,7 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
 from pruning.graph.layer_tensors import output_rows
 from pruning.graph.layers import makes_channels, rule_of, weight_of
-from pruning.planning import scores
+from pruning.planning.width_sweep import Batch, LabelledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
 from pruning.utils.modules import device_of, eval_mode
@@ -27,18 +38,31 @@ Scores = dict[str, Tensor]
 
 Groups = Mapping[str, Group]
 
+ScoreFunction = Callable[[nn.Module, Trace, Sequence[Batch], Loss], Scores]
+
+#: A name of `BY_NAME`, a function of that signature, or a function of (model, groups).
+Score = str | ScoreFunction | Callable[[nn.Module, Groups], Scores]
+
+#: Widths of each group that the score `sensitivity` measures.
+SENSITIVITY_WIDTHS = 12
+
+#: A parameter that makes channels: layer name, `weight` or `bias`.
+_Key = tuple[str, str]
+
 _NORM = nn.modules.batchnorm._NormBase
 
 
-def bn_scale(model: nn.Module, groups: Groups) -> Scores:
-    """|γ| of the BatchNorm behind the channel (Liu et al., Network Slimming, ICCV 2017).
+@torch.no_grad()
+def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by |γ| of its BatchNorm (Liu et al., Network Slimming, ICCV 2017).
 
     Where several norms belong to a group, as across a residual sum, their mean.
 
-    Raises `PruningError` for a group without a norm that has scales.
+    Raises:
+        PruningError: for a group without a norm that has scales.
     """
     scores = {}
-    for name, group in groups.items():
+    for name, group in trace.groups.items():
         norms = [m for m in group.side("out") if _has_scale(model.get_submodule(m.layer))]
         if not norms:
             raise PruningError(
@@ -50,47 +74,47 @@ def bn_scale(model: nn.Module, groups: Groups) -> Scores:
     return scores
 
 
-def l1(model: nn.Module, groups: Groups) -> Scores:
-    """Sum of the absolute weights that make the channel (Li et al., ICLR 2017)."""
-    return _weight_norm(model, groups, 1)
+@torch.no_grad()
+def l1(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by the sum of the absolute weights that make it (Li et al., ICLR 2017)."""
+    return _weight_norm(model, trace.groups, 1)
 
 
-def l2(model: nn.Module, groups: Groups) -> Scores:
-    """Euclidean norm of the weights that make the channel."""
-    return _weight_norm(model, groups, 2)
+@torch.no_grad()
+def l2(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by the Euclidean norm of the weights that make it."""
+    return _weight_norm(model, trace.groups, 2)
 
 
-def random(model: nn.Module, groups: Groups) -> Scores:
-    """Uniform draws from torch's global generator: the baseline of every comparison."""
-    return {name: torch.rand(group.channels) for name, group in groups.items()}
+@torch.no_grad()
+def random(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Draw scores uniformly from torch's global generator: the baseline of every comparison."""
+    return {name: torch.rand(group.channels) for name, group in trace.groups.items()}
 
 
-def taylor(
-    model: nn.Module,
-    groups: Groups,
-    batches: Iterable[tuple[Any, Any]],
-    loss: Loss = cross_entropy,
-) -> Scores:
-    """How much the loss changes, to first order, when the channel is removed, squared.
+def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by the squared first-order change of the loss when it is removed.
 
-    With a BatchNorm behind the channel (γ ∂L/∂γ + β ∂L/∂β)², else (Σ w ∂L/∂w)² over the
-    weights and bias that make it, averaged over calibration batches (Molchanov et al.,
-    Importance Estimation for Neural Network Pruning, CVPR 2019). Terms of layers that lose
-    the channel together are added before squaring.
+    With a BatchNorm behind the channel (γ ∂L/∂γ + β ∂L/∂β)², else (Σ w ∂L/∂w)² over the weights and
+    bias that make it, averaged over the batches (Molchanov et al., Importance Estimation for Neural
+    Network Pruning, CVPR 2019). Terms of layers that lose the channel together are added before
+    squaring.
 
-    Raises `PruningError` when there is no batch, or the loss is not finite.
+    Raises:
+        PruningError: when there is no batch, or the loss is not finite.
     """
-    members = {name: _scored_members(model, group) for name, group in groups.items()}
-    parameters = {
-        (member.layer, kind): parameter
-        for chosen in members.values()
-        for member in chosen
-        for kind in rule_of(model.get_submodule(member.layer)).out
-        if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
-    }
+    groups = trace.groups
     scores = {name: torch.zeros(group.channels, dtype=torch.float32) for name, group in groups.items()}
     if not scores:
         return scores
+    members = {name: _scored_members(model, group) for name, group in groups.items()}
+    parameters: dict[_Key, Tensor] = {
+        (member.layer, kind): parameter
+        for scored in members.values()
+        for member in scored
+        for kind in rule_of(model.get_submodule(member.layer)).out
+        if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
+    }
     count = 0
     loss, device = loss_of(loss), device_of(model)
     with eval_mode(model), torch.enable_grad(), _differentiable(model):
@@ -105,35 +129,110 @@ def taylor(
             gradients = dict(zip(parameters, found, strict=True))
             count += 1
             for name, group in groups.items():
-                change = torch.zeros(group.channels, dtype=torch.float32)
-                for member in members[name]:
-                    for kind in rule_of(model.get_submodule(member.layer)).out:
-                        gradient = gradients.get((member.layer, kind))
-                        if gradient is not None:
-                            products = parameters[member.layer, kind].detach() * gradient.to_dense()
-                            rows = output_rows(model.get_submodule(member.layer), kind, products)
-                            change += _per_channel(group, member, rows.sum(1))
+                change = _first_order_change(model, group, members[name], parameters, gradients)
                 scores[name] += change.square()
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")
     return {name: score / count for name, score in scores.items()}
 
 
-def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Lets gradients through recurrent layers in eval mode, which cuDNN's refuse."""
-    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score channels by measuring the loss of each group at several widths, on the given batches.
+
+    Within a group `taylor` orders the channels. The model must be a classifier: loss and order are
+    those of the cross entropy, whatever `loss` is.
+
+    Raises:
+        PruningError: when there is no group, no batch, or a class is missing.
+    """
+    device = device_of(model)
+    labelled: list[LabelledBatch] = [to_device(batch, device) for batch in batches]
+    sweep = WidthSweep(model, trace, labelled, labelled)
+    curves = sweep.dense_result(channel_order(taylor(model, trace, labelled, cross_entropy)))
+    curves.points.extend(sweep.measure(curves.order, points_to_measure(trace, SENSITIVITY_WIDTHS)))
+    return curves.scores(model, trace.groups)
 
 
-#: The scores that need no data, by name.
-BY_NAME: dict[str, Callable[[nn.Module, Groups], Scores]] = {
+BY_NAME: dict[str, ScoreFunction] = {
+    "taylor": taylor,
     "bn_scale": bn_scale,
     "l1": l1,
     "l2": l2,
     "random": random,
+    "sensitivity": sensitivity,
 }
 
-NAMES = ("taylor", *BY_NAME)
+NAMES = tuple(BY_NAME)
+
+
+def score_channels(
+    model: nn.Module, trace: Trace, score: Score, batches: Sequence[Batch], loss: Loss
+) -> Scores:
+    """Score every channel of a model.
+
+    Args:
+        score: a name of `BY_NAME`, or a function. A function that requires four positional arguments
+            is called as (model, trace, batches, loss), any other as (model, groups).
+        batches: (inputs, targets), for scores that need data. loss: of these batches.
+
+    Returns:
+        Importance per group, (channels,).
+
+    Raises:
+        PruningError: for an unknown name.
+
+    >>> from pruning.tracing.trace import trace
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> def first_channels(model, groups):
+    ...     return {name: -torch.arange(group.channels) for name, group in groups.items()}
+    >>> score_channels(net, trace(net, torch.zeros(1, 3)), first_channels, [], cross_entropy)
+    {'0': tensor([ 0, -1, -2, -3])}
+    """
+    if not callable(score):
+        if score not in BY_NAME:
+            raise PruningError(
+                f"score {score!r} is unknown; there are: {', '.join(NAMES)}; or a function of "
+                "(model, trace, batches, loss)"
+            )
+        return BY_NAME[score](model, trace, batches, loss)
+    if _required_arguments(score) == 4:
+        return cast(ScoreFunction, score)(model, trace, batches, loss)
+    return cast(Callable[[nn.Module, Groups], Scores], score)(model, trace.groups)
+
+
+def _required_arguments(function: Callable[..., object]) -> int:
+    """The number of positional arguments without a default; 0 where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of some functions written in C
+        return 0
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Allow gradients through recurrent layers in eval mode, which cuDNN refuses."""
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+
+
+def _first_order_change(
+    model: nn.Module,
+    group: Group,
+    members: list[Member],
+    parameters: Mapping[_Key, Tensor],
+    gradients: Mapping[_Key, Tensor | None],
+) -> Tensor:
+    """The first-order change of the loss when each channel is removed, with the opposite sign."""
+    change = torch.zeros(group.channels, dtype=torch.float32)
+    for member in members:
+        for kind in rule_of(model.get_submodule(member.layer)).out:
+            gradient = gradients.get((member.layer, kind))
+            if gradient is not None:
+                products = parameters[member.layer, kind].detach() * gradient.to_dense()
+                rows = output_rows(model.get_submodule(member.layer), kind, products)
+                change += _per_channel(group, member, rows.sum(1))
+    return change
 
 
 def _has_scale(layer: nn.Module) -> bool:
@@ -161,7 +260,7 @@ def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
 
 
 def _positions(group: Group, member: Member) -> Tensor:
-    """How many positions of a layer's side each channel owns, at least 1."""
+    """The number of positions of a layer's side that each channel owns, at least 1."""
     return torch.bincount(member.channel, minlength=group.channels).clamp(min=1)
 
 
@@ -177,27 +276,3 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
                 total += _per_channel(group, member, norms**order)
         scores[name] = total ** (1 / order)
     return scores
-
-
-#: A score by name, or a function (model, groups) -> one tensor (channels,) per group.
-Score = str | Callable[[nn.Module, Groups], Scores]
-
-
-#: The scores that have a name.
-NAMES = (*scores.NAMES, "sensitivity")
-
-
-def score_channels(
-    model: nn.Module, traced: Trace, score: Score, calibration: Sequence[tuple[Any, Any]], loss: Loss
-) -> Scores:
-    """The importance of every channel, by a score's name or function, as `prune` takes it."""
-    if callable(score):
-        return score(model, traced.groups)
-    if score == "taylor":
-        return scores.taylor(model, traced.groups, calibration, loss)
-    if not isinstance(score, str) or score not in scores.BY_NAME:
-        raise PruningError(
-            f"score {score!r} is unknown; there are: {', '.join(NAMES)}; or a function of (model, groups)"
-        )
-    with torch.no_grad():
-        return scores.BY_NAME[score](model, traced.groups)

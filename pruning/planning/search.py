@@ -1,11 +1,9 @@
-"""A plan: for each group, the channels it keeps; and the layers that go as a whole."""
+"""Choose the channels to keep within a budget: a greedy search over the widths of all groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,12 +14,16 @@ from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import LABELS, Budget
 from pruning.planning.cost import CostModel
+from pruning.planning.options import PlanOptions, per_group
 
-#: For each group its channels from the least important on, and their scores in that order.
+#: For each group its channels in ascending order of importance, and their scores in that order.
 Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-#: How channels of different groups are compared.
-RANKINGS = ("global", "group")
+#: Rounds of exchanges between groups, and the least share of a limit that an exchanged step frees:
+#: where steps are finer, the greedy search leaves nothing to gain.
+EXCHANGE_ROUNDS, LEAST_EXCHANGE = 8, 2e-3
+
+DEFAULT_OPTIONS = PlanOptions()
 
 
 def plan_within(
@@ -29,63 +31,48 @@ def plan_within(
     trace: Trace,
     cost_model: CostModel,
     scores: Mapping[str, Tensor],
-    *,
-    ranking: str = "global",
-    per_cost: bool = True,
-    floor: int | Mapping[str, int] = 1,
-    most: float | Mapping[str, float] = 1.0,
-    multiple: int = 1,
-    widths: Mapping[str, int | str] | None = None,
+    options: PlanOptions = DEFAULT_OPTIONS,
 ) -> Plan:
     """Choose the channels to keep so that the budget is met, dropping the least important.
 
-    One step after the other, the group whose least important channels matter least gives
-    them up; once the budget is met, the last dropped come back wherever they still fit, and
-    groups exchange channels as long as those that are kept then matter more together.
+    A greedy search: each step narrows the group whose least important channels have the lowest
+    score for what they free. Once the budget is met, the last dropped channels come back wherever
+    they still fit, and groups exchange channels as long as that raises the total score kept.
 
     Args:
-        budget: resolved limits (`Budget.resolve`).
-        scores: per group one score per channel; groups without scores are kept whole.
-        ranking: `global` compares the scores of all groups; `group` takes the same share of
-            every group, the largest share of channels kept with which the budget is met.
-        per_cost: weigh a score by what the channel frees under the limits that are not met
-            yet, both as shares; without it the raw scores are ranked over all groups.
-        floor: channels that every group keeps at least, or by name or pattern (`layer4.*`).
-        most: largest share of a group's channels dropped in this plan, likewise.
-        multiple: widths are multiples of this many channels, or the full width, or the floor.
-        widths: exact widths of some groups by name or pattern: a count, or a percentage.
+        budget: limits as counts (`Budget.resolve`).
+        trace: of the model. cost_model: of the same trace.
+        scores: importance per group, (channels,); a group without scores is kept whole. Of equal
+            scores the later channel is dropped first.
+        options: see `PlanOptions`.
 
-    Equal scores are told apart by position: the later channel goes first.
-    Raises `PruningError` when the floors make the budget unreachable; it says what is least.
+    Returns:
+        The channels that each group keeps.
+
+    Raises:
+        PruningError: when the floors put the budget out of reach (the message has the least
+            cost), for scores of the wrong shape or not finite, and for a width or group of
+            `options` that the model does not have.
+
+    >>> from pruning.tracing.trace import trace
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> traced = trace(net, torch.zeros(1, 3))
+    >>> scores = {"0": torch.tensor([0.5, 0.1, 0.9, 0.2])}
+    >>> plan_within(Budget(channels=2), traced, CostModel(net, traced), scores)
+    Plan(keep={'0': (0, 2)})
     """
-    if ranking not in RANKINGS:
-        raise PruningError(f"ranking {ranking!r}: one of {', '.join(RANKINGS)}")
-    require_multiple(multiple)
-    groups = cost_model.groups
     order = ascending(trace, scores)
-    lowest, full = lowest_widths(trace, order, floor, most), cost_model.full.copy()
-    exact = _by_group({} if widths is None else widths, groups)
-    for i, g in enumerate(groups):
-        if g in exact:
-            lowest[i] = full[i] = _exact_width(g, exact[g], trace.groups[g].channels)
-    least = cost_model(lowest)
-    if over := budget.excess(least):
-        reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
-        least_widths = ", ".join(f"{g} {int(w)}" for g, w in zip(groups, lowest, strict=True))
-        raise PruningError(
-            f"the budget {budget} cannot be reached: at the floor of every group ({least_widths}) the "
-            f"network still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
-        )
-    if ranking == "group":
-        chosen = _same_share(budget, cost_model, lowest, full, multiple)
+    lowest, highest = _width_range(trace, order, options)
+    _require_reachable(budget, cost_model, lowest)
+    if options.ranking == "group":
+        widths = _equal_shares(budget, cost_model, lowest, highest, options.multiple)
     else:
-        chosen = _Search(budget, cost_model, order, lowest, full, multiple, per_cost).widths()
-
-    return most_important(trace, order, chosen)
+        widths = _GreedySearch(budget, cost_model, order, lowest, highest, options).widths()
+    return most_important(trace, order, widths)
 
 
 def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
-    """The plan that keeps the most important channels at the given width of each group."""
+    """Return the plan that keeps the most important channels at the given width of each group."""
     keep = {}
     for (name, group), width in zip(trace.groups.items(), widths, strict=True):
         kept = order[name][0][group.channels - int(width) :] if name in order else range(int(width))
@@ -94,53 +81,70 @@ def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
 
 
 def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
-    """The channels of each scored group from the least important on; of equals the later goes first."""
-    return {g: _ascending(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
+    """Sort the channels of each scored group by importance; of equal scores the later comes first."""
+    return {g: _sorted(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
 
 
-def require_multiple(multiple: int) -> None:
-    """Raise `PruningError` for what widths cannot be multiples of."""
-    if not isinstance(multiple, int) or multiple < 1:
-        raise PruningError(f"multiple {multiple!r}: widths are multiples of a whole number from 1")
+def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarray:
+    """Return the least width of each group in one plan, (groups,); a group without scores keeps its own."""
+    groups = list(trace.groups)
+    floors, shares = per_group(options.floor, groups), per_group(options.most, groups)
+
+    def lowest(name: str, channels: int) -> int:
+        if name not in order:
+            return channels
+        by_share = math.ceil(channels * (1 - shares.get(name, 1.0)) - 1e-9)
+        return min(channels, max(floors.get(name, 1), by_share))
+
+    return np.array([lowest(name, g.channels) for name, g in trace.groups.items()], dtype=np.float64)
 
 
-def lowest_widths(
-    trace: Trace, order: Order, floor: int | Mapping[str, int], most: float | Mapping[str, float]
+def _width_range(trace: Trace, order: Order, options: PlanOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest width of each group, (groups,) each; equal where an exact one is set."""
+    lowest = lowest_widths(trace, order, options)
+    highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
+    exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
+    for i, (name, group) in enumerate(trace.groups.items()):
+        if name in exact:
+            lowest[i] = highest[i] = _exact_width(name, exact[name], group.channels)
+    return lowest, highest
+
+
+def _require_reachable(budget: Budget, cost_model: CostModel, lowest: np.ndarray) -> None:
+    least = cost_model(lowest)
+    if over := budget.excess(least):
+        reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
+        widths = ", ".join(f"{g} {int(w)}" for g, w in zip(cost_model.groups, lowest, strict=True))
+        raise PruningError(
+            f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
+            f"network still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
+        )
+
+
+def _equal_shares(
+    budget: Budget, cost_model: CostModel, lowest: np.ndarray, highest: np.ndarray, multiple: int
 ) -> np.ndarray:
-    """How narrow each group may get in one plan, (groups,); those without scores stay as they are."""
-    floors, shares = (_by_group(setting, list(trace.groups)) for setting in (floor, most))
-    return np.array(
-        [
-            _lowest(name, group.channels, floors.get(name, 1), shares.get(name, 1.0))
-            if name in order
-            else group.channels
-            for name, group in trace.groups.items()
-        ],
-        dtype=np.float64,
-    )
-
-
-def _same_share(
-    budget: Budget, cost_model: CostModel, lowest: np.ndarray, full: np.ndarray, multiple: int
-) -> np.ndarray:
-    """The widths that keep the largest share of every group with which the budget is met."""
+    """The widths at the largest share of channels, the same for every group, that meets the budget."""
 
     def at(share: float) -> np.ndarray:
-        rounded = np.floor(full * share / multiple + 1e-9) * multiple
-        return np.where(share >= 1, full, np.clip(rounded, lowest, full))
+        rounded = np.floor(highest * share / multiple + 1e-9) * multiple
+        return np.where(share >= 1, highest, np.clip(rounded, lowest, highest))
 
-    # Widths change where the share of some group reaches another multiple.
-    steps = {k * multiple / n for n in full[full > lowest] for k in range(int(n) // multiple + 1)}
+    # Widths change only where the share of some group reaches another multiple.
+    steps = {k * multiple / n for n in highest[highest > lowest] for k in range(int(n) // multiple + 1)}
     shares = np.array(sorted({0.0, 1.0, *steps}))
-    low, high = 0, len(shares) - 1  # the first is met: at it every group is at its floor
+    low, high = 0, len(shares) - 1  # share 0 meets the budget: every group is at its floor
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (low, middle - 1) if budget.excess(cost_model(at(shares[middle]))) else (middle, high)
     return at(shares[low])
 
 
-class _Search:
-    """Widths within a budget, changed in steps: of a group to the next multiple, its floor or full width."""
+class _GreedySearch:
+    """Search widths within a budget, a step of one group at a time.
+
+    A step goes to the group's next multiple, or to its least or greatest width.
+    """
 
     def __init__(
         self,
@@ -148,62 +152,43 @@ class _Search:
         cost_model: CostModel,
         order: Order,
         lowest: np.ndarray,
-        full: np.ndarray,
-        multiple: int,
-        per_cost: bool,
+        highest: np.ndarray,
+        options: PlanOptions,
     ):
-        self.budget, self.cost_model, self.per_cost = budget, cost_model, per_cost
-        self.lowest, self.full, self.multiple = lowest, full, multiple
-        #: For every group what its least important channels matter together, by how many they are.
-        self.lost = [
+        self.budget, self.cost_model = budget, cost_model
+        self.lowest, self.highest = lowest, highest
+        self.multiple, self.per_cost = options.multiple, options.per_cost
+        #: For each group, entry k is the total score of its k least important channels.
+        self.dropped_score = [
             np.concatenate(([0.0], np.cumsum(order[group][1]))) if group in order else np.zeros(int(n) + 1)
             for group, n in zip(cost_model.groups, cost_model.full, strict=True)
         ]
 
     def widths(self) -> np.ndarray:
-        """The widths after the least important channels of all groups went, one step at a time."""
-        widths, history = self.narrowed(self.full)
-        settled: set[int] = set()  # groups whose last dropped channels do not fit any more
-        for group, step in reversed(history):
-            trial = widths.copy()
-            trial[group] += step
-            if group in settled or self.budget.excess(self.cost_model(trial)):
-                settled.add(group)
-            else:
-                widths = trial
-        return self.exchanged(widths) if self.per_cost else widths
+        """Return the widths found, (groups,)."""
+        widths, steps = self._narrow(self.highest)
+        widths = self._undo_steps(widths, steps)
+        return self._exchange(widths) if self.per_cost else widths
 
-    def down(self, widths: np.ndarray) -> np.ndarray:
-        """How many channels a step takes from every group; 0 at its floor."""
-        to_multiple = np.where(widths % self.multiple, widths % self.multiple, self.multiple)
-        return np.minimum(to_multiple, widths - self.lowest)
-
-    def up(self, widths: np.ndarray) -> np.ndarray:
-        """How many a step gives back; 0 at the full width."""
-        return np.minimum(self.multiple - widths % self.multiple, self.full - widths)
-
-    def importance(self, group: int, widths: np.ndarray, change: float) -> float:
-        """What the channels matter that a group gains, or loses, by a change of its width."""
-        gone, lost = int(self.cost_model.full[group] - widths[group]), self.lost[group]
-        return float(lost[gone] - lost[gone - int(change)])
-
-    def narrowed(
-        self, widths: np.ndarray, held: int | None = None
+    def _narrow(
+        self, widths: np.ndarray, fixed: int | None = None
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The widths that meet the budget, and the steps to there, each of the group that loses least.
+        """Narrow groups until the budget is met, each step where the least score is lost.
 
-        A group that is held gives none; where the others cannot meet the budget alone, it is not met.
+        The group `fixed` is not narrowed; where the others alone cannot meet the budget, it is not met.
+
+        Returns the widths, and the steps taken: (group, channels).
         """
         widths, history = widths.copy(), list[tuple[int, int]]()
         while over := self.budget.excess(self.cost_model(widths)):
-            steps = self.down(widths)
+            steps = self._steps_down(widths)
             freed = self.cost_model.freed(widths, steps)
             gain = np.sum([freed[what] / excess for what, excess in over.items()], axis=0)
             best, best_value = -1, np.inf
             for i in range(len(widths)):
-                if steps[i] <= 0 or gain[i] <= 0 or i == held:
+                if steps[i] <= 0 or gain[i] <= 0 or i == fixed:
                     continue
-                loss = -self.importance(i, widths, -steps[i])
+                loss = -self._score_gained(i, widths, -steps[i])
                 value = loss / gain[i] if self.per_cost else loss / steps[i]
                 if value < best_value or best < 0:
                     best, best_value = i, value
@@ -213,12 +198,54 @@ class _Search:
             history.append((best, int(steps[best])))
         return widths, history
 
-    def filled(self, widths: np.ndarray, held: int) -> np.ndarray:
-        """The widths with what still fits, first what matters most for its share of the budget."""
+    def _undo_steps(self, widths: np.ndarray, steps: list[tuple[int, int]]) -> np.ndarray:
+        """Give dropped channels back, the last dropped first, wherever they fit the budget."""
+        full_groups: set[int] = set()  # groups whose last dropped channels did not fit
+        for group, step in reversed(steps):
+            trial = widths.copy()
+            trial[group] += step
+            if group in full_groups or self.budget.excess(self.cost_model(trial)):
+                full_groups.add(group)
+            else:
+                widths = trial
+        return widths
+
+    def _exchange(self, widths: np.ndarray) -> np.ndarray:
+        """Exchange channels between groups as long as that raises the total score kept.
+
+        One group takes a step, either way; what then exceeds the budget goes from the others, and
+        what fits comes back to them. The greedy search does not look ahead: it drops many channels
+        with low scores where one channel with a higher score would have freed as much.
+        """
+        limits = self.budget.limits()
+        for _ in range(EXCHANGE_ROUNDS):
+            before = widths
+            freed = self.cost_model.freed(
+                widths, np.maximum(self._steps_down(widths), self._steps_up(widths))
+            )
+            share = np.max([freed[what] / limit for what, limit in limits.items()], axis=0)
+            for group in np.flatnonzero(share > LEAST_EXCHANGE).tolist():
+                for steps in (-self._steps_down(widths), self._steps_up(widths)):
+                    if not steps[group]:
+                        continue
+                    trial = widths.copy()
+                    trial[group] += steps[group]
+                    trial, _ = self._narrow(trial, fixed=group)
+                    trial = self._fill(trial, fixed=group)
+                    tolerance = 1e-9 * abs(self._score_kept(self.lowest))
+                    better = self._score_kept(trial) > self._score_kept(widths) + tolerance
+                    if better and not self.budget.excess(self.cost_model(trial)):
+                        widths = trial
+            if np.array_equal(before, widths):
+                break
+        return widths
+
+    def _fill(self, widths: np.ndarray, fixed: int) -> np.ndarray:
+        """Widen groups other than `fixed` while channels fit, by score gained per share of the budget."""
         widths = widths.copy()
         limits = self.budget.limits()
         while True:
-            steps, cost = self.up(widths), self.cost_model(widths)
+            steps, cost = self._steps_up(widths), self.cost_model(widths)
             freed = self.cost_model.freed(widths, -steps)
             fits = np.all(
                 [np.round(getattr(cost, w) - freed[w]) <= limit for w, limit in limits.items()], axis=0
@@ -226,76 +253,46 @@ class _Search:
             best, best_value = -1, 0.0
             for i in np.flatnonzero((steps > 0) & fits).tolist():
                 share = sum(-freed[what][i] / limits[what] for what in limits)
-                value = self.importance(i, widths, steps[i]) / max(share, 1e-12)
-                if value > best_value and i != held:
+                value = self._score_gained(i, widths, steps[i]) / max(share, 1e-12)
+                if value > best_value and i != fixed:
                     best, best_value = i, value
             if best < 0:
                 return widths
             widths[best] += steps[best]
 
-    def exchanged(self, widths: np.ndarray) -> np.ndarray:
-        """The widths after exchanges of channels between groups that leave more importance in the network.
+    def _steps_down(self, widths: np.ndarray) -> np.ndarray:
+        """Channels that a step takes from each group, (groups,); 0 at its least width."""
+        to_multiple = np.where(widths % self.multiple, widths % self.multiple, self.multiple)
+        return np.minimum(to_multiple, widths - self.lowest)
 
-        A step of one group, either way; what then is too much goes from the others, and what
-        fits comes back to them. One step after the other does not look ahead: it takes many
-        channels that each matter little where a single one, which matters more than each of
-        them, would have done.
-        """
-        limits = self.budget.limits()
-        for _ in range(MOST_EXCHANGES):
-            before = widths
-            freed = self.cost_model.freed(widths, np.maximum(self.down(widths), self.up(widths)))
-            share = np.max([freed[what] / limit for what, limit in limits.items()], axis=0)
-            for group in np.flatnonzero(share > LEAST_EXCHANGE).tolist():
-                for steps in (-self.down(widths), self.up(widths)):
-                    if not steps[group]:
-                        continue
-                    trial = widths.copy()
-                    trial[group] += steps[group]
-                    trial, _ = self.narrowed(trial, held=group)
-                    trial = self.filled(trial, held=group)
-                    better = self.matters(trial) > self.matters(widths) + 1e-9 * abs(
-                        self.matters(self.lowest)
-                    )
-                    if better and not self.budget.excess(self.cost_model(trial)):
-                        widths = trial
-            if np.array_equal(before, widths):
-                break
-        return widths
+    def _steps_up(self, widths: np.ndarray) -> np.ndarray:
+        """Channels that a step gives back to each group, (groups,); 0 at its greatest width."""
+        return np.minimum(self.multiple - widths % self.multiple, self.highest - widths)
 
-    def matters(self, widths: np.ndarray) -> float:
-        """What the channels matter together that these widths keep, less what all do."""
-        gone = (self.cost_model.full - widths).astype(int)
-        return -float(sum(lost[g] for lost, g in zip(self.lost, gone, strict=True)))
+    def _score_gained(self, group: int, widths: np.ndarray, change: float) -> float:
+        """The change of the score kept when one group's width changes by `change` channels."""
+        dropped, total = int(self.cost_model.full[group] - widths[group]), self.dropped_score[group]
+        return float(total[dropped] - total[dropped - int(change)])
+
+    def _score_kept(self, widths: np.ndarray) -> float:
+        """The score of the channels that these widths keep, minus that of all channels."""
+        dropped = (self.cost_model.full - widths).astype(int)
+        return -float(sum(total[k] for total, k in zip(self.dropped_score, dropped, strict=True)))
 
 
-#: Times that every group is tried for an exchange of channels with others, and the share of a limit
-#: that a step of it is at least: where steps are finer, one after the other leaves nothing to gain.
-MOST_EXCHANGES, LEAST_EXCHANGE = 8, 2e-3
-
-
-def _ascending(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Channels from the least important on, with their scores."""
+def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Channels in ascending order of their scores, and the scores in that order."""
     values = torch.as_tensor(scores).detach().double().cpu().numpy()
     if values.shape != (channels,):
         raise PruningError(f"scores of group {group!r} have shape {values.shape}, expected ({channels},)")
     if not np.isfinite(values).all():
         raise PruningError(f"scores of group {group!r} are not all finite numbers: {values}")
-    ascending = np.lexsort((-np.arange(channels), values))
-    return ascending, values[ascending]
-
-
-def _lowest(group: str, channels: int, floor: int, most: float) -> int:
-    """The narrowest that a group may get in one plan."""
-    if not isinstance(floor, int) or floor < 1:
-        raise PruningError(f"floor {floor!r} of group {group!r}: a whole number of channels, at least 1")
-    if not 0 <= most <= 1:
-        raise PruningError(f"share {most} of group {group!r} that may be dropped: from 0 to 1")
-    return min(channels, max(floor, math.ceil(channels * (1 - most) - 1e-9)))
+    order = np.lexsort((-np.arange(channels), values))
+    return order, values[order]
 
 
 def _exact_width(group: str, wanted: int | str, channels: int) -> int:
-    """A width that was asked for, in channels."""
+    """Resolve an exact width, a count or a percentage, to channels."""
     text = str(wanted).strip()
     try:
         width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
@@ -306,18 +303,3 @@ def _exact_width(group: str, wanted: int | str, channels: int) -> int:
             f"width {wanted!r} of group {group!r}: expected a count from 1 to {channels}, or a percentage"
         )
     return width
-
-
-def _by_group(setting: Any, groups: Sequence[str]) -> dict[str, Any]:
-    """A setting for all groups, or by name or pattern, of which the last that fits counts."""
-    if not isinstance(setting, Mapping):
-        return dict.fromkeys(groups, setting)
-    found = {}
-    for pattern, value in setting.items():
-        matched = [g for g in groups if fnmatchcase(g, pattern)]
-        if not matched:
-            raise PruningError(
-                f"{pattern!r} is no group of this model; there are: {', '.join(groups) or 'none'}"
-            )
-        found.update(dict.fromkeys(matched, value))
-    return found

@@ -7,6 +7,7 @@ from typing import Any
 
 from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
+from pruning.planning.options import PlanOptions
 from pruning.planning.scores import NAMES
 from pruning.training.config import TrainConfig, require_setting
 
@@ -45,9 +46,9 @@ class PruneConfig:
         )
 
     @property
-    def limits(self) -> dict[str, Any]:
-        """The arguments of `plan_within` besides the budget."""
-        return {key: getattr(self, key) for key in ("ranking", "floor", "most", "multiple")}
+    def options(self) -> PlanOptions:
+        """The options of the plan of every step."""
+        return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""Stage 2: trace, score, plan, apply, check. One step."""
+"""Stage 2, one step: trace, remove layers, score, plan, apply, verify, recalibrate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Ignored, Trace
@@ -14,9 +13,10 @@ from pruning.graph.plan import Plan
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.cost import Cost, CostModel
 from pruning.planning.latency import LatencyFound, plan_latency
-from pruning.planning.scores import Score, score_channels
-from pruning.planning.search import plan_within
-from pruning.planning.sensitivity import sensitivity
+from pruning.planning.options import PlanOptions
+from pruning.planning.scores import Score, Scores, score_channels
+from pruning.planning.search import DEFAULT_OPTIONS, plan_within
+from pruning.planning.width_sweep import Batch
 from pruning.surgery.apply import apply, channel_constants, may_leave_constants
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
@@ -28,20 +28,18 @@ from pruning.utils import distributed
 from pruning.utils.modules import buffers_unchanged, device_of
 from pruning.utils.tree import Inputs, fresh
 
-#: Widths of each group that a plan by sensitivity tries.
-SENSITIVITY_WIDTHS = 12
-
 
 @dataclass(frozen=True)
 class Step:
-    """What one pruning step did.
+    """The result of one pruning step.
 
     Attributes:
-        model: the smaller model. plan: the whole layers that went, and what each group kept.
-        trace: of the model before, without those layers.
-        asked: the budget, in counts. before, after: the costs, BatchNorm folded.
-        difference: largest relative difference found by the equivalence check.
-        latency: what was measured, under a budget of latency.
+        model: the smaller model.
+        plan: the whole layers removed, and the channels that each group keeps.
+        trace: of the model before, without the removed layers.
+        asked: the budget, as counts. before, after: the costs, BatchNorm folded.
+        difference: largest relative difference of the outputs found by `verify`; NaN without it.
+        latency: the measured times, under a `LatencyBudget`.
     """
 
     model: nn.Module
@@ -54,59 +52,133 @@ class Step:
     latency: LatencyFound | None = None
 
 
-@buffers_unchanged
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same over the steps of a run; see `prune` for the fields."""
+
+    score: Score = "taylor"
+    calibration: Sequence[Batch] = ()
+    loss: Loss = cross_entropy
+    ignored: tuple[Ignored, ...] = ()
+    options: PlanOptions = DEFAULT_OPTIONS
+    check: bool = True
+
+
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
     budget: Budget | LatencyBudget,
     *,
     score: Score = "taylor",
-    calibration: Iterable[tuple[Any, Any]] = (),
+    calibration: Iterable[Batch] = (),
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
     remove: Iterable[str] = (),
     towards: Budget | None = None,
     check: bool = True,
-    **limits: Any,
+    ranking: str = "global",
+    per_cost: bool = True,
+    floor: int | Mapping[str, int] = 1,
+    most: float | Mapping[str, float] = 1.0,
+    multiple: int = 1,
+    widths: Mapping[str, int | str] | None = None,
+    dense: nn.Module | None = None,
 ) -> Step:
-    """Remove channels until the budget is met; the given model is left as it is.
-
-    Before that, whole layers go where `remove` names them; the running statistics of
-    BatchNorm are taken anew afterwards, where there is calibration data.
+    """Remove channels until a model meets a budget; the given model is not changed.
 
     Args:
-        example_inputs: to trace and to check with; a batch dimension first.
-        budget: limits on the result; percentages are of this model. A `LatencyBudget` is met by
-            measuring, at the batch size of the example inputs.
-        score: importance of a channel, by name or as a function; `sensitivity` measures on the
-            calibration data, of a classifier, what each group loses at several widths.
-        calibration: (inputs, targets) batches for `taylor`, and for the mean of every
-            channel that goes: it is folded into the layer behind it. Without them only
-            what is constant on the example inputs is folded.
-        ignored: layers whose channels all stay, by name pattern, type or instance.
-        remove: names of whole layers to remove first (see `pruning.removable`).
-        towards: the budget of the last of several steps, in counts: no channel goes now that a plan
-            within it keeps. Of several limits a step may else meet one by channels that the others
-            leave room for in the end.
-        check: compare the outputs with those that the plan asks for, which takes two forward
-            passes; without it `difference` is NaN.
-        limits: `ranking`, `per_cost`, `floor`, `most`, `multiple` and `widths` of `plan_within`; of
-            latency `floor`, `most` and `multiple`, and `dense`, what the time is compared with.
+        example_inputs: to trace and to verify with; a batch dimension first.
+        budget: limits on the result; percentages are of this model.
+        score: importance of a channel, by name or as a function (see `score_channels`).
+        calibration: (inputs, targets) batches, for the score, the BatchNorm statistics, and the mean
+            of each dropped channel, which is folded into the layer behind it. Without them, only
+            channels that are constant on the example inputs are folded.
+        loss: of the calibration batches, for `taylor`.
+        ignored: layers that keep their channels: name patterns, types or instances.
+        remove: names of whole layers to remove first (see `removable`).
+        towards: budget of the last of several steps, as counts: keep all channels that a plan within
+            it keeps. Otherwise a step may meet one limit with channels that the end has room for.
+        check: compare the outputs with those that the plan implies (see `verify`).
+        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
+        dense: the network whose time a `LatencyBudget` is compared with; by default the model.
 
-    Raises `PruningError` when the model cannot be traced, has no prunable group, the budget
-    cannot be reached, or the check fails.
+    Raises:
+        PruningError: for a model that cannot be traced or has no prunable group, a budget out of
+            reach, invalid options, and where the outputs are not equivalent.
+
+    >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
+    {'0': 4}
+    """
+    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
+    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check)
+    return prune_step(
+        model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
+    )
+
+
+@buffers_unchanged
+def prune_step(
+    model: nn.Module,
+    example_inputs: Inputs,
+    budget: Budget | LatencyBudget,
+    settings: StepSettings,
+    *,
+    remove: tuple[str, ...] = (),
+    towards: Budget | None = None,
+    dense: nn.Module | None = None,
+) -> Step:
+    """Prune as `prune` does, with the settings of a run.
+
+    In this order: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate.
     """
     require_budget(budget)
-    ignored, calibration = tuple(ignored), list(calibration)
-    traced = trace(model, example_inputs, ignored, compare=check)
+    if dense is not None and isinstance(budget, Budget):
+        raise PruningError("dense: only a LatencyBudget compares with another network; leave it out")
+    traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
-
     device = device_of(model)
-    batches = [to_device(batch, device)[0] for batch in calibration]
-    removed = []
-    for name in remove:
+    batches = [to_device(batch, device)[0] for batch in settings.calibration]
+
+    if remove:
+        model, traced = _without_layers(model, traced, example_inputs, remove, batches, settings)
+        cost_model = CostModel(model, traced)
+    met = remove and isinstance(asked, Budget) and not asked.excess(cost_model(cost_model.full))
+    if not met:
+        require_groups(model, traced)
+
+    scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
+    latency: LatencyFound | None = None
+    if isinstance(asked, LatencyBudget):
+        plan, latency = plan_latency(
+            model, example_inputs, traced, cost_model, scores, asked, settings.options, dense=dense
+        )
+    else:
+        plan = _plan(asked, towards, traced, cost_model, scores, settings.options)
+    plan = Plan.from_json(distributed.broadcast(replace(plan, removed=remove).to_json()))
+
+    constants = _constants(model, traced, plan, example_inputs, batches)
+    small = apply(model, traced, plan, constants)
+    difference = float("nan")
+    if settings.check:
+        difference = _verified(model, small, traced, plan, example_inputs, constants)
+    recalibrate(small, map(fresh, batches))
+    distributed.broadcast_weights(small)
+    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)
+
+
+def _without_layers(
+    model: nn.Module,
+    traced: Trace,
+    example_inputs: Inputs,
+    names: tuple[str, ...],
+    batches: Sequence[Inputs],
+    settings: StepSettings,
+) -> tuple[nn.Module, Trace]:
+    """The model without whole layers, its BatchNorm recalibrated, and its trace."""
+    for name in names:
         candidates = removable(model, traced, example_inputs)
         if name not in candidates:
             raise PruningError(
@@ -114,48 +186,51 @@ def prune(
                 f"{', '.join(candidates) or 'none'}"
             )
         model = without_layer(model, traced, candidates[name], batches)
-        traced = trace(model, example_inputs, ignored, compare=check)
-        removed.append(name)
-    if removed:
-        recalibrate(model, map(fresh, batches))
-        cost_model = CostModel(model, traced)
+        traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
+    recalibrate(model, map(fresh, batches))
+    return model, traced
 
-    enough = isinstance(asked, Budget) and removed and not asked.excess(cost_model(cost_model.full))
-    if not enough:
-        require_groups(model, traced)
-    if score == "sensitivity":
-        curves = sensitivity(
-            model,
-            example_inputs,
-            calibration,
-            calibration=calibration,
-            score="taylor",
-            widths=SENSITIVITY_WIDTHS,
-            ignored=ignored,
-        )
-        score = curves.scores
-    scores = score_channels(model, traced, score, calibration, loss)
-    latency: LatencyFound | None = None
-    if isinstance(asked, LatencyBudget):
-        plan, latency = plan_latency(model, example_inputs, traced, scores, asked, **limits)
-    else:
-        if towards is not None:
-            last = plan_within(towards, traced, cost_model, scores, **{**limits, "most": 1.0})
-            limits["floor"] = last.widths
-        plan = plan_within(asked, traced, cost_model, scores, **limits)
-    plan = Plan.from_json(distributed.broadcast(replace(plan, removed=tuple(removed)).to_json()))
 
+def _plan(
+    asked: Budget,
+    towards: Budget | None,
+    traced: Trace,
+    cost_model: CostModel,
+    scores: Scores,
+    options: PlanOptions,
+) -> Plan:
+    """The plan within a budget of counts, on the way to the budget of the last step where there is one."""
+    if towards is not None:
+        last = plan_within(towards, traced, cost_model, scores, replace(options, most=1.0))
+        options = replace(options, floor=last.widths)
+    return plan_within(asked, traced, cost_model, scores, options)
+
+
+def _constants(
+    model: nn.Module, traced: Trace, plan: Plan, example_inputs: Inputs, batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """The constants that replace the dropped channels, by the layer that consumes them."""
     if batches:
-        constants = channel_constants(model, traced, batches)
-    elif may_leave_constants(model, traced, plan):
-        constants = channel_constants(model, traced, [example_inputs], exact_only=True)
-    else:
-        constants = {}
-    small = apply(model, traced, plan, constants)
-    difference = verify(model, small, traced, plan, example_inputs, constants) if check else float("nan")
-    if difference == 0:  # the outputs may not depend on what was cut: ask random weights
+        return channel_constants(model, traced, batches)
+    if may_leave_constants(model, traced, plan):
+        return channel_constants(model, traced, [example_inputs], exact_only=True)
+    return {}
+
+
+def _verified(
+    model: nn.Module,
+    small: nn.Module,
+    traced: Trace,
+    plan: Plan,
+    example_inputs: Inputs,
+    constants: Mapping[str, Tensor],
+) -> float:
+    """Verify the small model; where the outputs show no difference at all, also at random weights.
+
+    The outputs may not depend on the dropped channels (a residual branch scaled by 0, say).
+    """
+    difference = verify(model, small, traced, plan, example_inputs, constants)
+    if difference == 0:
         lively = with_random_weights(model, example_inputs)
         difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
-    recalibrate(small, map(fresh, batches))
-    distributed.broadcast_weights(small)
-    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)
+    return difference

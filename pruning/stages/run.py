@@ -1,4 +1,4 @@
-"""A run's folder: what was asked for, what happened, and where it stands."""
+"""The folder of a run: its settings, its history, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -9,52 +9,88 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 from pruning import checkpoint
 from pruning.errors import PruningError
-from pruning.graph.groups import Trace
 from pruning.load_pruned import rebuild
 from pruning.planning.budget import Budget
-from pruning.planning.cost import Cost, CostModel
+from pruning.planning.cost import Cost
 from pruning.stages.prune import Step
-from pruning.stages.sparsify import ScalePull
-from pruning.training.loop import Epoch
+from pruning.stages.scales import ChannelScales
+from pruning.training.loop import Epoch, TrainingState
 from pruning.utils import distributed
 from pruning.utils.modules import copied, device_of
 
 
-class Run:
-    """A folder with what a run was asked for, what happened, and where it stands.
+class RunState(TypedDict, total=False):
+    """The content of state.pth: where a run stands, as plain data and tensors.
 
-    config.json: the settings. history.jsonl: one line per epoch and per pruning step.
-    state.pth: the stage under way with its weights, optimizer and random state, replaced
-    after every epoch. Other checkpoints are the caller's. Of several processes
-    (torchrun) the first alone writes.
-
-    Raises `PruningError` when the folder holds another run (resume it or choose another
-    folder), when there is none to resume, when another process is at work on it, or when it
-    cannot be written.
+    Attributes:
+        lines: lines of the history that belong to this state.
+        stage: 0 (sparsify), 1 to n (pruning steps, each with its training), n + 1 (fine-tune).
+        fit: state of the training under way (see `Epoch.state`); None before its first epoch ends.
+        layers: description of the network in training (`checkpoint.describe`), without its weights.
+        target: limits of the budget, as counts.
+        start: cost without the channels that stage 1 turned off. dense: weights after stage 1.
+        trial_epochs: epochs that the search for whole layers trained.
+        line: log line of the pruning step under way.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        settings: dict[str, Any],
-        *,
-        resume: bool = False,
-    ):
+    lines: int
+    stage: int
+    fit: TrainingState | None
+    layers: dict[str, object]
+    target: dict[str, int]
+    start: dict[str, int]
+    dense: dict[str, Tensor]
+    trial_epochs: int
+    line: str
+
+
+class Run:
+    """The folder of a run: config.json, history.jsonl and state.pth.
+
+    config.json holds the settings; history.jsonl one line per epoch and per pruning step; state.pth
+    the stage under way with its weights, optimizer and random state, replaced after every epoch. Of
+    several processes (torchrun) only the first writes.
+
+    Args:
+        folder: made where it does not exist.
+        settings: compared with those of the folder on resuming; plain data.
+        resume: continue the run in the folder.
+
+    Attributes:
+        state: what `save` was last given; None for a new run.
+        observe: called with the number and the content of every line of the history.
+
+    Raises:
+        PruningError: when the folder holds another run, when there is none to resume, when another
+            process is at work on it, or when it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = Run(f"{folder}/run", {"seed": 0})
+    ...     run.note(stage="dense", params=1485)
+    ...     print(run.history.read_text(), end="")
+    {"stage": "dense", "params": 1485}
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, resume: bool = False):
         self.folder = Path(folder)
         self.writes = distributed.rank() == 0
         self.history = self.folder / "history.jsonl"
+        self.observe: Callable[[int, Mapping[str, object]], None] | None = None
+        self.state: RunState | None = None
         settings = json.loads(json.dumps(settings))
         config = self.folder / "config.json"
         if resume:
-            self._check_same(config, settings)
-            self._claim()
+            self._require_same_settings(config, settings)
+            self._lock()
+            self.state = self._read_state()
         elif self.writes and config.exists():
             raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
         elif self.writes:
@@ -62,23 +98,31 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
-            self._claim()
+            self._lock()
             checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
-        state = self.folder / "state.pth"
-        self.state: dict[str, Any] | None = None
-        if resume and state.exists():
-            self.state = checkpoint.read_plain(state)
-            if not isinstance(self.state, dict) or not isinstance(self.state.get("lines"), int):
-                raise PruningError(
-                    f"{state} is not the state of a run: delete it to begin anew, or choose another folder"
-                )
         self.lines = self.state["lines"] if self.state is not None else 0
         if resume and self.writes:
-            self._cut_history(self.lines)
-        #: Called with the number and the content of every line of the history.
-        self.observe: Callable[[int, Mapping[str, Any]], None] | None = None
+            self._truncate_history(self.lines)
 
-    def _claim(self) -> None:
+    def note(self, **event: object) -> None:
+        """Append one line to the history: these keys and values, as JSON."""
+        self.lines += 1
+        if not self.writes:
+            return
+        if self.observe is not None:
+            self.observe(self.lines, event)
+        with open(self.history, "ab") as file:
+            file.write((json.dumps(event) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, state: RunState) -> None:
+        """Replace state.pth, completely or not at all."""
+        self.state = {**state, "lines": self.lines}
+        if self.writes:
+            checkpoint.write(self.folder / "state.pth", dict(self.state))
+
+    def _lock(self) -> None:
         """Keep other processes from writing to the folder for as long as this object lives."""
         if not self.writes:
             return
@@ -89,11 +133,11 @@ class Run:
             raise PruningError(
                 f"{self.folder}: another process is at work on this run; wait for it, or stop it"
             ) from None
-        except NotImplementedError:  # of a file system without locks
+        except NotImplementedError:  # a file system without locks
             return
         weakref.finalize(self, lock.release)
 
-    def _check_same(self, config: Path, settings: dict[str, Any]) -> None:
+    def _require_same_settings(self, config: Path, settings: Mapping[str, object]) -> None:
         try:
             before = json.loads(config.read_text())
         except FileNotFoundError:
@@ -112,40 +156,38 @@ class Run:
                 "resume with the same, or choose another folder"
             )
 
-    def _cut_history(self, lines: int) -> None:
-        """Forget what happened after the state was saved; it will happen again."""
+    def _truncate_history(self, lines: int) -> None:
+        """Delete the lines written after the state was saved; they will be written again."""
         if self.history.exists():
             kept = self.history.read_bytes().splitlines(keepends=True)[:lines]
             checkpoint.replace_file(self.history, b"".join(kept))
 
-    def note(self, **event: Any) -> None:
-        """Append one line to the history."""
-        self.lines += 1
-        if not self.writes:
-            return
-        if self.observe is not None:
-            self.observe(self.lines, event)
-        with open(self.history, "ab") as file:
-            file.write((json.dumps(event) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Note where the run stands, whole or not at all."""
-        self.state = {**state, "lines": self.lines}
-        if self.writes:
-            checkpoint.write(self.folder / "state.pth", self.state)
+    def _read_state(self) -> RunState | None:
+        path = self.folder / "state.pth"
+        if not path.exists():
+            return None
+        state = checkpoint.read_plain(path)
+        if not isinstance(state, dict) or not isinstance(state.get("lines"), int):
+            raise PruningError(
+                f"{path} is not the state of a run: delete it to begin anew, or choose another folder"
+            )
+        return cast(RunState, state)
 
 
 class Progress:
-    """Where a pipeline stands, kept in its run (where it has one) after every epoch.
+    """The progress of a pipeline, saved to its run (where there is one) after every epoch.
 
-    Stages count 0 (sparsify), 1 to n (pruning steps, each with its training), n + 1 (fine-tune).
+    Args:
+        run: to resume from where it has a state. model: it is not changed.
+
+    Attributes:
+        network: the network in training. dense: the model that stage 1 ended with.
+        state: see `RunState`.
     """
 
     def __init__(self, run: Run | None, model: nn.Module):
         self.run = run
-        self.state: dict[str, Any] = (run.state if run else None) or {"stage": 0, "fit": None}
+        self.state: RunState = (run.state if run else None) or {"stage": 0, "fit": None}
         self.network, self.dense = copied(model), copied(model)
         if self.state["fit"] is not None:
             weights = self.state["fit"]["model"]
@@ -156,23 +198,33 @@ class Progress:
         self.dense.eval()
 
     @property
-    def at(self) -> int:
+    def stage(self) -> int:
         """The stage under way."""
         return self.state["stage"]
 
     @property
+    def target(self) -> Budget | None:
+        """The budget as counts; None before it is known."""
+        return Budget(**self.state["target"]) if "target" in self.state else None
+
+    @property
     def start(self) -> Cost:
-        """What the network costs without the channels that stage 1 has turned off."""
+        """The cost of the network without the channels that stage 1 turned off."""
         return Cost(**self.state["start"])
 
-    def resume(self, stage: int) -> dict[str, Any] | None:
-        """What `fit` goes on from; None for a stage that starts anew."""
-        return self.state["fit"] if stage == self.at else None
+    @property
+    def line(self) -> str:
+        """The log line of the pruning step under way."""
+        return self.state.get("line", "")
 
-    def options(self, stage: int, label: str, model: nn.Module) -> dict[str, Any]:
-        """The arguments of `fit` that make a stage resume and record its epochs."""
+    def resume(self, stage: int) -> TrainingState | None:
+        """Return what `fit` resumes from; None for a stage that starts anew."""
+        return self.state["fit"] if stage == self.stage else None
 
-        def on_epoch(epoch: Epoch) -> None:
+    def recorder(self, stage: int, label: str, model: nn.Module) -> Callable[[Epoch], None]:
+        """Return the `on_epoch` of a stage: it records each epoch and saves the state after it."""
+
+        def record(epoch: Epoch) -> None:
             if self.run is None:
                 return
             self.run.note(
@@ -183,38 +235,38 @@ class Progress:
                 lr=epoch.lr,
             )
             layers = checkpoint.describe(model)
-            del layers["state_dict"]  # the state of `fit` has it
+            del layers["state_dict"]  # the state of `fit` has the weights
             self.state = {**self.state, "stage": stage, "layers": layers, "fit": epoch.state()}
             self.run.save(self.state)
 
-        return {"label": label, "on_epoch": on_epoch, "resume": self.resume(stage)}
+        return record
 
-    def note(self, **event: Any) -> None:
+    def note(self, **event: object) -> None:
+        """Append one line to the history of the run."""
         if self.run is not None:
             self.run.note(**event)
 
-    def begin(self, traced: Trace, asked: Budget) -> None:
-        """Record what is asked of the dense network."""
-        cost_model = CostModel(self.network, traced)
-        dense = cost_model(cost_model.full)
-        limits, skipped = asked.limits(), dict(traced.skipped)
+    def begin(self, scales: ChannelScales, asked: Budget) -> None:
+        """Record the dense network and what is asked of it."""
         self.note(
             stage="dense",
-            widths=traced.widths,
-            asked=limits,
-            skipped=skipped,
-            scales=_rounded(ScalePull(self.network, traced, 0.0)),
-            **asdict(dense),
+            widths=scales.trace.widths,
+            asked=asked.limits(),
+            skipped=dict(scales.trace.skipped),
+            scales=_rounded(scales),
+            **asdict(scales.dense),
         )
 
-    def end_sparsify(self, small: nn.Module, pull: ScalePull, validation: float) -> str:
-        """Keep the dense weights and the channels left; returns the line to log."""
-        alive, start = pull.alive(), pull.left()
-        scales = _rounded(pull)
-        self.dense.load_state_dict(small.state_dict())
-        self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(small.state_dict())}
-        self.note(stage="sparsify", alive=alive, scales=scales, **asdict(start), validation=validation)
-        return f"γ ≠ 0 in {_widths(alive)}: {start}; validation {validation:.4f}"
+    def end_sparsify(self, model: nn.Module, scales: ChannelScales, validation: float) -> str:
+        """Keep the dense weights, and record the channels left alive; returns the line to log."""
+        alive, start = scales.alive(), scales.left()
+        weights = model.state_dict()
+        self.dense.load_state_dict(weights)
+        self.state = {**self.state, "start": asdict(start), "dense": copy.deepcopy(weights)}
+        self.note(
+            stage="sparsify", alive=alive, scales=_rounded(scales), **asdict(start), validation=validation
+        )
+        return f"γ ≠ 0 in {_joined(alive)}: {start}; validation {validation:.4f}"
 
     def note_step(self, label: str, step: Step, validation: float) -> str:
         """Record a pruning step before the training after it; returns the line to log."""
@@ -228,27 +280,22 @@ class Progress:
             validation=validation,
         )
         without = f" without {', '.join(step.plan.removed)}" if step.plan.removed else ""
+        latency = f", got {step.latency}" if step.latency else ""
         line = (
-            f"{_widths(step.plan.widths)}{without}: {step.after} (asked {step.asked}"
-            f"{f', got {step.latency}' if step.latency else ''}); "
+            f"{_joined(step.plan.widths)}{without}: {step.after} (asked {step.asked}{latency}); "
             f"validation {validation:.4f}"
         )
         self.state = {**self.state, "line": line}
         return line
 
-    @property
-    def line(self) -> str:
-        """The line of the pruning step under way."""
-        return self.state.get("line", "")
 
-
-def _rounded(pull: ScalePull) -> dict[str, list[float]]:
+def _rounded(scales: ChannelScales) -> dict[str, list[float]]:
     """The largest scale of every channel, by group, for the history."""
-    return {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in pull.magnitudes().items()}
+    return {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in scales.magnitudes().items()}
 
 
-def _widths(widths: dict[str, int]) -> str:
-    """Widths in the order of the groups: `3-7-8-12`; of many, how many channels in all."""
+def _joined(widths: Mapping[str, int]) -> str:
+    """Widths in the order of the groups, `3-7-8-12`; of more than 12 groups, the sum of all."""
     if len(widths) <= 12:
         return "-".join(str(w) for w in widths.values())
     return f"{sum(widths.values()):,} channels in {len(widths)} groups"

@@ -1,4 +1,14 @@
-"""The three stages as one pipeline that can be stopped at any moment and resumed."""
+"""The three stages as one pipeline that can be stopped at any moment and resumed.
+
+>>> import torch
+>>> from pruning.stages.config import PruneConfig
+>>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+>>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
+>>> one = TrainConfig(epochs=1)
+>>> config = SlimConfig(Budget(channels=3), sparsify=one, prune=PruneConfig(1, one), finetune=one)
+>>> slim(net, batches, config=config, validate=batches, log=lambda line: None).model[0].out_features
+3
+"""
 
 from __future__ import annotations
 
@@ -6,28 +16,26 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
-import torch
 from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Ignored
 from pruning.planning.budget import Budget, LatencyBudget
-from pruning.planning.cost import CostModel
-from pruning.planning.latency import even_scores, plan_latency
-from pruning.planning.search import plan_within
-from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.planning.width_sweep import Batch
+from pruning.stages.config import SlimConfig
+from pruning.stages.feasibility import feasible
 from pruning.stages.finetune import finetune
-from pruning.stages.layer_search import Trial, superfluous_layers
-from pruning.stages.prune import prune
+from pruning.stages.layer_search import LayerSearch
+from pruning.stages.prune import Step, StepSettings, prune_step
 from pruning.stages.run import Progress, Run
-from pruning.stages.sparsify import ScalePull, sparsify
+from pruning.stages.scales import ChannelScales
+from pruning.stages.sparsify import sparsify
 from pruning.surgery.batchnorm import equalize
-from pruning.surgery.layer_removal import removable, without_layer
-from pruning.tracing.trace import require_groups, trace
+from pruning.tracing.trace import trace
 from pruning.training.batches import BatchSource, first_batch, to_device
-from pruning.training.distillation import require_same_logits, with_teacher
+from pruning.training.config import TrainConfig
+from pruning.training.distillation import with_teacher
 from pruning.training.loop import fit
 from pruning.training.losses import (
     Loss,
@@ -37,17 +45,20 @@ from pruning.training.losses import (
     validation_score,
     why_not_classifier,
 )
-from pruning.training.optimizers import require_small
-from pruning.utils.modules import call, device_of, eval_mode, fresh_weights
-from pruning.utils.tree import Inputs, first_examples, fresh
+from pruning.utils.modules import device_of, fresh_weights
+from pruning.utils.tree import Inputs, first_examples
+
+#: Training batches that score channels where no calibration batches are given.
+CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What `slim` ends with.
+    """The result of `slim`.
 
     Attributes:
-        model: the small model, BatchNorm in place. dense: the model that stage 1 ended with.
+        model: the small model, BatchNorm in place.
+        dense: the model that stage 1 ended with.
         epochs: trained in all, those of trials included.
     """
 
@@ -62,154 +73,238 @@ def slim(
     example_inputs: Inputs | None = None,
     config: SlimConfig | None = None,
     *,
-    validate: Validate | Iterable[tuple[Any, Any]],
+    validate: Validate | Iterable[Batch],
     budget: Budget | LatencyBudget | None = None,
     target: Budget | None = None,
-    calibration: Sequence[tuple[Any, Any]] | None = None,
+    calibration: Sequence[Batch] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
     run: Run | None = None,
     log: Callable[[str], None] = print,
 ) -> Slimmed:
-    """Network Slimming in three stages (Liu et al., ICCV 2017), under a budget.
+    """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
     1. Train with an L1 pull on the BatchNorm scales.
-    2. Several times: remove the least important channels, train a little. Before that,
-       where asked for, whole layers go that the network is better without.
-    3. Train what is left, or what has its widths and fresh weights, and keep its best epoch on the
-       validation split.
+    2. Several times: remove the least important channels, train a little. Where the settings ask for
+       it, first remove whole layers without which the network is better within the budget.
+    3. Fine-tune, or train from fresh weights, and keep the best epoch.
 
     Args:
-        model: the dense model, trained or not; it is left as it is.
-        batches: training batches.
-        example_inputs: to trace and check with; by default two of the first batch.
-        config: the settings; by default those of `SlimConfig.within(budget)`.
-        validate: from a model to its accuracy (or another figure, higher is better), or
-            batches of a validation split, on which a classifier's accuracy is taken.
-        budget: what the result may cost, in place of a config. Under a budget of latency the
-            stages first aim at the MACs of a network that meets it, found by measuring; the last
-            pruning step then meets the budget itself.
-        target: what `feasible` gave, where it was asked before; it is not asked again then.
-        calibration: batches for the scores; the same ones each time. By default the first
-            `CALIBRATION_BATCHES` training batches.
+        model: the dense model, trained or not; it is not changed. batches: of training.
+        example_inputs: to trace and verify with; by default two of the first batch.
+        config: the settings; give a `budget` in its place for those of `SlimConfig.within(budget)`.
+        validate: from a model to a validation_score, higher is better; or batches to take accuracy on.
+        target: result of `feasible`, where it was called before.
+        calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
-        ignored: layers whose channels all stay.
-        run: keeps the state after every epoch, and goes on from it.
-        log: receives one line per stage and pruning step.
+        ignored: layers that keep their channels. log: receives a line per stage and pruning step.
+        run: saves the state after every epoch, and resumes from it.
 
-    Raises `PruningError` before anything is trained for what `feasible` refuses.
+    Raises `PruningError` before anything is trained for what `feasible` rejects.
     """
+    config, ignored, device = _settings(config, budget, batches), tuple(ignored), device_of(model)
+    validate = _figure_of(model, validate)
+    if calibration is None:
+        calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
+    if example_inputs is None:
+        example_inputs = first_examples(to_device(first_batch(batches), device)[0], 2)
+    progress = Progress(run, model)
+    target = progress.target or target
+    target = target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
+    progress.state["target"] = target.limits()
+    state = _Pipeline(
+        model, progress.network, example_inputs, batches, loss, validate, config, target,
+        StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options), progress, log,
+    )  # fmt: skip
+
+    if progress.stage == 0:
+        _sparsify(state)
+    if config.distill:
+        _teach(state, teacher or progress.dense)
+    if config.prune.layers and progress.stage == 0:
+        _find_superfluous_layers(state)
+    _prune(state)
+    _finetune(state)
+    return Slimmed(state.network, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
+
+
+@dataclass
+class _Pipeline:
+    """What the three stages share, and the network as it stands.
+
+    Attributes:
+        given: the dense model as it was given.
+        network: the network in training; each stage replaces it.
+        batches, loss: of training; with a teacher they hold its outputs, too.
+        target: the budget, as counts.
+        settings: of every pruning step.
+        removed: whole layers that the next pruning step removes.
+    """
+
+    given: nn.Module
+    network: nn.Module
+    example_inputs: Inputs
+    batches: BatchSource
+    loss: Loss
+    validate: Validate
+    config: SlimConfig
+    target: Budget
+    settings: StepSettings
+    progress: Progress
+    log: Callable[[str], None]
+    removed: tuple[str, ...] = ()
+
+    def scales(self, network: nn.Module) -> ChannelScales:
+        """Read the BatchNorm scales of a network."""
+        return ChannelScales(network, trace(network, self.example_inputs, self.settings.ignored))
+
+    def equalized(self, network: nn.Module) -> nn.Module:
+        """Return a network that computes the same, with BatchNorm channels of equal size."""
+        return equalize(network, trace(network, self.example_inputs), self.example_inputs)
+
+    def final_start(self, pruned: nn.Module) -> nn.Module:
+        """Return what stage 3 starts with, from a pruned network."""
+        return fresh_weights(pruned) if self.config.restart else self.equalized(pruned)
+
+    def train(
+        self, network: nn.Module, config: TrainConfig, label: str, stage: int | None = None
+    ) -> nn.Module:
+        """Train a network in place; as a stage of the pipeline it is recorded, and resumes."""
+        return fit(
+            network,
+            self.batches,
+            config,
+            loss=self.loss,
+            validate=self.validate,
+            on_epoch=None if stage is None else self.progress.recorder(stage, label, network),
+            label=label,
+            resume=None if stage is None else self.progress.resume(stage),
+        )
+
+
+def _sparsify(state: _Pipeline) -> None:
+    """Stage 1: train with a pull on the scales; what is 0 afterwards costs nothing."""
+    label, config, progress = "stage 1, sparsify", state.config, state.progress
+    scales, strength = state.scales(state.network), config.strength
+    if progress.resume(0) is None:
+        progress.begin(scales, state.target)
+    if strength is None and not scales.norms:
+        state.log(f"{label}: no prunable group has BatchNorm scales, so it trains without a pull")
+        strength = 0.0
+    sparsify(
+        state.network,
+        state.batches,
+        config.sparsify,
+        state.example_inputs,
+        strength=strength,
+        budget=state.target,
+        ignored=state.settings.ignored,
+        loss=state.loss,
+        validate=state.validate,
+        on_epoch=progress.recorder(0, label, state.network),
+        label=label,
+        resume=progress.resume(0),
+    )
+    scales, validation = state.scales(state.network), state.validate(state.network)
+    state.log(f"{label}: {progress.end_sparsify(state.network, scales, validation)}")
+
+
+def _teach(state: _Pipeline, teacher: nn.Module) -> None:
+    """Add the teacher's outputs to the loss of the trainings that follow."""
+    config = state.config
+    state.batches, state.loss = with_teacher(
+        teacher, state.batches, config.distill, config.temperature, state.loss
+    )
+
+
+def _find_superfluous_layers(state: _Pipeline) -> None:
+    """Before stage 2: find the whole layers without which the network is better within the budget."""
+    finetune_config, progress = state.config.finetune, state.progress
+    brief = replace(finetune_config, epochs=-(-finetune_config.epochs // 10), ema=0.0)
+    search = LayerSearch(
+        state.network,
+        state.example_inputs,
+        state.target,
+        state.settings,
+        begin=state.final_start,
+        train=lambda network, label: state.train(network, brief, label),
+        validate=state.validate,
+        note=progress.note,
+        log=state.log,
+    )
+    state.removed, rest, trials = search.run()
+    progress.state["start"] = asdict(state.scales(rest).left())
+    progress.state["trial_epochs"] = brief.epochs * trials
+
+
+def _prune(state: _Pipeline) -> None:
+    """Stage 2: prune in equal ratios towards the budget, and train after each step."""
+    config, progress = state.config.prune, state.progress
+    for iteration in range(max(1, progress.stage), config.iterations + 1):
+        label = f"stage 2, iteration {iteration}/{config.iterations}"
+        line = progress.line
+        if progress.resume(iteration) is None:
+            step = _pruning_step(state, iteration)
+            state.network, state.removed = step.model, ()
+            # Channels of equal size train better, unless their scales score the next step.
+            if config.score != "bn_scale":
+                state.network = state.equalized(state.network)
+            line = progress.note_step(label, step, state.validate(state.network))
+        state.network = state.train(state.network, config.recover, label, iteration)
+        state.log(f"{label}: {line}, {state.validate(state.network):.4f} after training")
+
+
+def _pruning_step(state: _Pipeline, iteration: int) -> Step:
+    """Prune to this iteration's share of the budget; the last iteration meets the budget itself."""
+    iterations, budget = state.config.prune.iterations, state.config.budget
+    is_last = iteration == iterations
+    share = state.target.share(state.progress.start, iteration, iterations)
+    return prune_step(
+        state.network,
+        state.example_inputs,
+        budget if is_last and isinstance(budget, LatencyBudget) else share,
+        state.settings,
+        remove=state.removed,
+        towards=None if is_last else state.target,
+        dense=state.given if is_last and isinstance(budget, LatencyBudget) else None,
+    )
+
+
+def _finetune(state: _Pipeline) -> None:
+    """Stage 3: train what is left, and keep its best epoch."""
+    label, config, progress = "stage 3, fine-tune", state.config.finetune, state.progress
+    last = state.config.prune.iterations + 1
+    if progress.resume(last) is None:
+        state.network = state.final_start(state.network)
+    state.network = finetune(
+        state.network,
+        state.batches,
+        config,
+        loss=state.loss,
+        validate=state.validate,
+        on_epoch=progress.recorder(last, label, state.network),
+        label=label,
+        resume=progress.resume(last),
+    )
+    state.log(f"{label}: {config.epochs} epochs, best validation {state.validate(state.network):.4f}")
+
+
+def _settings(
+    config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
+) -> SlimConfig:
+    """The settings that `config` or `budget` give; batches that can be read only once are rejected."""
     if (config is None) == (budget is None):
         raise PruningError("slim needs either a config or a budget")
-    config = config or SlimConfig.within(budget or Budget())
     if isinstance(batches, Iterator):
         raise PruningError(
             "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
         )
-    device, validate = device_of(model), _validation(model, validate)
-    if calibration is None:
-        calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
-    if example_inputs is None:
-        first, _ = to_device(first_batch(batches), device)
-        example_inputs = first_examples(first, 2)
-    ignored = tuple(ignored)
-    last = config.prune.iterations + 1
-    progress = Progress(run, model)
-    if "target" in progress.state:
-        target = Budget(**progress.state["target"])
-    elif target is None:
-        target = feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
-    progress.state["target"] = target.limits()
-    small = progress.network
-    inside: dict[str, Any] = {"batches": batches, "validate": validate}
-
-    if progress.at == 0:
-        label = "stage 1, sparsify"
-        if progress.resume(0) is None:
-            progress.begin(trace(small, example_inputs, ignored), target)
-        small = sparsify(
-            small,
-            config=config.sparsify,
-            example_inputs=example_inputs,
-            strength=_strength(small, example_inputs, ignored, config, log),
-            budget=target,
-            ignored=ignored,
-            loss=loss,
-            **inside,
-            **progress.options(0, label, small),
-        )
-        pull = ScalePull(small, trace(small, example_inputs, ignored), strength=0.0)
-        log(f"{label}: {progress.end_sparsify(small, pull, validate(small))}")
-
-    teacher = (teacher or progress.dense) if config.distill else None
-    soft_loss = loss
-    if teacher:
-        inside["batches"], soft_loss = with_teacher(
-            teacher, batches, config.distill, config.temperature, loss
-        )
-
-    step_options: dict[str, Any] = {
-        "score": config.prune.score,
-        "calibration": calibration,
-        "loss": loss,
-        "ignored": ignored,
-        **config.prune.limits,
-    }
-
-    def begin(pruned: nn.Module) -> nn.Module:
-        """What stage 3 trains, of a pruned model."""
-        if config.restart:
-            return fresh_weights(pruned)
-        return equalize(pruned, trace(pruned, example_inputs), example_inputs)
-
-    train: Callable[..., nn.Module] = partial(fit, config=config.prune.recover, loss=soft_loss, **inside)
-    removed: tuple[str, ...] = ()
-    if config.prune.layers and progress.at == 0:
-        brief = replace(config.finetune, epochs=-(-config.finetune.epochs // 10), ema=0.0)
-        try_out: Callable[..., nn.Module] = partial(fit, config=brief, loss=soft_loss, **inside)
-        trial = Trial(small, example_inputs, target, begin, try_out, validate, step_options)
-        removed, rest, trials = superfluous_layers(trial, progress.note, log)
-        left = ScalePull(rest, trace(rest, example_inputs, ignored), strength=0.0).left()
-        progress.state["start"] = asdict(left)
-        progress.state["trial_epochs"] = brief.epochs * trials
-
-    for iteration in range(max(1, progress.at), last):
-        label = f"stage 2, iteration {iteration}/{config.prune.iterations}"
-        line = progress.line
-        if progress.resume(iteration) is None:
-            share = target.share(progress.start, iteration, config.prune.iterations)
-            if isinstance(config.budget, LatencyBudget) and iteration == last - 1:
-                step = prune(
-                    small, example_inputs, config.budget, remove=removed, dense=model, **step_options
-                )
-            else:
-                towards = target if iteration < last - 1 else None
-                step = prune(small, example_inputs, share, remove=removed, towards=towards, **step_options)
-            # Channels of one size train better, unless their scales are what scores the next step.
-            small, removed = step.model, ()
-            if config.prune.score != "bn_scale":
-                small = equalize(small, trace(small, example_inputs), example_inputs)
-            line = progress.note_step(label, step, validate(small))
-        small = train(small, **progress.options(iteration, label, small))
-        log(f"{label}: {line}, {validate(small):.4f} after training")
-
-    label = "stage 3, fine-tune"
-    if progress.resume(last) is None:
-        small = begin(small)
-    small = finetune(
-        small,
-        config=config.finetune,
-        loss=soft_loss,
-        **inside,
-        **progress.options(last, label, small),
-    )
-    log(f"{label}: {config.finetune.epochs} epochs, best validation {validate(small):.4f}")
-    return Slimmed(small, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
+    return config or SlimConfig.within(budget or Budget())
 
 
-def _validation(model: nn.Module, validate: Validate | Iterable[tuple[Any, Any]]) -> Validate:
-    """`validate` as a function; batches on which no accuracy can be taken are refused at once."""
+def _figure_of(model: nn.Module, validate: Validate | Iterable[Batch]) -> Validate:
+    """`validate` as a function; batches on which accuracy cannot be taken are rejected at once."""
     if callable(validate):
         return partial(validation_score, validate)
     if not isinstance(validate, Iterable) or isinstance(validate, Iterator):
@@ -221,87 +316,3 @@ def _validation(model: nn.Module, validate: Validate | Iterable[tuple[Any, Any]]
     if reason is not None:
         raise PruningError(reason)
     return partial(validation_score, lambda network: accuracy(network, validate))
-
-
-def _strength(
-    model: nn.Module,
-    inputs: Inputs,
-    ignored: Iterable[Ignored],
-    config: SlimConfig,
-    log: Callable[[str], None],
-) -> float | None:
-    """λ of stage 1; 0 where there is nothing to pull on."""
-    if config.strength is None and not ScalePull(model, trace(model, inputs, ignored), 0.0).scales:
-        log("stage 1, sparsify: no prunable group has BatchNorm scales, so it trains without a pull")
-        return 0.0
-    return config.strength
-
-
-#: Training batches on which channels are scored where no others are given.
-CALIBRATION_BATCHES = 16
-
-
-def feasible(
-    model: nn.Module,
-    example_inputs: Inputs,
-    config: SlimConfig,
-    *,
-    ignored: Iterable[Ignored] = (),
-    teacher: nn.Module | None = None,
-) -> Budget:
-    """The budget in counts, if `slim` can go all the way with these settings; it trains nothing.
-
-    Raises `PruningError` for a budget that is out of reach (see `reachable`), a teacher whose
-    outputs cannot be compared with the model's, an optimizer for smaller networks than the one
-    asked for, and layers that fresh weights cannot be drawn for.
-    """
-    if teacher is not None and config.distill:
-        with torch.no_grad(), eval_mode(model, teacher):
-            require_same_logits(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
-    target = reachable(model, example_inputs, config.budget, ignored, config.prune)
-    if config.finetune.optimizer == "soap":
-        require_small(model.parameters(), target.limits().get("params"))
-    if config.restart:
-        with torch.random.fork_rng(devices=[]):
-            fresh_weights(model)
-    return target
-
-
-def reachable(
-    model: nn.Module,
-    example_inputs: Inputs,
-    budget: Budget | LatencyBudget,
-    ignored: Iterable[Ignored] = (),
-    config: PruneConfig | None = None,
-) -> Budget:
-    """The budget in counts, if some widths of the model meet it.
-
-    With the floors and multiples of a `config`; and where it allows whole layers to go, also
-    if the budget would be met without all of those that can. A budget of latency becomes the
-    MACs of a network that meets it, all groups narrowed alike as far as that pays.
-
-    Raises `PruningError` when none do; it says what the least is.
-    """
-    traced = trace(model, example_inputs, ignored)
-    cost_model = CostModel(model, traced)
-    limits: dict[str, Any] = {"floor": config.floor, "multiple": config.multiple} if config else {}
-    if isinstance(budget, LatencyBudget):
-        scores = even_scores(model, traced.groups)
-        plan, _ = plan_latency(model, example_inputs, traced, scores, budget, **limits)
-        return Budget(macs=cost_model(plan.widths).macs)
-    target = budget.resolve(cost_model(cost_model.full))
-    while True:
-        arbitrary = {name: torch.ones(group.channels) for name, group in traced.groups.items()}
-        try:
-            plan_within(target, traced, cost_model, arbitrary, **limits)
-            return target
-        except PruningError:
-            candidates = (
-                list(removable(model, traced, example_inputs).values()) if config and config.layers else []
-            )
-            if not candidates:
-                require_groups(model, traced)
-                raise
-        model = without_layer(model, traced, candidates[-1], [example_inputs])
-        traced = trace(model, example_inputs, ignored)
-        cost_model = CostModel(model, traced)

@@ -12,7 +12,7 @@ import models
 from pruning import Budget, fold_batchnorm, load, prune, save, trace
 from pruning.cli.build import slim_config
 from pruning.cli.main import parse
-from pruning.stages.slim import reachable
+from pruning.stages.feasibility import reachable
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Params in millions with 10 classes. VGG-19, ResNet-164, DenseNet-40: Network Slimming, table 1;

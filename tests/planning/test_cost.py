@@ -104,7 +104,7 @@ def test_a_slower_network_measures_slower_and_one_against_itself_the_same():
 
 
 def latency(turns):
-    """Times as `time_forward` gives them, with these turns."""
+    """The result of `time_forward` with these turns."""
     low, median, high, p90 = np.percentile(turns, (25, 50, 75, 90))
     return Latency(median, p90, low, high, len(turns), 1, 1, tuple(turns))
 
@@ -128,7 +128,7 @@ def test_a_ratio_of_times_that_differ_by_a_factor_is_that_factor_exactly(factor)
     assert time_ratio(latency(factor * turns), latency(turns)) == (factor, factor, factor)
 
 
-def test_what_meets_both_models_alike_cancels_out():
+def test_disturbances_of_both_models_cancel_out():
     load = 1 + 9 * (np.arange(400) % 40 < 15)  # ten times as slow for 15 turns of 40
     found = time_ratio(latency(3 * load * noise(400, 1, 0.01)), latency(load * noise(400, 2, 0.01)))
     assert 2.97 < found.low < 3 < found.high < 3.03
@@ -164,20 +164,20 @@ def test_intervals_cover_the_true_ratio_as_often_as_they_say(correlated):
     assert 0.85 * trials <= covered <= trials, "95 % of them, with an error of 2"
 
 
-def test_times_that_were_not_taken_together_have_no_ratio():
+def test_models_that_were_not_timed_together_have_no_ratio():
     with pytest.raises(PruningError, match="3 and 4 turns: only models that were timed together"):
         time_ratio(latency(np.ones(3)), latency(np.ones(4)))
     with pytest.raises(PruningError, match="0 and 0 turns"):
         time_ratio(Latency(1, 1, 1, 1, 0, 1, 1), Latency(1, 1, 1, 1, 0, 1, 1))
 
 
-def test_nothing_to_time_is_an_error():
+def test_timing_no_model_is_rejected():
     with pytest.raises(PruningError, match="no model to time"):
         time_forward({}, torch.randn(1))
 
 
 def test_weights_that_are_shared_or_computed_from_others_count_once():
-    """Of the whole network and of what surgery leaves, in the closed form as in the count."""
+    """In the closed form as in the count, for the whole network and the pruned one."""
     tied = nets.Words(tied=True)
     normed = torch.nn.Sequential(
         parametrizations.weight_norm(torch.nn.Conv2d(3, 8, 3)), torch.nn.ReLU(),

@@ -1,4 +1,4 @@
-"""Latency as a budget: what is closed-form about it, and that what it gives is as quick as asked."""
+"""Latency budgets: the closed-form parts, and that results meet the limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
+from pruning import Budget, LatencyBudget, PruningError, cross_entropy, prune, slim, trace
 from pruning.deploy.timing import time_forward
 from pruning.graph.layers import is_recurrent
 from pruning.planning.cost import CostModel
 from pruning.planning.latency import _between, even_scores
 from pruning.planning.layer_times import LatencyTable, _interpolated
+from pruning.planning.options import PlanOptions
 from pruning.planning.scores import l2
 from pruning.planning.search import ascending, lowest_widths
 from pruning.stages.config import PruneConfig, SlimConfig
@@ -38,9 +39,11 @@ IMAGES = torch.randn(8, 3, 20, 20)
 
 def table(net, images, multiple=1, runtime="eager"):
     traced = trace(net, images)
-    order = ascending(traced, l2(net, traced.groups))
-    lowest = lowest_widths(traced, order, 1, 1.0)
-    return LatencyTable(net, images, traced, LatencyBudget("0.5x", runtime), lowest, multiple), order, traced
+    order = ascending(traced, l2(net, traced, [], cross_entropy))
+    lowest = lowest_widths(traced, order, PlanOptions())
+    cost_model = CostModel(net, traced)
+    measured = LatencyTable(net, images, cost_model, LatencyBudget("0.5x", runtime), lowest, multiple)
+    return measured, order, traced
 
 
 @pytest.mark.parametrize("name", nets.NETS)
@@ -56,7 +59,7 @@ def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(na
         assert after < before and (slimmer <= wider).all() and (slimmer < wider).sum() == 1
 
 
-def test_widths_of_a_table_are_multiples_the_floor_or_whole():
+def test_widths_of_a_table_are_multiples_the_floor_or_the_full_width():
     net = wide()
     measured, order, _ = table(net, IMAGES, multiple=16)
     for widths in measured.path(order):
@@ -72,9 +75,7 @@ def test_times_between_measured_widths_are_bilinear():
 
 
 def test_even_scores_give_every_group_the_same_share():
-    net = wide()
-    groups = trace(net, IMAGES).groups
-    half = {n: int((s <= 0.5).sum()) for n, s in even_scores(net, groups).items()}
+    half = {n: int((s <= 0.5).sum()) for n, s in even_scores(trace(wide(), IMAGES)).items()}
     assert half == {"0": 32, "3": 32, "6": 24}
 
 
@@ -86,7 +87,7 @@ def test_steps_between_two_widths_stay_between_them():
 
 
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
-def test_the_pruned_network_is_as_quick_as_asked(runtime):
+def test_the_pruned_network_meets_the_limit(runtime):
     if runtime == "onnxruntime":
         pytest.importorskip("onnxruntime")
     net = wide()
@@ -99,7 +100,7 @@ def test_the_pruned_network_is_as_quick_as_asked(runtime):
         assert times["small"].median < 0.8 * times["dense"].median
 
 
-def test_the_command_says_what_it_measured(tmp_path, toolkit):
+def test_the_command_prints_the_measured_times(tmp_path, toolkit):
     words = ["prune", "--model", "models:LeNet5", "--input-shape", "1x28x28", "--score", "l2"]
     code, out, err = toolkit(*words, "--max-latency", "0.9x", "--output", tmp_path / "s.pth")
     assert code == 0, err
@@ -107,7 +108,7 @@ def test_the_command_says_what_it_measured(tmp_path, toolkit):
     assert 0 < ratio <= 0.9 and (tmp_path / "s.pth").exists()
 
 
-def test_a_limit_in_milliseconds_and_a_batch_of_its_own():
+def test_a_limit_in_milliseconds_at_another_batch_size():
     net = wide()
     dense = time_forward({"dense": net}, IMAGES[:1], seconds=0.3)["dense"].median
     budget = LatencyBudget(f"{dense:.4f}ms", batch_size=1, seconds=0.2)
@@ -118,23 +119,23 @@ def test_a_limit_in_milliseconds_and_a_batch_of_its_own():
     ] == [5, 1]
 
 
-def test_a_limit_that_is_met_already_leaves_everything():
+def test_a_limit_that_the_dense_network_meets_removes_nothing():
     step = prune(wide(), IMAGES, LatencyBudget("9x", seconds=0.1), score="l2")
     assert step.after == step.before and step.latency is not None and step.latency.networks == 2
 
 
-def test_what_cannot_be_reached_is_refused_with_what_the_narrowest_takes():
+def test_an_unreachable_limit_is_rejected_with_the_time_of_the_narrowest_network():
     with pytest.raises(PruningError, match=r"cannot be reached: .* the network takes \d+\.\d+ ms"):
         prune(wide(), IMAGES, LatencyBudget("0.001x", seconds=0.1), score="l2")
 
 
 @pytest.mark.parametrize("limit", ["", "0.5", "x", "0x", "-1ms", "infx", "nanms", "fast"])
-def test_a_limit_that_is_none(limit):
+def test_a_limit_in_neither_form_is_rejected(limit):
     with pytest.raises(PruningError, match=r"0\.5x"):
         LatencyBudget(limit)
 
 
-def test_a_runtime_that_is_none():
+def test_an_unknown_runtime_is_rejected():
     with pytest.raises(PruningError, match="there are: eager, onnxruntime"):
         LatencyBudget("0.5x", "tensorflow")
 
@@ -159,8 +160,12 @@ def test_slimming_under_a_budget_of_latency(tmp_path):
     assert SlimConfig.within(Budget(macs="50%")).counts == Budget(macs="50%")
 
 
-def test_limits_that_a_budget_of_latency_does_not_keep_are_refused():
+def test_options_for_budgets_of_counts_are_rejected_under_a_latency_budget():
     with pytest.raises(PruningError, match="widths: not kept under a budget of latency"):
         prune(
             nets.make("lenet"), nets.images(), LatencyBudget("0.9x"), score="l2", widths={"features.conv1": 3}
         )
+    with pytest.raises(PruningError, match="per_cost: not kept under a budget of latency"):
+        prune(nets.make("lenet"), nets.images(), LatencyBudget("0.9x"), score="l2", per_cost=False)
+    with pytest.raises(PruningError, match="dense: only a LatencyBudget"):
+        prune(nets.make("lenet"), nets.images(), Budget("90%"), score="l2", dense=nets.make("lenet"))

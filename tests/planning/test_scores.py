@@ -19,43 +19,47 @@ def with_norm():
     net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
     nn.init.normal_(net[1].weight)
     nn.init.normal_(net[1].bias)
-    return net, trace(net, torch.randn(2, 3)).groups
+    return net, trace(net, torch.randn(2, 3))
+
+
+def without_data(score, net, traced):
+    return score(net, traced, [], cross_entropy)
 
 
 def test_bn_scale_is_the_absolute_scale():
-    net, groups = with_norm()
-    assert torch.equal(bn_scale(net, groups)["0"], net[1].weight.detach().abs())
+    net, traced = with_norm()
+    assert torch.equal(without_data(bn_scale, net, traced)["0"], net[1].weight.detach().abs())
 
 
 def test_bn_scale_of_a_residual_trunk_is_the_mean_over_its_norms():
     net = nets.make("residual")
-    groups = trace(net, nets.images()).groups
+    traced = trace(net, nets.images())
     norms = [net.stem[1], net.blocks[0].inner[4], net.blocks[1].inner[4]]
     expected = torch.stack([n.weight.detach().abs() for n in norms]).mean(0)
-    torch.testing.assert_close(bn_scale(net, groups)["stem.0"], expected)
+    torch.testing.assert_close(without_data(bn_scale, net, traced)["stem.0"], expected)
 
 
 def test_bn_scale_names_the_group_that_has_no_norm():
     net = nets.make("plain")
     with pytest.raises(PruningError, match="group '0' has no BatchNorm"):
-        bn_scale(net, trace(net, nets.images()).groups)
+        without_data(bn_scale, net, trace(net, nets.images()))
 
 
 def test_norms_of_weights():
     net = nets.make("plain")
-    groups = trace(net, nets.images()).groups
+    traced = trace(net, nets.images())
     weight = net[3].weight.detach()
-    torch.testing.assert_close(l1(net, groups)["3"], weight.abs().sum((1, 2, 3)))
-    torch.testing.assert_close(l2(net, groups)["3"], weight.square().sum((1, 2, 3)).sqrt())
+    torch.testing.assert_close(without_data(l1, net, traced)["3"], weight.abs().sum((1, 2, 3)))
+    torch.testing.assert_close(without_data(l2, net, traced)["3"], weight.square().sum((1, 2, 3)).sqrt())
 
 
-def test_scores_are_what_they_are_whatever_the_default_dtype():
+def test_scores_do_not_depend_on_the_default_dtype():
     net = nets.make("plain")
-    groups = trace(net, nets.images()).groups
-    expected = l1(net, groups)["3"]
+    traced = trace(net, nets.images())
+    expected = without_data(l1, net, traced)["3"]
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(l1(net, groups)["3"], expected)
+        assert torch.equal(without_data(l1, net, traced)["3"], expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -65,15 +69,15 @@ def test_norms_of_a_transposed_convolution_in_parts():
     net = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1)
     )
-    groups = trace(net, nets.images()).groups
+    traced = trace(net, nets.images())
     weight = net[1].weight.detach().abs()
     by_output = torch.cat([weight[:3].sum((0, 2, 3)), weight[3:].sum((0, 2, 3))])
-    torch.testing.assert_close(l1(net, groups)["1"], by_output[:4] + by_output[4:])
+    torch.testing.assert_close(without_data(l1, net, traced)["1"], by_output[:4] + by_output[4:])
 
 
 def test_taylor_is_exact_where_the_loss_is_linear():
     """With a loss linear in γ and β the first-order change is the change of removal itself."""
-    net, groups = with_norm()
+    net, traced = with_norm()
     net[2] = nn.Identity()
     batches = [(torch.randn(5, 3), None) for _ in range(3)]
 
@@ -86,7 +90,7 @@ def test_taylor_is_exact_where_the_loss_is_linear():
             cut[1].weight[channel] = cut[1].bias[channel] = 0
         return loss(cut, inputs, None)
 
-    scores = taylor(net, groups, batches, loss)["0"]
+    scores = taylor(net, traced, batches, loss)["0"]
     for channel in range(4):
         changes = [loss(net, x, None) - loss_without(channel, x) for x, _ in batches]
         expected = torch.stack(changes).square().mean()
@@ -94,41 +98,42 @@ def test_taylor_is_exact_where_the_loss_is_linear():
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_taylor_scores_every_network_and_leaves_it_alone(name):
+def test_taylor_scores_every_network_and_does_not_change_it(name):
     net, images = nets.make(name), nets.images(3)
     before = copy.deepcopy(net.state_dict())
-    groups = trace(net, images).groups
-    scores = taylor(net, groups, [(images, None)], lambda model, x, _: model(x).square().sum())
-    assert {g: s.shape for g, s in scores.items()} == {g: (group.channels,) for g, group in groups.items()}
+    traced = trace(net, images)
+    scores = taylor(net, traced, [(images, None)], lambda model, x, _: model(x).square().sum())
+    assert {g: s.shape for g, s in scores.items()} == {
+        g: (group.channels,) for g, group in traced.groups.items()
+    }
     assert all((s >= 0).all() and s.any() for s in scores.values())
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_a_dead_channel_scores_nothing():
-    net, groups = with_norm()
+    net, traced = with_norm()
     with torch.no_grad():
         net[1].weight[2] = net[1].bias[2] = 0
     batch = (torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0]))
-    for scores in (taylor(net, groups, [batch]), bn_scale(net, groups)):
+    for scores in (taylor(net, traced, [batch], cross_entropy), without_data(bn_scale, net, traced)):
         assert scores["0"][2] == 0 and scores["0"].any()
 
 
-def test_taylor_asks_no_gradients_of_cudnns_recurrent_layers():
+def test_taylor_turns_cudnn_off_for_recurrent_layers():
     net, seen = nets.make("lines"), []
     net.read.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
     before = torch.backends.cudnn.enabled
-    groups = trace(net, nets.images()).groups
-    taylor(net, groups, [(nets.images(4), torch.arange(4))])
+    taylor(net, trace(net, nets.images()), [(nets.images(4), torch.arange(4))], cross_entropy)
     assert seen[-1] is False and torch.backends.cudnn.enabled is before
 
 
 def test_taylor_needs_a_batch_and_a_finite_loss():
-    net, groups = with_norm()
+    net, traced = with_norm()
     with pytest.raises(PruningError, match="at least one calibration batch"):
-        taylor(net, groups, [])
+        taylor(net, traced, [], cross_entropy)
     with pytest.raises(PruningError, match="loss on calibration batch 0 is nan"):
-        taylor(net, groups, [(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))])
+        taylor(net, traced, [(torch.full((2, 3), float("nan")), torch.tensor([0, 1]))], cross_entropy)
 
 
 @pytest.mark.parametrize("score", ["l1", "l2", "taylor"])
@@ -139,3 +144,28 @@ def test_the_channels_of_an_embedding_are_scored_by_their_weights(score):
     batches = [(nets.words(), torch.tensor([0, 1]))]
     scores = score_channels(net, trace(net, nets.words()), score, batches, cross_entropy)["words"]
     assert scores[2] > 0 and scores[[0, 1, 3]].tolist() == [0, 0, 0]
+
+
+def test_a_score_function_takes_model_and_groups_or_all_four_arguments():
+    net, seen = nets.make("plain"), []
+    traced = trace(net, nets.images())
+
+    def by_groups(model, groups, offset=1.0):
+        seen.append((model, groups))
+        return {name: torch.full((group.channels,), offset) for name, group in groups.items()}
+
+    def by_data(model, trace, batches, loss):
+        seen.append((model, trace, batches, loss))
+        return by_groups(model, trace.groups, 2.0)
+
+    for score, first in ((by_groups, (net, traced.groups)), (by_data, (net, traced, [1], cross_entropy))):
+        seen.clear()
+        scores = score_channels(net, traced, score, [1], cross_entropy)
+        assert seen[0] == first and scores.keys() == traced.groups.keys()
+
+
+def test_an_unknown_score_is_rejected_with_the_names_there_are():
+    net = nets.make("plain")
+    for score in ("l3", 2):
+        with pytest.raises(PruningError, match=r"there are: taylor, bn_scale, l1, l2, random, sensitivity"):
+            score_channels(net, trace(net, nets.images()), score, [], cross_entropy)

@@ -28,7 +28,7 @@ from pruning import (
 )
 from pruning.planning.cost import Cost
 from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
-from pruning.planning.prefix_cache import _finished_before as finished_before
+from pruning.planning.prefix_cache import modules_before
 
 
 def data(count=3, size=16, classes=4, seed=5):
@@ -40,7 +40,7 @@ def data(count=3, size=16, classes=4, seed=5):
 
 
 def plain_reading(model, batches):
-    """Loss and accuracy by the plainest means."""
+    """Loss and accuracy without the prefix cache."""
     with torch.no_grad():
         logits = torch.cat([model.eval()(x) for x, _ in batches])
     targets = torch.cat([y for _, y in batches])
@@ -50,8 +50,8 @@ def plain_reading(model, batches):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_every_point_is_the_pruned_model_measured(name):
-    """Whatever is skipped on the way, a point is what surgery and plain evaluation give."""
+def test_every_point_is_a_measurement_of_the_pruned_model(name):
+    """With the prefix cache a point is what surgery and plain evaluation give."""
     net, calibration = nets.make(name), data(2, seed=6)
     with torch.no_grad():
         shapes = [net(x).shape for x, _ in data()]  # one network gives logits per pixel
@@ -72,8 +72,8 @@ def test_every_point_is_the_pruned_model_measured(name):
         for stage in ("pruned", "recalibrated"):
             if stage == "recalibrated":
                 layers = {member.layer for member in traced.groups[point.group].members}
-                before_it = finished_before(net, layers, validation[0][0])
-                recalibrate(small, [x for x, _ in calibration], keep=before_it)
+                unchanged = modules_before(net, layers, validation[0][0])
+                recalibrate(small, [x for x, _ in calibration], keep=unchanged)
             reading = point.readings[stage]
             assert (reading.loss, reading.accuracy) == pytest.approx(
                 plain_reading(small, validation), rel=1e-3, abs=1e-5
@@ -92,7 +92,7 @@ def test_an_interval_is_as_wide_as_sampling_makes_it():
     assert dense.accuracy_high - dense.accuracy_low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
-def test_training_a_little_is_a_third_reading():
+def test_a_short_fine_tuning_is_a_third_reading():
     net, batches = nets.make("lenet"), data()
     found = sensitivity(
         net, nets.images(), batches, calibration=batches, widths=2, finetune=TrainConfig(3, lr=0.05)
@@ -101,12 +101,12 @@ def test_training_a_little_is_a_third_reading():
     assert np.mean([after for _, after in losses]) < np.mean([before for before, _ in losses])
 
 
-def test_an_interrupted_analysis_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_analysis_resumes(tmp_path, monkeypatch):
     net, validation = nets.make("lenet"), data()
     whole = sensitivity(net, nets.images(), validation, path=tmp_path / "whole.json")
 
-    module = sys.modules["pruning.planning.sensitivity"]
-    original, calls = module._File.write, []
+    file = sys.modules["pruning.planning.sensitivity"]._ResultFile
+    original, calls = file.write, []
 
     def write(self, result):
         original(self, result)
@@ -114,11 +114,11 @@ def test_an_interrupted_analysis_goes_on(tmp_path, monkeypatch):
         if len(calls) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._File, "write", write)
+    monkeypatch.setattr(file, "write", write)
     with pytest.raises(KeyboardInterrupt):
         sensitivity(net, nets.images(), validation, path=tmp_path / "cut.json")
     assert len(json.loads((tmp_path / "cut.json").read_text())["sensitivity"]["points"]) == 5
-    monkeypatch.setattr(module._File, "write", original)
+    monkeypatch.setattr(file, "write", original)
     again = sensitivity(net, nets.images(), validation, path=tmp_path / "cut.json")
     assert again == whole
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
@@ -129,7 +129,7 @@ def test_an_interrupted_analysis_goes_on(tmp_path, monkeypatch):
         sensitivity(net, nets.images(), validation, path=tmp_path / "cut.json")
 
 
-def test_what_cannot_be_analysed_says_why():
+def test_models_and_splits_that_cannot_be_analysed_are_rejected():
     head = nn.Sequential(nn.Flatten(), nn.Linear(588, 4))
     with pytest.raises(PruningError, match=r"no group to narrow.*output"):
         sensitivity(head, nets.images(), data())
@@ -171,7 +171,7 @@ def test_widths_that_were_not_measured_are_interpolated():
 
 
 def test_the_curves_drive_the_planner():
-    """Of the groups, the one whose loss does not rise is narrowed."""
+    """The plan narrows the group whose loss does not rise."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     points = [
@@ -191,7 +191,7 @@ def test_the_curves_drive_the_planner():
         prune(step.model, nets.images(), Budget(params="50%"), score=found.scores)
 
 
-def test_a_plan_of_one_group_is_foretold_exactly():
+def test_the_loss_of_a_plan_of_one_group_is_predicted_exactly():
     net, batches = nets.make("lenet"), data()
     found = sensitivity(net, nets.images(), batches, calibration=batches)
     point = next(p for p in found.points if p.group == "classifier.fc2" and p.width == 3)
@@ -210,7 +210,7 @@ def test_results_survive_json_and_csv():
     assert len(lines) == 1 + sum(len(p.readings) for p in found.points)
 
 
-def test_a_point_also_says_what_its_layers_take():
+def test_points_have_the_time_of_their_layers():
     net = nn.Sequential(
         nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(9600, 4)
     )
@@ -229,7 +229,7 @@ def test_a_point_also_says_what_its_layers_take():
     assert untimed["milliseconds_freed"] == ""
 
 
-def test_prune_measures_sensitivity_where_that_is_the_score():
+def test_prune_with_the_score_sensitivity_measures_the_curves():
     net, batches = nets.make("lenet"), data()
     by_name = prune(net, nets.images(), Budget(params="40%"), score="sensitivity", calibration=batches)
     found = sensitivity(net, nets.images(), batches, calibration=batches, score="taylor", widths=12)

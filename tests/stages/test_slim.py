@@ -17,7 +17,6 @@ from pruning import (
     PruneConfig,
     PruningError,
     Run,
-    ScalePull,
     SlimConfig,
     TrainConfig,
     accuracy,
@@ -27,6 +26,7 @@ from pruning import (
     trace,
 )
 from pruning.stages.finetune import tune
+from pruning.stages.scales import ChannelScales
 
 CONFIG = SlimConfig(
     Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),
@@ -45,9 +45,9 @@ def pipeline(run=None, log=lambda _: None, config=CONFIG):
 def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
     lines = []
     result = pipeline(Run(tmp_path / "run", {}), lines.append)
-    cost_model = ScalePull(result.model, trace(result.model, nets.images()), 0).cost_model
-    dense = ScalePull(result.dense, trace(result.dense, nets.images()), 0).cost_model
-    got, before = cost_model(cost_model.full), dense(dense.full)
+    got, before = (
+        ChannelScales(net, trace(net, nets.images())).dense for net in (result.model, result.dense)
+    )
     assert got.params <= 0.3 * before.params + 0.5 and got.macs <= 0.5 * before.macs + 0.5
     assert [line.split(":")[0] for line in lines if "whole layers" not in line] == [
         "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2", "stage 3, fine-tune",
@@ -58,7 +58,7 @@ def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
     assert [event["params"] for event in events if "asked" in event][-1] == got.params
 
 
-def test_fresh_weights_make_the_last_stage_a_training_from_scratch(tmp_path):
+def test_restart_trains_the_last_stage_from_fresh_weights(tmp_path):
     config = replace(CONFIG, restart=True)
     result = pipeline(Run(tmp_path / "whole", {}), config=config)
     kept = pipeline(config=replace(config, restart=False))
@@ -78,7 +78,7 @@ def test_fresh_weights_make_the_last_stage_a_training_from_scratch(tmp_path):
     assert same(pipeline(Run(tmp_path / "cut", {}, resume=True), config=config).model, result.model)
 
 
-def test_tuning_never_ends_worse_than_it_began_and_resumes_to_the_same_end(tmp_path):
+def test_tuning_keeps_weights_that_no_epoch_improves_and_resumes_to_the_same_end(tmp_path):
     net, data = nets.make("lenet"), batches()
     start = nets.snapshot(net)
     good = lambda m: float(all(torch.equal(value, start[key]) for key, value in m.state_dict().items()))  # noqa: E731
@@ -118,7 +118,7 @@ def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
     assert histories[0] == histories[1]
 
 
-def test_a_run_is_not_mixed_with_another(tmp_path):
+def test_a_folder_with_another_run_is_rejected(tmp_path):
     Run(tmp_path / "run", {"seed": 0})
     with pytest.raises(PruningError, match="holds a run already"):
         Run(tmp_path / "run", {"seed": 0})
@@ -128,7 +128,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
         Run(tmp_path / "elsewhere", {"seed": 0}, resume=True)
 
 
-def test_an_unreachable_budget_is_refused_before_training(tmp_path):
+def test_an_unreachable_budget_is_rejected_before_training(tmp_path):
     config = SlimConfig(Budget(params=5), TrainConfig(1), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
     with pytest.raises(PruningError, match="cannot be reached"):
         pipeline(Run(tmp_path / "run", {}), config=config)
@@ -151,7 +151,7 @@ def test_slim_takes_a_budget_and_batches_alone():
 IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
 
 
-def test_what_slim_cannot_train_on_or_choose_by_is_refused():
+def test_batches_and_figures_that_slim_cannot_use_are_rejected():
     config = SlimConfig.within(Budget(params="50%"))
     net, given = nets.make("lenet"), batches()
     with pytest.raises(PruningError, match="not an iterator"):
@@ -180,7 +180,7 @@ def test_what_slim_cannot_train_on_or_choose_by_is_refused():
         ({"frozen": True}, "has no prunable group .*frozen"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(given, said):
+def test_wrong_arguments_are_rejected_before_anything_is_trained(given, said):
     class Untouched:
         def __iter__(self):
             for batch in batches(1):
@@ -199,12 +199,12 @@ def test_mistakes_are_told_before_anything_is_trained(given, said):
 
 
 @pytest.mark.parametrize("budget", ["50%", None, 100])
-def test_what_is_no_budget_is_refused(budget):
+def test_anything_but_a_budget_is_rejected(budget):
     with pytest.raises(PruningError, match=r"a Budget was expected, such as Budget\(macs='50%'\)"):
         prune(nets.make("lenet"), nets.images(), budget)
 
 
-def test_a_run_goes_on_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+def test_a_run_resumes_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
     def acquire(*_, **__):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
@@ -213,7 +213,7 @@ def test_a_run_goes_on_where_the_file_system_has_no_locks(tmp_path, monkeypatch)
     assert Run(tmp_path / "run", {}, resume=True).state["stage"] == 0
 
 
-def test_two_processes_do_not_work_on_one_run(tmp_path):
+def test_a_run_that_another_process_works_on_is_rejected(tmp_path):
     run = Run(tmp_path / "run", {})
     other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
     words = [sys.executable, "-c", other, str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""Stage 1: the pull on BatchNorm scales, and the strength that is found for it."""
+"""Stage 1: the pull on BatchNorm scales, and the search for its strength."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from nets import batches
 from torch import nn
 
 from pruning import Budget, PruneConfig, PruningError, ScalePull, SlimConfig, TrainConfig, sparsify, trace
+from pruning.stages.scales import ChannelScales
 
 pytestmark = pytest.mark.numerics
 
@@ -35,10 +36,10 @@ def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
         torch.testing.assert_close(norm.weight.detach(), expected)
 
 
-def test_a_pull_under_a_budget_weighs_what_is_over_it():
+def test_a_pull_under_a_budget_is_weighted_by_the_excess_over_each_limit():
     net = nets.make("lenet")
     traced = trace(net, nets.images())
-    dense = ScalePull(net, traced, 1.0).dense
+    dense = ChannelScales(net, traced).dense
     # Twice over the limit on params, four times over that on MACs: excesses of 1 and 3.
     budget = Budget(params=dense.params // 2, macs=dense.macs // 4)
     weights = ScalePull(net, traced, 1.0, budget).weights
@@ -67,14 +68,14 @@ def test_no_pull_is_strong_enough_to_empty_a_group():
         net = nets.make(name)
         pull = ScalePull(net, trace(net, nets.images()), strength=1e6)
         pull.step(lr=1.0)
-        assert all(pull.alive()[group] == 1 for group in pull.scales)
+        assert all(pull.alive()[group] == 1 for group in pull.norms)
 
 
 def test_the_strength_is_found_from_the_budget():
-    """Without resistance the pull over the way ahead leaves just what the budget allows."""
+    """Without resistance the pull over all steps to come leaves just what the budget allows."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
-    budget = Budget(params="40%", macs="60%").resolve(ScalePull(net, traced, 0.0).dense)
+    budget = Budget(params="40%", macs="60%").resolve(ChannelScales(net, traced).dense)
     pull = ScalePull(net, traced, None, budget)
     pull.step(lr=1.0)
     assert pull.alive() == traced.widths, "without a way to go nothing pulls"
@@ -101,10 +102,10 @@ def test_a_pull_that_is_resisted_grows():
 
 def test_sparsify_comes_half_of_the_way_to_the_budget():
     net = nets.make("lenet")
-    cost_model = ScalePull(net, trace(net, nets.images()), 0.0).cost_model
+    cost_model = ChannelScales(net, trace(net, nets.images())).cost_model
     budget, dense = Budget(params="25%"), cost_model(cost_model.full)
     sparsify(net, batches(), TrainConfig(8, lr=0.05), nets.images(), budget=budget)
-    left = cost_model(ScalePull(net, trace(net, nets.images()), 0.0).alive())
+    left = ChannelScales(net, trace(net, nets.images())).left()
     assert 0.25 * dense.params < left.params < 0.75 * dense.params
     with pytest.raises(PruningError, match="found from a budget, and none was given"):
         sparsify(nets.make("lenet"), batches(), TrainConfig(1), nets.images())
@@ -120,19 +121,19 @@ def test_sparsify_turns_channels_off_where_plain_training_does_not():
     assert zeros[0.0] == 0 and zeros[6.0] >= 3
 
 
-def test_sparsify_without_a_norm_says_so():
+def test_sparsify_rejects_a_network_without_norms():
     with pytest.raises(PruningError, match="no prunable group of this model has a BatchNorm"):
         sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
 
 
-def test_zeros_are_held_once_the_budget_is_met():
-    """Where stage 1 is at its goal nothing is pulled, and what is 0 does not come back."""
+def test_zeros_stay_once_the_budget_is_met():
+    """Where the budget of stage 1 is met, nothing is pulled, and scales that are 0 stay 0."""
     net, images = nets.make("lenet"), nets.images(8)
     traced = trace(net, images)
     with torch.no_grad():
         for norm in (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             norm.weight[: len(norm.weight) // 2] = 0
-    dense = ScalePull(net, traced, 0.0).dense
+    dense = ChannelScales(net, traced).dense
     pull = ScalePull(net, traced, None, Budget(macs="90%").resolve(dense))
     pull.refresh(way=1.0)
     alive = pull.alive()

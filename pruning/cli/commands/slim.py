@@ -15,7 +15,8 @@ from pruning.cli.commands.results import finish, start
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.report.predictions import differing_predictions
-from pruning.stages.slim import feasible, slim
+from pruning.stages.feasibility import feasible
+from pruning.stages.slim import slim
 from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
 

@@ -1,0 +1,143 @@
+"""The rows of the closed form of a cost: one for each layer whose widths can change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from pruning.graph.groups import Trace
+from pruning.graph.layer_tensors import readers, weight_size
+from pruning.graph.layers import RECURRENT, Rule, Side, is_depthwise, is_registered, rule_for
+from pruning.utils.modules import eval_mode
+
+
+class Row(NamedTuple):
+    """One term of the closed form.
+
+    Its output width is `out @ widths + out_fixed`, its input width `into @ widths + in_fixed`.
+    `params` and `macs` are per product of the two, `bias` and `bias_macs` per output channel.
+    """
+
+    layer: str
+    out: np.ndarray
+    out_fixed: float
+    into: np.ndarray
+    in_fixed: float
+    params: float
+    macs: float = 0.0
+    bias: float = 0.0
+    bias_macs: float = 0.0
+
+
+class RowTable:
+    """The rows of the closed form, and the costs that no width changes."""
+
+    def __init__(self, model: nn.Module, trace: Trace, full: np.ndarray):
+        self.trace, self.full = trace, full
+        self.owned = _owned_positions(trace)
+        self.folded = set(trace.foldable.values())
+        self.none = np.zeros(len(full))
+        #: The parameters left to count, by name; one that layers share is listed once.
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self.rows: list[Row] = []
+        self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
+        self._add_parameters()
+        for name, layer in model.named_modules():
+            self._add_layer(name, layer)
+
+    def _add_parameters(self) -> None:
+        """Add a row for each grouped parameter that the model uses outside the layers of the table."""
+        dims = {m.layer: m.dim for group in self.trace.groups.values() for m in group.members}
+        for (name, side), owned in self.owned.items():
+            if side == "self" and name in self.parameters:
+                size = self.parameters[name].shape[dims[name]]
+                per_position = self.parameters.pop(name).numel() / size
+                fixed = float(size - owned @ self.full)
+                self.rows.append(Row("", owned, fixed, self.none, 1.0, per_position))
+
+    def _add_layer(self, name: str, layer: nn.Module) -> None:
+        own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
+        params = sum(self.parameters[key].numel() for key in own if key in self.parameters)
+        rule, use = rule_for(layer), self.trace.uses.get(name)
+        if name in self.folded:  # a norm that ships folded into the layer before it
+            return
+        if rule is None:
+            self.fixed_params += params
+            return
+        if isinstance(layer, RECURRENT):
+            self._add_recurrent(name, layer, rule, params)
+            return
+        if is_registered(layer):
+            params -= self._add_other_tensors(name, layer, rule)
+        if use is None:  # a norm, a PReLU, a layer that does not run: parameters per channel
+            row = self._sides(name, layer, rule)
+            self.rows.append(
+                row._replace(layer="", params=params / max(1.0, self._full_product(layer, rule, row)))
+            )
+        else:
+            row = self._sides(name, layer, rule)
+            with eval_mode(layer):  # reading a parametrized weight in training mode may change it
+                kernel = weight_size(layer) / self._full_product(layer, rule, row)
+            # A weight that another layer has already counted, or that is computed from others, is free.
+            own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in self.parameters else 0.0
+            bias = float(use.bias)
+            macs, bias_macs = kernel * use.uses, use.positions * bias
+            self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
+
+    def _add_recurrent(self, name: str, layer: nn.Module, rule: Rule, params: int) -> None:
+        """Add the weights that read the input as a row; the rest keeps its size."""
+        into, in_fixed = self._input(name, layer, rule)
+        use = self.trace.uses.get(name)
+        steps = use.uses if use is not None else 0.0
+        reading = sum(reader.weight.numel() for reader in readers(layer))
+        weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+        per_channel = reading / rule.width(layer, "in")
+        self.rows.append(Row("", self.none, 1.0, into, in_fixed, per_channel, per_channel * steps))
+        self.fixed_params += params - reading
+        self.fixed_macs += steps * (weights - reading)
+
+    def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
+        """Add what a registered layer has beside its weight and bias; return how many parameters."""
+        sides, total = self._sides(name, layer, rule), 0
+        for key, parameter in layer.named_parameters(recurse=False):
+            if key == rule.bias or (key in rule.out and key in rule.into):
+                continue
+            total += parameter.numel()
+            if key in rule.out or key in rule.into:
+                side, fixed = (
+                    (sides.out, sides.out_fixed) if key in rule.out else (sides.into, sides.in_fixed)
+                )
+                each = parameter.numel() / float(fixed + side @ self.full)
+                self.rows.append(Row("", side, fixed, self.none, 1.0, each))
+            else:
+                self.fixed_params += parameter.numel()
+        return total
+
+    def _sides(self, name: str, layer: nn.Module, rule: Rule) -> Row:
+        """A row with the widths of a layer, and no costs yet."""
+        out = self.owned.get((name, "out"), self.none)
+        into, in_fixed = self._input(name, layer, rule)
+        return Row(name, out, float(rule.width(layer, "out") - out @ self.full), into, in_fixed, params=0.0)
+
+    def _input(self, name: str, layer: nn.Module, rule: Rule) -> tuple[np.ndarray, float]:
+        """What one channel of each group adds to a layer's input width, and the fixed part of it."""
+        if not rule.into or is_depthwise(layer):
+            return self.none, 1.0
+        into = self.owned.get((name, "in"), self.none)
+        return into, float(rule.width(layer, "in") - into @ self.full)
+
+    def _full_product(self, layer: nn.Module, rule: Rule, row: Row) -> float:
+        """Output width times input width at the full widths."""
+        return float(rule.width(layer, "out") * (row.in_fixed + row.into @ self.full))
+
+
+def _owned_positions(trace: Trace) -> dict[tuple[str, Side], np.ndarray]:
+    """How many positions of each side of a layer one channel of each group owns, (groups,)."""
+    owned: dict[tuple[str, Side], np.ndarray] = {}
+    for i, group in enumerate(trace.groups.values()):
+        for member in group.members:
+            positions = owned.setdefault((member.layer, member.side), np.zeros(len(trace.groups)))
+            positions[i] += len(member.index) / group.channels
+    return owned

@@ -1,0 +1,182 @@
+"""Measure a model with one group at a time narrowed: every point is real surgery, and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.errors import PruningError
+from pruning.graph.groups import Trace
+from pruning.graph.plan import Plan
+from pruning.planning.cost import CostModel
+from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
+from pruning.planning.prefix_cache import PrefixCache
+from pruning.surgery.apply import apply, channel_constants
+from pruning.surgery.batchnorm import recalibrate
+from pruning.training.config import TrainConfig
+from pruning.training.loop import fit
+from pruning.training.losses import IGNORED, logits_for
+from pruning.utils.modules import call, eval_mode
+from pruning.utils.tree import Inputs
+
+#: (inputs, targets)
+Batch = tuple[Inputs, object]
+
+#: A batch of a classifier: its targets are classes.
+LabelledBatch = tuple[Inputs, Tensor]
+
+#: Bootstrap samples, and the share of them inside an interval.
+RESAMPLES, INTERVAL = 400, 0.95
+
+
+class WidthSweep:
+    """Narrow one group of a model at a time, keep its most important channels, and measure.
+
+    Args:
+        model: a classifier with logits along dimension 1; it is not changed.
+        trace: of this model.
+        validation: batches to measure on. calibration: batches for the channel constants and the
+            statistics of BatchNorm. Both on the model's device.
+
+    Raises:
+        PruningError: for a model without a prunable group, an empty validation split, or one in
+            which a class is missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        validation: Sequence[LabelledBatch],
+        calibration: Sequence[LabelledBatch],
+    ):
+        if not trace.groups:
+            reasons = "; ".join(f"{layer}: {why}" for layer, why in trace.skipped.items())
+            raise PruningError(
+                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'})"
+            )
+        self.model, self.trace, self.calibration = model, trace, calibration
+        self.evaluator = Evaluator(model, validation)
+        self.cost_model = CostModel(model, trace)
+
+    def dense_result(self, order: dict[str, list[int]]) -> Sensitivity:
+        """Measure the whole model: a result without points.
+
+        Args:
+            order: for each group its channels in ascending order of importance.
+        """
+        return Sensitivity(
+            channels=self.trace.widths,
+            dense=self.evaluator.read(self.model),
+            dense_cost=self.cost_model(self.cost_model.full),
+            order=order,
+            skipped=dict(self.trace.skipped),
+        )
+
+    def measure(
+        self,
+        order: Mapping[str, Sequence[int]],
+        points: Iterable[tuple[str, int]],
+        finetune: TrainConfig | None = None,
+    ) -> Iterator[SensitivityPoint]:
+        """Measure the model at each (group, width).
+
+        Args:
+            finetune: also train each small model on the calibration batches.
+        """
+        inputs = [batch[0] for batch in self.calibration]
+        constants = calibrated_constants(self.model, self.trace, inputs)
+        cache, cached = None, ""
+        for group, width in points:
+            if cache is None or group != cached:
+                batches = [*self.evaluator.inputs, *inputs]
+                cache, cached = PrefixCache(self.model, self.trace, group, batches), group
+            plan = Plan({group: tuple(order[group][-width:])})
+            small = apply(self.model, self.trace, plan, constants)
+            readings = {}
+            with cache.applied(small):
+                readings["pruned"] = self.evaluator.read(small)
+                if inputs:
+                    recalibrate(small, inputs, keep=cache.unchanged)
+                    readings["recalibrated"] = self.evaluator.read(small)
+            if not inputs:
+                readings["recalibrated"] = readings["pruned"]
+            if finetune is not None:
+                fit(small, self.calibration, finetune)
+                readings["finetuned"] = self.evaluator.read(small)
+            cost = self.cost_model(plan.widths)
+            yield SensitivityPoint(group, width, cost.params, cost.macs, readings)
+
+
+class Evaluator:
+    """Measure loss and accuracy on a validation split, with the same bootstrap samples each time."""
+
+    def __init__(self, model: nn.Module, validation: Sequence[LabelledBatch]):
+        count = sum(int((targets != IGNORED).sum()) for _, targets in validation)
+        if not count:
+            raise PruningError("the validation split is empty: there is nothing to measure sensitivity on")
+        self.validation = validation
+        self.inputs = [inputs for inputs, _ in validation]
+        self._require_every_class(model, count)
+        rng = np.random.default_rng(0)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+        self.weights = torch.from_numpy(weights).float()
+
+    def _require_every_class(self, model: nn.Module, count: int) -> None:
+        with torch.no_grad(), eval_mode(model):
+            classes = logits_for(self.validation[0][1], call(model, self.inputs[0])).shape[1]
+        present = set(torch.cat([targets.flatten().cpu() for _, targets in self.validation]).tolist())
+        missing = [c for c in range(classes) if c not in present]
+        if missing and count >= (10 * classes if len(present) > 1 else 10):
+            raise PruningError(
+                f"the validation split has {count:,} examples, and none of class "
+                f"{', '.join(map(str, missing))}: channels that only these need would look useless. "
+                "Give a split with all classes"
+            )
+
+    def read(self, model: nn.Module) -> Reading:
+        """Return the loss and accuracy of a model, with their intervals."""
+        losses, hits = [], []
+        with torch.inference_mode(), eval_mode(model):
+            for inputs, targets in self.validation:
+                logits, counted = call(model, inputs), targets != IGNORED
+                losses.append(F.cross_entropy(logits, targets, reduction="none")[counted].float().cpu())
+                hits.append((logits.argmax(1) == targets)[counted].float().cpu())
+        values = torch.stack([torch.cat(losses), torch.cat(hits)], 1)
+        means = self.weights @ values
+        tail = (1 - INTERVAL) / 2
+        low, high = torch.quantile(means, tail, dim=0), torch.quantile(means, 1 - tail, dim=0)
+        loss, accuracy = values.mean(0).tolist()
+        return Reading(loss, low[0].item(), high[0].item(), accuracy, low[1].item(), high[1].item())
+
+
+def channel_order(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the channels of each group in ascending order of their scores."""
+    return {name: torch.sort(values, stable=True).indices.tolist() for name, values in scores.items()}
+
+
+def points_to_measure(trace: Trace, count: int | None) -> list[tuple[str, int]]:
+    """Return (group, width) for evenly spaced widths of every group, from the widest to 1.
+
+    Args:
+        count: widths per group, without the full one; None takes every width.
+    """
+    return [(group, width) for group, full in trace.widths.items() for width in _widths(full, count)]
+
+
+def _widths(full: int, count: int | None) -> list[int]:
+    if count is None or count >= full - 1:
+        return list(range(full - 1, 0, -1))
+    spaced = np.linspace(1, full, count + 1).round().astype(int)
+    return sorted({int(width) for width in spaced if width < full}, reverse=True)
+
+
+def calibrated_constants(model: nn.Module, trace: Trace, inputs: Sequence[Inputs]) -> dict[str, Tensor]:
+    """Return the channel constants on calibration inputs; without any, those exact on the example inputs."""
+    if inputs:
+        return channel_constants(model, trace, inputs)
+    return channel_constants(model, trace, [trace.inputs], exact_only=True)

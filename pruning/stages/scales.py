@@ -1,0 +1,73 @@
+"""Read the BatchNorm scales of a model, by channel of its groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pruning.graph.groups import Trace
+from pruning.planning.cost import Cost, CostModel
+
+
+class ScaledNorm(NamedTuple):
+    """The scales γ of one BatchNorm in a group: `weight[positions[i]]` is of channel `channels[i]`."""
+
+    weight: Tensor
+    positions: Tensor
+    channels: Tensor
+
+
+class ChannelScales:
+    """The scales γ of BatchNorm by channel, and the channels that they leave alive.
+
+    Args:
+        model: the traced model. Its scales are read anew at every call.
+        traced: of this model.
+        cost_model: of this model, where there is one already.
+
+    Attributes:
+        norms: by group, the norms that scale its channels; a group without any has no entry.
+        cost_model: of the model. dense: its cost at full widths.
+
+    >>> from pruning.tracing.trace import trace
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    >>> scales = ChannelScales(net, trace(net, torch.zeros(2, 3)))
+    >>> net[1].weight.data[:3] = 0
+    >>> scales.alive(), scales.left().channels
+    ({'0': 1}, 1)
+    """
+
+    def __init__(self, model: nn.Module, traced: Trace, cost_model: CostModel | None = None):
+        self.trace = traced
+        self.cost_model = cost_model or CostModel(model, traced)
+        self.dense = self.cost_model(self.cost_model.full)
+        self.norms: dict[str, list[ScaledNorm]] = {}
+        for name, group in traced.groups.items():
+            for member in group.side("out"):
+                layer = model.get_submodule(member.layer)
+                if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.weight is not None:
+                    device = layer.weight.device
+                    norm = ScaledNorm(layer.weight, member.index.to(device), member.channel.to(device))
+                    self.norms.setdefault(name, []).append(norm)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the largest |γ| of each channel by group, (channels,), on the CPU."""
+        found = {}
+        for name, norms in self.norms.items():
+            largest = torch.zeros(self.trace.groups[name].channels, dtype=torch.float32)
+            for weight, positions, channels in norms:
+                values = weight.detach().abs()[positions].float().cpu()
+                largest.scatter_reduce_(0, channels.cpu(), values, "amax")
+            found[name] = largest
+        return found
+
+    def alive(self) -> dict[str, int]:
+        """Return the number of channels of each group with a scale other than 0; without norms, all."""
+        living = {name: int((largest > 0).sum()) for name, largest in self.magnitudes().items()}
+        return {name: living.get(name, group.channels) for name, group in self.trace.groups.items()}
+
+    def left(self) -> Cost:
+        """Return the cost of the network without the channels whose scales are 0."""
+        return self.cost_model({group: max(1, width) for group, width in self.alive().items()})
