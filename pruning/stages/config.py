@@ -61,8 +61,10 @@ class PruneConfig:
         return {key: getattr(self, key) for key in ("ranking", "floor", "most", "multiple")}
 
 
-#: L2 factor on weights in every stage, where no other is given.
-_DECAY = 1e-3
+#: Settings of the stages where no others are given.
+_SPARSIFY = TrainConfig(8, lr=0.1, weight_decay=1e-3)
+_PRUNE = PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=1e-3))
+_FINETUNE = TrainConfig(40, lr=0.1, weight_decay=1e-3)
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,8 @@ class SlimConfig:
     """
 
     budget: Budget | LatencyBudget
-    sparsify: Annotated[TrainConfig, Stage("sparsify", group="stage 1")] = TrainConfig(
-        8, lr=0.1, weight_decay=_DECAY
-    )
-    prune: Annotated[PruneConfig, Stage(group="stage 2")] = PruneConfig(
-        5, TrainConfig(2, lr=0.05, weight_decay=_DECAY)
-    )
+    sparsify: Annotated[TrainConfig, Stage("sparsify", group="stage 1")] = _SPARSIFY
+    prune: Annotated[PruneConfig, Stage(group="stage 2")] = _PRUNE
     finetune: Annotated[
         TrainConfig,
         Stage(
@@ -93,7 +91,7 @@ class SlimConfig:
             last=True,
             unset={"lr": ", ".join(f"{rate} with {name}" for name, rate in OPTIMIZERS.items())},
         ),
-    ] = TrainConfig(40, lr=0.1, weight_decay=_DECAY)
+    ] = _FINETUNE
     strength: Annotated[
         float | None,
         Setting(
@@ -138,8 +136,8 @@ class SlimConfig:
         require_valid(self)
         if self.sparsify.ema:
             raise PruningError(
-                f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0 in stage 1 (an average has no exact "
-                "zeros)"
+                f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0 in stage 1 (an average has no "
+                "exact zeros)"
             )
 
     @classmethod

@@ -35,8 +35,8 @@ class TrainConfig:
     optimizer: Annotated[
         str,
         Setting(
-            "sgd (with Nesterov momentum), or soap, which needs fewer epochs and is for networks of at most a "
-            "few thousand parameters",
+            "sgd (with Nesterov momentum), or soap, which needs fewer epochs and is for networks of at most "
+            "a few thousand parameters",
             choices=tuple(OPTIMIZERS),
             stages="last",
         ),

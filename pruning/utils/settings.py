@@ -72,13 +72,13 @@ class Setting:
             return True
         if not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             return False
-        number = float(value)
-        return (
-            math.isfinite(number)
-            and (self.least is None or self.least <= number)
-            and (self.most is None or number <= self.most)
-            and (self.above is None or self.above < number)
-            and (self.below is None or number < self.below)
+        if kind is float and not math.isfinite(value):
+            return False
+        return not (
+            (self.least is not None and value < self.least)
+            or (self.most is not None and not value <= self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and not value < self.below)
         )
 
     def expected(self, kind: type) -> str:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 from user import NET, image_folder
 
-from pruning.cli.sources import load_weights, make_data
+from pruning.cli.factories import load_weights
+from pruning.cli.sources import make_data
 
 BUDGET = ("--max-macs", "50%")
 PICTURES = (
