@@ -165,6 +165,8 @@ def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
             text = each.setting.help
             if each.name in stage.unset:
                 default, text = None, f"{text} (default: {stage.unset[each.name]})"
+            elif default is None and each.setting.none is not None:
+                text = f"{text} (default: {each.setting.none})"
             if stage.when:
                 text = f"{stage.when}: {text}"
             name = _name(each.name, each.setting, stage)

@@ -86,17 +86,21 @@ def parse(
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and those of the commands."""
+    width = max(map(len, COMMANDS))
+    listed = [f"  {name:<{width}}  {command.SUMMARY}" for name, command in COMMANDS.items()]
     parser = Parser(
         prog="python -m pruning",
-        description="Structured pruning: `python -m pruning COMMAND --help`.",
+        description="\n".join(["Structured pruning of PyTorch models.", "", "commands:", *listed]),
+        epilog="python -m pruning COMMAND --help lists the flags of a command.",
         formatter_class=HelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="one of the commands above"
+    )
     made = {}
     for name, command in COMMANDS.items():
         made[name] = commands.add_parser(
             name,
-            help=command.SUMMARY,
             description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
             formatter_class=HelpFormatter,
         )

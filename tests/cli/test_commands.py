@@ -208,7 +208,7 @@ def test_soap_is_refused_at_once_where_the_network_may_stay_large(run, tmp_path)
     assert code == 2 and "at most 4,096 parameters" in err and "take sgd" in err and "stage 1" not in out
     assert not (tmp_path / "large").exists()
     code, out, err = run(*words[:-1], "none", "--max-params", 2000, "--finetune-rate", 0)
-    assert code == 2 and "learning rate 0" in err
+    assert code == 2 and "--finetune-rate: '0': expected a number above 0" in err
     code, out, err = run(*words[:-1], "small", "--max-params", 2000)
     assert code == 0, err
 
@@ -220,7 +220,7 @@ def test_finetune_refuses_before_there_is_a_run(run, tmp_path):
         save(tmp_path / f"{classes}.pth", mine.Net(classes=classes))
     words = ("finetune", "--data", "mine:digits", "--epochs", 1, "--output", "none")
     for flags, said in (
-        (("--weights", "3.pth", "--rate", 0), "learning rate 0"),
+        (("--weights", "3.pth", "--rate", 0), "--rate: '0': expected a number above 0"),
         (("--weights", "3.pth", "--teacher", "7.pth", "--distill", 0.5), "7.pth does not fit Net"),
         (("--model", "mine:Net", "--model-arg", "width=128", "--optimizer", "soap"), "take sgd"),
     ):

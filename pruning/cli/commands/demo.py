@@ -1,4 +1,4 @@
-"""`python -m pruning demo`: make one HTML file in which a network says what is drawn."""
+"""`python -m pruning demo`: make one HTML page on which a network classifies drawings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 from pruning.utils.modules import thread_count
 from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML file in which a network says what is drawn"
+SUMMARY = "make one HTML page on which a network classifies drawings"
 #: Most test images to click on, and most batches that are searched for them.
 EXAMPLES, SEARCHED = 10, 20
 

@@ -1,4 +1,4 @@
-"""`python -m pruning export`: write a network for another runtime: ONNX, torch.export, TorchScript."""
+"""`python -m pruning export`: write a network as ONNX, torch.export or TorchScript."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pruning.training.losses import accuracy
 from pruning.utils.modules import thread_count
 from pruning.utils.settings import Setting
 
-SUMMARY = "write a network for another runtime: ONNX, torch.export, TorchScript"
+SUMMARY = "write a network as ONNX, torch.export or TorchScript"
 
 #: Loss of accuracy (a share) from which training with the rounding is recommended.
 WORTH_TRAINING = 0.002

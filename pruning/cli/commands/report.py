@@ -1,4 +1,4 @@
-"""`python -m pruning report`: make one HTML file that shows a run."""
+"""`python -m pruning report`: make one HTML page that shows a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 from pruning.cli import arguments
 from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML file that shows a run"
+SUMMARY = "make one HTML page that shows a run"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m pruning sensitivity`: narrow each group alone, and draw what is lost."""
+"""`python -m pruning sensitivity`: narrow each group alone, and draw what accuracy is lost."""
 
 from __future__ import annotations
 
