@@ -74,17 +74,21 @@ def start(args: argparse.Namespace) -> Run:
         if args.resume:
             raise PruningError("--resume needs --output FOLDER: the run to continue")
         args.output = distributed.from_first(arguments.next_run())
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(args).items()
-        if key not in ELSEWHERE
-    }
-    run = Run(args.output, settings, resume=args.resume)
+    run = Run(args.output, settings(args), resume=args.resume)
     if run.writes:
         if args.tensorboard:
             run.observe = Board(run.folder / "tensorboard").add
         config_file.write_recipe(run.folder / "config.toml", args, args.parser)
     return run
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return what config.json keeps: all flags that the result depends on."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in ELSEWHERE
+    }
 
 
 def finish(
