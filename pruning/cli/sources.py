@@ -125,22 +125,29 @@ def make_data(
         )
     _require_classes(name, sets)
     if not separate:
-        order = torch.randperm(_size(sets["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = max(1, len(order) // 10)
-        sets["train"] = Subset(sets["train"], order[held_out:])
-        sets["validation"] = Subset(sets["validation"], order[:held_out])
-    loaders = {
-        split: _Loader(
-            images,
-            batch_size,
-            shuffle=split == "train",
-            num_workers=workers,
-            drop_last=split == "train" and _size(images) > batch_size,
-            persistent_workers=workers > 0,
-        )
-        for split, images in sets.items()
-    }
-    return Data(name, **loaders)
+        _hold_out_validation(sets, seed)
+    return Data(
+        name, **{split: _loader(split, images, batch_size, workers) for split, images in sets.items()}
+    )
+
+
+def _hold_out_validation(sets: dict[str, Dataset[Batch]], seed: int) -> None:
+    """Make a tenth of the training images the validation split, in place."""
+    order = torch.randperm(_size(sets["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, len(order) // 10)
+    sets["train"] = Subset(sets["train"], order[held_out:])
+    sets["validation"] = Subset(sets["validation"], order[:held_out])
+
+
+def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int) -> _Loader:
+    return _Loader(
+        images,
+        batch_size,
+        shuffle=split == "train",
+        num_workers=workers,
+        drop_last=split == "train" and _size(images) > batch_size,
+        persistent_workers=workers > 0,
+    )
 
 
 def _built_in(name: str, folder: str | Path) -> dict[str, Dataset[Batch]]:
