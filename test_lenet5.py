@@ -6,15 +6,22 @@ python test_lenet5.py --best-checkpoint checkpoints/LeNet5/epoch-6.pth --device 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import data
-from eval.cli import load_network, test_parser, write_json
+from eval.cli import COMMITTED, BestCheckpoint, TestFlags, load_network, write_json
 from eval.metrics import details, measure, table
 from models import LeNet5
 from pruning import cli
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flags(TestFlags):
+    best_checkpoint: BestCheckpoint = COMMITTED["LeNet5"]
+
+
 def main() -> None:
-    args = test_parser(__doc__ or "", "LeNet5").parse_args()
+    args, _ = cli.parse_flags(Flags, __doc__)
     model = load_network(args.best_checkpoint, LeNet5, args.device)
     dataset = data.load(args.data, args.data_dir).to(args.device)
 

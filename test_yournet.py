@@ -7,38 +7,46 @@ python test_yournet.py --runtime onnxruntime
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
 import data
-from eval.cli import COMMITTED, load_network, test_parser, write_json
+from eval.cli import COMMITTED, BestCheckpoint, TestFlags, load_network, write_json
 from eval.metrics import Indicators, details, exported, measure, table
 from eval.score import REFERENCE_ACCURACY, score
 from models import LeNet5, YourNet
 from pruning import PruningError, cli
 from pruning.deploy.runtimes import RUNTIMES
+from pruning.utils.settings import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(TestFlags):
+    best_checkpoint: BestCheckpoint = COMMITTED["YourNet"]
+    reference: Annotated[
+        Path | None,
+        Setting(
+            "LeNet-5 to compare with (default: reference.pth beside the checkpoint, else the committed one)",
+            metavar="PATH",
+        ),
+    ] = None
+    runtime: Annotated[
+        str,
+        Setting(
+            "what runs the networks; all but torch run files that are exported for it first",
+            choices=("torch", *RUNTIMES.values()),
+        ),
+    ] = "torch"
 
 
 def main() -> None:
-    parser = test_parser(__doc__ or "", "YourNet")
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="PATH",
-        help="LeNet-5 to compare with (default: reference.pth beside the checkpoint, else the committed one)",
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=["torch", *RUNTIMES.values()],
-        default="torch",
-        help="what runs the networks; all but torch run files that are exported for it first",
-    )
-    args = parser.parse_args()
+    args, _ = cli.parse_flags(Flags, __doc__)
     if args.runtime != "torch" and torch.device(args.device).type != "cpu":
         raise PruningError(f"--runtime {args.runtime} runs on the CPU, not on {args.device}")
     model = load_network(args.best_checkpoint, YourNet, args.device)
@@ -82,17 +90,14 @@ def main() -> None:
     )
 
 
-def measured(
-    networks: Mapping[str, nn.Module], dataset: data.Dataset, args: argparse.Namespace
-) -> list[Indicators]:
-    """The figures of both networks, in the runtime that was asked for."""
-    options = {"batch_size": args.batch_size, "threads": args.threads}
+def measured(networks: Mapping[str, nn.Module], dataset: data.Dataset, args: Flags) -> list[Indicators]:
+    """Measure both networks in the runtime of --runtime."""
     if args.runtime == "torch":
-        return measure(networks, dataset, **options)
+        return measure(networks, dataset, batch_size=args.batch_size, threads=args.threads)
     example = torch.zeros(2, *dataset.image_shape)
     with tempfile.TemporaryDirectory() as folder:
         runs = exported(networks, args.runtime, example, Path(folder), threads=args.threads)
-        return measure(networks, dataset, runs=runs, **options)
+        return measure(networks, dataset, batch_size=args.batch_size, threads=args.threads, runs=runs)
 
 
 if __name__ == "__main__":

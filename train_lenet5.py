@@ -9,72 +9,41 @@ from one of them ends where it would have ended without the stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 import data
-from eval.cli import load_network, parser, use_threads
-from eval.metrics import EVALUATION_BATCH
+from eval.cli import ScriptFlags, Seed, Threads, load_network, use_threads
+from eval.reference import REFERENCE_EPOCHS, train_reference
 from models import LeNet5
-from pruning import CheckpointError, TrainConfig, accuracy, cli, fit, provenance, save
+from pruning import CheckpointError, cli, provenance, save
 from pruning.checkpoint import read
 from pruning.training.loop import Epoch
-
-#: Epochs and settings of the reference network.
-REFERENCE_EPOCHS = 6
-RECIPE = {"lr": 0.015, "momentum": 0.0, "schedule": "constant"}
+from pruning.utils.settings import Setting
 
 
-def train_reference(
-    model: LeNet5,
-    dataset: data.Dataset,
-    epochs: int,
-    batch_size: int,
-    on_epoch: Callable[[Epoch], None] | None = None,
-) -> LeNet5:
-    """Train a LeNet-5 in place by the assignment's recipe."""
-
-    def validate(net: torch.nn.Module) -> float:
-        return accuracy(net, dataset.batches("validation", EVALUATION_BATCH))
-
-    batches = dataset.batches("train", batch_size, shuffle=True)
-    config = TrainConfig(epochs, **RECIPE)  # type: ignore[arg-type]
-    fit(model, batches, config, validate=validate, on_epoch=on_epoch, label="LeNet-5")
-    return model
+@dataclass(frozen=True, kw_only=True)
+class Flags(ScriptFlags):
+    checkpoint_dir: Annotated[
+        Path, Setting("folder for the checkpoints", metavar="FOLDER", parse=cli.folder)
+    ] = Path("runs/LeNet5")
+    last_checkpoint: Annotated[Path | None, Setting("network to continue from", metavar="PATH")] = None
+    epoch_start: Annotated[int, Setting("epochs trained before", metavar="N", least=0)] = 0
+    epoch_end: Annotated[int, Setting("epochs trained in the end", metavar="N", least=1)] = REFERENCE_EPOCHS
+    seed: Seed = 0
+    threads: Threads = 2
+    overwrite: Annotated[bool, Setting("replace checkpoints that exist already")] = False
 
 
 def main() -> None:
-    flags = parser(__doc__ or "", batch_size="images in a training step")
-    flags.add_argument(
-        "--checkpoint-dir",
-        type=cli.folder,
-        default=Path("runs/LeNet5"),
-        metavar="FOLDER",
-        help="where checkpoints go",
-    )
-    flags.add_argument("--last-checkpoint", type=Path, metavar="PATH", help="network to go on from")
-    flags.add_argument(
-        "--epoch-start", type=cli.whole_number(0), default=0, metavar="N", help="epochs trained before"
-    )
-    flags.add_argument(
-        "--epoch-end",
-        type=cli.whole_number(1),
-        default=REFERENCE_EPOCHS,
-        metavar="N",
-        help="epochs trained in the end",
-    )
-    flags.add_argument("--seed", type=cli.seed, default=0, help="of the weights and the order of images")
-    flags.add_argument(
-        "--threads", type=cli.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
-    )
-    flags.add_argument("--overwrite", action="store_true", help="replace checkpoints that are there already")
-    args = flags.parse_args()
+    args, flags = cli.parse_flags(Flags, __doc__)
     if args.epoch_end <= args.epoch_start:
         flags.error(f"--epoch-end {args.epoch_end} must be above --epoch-start {args.epoch_start}")
     if args.epoch_start and args.last_checkpoint is None:
-        flags.error(f"--epoch-start {args.epoch_start} needs --last-checkpoint, the network to go on from")
+        flags.error(f"--epoch-start {args.epoch_start} needs --last-checkpoint, the network to continue from")
 
     epochs = range(args.epoch_start + 1, args.epoch_end + 1)
     paths = [args.checkpoint_dir / f"epoch-{number}.pth" for number in epochs]
@@ -89,7 +58,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, before = LeNet5(), args.epoch_start
     dataset = data.load(args.data, args.data_dir).to(args.device)
-    if last is not None:
+    if last is not None and args.last_checkpoint is not None:
         model, before = last, read(args.last_checkpoint)["provenance"].get("epochs", before)
         if before != args.epoch_start:
             print(
@@ -97,7 +66,7 @@ def main() -> None:
                 f"numbered from --epoch-start {args.epoch_start}, and say how old they are",
                 flush=True,
             )
-        for _ in range(args.epoch_start):  # orders of images that are used up
+        for _ in range(args.epoch_start):  # draw the orders of images that are used up
             torch.randperm(len(dataset.train.labels))
     model.to(args.device)
 

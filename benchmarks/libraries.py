@@ -30,7 +30,7 @@ from benchmarks.process import run_module
 from benchmarks.results import read_json, table, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, load, prune, save
-from pruning.cli.sources import arguments_of, make_model
+from pruning.cli.factories import arguments_of, make_model
 from pruning.utils.files import replace_file
 from pruning.utils.tree import tensors
 

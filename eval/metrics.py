@@ -1,4 +1,4 @@
-"""The assignment's four indicators, and its table."""
+"""Measure the assignment's four indicators, and print its table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Indicators:
-    """What was measured of one network.
+    """The measurements of one network.
 
     Times are of the forward pass alone, per image, in milliseconds: the median at the asked
     batch size and at batch 1.
@@ -63,7 +63,7 @@ def measure(
     seconds: float = 3.0,
     runs: Mapping[str, nn.Module] | None = None,
 ) -> list[Indicators]:
-    """Measure networks side by side on one split; their times are taken in turns.
+    """Measure networks on one split; they are timed alternately.
 
     Args:
         models: by the name to print, on the device of the data set.
@@ -103,9 +103,9 @@ def measure(
 def exported(
     models: Mapping[str, nn.Module], runtime: str, inputs: Tensor, folder: Path, *, threads: int = 1
 ) -> dict[str, Exported]:
-    """Networks as files in a folder, opened in a runtime: by the same names, to run in their place.
+    """Export networks to a folder and open them in a runtime, by the same names.
 
-    ONNX files are brought into their quickest form, each by the same means.
+    ONNX files are rewritten into the form that runs fastest, all in the same way.
 
     Args:
         runtime: one of `pruning.runtimes.RUNTIMES`' values.
@@ -124,7 +124,7 @@ def exported(
 
 
 def table(rows: Iterable[Indicators]) -> str:
-    """The assignment's table, with params and MACs each under its right name."""
+    """Return the assignment's table, with params and MACs under their right names."""
     rule = "-" * 64
     lines = [rule, "| Model Name | Accuracy | Infer Time(ms) | Params(M) | MACs(M) |", rule]
     for row in rows:
@@ -137,7 +137,7 @@ def table(rows: Iterable[Indicators]) -> str:
 
 
 def details(rows: Iterable[Indicators]) -> str:
-    """What the table rounds or leaves out."""
+    """Return the figures that the table rounds or leaves out."""
     lines = []
     for row in rows:
         lines.append(

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def output_of(script: str) -> str:
-    """What a script prints, run as a user would run it; it ends where MNIST cannot be had."""
+    """Return what a script prints on MNIST; exit with its code where it fails."""
     run = subprocess.run(
         [sys.executable, script, "--data", "mnist"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )

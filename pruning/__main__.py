@@ -12,18 +12,17 @@ from pruning.utils import distributed
 
 
 def main() -> None:
-    if os.getcwd() not in sys.path:  # models and data of the user's are found from where they stand
+    if os.getcwd() not in sys.path:  # the user's models and data are imported from the current folder
         sys.path.insert(0, os.getcwd())
     args, command = parse()
     with distributed.process_group(getattr(args, "device", "cpu")) as device, silent(distributed.rank() > 0):
-        if "device" in args:
-            args.device = device
+        args.device = device
         command(args)
 
 
 @contextlib.contextmanager
 def silent(wanted: bool) -> Iterator[None]:
-    """Print nothing, if wanted: of several processes the first speaks for all."""
+    """Print nothing in the block, if wanted: of several processes only the first prints."""
     if not wanted:
         yield
         return

@@ -1,4 +1,4 @@
-"""Commands as a user runs them, within this process: it has loaded torch already, which takes seconds."""
+"""Run commands as a user does, but in this process, which has imported torch already."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """What `run()` prints and how it exits, with these words on the command line, in this folder.
+    """Call `run()` with these words on the command line; return its output and exit code.
 
-    There is no terminal and no input. What it raises but its exit is raised here.
+    There is no terminal and no input. Exceptions other than `SystemExit` are raised.
     """
     import torch  # once conftest.py has said how many threads it gets
 
@@ -44,7 +44,7 @@ def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subp
 
 
 def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python name …` of a script of the project; its exit code must be 0 unless told otherwise."""
+    """Run a script of the project; its exit code must be 0 unless `check` is false."""
     path = str(ROOT / name)
     done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
     assert not check or done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subpro
 
 
 def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python -m name …`, likewise."""
+    """Run `python -m name …`; its exit code must be 0 unless `check` is false."""
     with warnings.catch_warnings():
         # Another command has imported it already; its copy is not the one that runs.
         warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
@@ -64,7 +64,7 @@ def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subpro
 
 
 def refused(name: str, *flags: Any, **options: Any) -> str:
-    """Run a script that must refuse its input; returns the one line it says."""
+    """Run a script that must refuse its input; return the line that it prints."""
     done = script(name, *flags, check=False, **options)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What test files share: threads, the toolkit's command line, a browser."""
+"""Fixtures of all tests: threads, the toolkit's command line, a browser."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from browser import Browser
 from commands import called
 
-# One thread for each worker, and for the programs that it starts: more would disturb the other's.
+# One thread for each worker, and for the programs that it starts: more would slow down the other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is not yet
 
 
 @pytest.fixture(scope="session")
 def toolkit():
-    """`python -m pruning …` in this process: exit code, output and errors."""
+    """Run `python -m pruning …` in this process; return exit code, output and errors."""
     from pruning import cli
     from pruning.__main__ import main
 
@@ -29,7 +29,7 @@ def toolkit():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, toolkit):
-    """`toolkit` in a folder that holds a user's module."""
+    """Run `toolkit` in a folder with a module of a user."""
     import user
 
     (tmp_path / "mine.py").write_text(user.MODULE)
@@ -48,7 +48,7 @@ def chromium():
 
 @pytest.fixture
 def shown(chromium):
-    """Opens a page, which must find itself right and never complain."""
+    """Open a page, whose own check must pass without any error."""
 
     def show(path):
         chromium.look()

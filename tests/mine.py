@@ -112,6 +112,25 @@ class Stumbles(Net):
         return super().forward(x) if not self.training else self.missing(x)
 
 
+class Ending:
+    """Batches that end in an error."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        yield from digits()[0][:2]
+        raise OverflowError("no more")
+
+
+def ending():
+    return Ending(), digits()[1]
+
+
+def wide():
+    return [[(images.repeat(1, 3, 1, 1), labels) for images, labels in split] for split in digits()]
+
+
 def few():
     return digits()[0], []
 

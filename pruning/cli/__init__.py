@@ -8,8 +8,8 @@ from pruning.cli.arguments import (
     new_file,
     next_run,
     number,
+    parse_flags,
     seed,
-    strength,
     whole_number,
 )
 from pruning.cli.config_file import read_recipe, tomllib, write_recipe
@@ -23,10 +23,10 @@ __all__ = [
     "new_file",
     "next_run",
     "number",
+    "parse_flags",
     "read_recipe",
     "run",
     "seed",
-    "strength",
     "tomllib",
     "whole_number",
     "write_recipe",

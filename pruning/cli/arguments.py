@@ -1,348 +1,298 @@
-"""Flags that several commands share, and the types of their values."""
+"""Flags made of settings: every `Setting` of a dataclass becomes a flag, its default and its help text.
+
+`add_flags` adds the flags of dataclasses to a parser, and `read_flags` makes a dataclass of what was parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from pruning.cli import arguments
-from pruning.planning.budget import PLACES
-from pruning.planning.options import RANKINGS
-from pruning.planning.scores import NAMES as SCORES
-from pruning.training.config import OPTIMIZERS
+from pruning.utils.settings import Setting, Stage, fields_of
 
-
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    _factory_flags(group)
-    group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="state dict, or a checkpoint of this toolkit"
-    )
-    group.add_argument("--device", type=arguments.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
-    group.add_argument(
-        "--threads", type=arguments.whole_number(1), default=2, metavar="N", help="CPU threads, at most"
-    )
-
-
-def _factory_flags(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help="package.module:factory, or one of torchvision's classifiers (resnet18); not needed for a "
-        "checkpoint of this toolkit whose class can be imported",
-    )
-    group.add_argument(
-        "--model-arg",
-        action=arguments.Several,
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="arguments of the factory",
-    )
-    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file with flags of this command")
-
-
-def ignore_flag(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--ignore",
-        action=arguments.Several,
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="layers that keep their channels: layer4.*, conv1",
-    )
-
-
-def calibration_flag(parser: argparse.ArgumentParser, default: int) -> None:
-    parser.add_argument(
-        "--calibration",
-        type=arguments.whole_number(1),
-        default=default,
-        metavar="N",
-        help="examples of the training split for scores",
-    )
-
-
-def data_flags(parser: argparse.ArgumentParser, *, required: bool, shape: bool = True) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        metavar="NAME",
-        help="mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with a subfolder a class "
-        "(or train, val and test of such); or module:factory that gives train, validation and test batches",
-    )
-    group.add_argument(
-        "--data-arg",
-        action=arguments.Several,
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="arguments of the factory",
-    )
-    group.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets lie"
-    )
-    group.add_argument(
-        "--batch-size", type=arguments.whole_number(1), default=64, metavar="N", help="examples in a batch"
-    )
-    group.add_argument(
-        "--image-size",
-        type=arguments.whole_number(1),
-        default=224,
-        metavar="PIXELS",
-        help="of a folder's images",
-    )
-    group.add_argument(
-        "--workers", type=arguments.whole_number(0), default=0, metavar="N", help="processes that read images"
-    )
-    group.add_argument("--seed", type=arguments.seed, default=0, help="of weights, order and splits")
-    if shape and not required:
-        group.add_argument(
-            "--input-shape",
-            metavar="CxHxW",
-            help="of one example, to trace with random ones where no data is given: 3x224x224",
-        )
-
-
-def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Of commands that make something of a checkpoint, on the CPU."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of a network")
-    parser.add_argument(
-        "--input-shape",
-        metavar="CxHxW",
-        help="of one input, such as 3x224x224; default: the image_shape that the checkpoint stores",
-    )
-    parser.add_argument(
-        "--mean", type=arguments.number(float("-inf")), nargs="+", metavar="X",
-        help="what was subtracted from each channel of the training images; default: as the checkpoint says",
-    )  # fmt: skip
-    parser.add_argument(
-        "--std", type=arguments.number(0), nargs="+", metavar="X", help="what each was divided by"
-    )
-    _factory_flags(parser)
-    data_flags(parser, required=False, shape=False)
-    parser.set_defaults(device="cpu")
-
-
-def run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--output",
-        type=arguments.folder,
-        metavar="FOLDER",
-        help="of this run alone (default: the next free runs/N)",
-    )
-    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    group.add_argument("--tensorboard", action="store_true", help="also write the history for TensorBoard")
-
-
-def result_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="make BatchNorm part of the layers before it in the saved network",
-    )
-    parser.add_argument(
-        "--standalone",
-        action="store_true",
-        help="also write load_pruned.py, which loads the checkpoint without this toolkit",
-    )
-
-
-def stage_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the three stages and of the budget, for `slim_config`."""
-    budget_flags(parser)
-    group = parser.add_argument_group("the three stages")
-    group.add_argument(
-        "--sparsity",
-        type=arguments.strength,
-        metavar="LAMBDA",
-        help="strength of the L1 pull of stage 1; auto finds it from the budget (default)",
-    )
-    group.add_argument(
-        "--layers",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also remove whole layers without which a trial is better",
-    )
-    group.add_argument(
-        "--iterations",
-        type=arguments.whole_number(1),
-        default=5,
-        metavar="N",
-        help="pruning steps in stage 2",
-    )
-    rates: dict[str, tuple[int, float | None, str]] = {
-        "sparsify": (8, 0.1, "stage 1"),
-        "recover": (2, 0.05, "each pruning step of stage 2"),
-        "finetune": (40, None, "stage 3"),
-    }
-    for stage, (epochs, rate, when) in rates.items():
-        group.add_argument(
-            f"--{stage}-epochs",
-            type=arguments.whole_number(0),
-            default=epochs,
-            metavar="N",
-            help=f"of {when}",
-        )
-        group.add_argument(
-            f"--{stage}-rate",
-            type=arguments.number(0),
-            default=rate,
-            metavar="RATE",
-            help=f"highest learning rate of {when}"
-            + ("" if rate else "; default: " + ", ".join(f"{r} with {o}" for o, r in OPTIMIZERS.items())),
-        )
-    group.add_argument(
-        "--restart",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train stage 3 from fresh weights, so that stage 2 gives the widths alone; for small networks",
-    )
-    training_flags(parser)
-
-
-def budget_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a budget and of a plan within it."""
-    budget = parser.add_argument_group(
-        "budget: a count (2000, 50k) or a percentage of the dense network (25%)"
-    )
-    budget.add_argument("--max-params", metavar="PARAMS", help="most parameters, BatchNorm folded")
-    budget.add_argument("--max-macs", metavar="MACS", help="most multiply-adds for one example")
-    budget.add_argument("--max-channels", metavar="CHANNELS", help="most channels of all groups together")
-    latency = parser.add_argument_group("budget of latency, measured on this machine")
-    latency.add_argument(
-        "--max-latency", metavar="TIME", help="0.5x of the dense network's, or 2ms per example"
-    )
-    latency.add_argument("--runtime", choices=PLACES, default=PLACES[0], help="where the network will run")
-    latency.add_argument(
-        "--runtime-batch", type=arguments.whole_number(1), default=1, metavar="N", help="examples in a pass"
-    )
-    latency.add_argument(
-        "--runtime-threads",
-        type=arguments.whole_number(1),
-        default=1,
-        metavar="N",
-        help="CPU threads of a pass",
-    )
-    plan = parser.add_argument_group("which channels go")
-    plan.add_argument("--score", choices=SCORES, default="taylor", help="importance of a channel")
-    plan.add_argument(
-        "--ranking",
-        choices=RANKINGS,
-        default="global",
-        help="compare the scores of all groups, or take the same share of every group",
-    )
-    ignore_flag(plan)
-    plan.add_argument(
-        "--floor",
-        type=arguments.whole_number(1),
-        default=1,
-        metavar="N",
-        help="channels that every group keeps at least",
-    )
-    plan.add_argument(
-        "--most",
-        type=arguments.number(0, 1),
-        default=1.0,
-        metavar="SHARE",
-        help="largest share of a group's channels dropped in one step",
-    )
-    plan.add_argument(
-        "--multiple",
-        type=arguments.whole_number(1),
-        default=1,
-        metavar="N",
-        help="widths are multiples of so many channels, the full width or the floor",
-    )
-
-
-def training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that hold for the training of every stage."""
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--optimizer",
-        choices=tuple(OPTIMIZERS),
-        default="sgd",
-        help="of stage 3; soap needs fewer epochs, for networks of at most a few thousand parameters",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=arguments.number(0),
-        default=1e-3,
-        metavar="FACTOR",
-        help="L2 factor on weights",
-    )
-    group.add_argument(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train with the channels of convolutions last in memory: may pay on one thread",
-    )
-    group.add_argument(
-        "--ema",
-        type=arguments.number(0, 0.99999),
-        default=0.0,
-        metavar="DECAY",
-        help="of a moving average of the weights in stage 3; 0 keeps none",
-    )
-    group.add_argument(
-        "--distill",
-        type=arguments.number(0, 1),
-        default=0.0,
-        metavar="WEIGHT",
-        help="share of the teacher's outputs in the loss of stages 2 and 3",
-    )
-    group.add_argument(
-        "--temperature",
-        type=arguments.number(1e-3),
-        default=4.0,
-        metavar="T",
-        help="by which the teacher's and the network's outputs are divided before they are compared",
-    )
-
+#: Groups of flags by the name that settings give them, in the order of the help text.
+GROUPS = {
+    "budget": "budget: a count (2000, 50k) or a percentage of the dense network (25%)",
+    "latency": "budget of latency, measured on this machine",
+    "stage 1": "stage 1: train with an L1 penalty on the BatchNorm scales",
+    "stage 2": "stage 2: remove channels, and train after each pruning step",
+    "stage 3": "stage 3: fine-tune the pruned network",
+    "training": "training, in every stage",
+    "data": "data",
+    "model": "model",
+    "run": "run",
+}
 
 #: Where runs go that are told no folder.
 RUNS = Path("runs")
+
+Settings = TypeVar("Settings")
+Number = TypeVar("Number", int, float)
+
+#: Of settings that belong to no stage.
+_NO_STAGE = Stage(last=True)
+
+
+# --- flags of dataclasses ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlagsOf:
+    """Name the settings of a dataclass for which a command has flags.
+
+    Attributes:
+        cls: a dataclass whose fields are annotated with `Setting`; its class variable GROUP, if it has
+            one, is the group of settings that name none.
+        defaults: values of fields that take the place of the dataclass's defaults.
+        only: the fields that have flags; by default all.
+        without: fields that have none.
+    """
+
+    cls: type
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    only: Collection[str] = ()
+    without: Collection[str] = ()
+
+
+class Flag(NamedTuple):
+    """A flag of the command line, which is also a key of a configuration file."""
+
+    name: str
+    kind: type
+    several: bool
+    setting: Setting
+    group: str
+    help: str
+    default: object
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add the flag to a parser or to a group of its flags."""
+        setting = self.setting
+        if self.kind is bool:
+            parser.add_argument(
+                f"--{self.name}",
+                action=argparse.BooleanOptionalAction,
+                default=self.default,
+                help=self.help,
+            )
+            return
+        if setting.positional:
+            parser.add_argument(self.name, type=self.value, metavar=setting.metavar, help=self.help)
+            return
+        missing = self.default is dataclasses.MISSING
+        parser.add_argument(
+            f"--{self.name}",
+            action=Several if self.several else "store",
+            nargs="+" if self.several else None,
+            type=self.value,
+            choices=setting.choices or None,
+            metavar=setting.metavar,
+            required=missing,
+            default=None if missing else self.default,
+            help=self.help,
+        )
+
+    def value(self, text: str) -> object:
+        """Convert the text of the command line to the value of the setting."""
+        setting = self.setting
+        if setting.none is not None and text == setting.none:
+            return None
+        if setting.parse is not None:
+            return setting.parse(text)
+        if self.kind is int:
+            return _within(int, setting, text)
+        if self.kind is float:
+            return _within(float, setting, text)
+        return self.kind(text)
+
+
+def add_flags(parser: argparse.ArgumentParser, *sources: FlagsOf | type) -> None:
+    """Add the flags of dataclasses to a parser, in the groups that their settings name."""
+    flags: dict[str, Flag] = {}
+    for source in sources:
+        wanted = source if isinstance(source, FlagsOf) else FlagsOf(source)
+        for flag in _flags(wanted):
+            flags.setdefault(flag.name, flag)  # one flag may hold for several stages
+    for group in ("", *GROUPS):
+        members = [flag for flag in flags.values() if flag.group == group]
+        place = parser.add_argument_group(GROUPS[group]) if group and members else parser
+        for flag in members:
+            flag.add_to(place)
+
+
+def read_flags(
+    cls: type[Settings], args: argparse.Namespace, stage: Stage = _NO_STAGE, **given: object
+) -> Settings:
+    """Make a dataclass of parsed flags.
+
+    Args:
+        cls: a dataclass whose settings were added by `add_flags`.
+        args: what was parsed.
+        stage: the stage whose settings these are.
+        given: values of fields that are not taken from flags.
+    """
+    values = dict(given)
+    for each in fields_of(cls):
+        if each.name in given:
+            continue
+        if each.stage is not None:
+            values[each.name] = read_flags(each.kind, args, each.stage)
+        elif each.setting is not None and stage.has(each.setting):
+            values[each.name] = getattr(args, _destination(_name(each.name, each.setting, stage)))
+    return cls(**values)
+
+
+def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
+    for each in fields_of(source.cls):
+        if each.name in source.without or (source.only and each.name not in source.only):
+            continue
+        default = source.defaults.get(each.name, each.default)
+        if each.stage is not None:
+            held = vars(default) if dataclasses.is_dataclass(default) else {}
+            inner = dataclasses.replace(each.stage, group=each.stage.group or stage.group)
+            yield from _flags(FlagsOf(each.kind, held), inner)
+        elif each.setting is not None and stage.has(each.setting):
+            group = each.setting.group or stage.group or getattr(source.cls, "GROUP", "")
+            if each.setting.positional:
+                group = ""
+            text = each.setting.help
+            if each.name in stage.unset:
+                default, text = None, f"{text} (default: {stage.unset[each.name]})"
+            elif default is None and each.setting.none is not None:
+                text = f"{text} (default: {each.setting.none})"
+            if stage.when:
+                text = f"{stage.when}: {text}"
+            name = _name(each.name, each.setting, stage)
+            yield Flag(name, each.kind, each.several, each.setting, group, text.replace("%", "%%"), default)
+
+
+def _name(name: str, setting: Setting, stage: Stage) -> str:
+    """The name of a setting's flag, without the hyphens before it."""
+    name = setting.name or name.replace("_", "-")
+    return f"{stage.name}-{name}" if stage.name and setting.stages == "each" else name
+
+
+def _destination(name: str) -> str:
+    return name.replace("-", "_")
+
+
+# --- parsers ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message in one line, and exit with code 2."""
+        line = " ".join(message.split())
+        self.exit(2, f"error: {line} (see {self.prog} --help)\n")
+
+    def parsed(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line; an unknown flag is refused, with the name of one that is near."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(unknown)
+        return args
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Exit because of unknown words on the command line."""
+        names = [option for action in self._actions for option in action.option_strings]
+        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = difflib.get_close_matches(words[0], names, 1) if words else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def parse_flags(
+    cls: type[Settings], description: str | None, argv: Sequence[str] | None = None
+) -> tuple[Settings, Parser]:
+    """Parse the command line of a script whose flags are those of one dataclass.
+
+    Args:
+        cls: a dataclass whose fields are annotated with `Setting`.
+        description: the script's docstring.
+        argv: words of the command line; by default those of the process.
+
+    Returns:
+        The settings, and the parser, for the errors that the script itself finds.
+    """
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    add_flags(parser, cls)
+    return read_flags(cls, parser.parsed(argv)), parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the default of every flag that has one, and the description as it was written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
 
 class Several(argparse.Action):
-    """Values that stand in place of the default, and add up where the flag is given again."""
+    """Collect the values of a flag: they replace the default, and add up where the flag is repeated."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, list(values) if before is self.default else [*before, *values])
+        setattr(namespace, self.dest, [*(() if before is self.default else before), *(values or ())])
 
 
-def next_run() -> Path:
-    """The next free numbered folder of `RUNS`."""
-    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()]
-    return RUNS / str(max(numbers, default=0) + 1)
+# --- types of values --------------------------------------------------------------------
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return an argument type: a whole number within inclusive bounds."""
+    bounds = Setting("", least=least, most=most)
+    return lambda text: _within(int, bounds, text)
+
+
+def number(least: float, most: float | None = None) -> Callable[[str], float]:
+    """Return an argument type: a finite number within inclusive bounds."""
+    bounds = Setting("", least=least, most=most)
+    return lambda text: _within(float, bounds, text)
+
+
+def _within(kind: Callable[[str], Number], setting: Setting, text: str) -> Number:
+    """The number that a text stands for. Raises `ArgumentTypeError` for another text or another number."""
+    whole = kind is int
+    try:
+        value = kind(text)
+        if setting.allows(value, int if whole else float):
+            return value
+    except ValueError:
+        pass
+    expected = setting.expected(int if whole else float)
+    instead = f", or {setting.none}" if setting.none is not None else ""
+    raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}{instead}")
+
+
+#: An argument type: a seed of torch's generators.
+seed = whole_number(0, 2**63 - 1)
 
 
 def new_file(text: str) -> Path:
-    """An argument type: a file that is to be written, and is no folder."""
+    """Argument type: a file to write, which is no folder."""
     if not text or Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
     return Path(text)
 
 
 def folder(text: str) -> Path:
-    """An argument type: a folder that is to be written to, there or not."""
+    """Argument type: a folder to write to, which need not exist."""
     place = Path(text)
     there = next(path for path in (place, *place.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -350,44 +300,8 @@ def folder(text: str) -> Path:
     return place
 
 
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argument type: a whole number that is at least `least`, and at most `most` where there is one."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            bounds = f"from {least}" + (f" to {most}" if most is not None else "")
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {bounds}")
-        return value
-
-    return parse
-
-
-#: An argument type: what torch's generators can be seeded with.
-seed = whole_number(0, 2**63 - 1)
-
-
-def number(least: float, most: float = float("inf")) -> Callable[[str], float]:
-    """An argument type: a number between two bounds, both allowed."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most or value == float("inf"):
-            bounds = f"from {least:g}" + (f" to {most:g}" if most < float("inf") else "")
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {bounds}")
-        return value
-
-    return parse
-
-
 def device(text: str) -> str:
-    """An argument type: a device that torch can use here and that holds values."""
+    """Argument type: a device that torch can use here and that stores values."""
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -398,6 +312,7 @@ def device(text: str) -> str:
     return text
 
 
-def strength(text: str) -> float | None:
-    """An argument type: λ, or `auto`, which is None."""
-    return None if text == "auto" else number(0)(text)
+def next_run() -> Path:
+    """Return the next free numbered folder of `RUNS`."""
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()]
+    return RUNS / str(max(numbers, default=0) + 1)

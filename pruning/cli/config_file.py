@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pruning.errors import PruningError
 from pruning.utils.files import replace_file
@@ -20,13 +19,22 @@ else:
 
 
 def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str] = ()) -> list[str]:
-    """The flags that a TOML file holds: `max-params = 2000` is --max-params 2000.
+    """Read the flags that a TOML file holds: `max-params = 2000` is --max-params 2000.
 
     `true` and `false` stand for a flag and its --no- form, an array for a flag with several
-    values. Flags that are among the words `given` on the command line are left out.
+    values.
 
-    Raises `PruningError` for a file that cannot be read, a name that is no flag of the parser
-    (it says which is near), or a value of another kind.
+    Args:
+        path: the file.
+        parser: a parser with the flags that the file may hold.
+        given: words of the command line; the flags among them are left out, as they take precedence.
+
+    Returns:
+        Words for the parser.
+
+    Raises:
+        PruningError: the file cannot be read, a name is no flag of the parser (the message says which
+            is similar), or a value is of another kind.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -49,19 +57,24 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
             raise PruningError(
                 f"{path}: there is no setting {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
             )
-        if value is True or (value is False and f"no-{name}" in known):
+        if isinstance(value, bool):
+            if f"no-{name}" not in known:
+                raise PruningError(f"{path}: {name} is a bool, a number or a text was expected")
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
             flags += [f"--{name}", *map(str, value)]
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        elif isinstance(value, str | int | float):
             flags.append(f"--{name}={value}")
-        elif value is not False:
+        else:
             raise PruningError(f"{path}: {name} is a {type(value).__name__}, a plain value was expected")
     return flags
 
 
 def write_recipe(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Write the TOML file from which `read_recipe` gives these flags again, but for `path` flags."""
+    """Write the TOML file from which `read_recipe` reads these flags again.
+
+    Flags that belong to one call (--output, --resume, --config) are left out.
+    """
     lines = ["# The flags of this run: give this file as --config to repeat it."]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
@@ -72,7 +85,7 @@ def write_recipe(path: Path, args: argparse.Namespace, parser: argparse.Argument
     replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

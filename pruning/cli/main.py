@@ -6,16 +6,13 @@ import argparse
 import io
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pruning.cli import arguments, config_file, sources
+from pruning.cli.arguments import HelpFormatter, Parser, add_flags
 from pruning.cli.commands import demo, doctor, export, finetune, prune, report, sensitivity, slim, test
+from pruning.cli.config_file import read_recipe
 from pruning.errors import UserError
-
-#: This toolkit.
-OWN = Path(__file__).resolve().parent.parent
 
 COMMANDS = {
     "doctor": doctor,
@@ -33,9 +30,9 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Call `main`; end with one line and an exit code when the user's input was at fault.
+    """Call `main`; end with one line and exit code 2 when the input is at fault.
 
-    `interrupted` is said after Ctrl-C.
+    Any other error keeps its traceback. `interrupted` is printed after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks γ or ≤ shows a ? for it
@@ -50,70 +47,62 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
         # In one line, whatever the user's code or a library put into its own message.
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except Exception as error:
-        said = of_users_code(error)
-        if said is None:  # then it is ours, and its traceback is wanted
-            raise
-        print("error:", said, file=sys.stderr)
-        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def of_users_code(error: Exception) -> str | None:
-    """What went wrong, and where, in one line, if it went wrong in code that the user named.
-
-    That is a network or data of a `module:factory`, in this process or in one that reads data.
-    """
-    kind, text = type(error).__name__, " ".join(str(error).split())
-    if "DataLoader worker process" in text:  # which tells of its traceback in the message
-        lines = str(error).strip().splitlines()
-        at = [line.strip() for line in lines if line.strip().startswith("File ")]
-        return f"{lines[-1].strip()} ({at[-1]})" if at else lines[-1].strip()
-    folders = {Path(file).resolve().parent for file in sources.USERS}
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if folders & set(Path(frame.filename).resolve().parents) and OWN not in Path(frame.filename).parents
-    ]
-    if not frames:
-        return None
-    return f"{kind}: {text} ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
-
-
 def parse(
     argv: Sequence[str] | None = None,
 ) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], None]]:
-    """The flags of a command line over those of its --config file, and what to do with them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pruning",
-        description="Structured pruning: `python -m pruning COMMAND --help`.",
-        formatter_class=arguments.HelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    made = {}
-    for name, command in COMMANDS.items():
-        made[name] = commands.add_parser(
-            name,
-            help=command.SUMMARY,
-            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
-            formatter_class=arguments.HelpFormatter,
-        )
-        command.add_flags(made[name])
-    first = argparse.ArgumentParser(add_help=False)
+    """Parse a command line, whose flags take precedence over those of its --config file.
+
+    Returns:
+        The flags, with the command's parser as `parser`, and the function that executes the command.
+    """
+    parser, commands = _parsers()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        sys.exit(BAD_INPUT)
+    first = Parser(add_help=False)
     first.add_argument("--config", type=Path)
     rest = first.parse_known_args(argv)[1]
     first.add_argument("--resume", action="store_true")
     first.add_argument("--output", type=Path)
     given, _ = first.parse_known_args(argv)
-    chosen = next((made[word] for word in rest if word in made), None)
+    at = next((i for i, word in enumerate(rest) if word in commands), None)
     if given.config is None and given.resume and given.output is not None:
         before = given.output / "config.toml"  # of the run that goes on
         given.config = before if before.exists() else None
-    if given.config is not None and chosen is not None:
-        at = next(i for i, word in enumerate(rest) if word in made) + 1
-        rest = [*rest[:at], *config_file.read_recipe(given.config, chosen, rest), *rest[at:]]
-    args = parser.parse_args(rest)
-    args.parser = made[args.command]
+    if given.config is not None and at is not None:
+        recipe = read_recipe(given.config, commands[rest[at]], rest)
+        rest = [*rest[: at + 1], *recipe, *rest[at + 1 :]]
+    args, unknown = parser.parse_known_args(rest)
+    args.parser = commands[args.command]
+    if unknown:
+        args.parser.refuse(unknown)
     return args, COMMANDS[args.command].execute
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of the commands."""
+    width = max(map(len, COMMANDS))
+    listed = [f"  {name:<{width}}  {command.SUMMARY}" for name, command in COMMANDS.items()]
+    parser = Parser(
+        prog="python -m pruning",
+        description="\n".join(["Structured pruning of PyTorch models.", "", "commands:", *listed]),
+        epilog="python -m pruning COMMAND --help lists the flags of a command.",
+        formatter_class=HelpFormatter,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="one of the commands above"
+    )
+    made = {}
+    for name, command in COMMANDS.items():
+        made[name] = commands.add_parser(
+            name,
+            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
+            formatter_class=HelpFormatter,
+        )
+        add_flags(made[name], *command.FLAGS)
+    return parser, made

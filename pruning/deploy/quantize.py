@@ -17,6 +17,7 @@ from pruning.deploy.runtimes import Exported, first_line, quiet, require_package
 from pruning.deploy.timing import Latency, time_forward
 from pruning.errors import ExportError
 from pruning.utils.files import replace_file
+from pruning.utils.tree import Inputs, tensors
 
 if TYPE_CHECKING:
     from onnxruntime.quantization import CalibrationDataReader
@@ -53,7 +54,7 @@ class Quantized:
 def quantize(
     onnx_path: str | Path,
     output: str | Path,
-    calibration_batches: Iterable[Tensor | tuple[Tensor, object]],
+    calibration_batches: Iterable[Inputs],
     *,
     least_agreement: float = 0.9,
     reduce_range: bool = False,
@@ -101,9 +102,9 @@ def quantize(
     return Quantized(Path(output), len(content), float_size, agreement, images, time, float_time)
 
 
-def _calibration(given: Iterable[Tensor | tuple[Tensor, object]]) -> list[Tensor]:
+def _calibration(given: Iterable[Inputs]) -> list[Tensor]:
     """Return the inputs of the batches, on the CPU."""
-    batches = [(batch if isinstance(batch, Tensor) else batch[0]).detach().cpu() for batch in given]
+    batches = [tensors(batch)[0].detach().cpu() for batch in given]
     count = sum(len(batch) for batch in batches)
     if count < 2:
         raise ExportError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from pruning.deploy.runtimes import RUNTIMES
 from pruning.errors import PruningError
 from pruning.planning.cost import Cost
+from pruning.utils.settings import Setting
 from pruning.utils.tree import Inputs, tensors
 
 #: What a budget can limit: the name in `Cost`, and the name in print.
@@ -45,9 +46,20 @@ class Budget:
     Budget(params=2000, macs=50000, channels=None)
     """
 
-    params: int | str | None = None
-    macs: int | str | None = None
-    channels: int | str | None = None
+    params: Annotated[
+        int | str | None,
+        Setting("most parameters, BatchNorm folded", name="max-params", metavar="PARAMS", group="budget"),
+    ] = None
+    macs: Annotated[
+        int | str | None,
+        Setting("most multiply-adds for one example", name="max-macs", metavar="MACS", group="budget"),
+    ] = None
+    channels: Annotated[
+        int | str | None,
+        Setting(
+            "most channels of all groups together", name="max-channels", metavar="CHANNELS", group="budget"
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if not self._given():
@@ -124,10 +136,27 @@ class LatencyBudget:
     1.5
     """
 
-    limit: str
-    runtime: str = "eager"
-    threads: int = 1
-    batch_size: int = 0
+    limit: Annotated[
+        str,
+        Setting(
+            "most time: 0.5x of the dense network's, or 2ms per example",
+            name="max-latency",
+            metavar="TIME",
+            group="latency",
+        ),
+    ]
+    runtime: Annotated[
+        str,
+        Setting("runtime in which the network is timed", choices=PLACES, group="latency"),
+    ] = "eager"
+    threads: Annotated[
+        int,
+        Setting("CPU threads of a timed pass", name="runtime-threads", metavar="N", least=1, group="latency"),
+    ] = 1
+    batch_size: Annotated[
+        int,
+        Setting("examples in a timed pass", name="runtime-batch", metavar="N", least=1, group="latency"),
+    ] = 0
     seconds: float = 1.0
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from pruning.planning.layer_times import LatencyTable
 from pruning.planning.scores import Score, score_channels
 from pruning.planning.search import plan_within
 from pruning.planning.width_sweep import (
+    Batch,
     Evaluator,
     LabelledBatch,
     WidthSweep,
@@ -50,7 +51,7 @@ def sensitivity(
     example_inputs: Inputs,
     validation: Sequence[LabelledBatch],
     *,
-    calibration: Sequence[LabelledBatch] = (),
+    calibration: Sequence[Batch] = (),
     widths: int | None = None,
     score: Score = "l2",
     finetune: TrainConfig | None = None,
@@ -141,7 +142,7 @@ def joint(
     curves: Sensitivity,
     validation: Sequence[LabelledBatch],
     *,
-    calibration: Sequence[LabelledBatch] = (),
+    calibration: Sequence[Batch] = (),
     ignored: Iterable[Ignored] = (),
 ) -> Joint:
     """Apply the plan that the curves give for a budget, and compare its loss with the prediction.

@@ -52,7 +52,7 @@ class WidthSweep:
         model: nn.Module,
         trace: Trace,
         validation: Sequence[LabelledBatch],
-        calibration: Sequence[LabelledBatch],
+        calibration: Sequence[Batch],
     ):
         if not trace.groups:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in trace.skipped.items())

@@ -1,49 +1,59 @@
-"""Settings of the stages: small frozen dataclasses, checked when they are made."""
+"""Settings of the stages: frozen dataclasses, validated when they are made."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
-from pruning.planning.options import PlanOptions
+from pruning.planning.options import RANKINGS, PlanOptions
 from pruning.planning.scores import NAMES
-from pruning.training.config import TrainConfig, require_setting
+from pruning.training.config import OPTIMIZERS, TrainConfig
+from pruning.utils.settings import Setting, Stage, require_valid
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Stage 2: removing channels, in several iterations.
+    """Stage 2: remove channels in several iterations. Each field states its meaning and bounds.
 
-    Attributes:
-        iterations: pruning steps, each to an equal ratio of the way.
-        recover: training after each step.
-        score: importance of a channel: `taylor`, `bn_scale`, `l1`, `l2`, `random` or
-            `sensitivity`.
-        layers: also remove whole layers, where a trial shows that the network is better
-            without them within the same budget.
-        ranking, floor, most, multiple: as `plan_within` takes them, in every step.
+    Raises:
+        PruningError: a setting is out of its bounds.
     """
 
-    iterations: int
-    recover: TrainConfig
-    score: str = "taylor"
-    layers: bool = False
-    ranking: str = "global"
-    floor: int = 1
-    most: float = 1.0
-    multiple: int = 1
+    iterations: Annotated[
+        int,
+        Setting("pruning steps, each of which reduces the cost by the same ratio", metavar="N", least=1),
+    ]
+    recover: Annotated[TrainConfig, Stage("recover", when="after each pruning step")]
+    score: Annotated[str, Setting("importance of a channel", choices=NAMES)] = "taylor"
+    layers: Annotated[
+        bool,
+        Setting("also remove whole layers, where a trial reaches more without them within the same budget"),
+    ] = False
+    ranking: Annotated[
+        str,
+        Setting(
+            "global compares the scores of all groups, group takes the same share of every group",
+            choices=RANKINGS,
+        ),
+    ] = "global"
+    floor: Annotated[int, Setting("fewest channels that every group keeps", metavar="N", least=1)] = 1
+    most: Annotated[
+        float,
+        Setting("largest share of a group's channels removed in one step", metavar="SHARE", above=0, most=1),
+    ] = 1.0
+    multiple: Annotated[
+        int,
+        Setting(
+            "round widths to multiples of N channels; the full width and the floor are also allowed",
+            metavar="N",
+            least=1,
+        ),
+    ] = 1
 
     def __post_init__(self) -> None:
-        require_setting(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
-        require_setting(self.score in NAMES, f"score {self.score!r}: one of {', '.join(NAMES)}")
-        require_setting(
-            self.floor >= 1 <= self.multiple, f"floor {self.floor}, multiple {self.multiple}: at least 1"
-        )
-        require_setting(
-            0 < self.most <= 1, f"largest share dropped in a step {self.most}: above 0, at most 1"
-        )
+        require_valid(self)
 
     @property
     def options(self) -> PlanOptions:
@@ -51,52 +61,89 @@ class PruneConfig:
         return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
 
 
+#: Settings of the stages where no others are given.
+_SPARSIFY = TrainConfig(8, lr=0.1, weight_decay=1e-3)
+_PRUNE = PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=1e-3))
+_FINETUNE = TrainConfig(40, lr=0.1, weight_decay=1e-3)
+
+
 @dataclass(frozen=True)
 class SlimConfig:
-    """The three stages of slimming.
+    """The three stages of slimming. Each field states its meaning and bounds.
 
-    Attributes:
-        budget: what the result may cost.
-        sparsify: training of stage 1.
-        prune: stage 2.
-        finetune: training of stage 3.
-        strength: λ of the L1 pull on BatchNorm scales in stage 1; None finds it from the
-            budget, 0 trains without it.
-        distill: weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher.
-        temperature: at which the two are compared (see `distillation`).
-        restart: train stage 3, and the trials of whole layers, from fresh weights: pruning then gives
-            the widths (see `fresh_weights`).
+    The defaults are the settings of this project's own main job, for any budget.
+
+    Raises:
+        PruningError: a setting is out of its bounds, or stage 1 keeps a moving average.
+
+    >>> SlimConfig(Budget(macs="50%")).epochs
+    58
     """
 
     budget: Budget | LatencyBudget
-    sparsify: TrainConfig
-    prune: PruneConfig
-    finetune: TrainConfig
-    strength: float | None = None
-    distill: float = 0.0
-    temperature: float = 4.0
-    restart: bool = False
+    sparsify: Annotated[TrainConfig, Stage("sparsify", group="stage 1")] = _SPARSIFY
+    prune: Annotated[PruneConfig, Stage(group="stage 2")] = _PRUNE
+    finetune: Annotated[
+        TrainConfig,
+        Stage(
+            "finetune",
+            group="stage 3",
+            last=True,
+            unset={"lr": ", ".join(f"{rate} with {name}" for name, rate in OPTIMIZERS.items())},
+        ),
+    ] = _FINETUNE
+    strength: Annotated[
+        float | None,
+        Setting(
+            "strength of the L1 penalty on BatchNorm scales; auto finds it from the budget, 0 trains without",
+            name="sparsity",
+            metavar="LAMBDA",
+            least=0,
+            none="auto",
+            group="stage 1",
+        ),
+    ] = None
+    distill: Annotated[
+        float,
+        Setting(
+            "weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher",
+            metavar="WEIGHT",
+            least=0,
+            most=1,
+            group="training",
+        ),
+    ] = 0.0
+    temperature: Annotated[
+        float,
+        Setting(
+            "temperature that divides the logits of the teacher and the network before they are compared",
+            metavar="T",
+            least=1e-3,
+            group="training",
+        ),
+    ] = 4.0
+    restart: Annotated[
+        bool,
+        Setting(
+            "train stage 3 and the trials of whole layers from fresh weights: stage 2 then gives only the "
+            "widths; for small networks",
+            group="stage 3",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         require_budget(self.budget)
-        require_setting((self.strength or 0) >= 0, f"sparsity strength {self.strength}: at least 0")
-        require_setting(
-            not self.sparsify.ema,
-            f"decay of the moving average {self.sparsify.ema} in stage 1: 0 (an average has no exact zeros)",
-        )
-        require_setting(0 <= self.distill <= 1, f"distillation weight {self.distill}: from 0 to 1")
-        require_setting(self.temperature > 0, f"distillation temperature {self.temperature}: above 0")
+        require_valid(self)
+        if self.sparsify.ema:
+            raise PruningError(
+                f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0 in stage 1 (an average has no "
+                "exact zeros)"
+            )
 
     @classmethod
     def within(cls, budget: Budget | LatencyBudget) -> SlimConfig:
-        """The settings of this project's own main job, for any budget."""
-        decay = 1e-3
-        return cls(
-            budget,
-            sparsify=TrainConfig(8, lr=0.1, weight_decay=decay),
-            prune=PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=decay)),
-            finetune=TrainConfig(40, lr=0.1, weight_decay=decay),
-        )
+        """Return the default settings for a budget."""
+        return cls(budget)
 
     @property
     def counts(self) -> Budget:

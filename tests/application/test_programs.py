@@ -124,7 +124,7 @@ def everything(tmp_path_factory):
     return demo(crafted(), path, SMALL, classes=["</script>", "<b>&amp;", "c@data@", "d"])
 
 
-def test_every_operation_is_needed(everything):
+def test_the_networks_use_every_operation(everything):
     assert everything.difference < TOLERANCE and len(everything.networks) == len(crafted())
     written = re.search(
         r'<script type="application/json" id="data">(.*?)</script>', everything.path.read_text()
@@ -143,7 +143,7 @@ def test_every_operation_is_needed(everything):
     assert all(each["bytes"] == 4 * sum(each["program"]["constants"]) for each in made)
 
 
-def test_a_program_takes_any_example():
+def test_a_program_computes_what_its_network_computes():
     net = nets.make("residual")
     images = torch.randn(3, 3, 14, 14)
     made = program_of(folded(net.requires_grad_(False), [images]), images[:1])
@@ -165,7 +165,7 @@ def test_torchvisions_networks_have_programs(name):
 
 
 @needs_browser
-def test_every_operation_in_the_browser(everything, shown):
+def test_the_browser_computes_every_operation(everything, shown):
     browser = shown(everything.path)
     assert float(browser("find('check').dataset.difference")) < TOLERANCE
     for name, table in (

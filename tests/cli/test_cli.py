@@ -1,4 +1,4 @@
-"""The commands, run as a user runs them."""
+"""The four scripts, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
+def test_train_yournet_writes_a_smaller_network_and_its_provenance(run):
     folder, printed = run
     net = load(folder / "best.pth")
     assert type(net) is YourNet
@@ -59,7 +59,7 @@ def test_train_yournet_leaves_a_smaller_network_and_says_how(run):
     assert facts["command"].startswith("python ") and 0 <= facts["validation_accuracy"] <= 1
 
 
-def test_the_same_seed_trains_the_same_network_and_another_another(run, tmp_path):
+def test_the_seed_determines_the_trained_network(run, tmp_path):
     folder, _ = run
     script("train_yournet.py", *SHORT, "--output", tmp_path / "again", cwd=tmp_path)
     script("train_yournet.py", *SHORT, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
@@ -128,7 +128,7 @@ def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path):
     assert "LeNet-5" in program("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
 
 
-def test_train_lenet5_saves_each_epoch_and_goes_on_from_one(tmp_path):
+def test_train_lenet5_saves_each_epoch_and_continues_from_a_checkpoint(tmp_path):
     flags = ["--data", "mnist5k", "--checkpoint-dir", tmp_path / "net", "--threads", 1]
     script("train_lenet5.py", *flags, "--epoch-end", 3)
     names = [f"epoch-{number}.pth" for number in (1, 2, 3)]
@@ -151,7 +151,7 @@ def test_train_lenet5_saves_each_epoch_and_goes_on_from_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train_lenet5.py", "test_lenet5.py", "train_yournet.py", "test_yournet.py"])
-def test_every_flag_is_explained_and_bad_usage_is_one_line(name, tmp_path):
+def test_help_lists_the_flags_and_bad_usage_is_one_line(name, tmp_path):
     text = script(name, "--help").stdout
     assert "--device" in text and "(default: cpu)" in text
     assert "whole number from 1" in refused(name, "--batch-size", 0, cwd=tmp_path)
@@ -162,7 +162,7 @@ def test_every_flag_is_explained_and_bad_usage_is_one_line(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_budget_names_the_floor_and_leaves_nothing(tmp_path):
+def test_an_unreachable_budget_names_the_floor_and_writes_nothing(tmp_path):
     message = refused(
         "train_yournet.py", *SHORT, "--max-params", 50, "--output", tmp_path / "run", cwd=tmp_path
     )
@@ -171,12 +171,12 @@ def test_an_unreachable_budget_names_the_floor_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--max-params", "0"], ["--max-macs", "120%"], ["--max-params", "few"]])
-def test_a_budget_that_is_none(flags, tmp_path):
+def test_an_invalid_budget_is_refused(flags, tmp_path):
     assert "budget" in refused("train_yournet.py", *SHORT, *flags, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_that_is_not_there_or_of_other_classes(tmp_path):
+def test_a_missing_or_incompatible_teacher_is_refused(tmp_path):
     assert "no such file" in refused(
         "train_yournet.py", *SHORT, "--teacher", "absent.pth", "--distill", 0.5, cwd=tmp_path
     )
@@ -191,7 +191,7 @@ def test_a_teacher_that_is_not_there_or_of_other_classes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"seven.pth"}
 
 
-def test_a_teacher_takes_part_at_its_temperature(run, tmp_path):
+def test_distillation_changes_the_losses_of_stages_2_and_3(run, tmp_path):
     teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
     flags = [*SHORT, *teacher, "--temperature", 1, "--output", tmp_path / "taught"]
     script("train_yournet.py", *flags, cwd=tmp_path)
@@ -205,13 +205,13 @@ def test_a_teacher_takes_part_at_its_temperature(run, tmp_path):
     assert "--temperature" in refused("train_yournet.py", *SHORT, "--temperature", 0, cwd=tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path):
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("train_yournet.py", *SHORT, "--output", tmp_path / "file" / "run", cwd=tmp_path)
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_folder_with_a_run_is_not_written_over(run, tmp_path):
+def test_the_folder_of_another_run_is_not_overwritten(run, tmp_path):
     folder, _ = run
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "holds a run already" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
@@ -222,11 +222,11 @@ def test_a_folder_with_a_run_is_not_written_over(run, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_nothing_to_resume(tmp_path):
+def test_resuming_without_a_run_is_refused(tmp_path):
     assert "no run to resume" in refused("train_yournet.py", "--resume", cwd=tmp_path)
 
 
-def test_a_checkpoint_of_another_network(tmp_path):
+def test_a_checkpoint_of_another_class_is_refused(tmp_path):
     save(tmp_path / "lenet.pth", LeNet5())
     save(tmp_path / "yournet.pth", YourNet())
     assert "holds a LeNet5, a YourNet was expected" in refused(
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_network(tmp_path):
     assert "no such file" in refused("test_yournet.py", "--best-checkpoint", tmp_path / "absent.pth")
 
 
-def test_a_data_folder_with_damaged_files(tmp_path, monkeypatch):
+def test_a_data_folder_with_missing_files_is_refused(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(b"not images")
@@ -267,7 +267,7 @@ def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
     assert figures["score_uncapped"] >= 140 and figures["score"] == 100
 
 
-def test_a_budget_of_latency_goes_before_the_recipe_s_limits(tmp_path):
+def test_a_latency_budget_replaces_the_limits_of_the_recipe(tmp_path):
     folder = tmp_path / "run"
     done = script("train_yournet.py", *SHORT, "--max-latency", "0.8x", "--runtime-batch", 64, "--no-layers",
                    "--output", folder, cwd=tmp_path)  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_budget_of_latency_goes_before_the_recipe_s_limits(tmp_path):
     assert "--max-latency stands alone" in refused("train_yournet.py", *words)
 
 
-def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
+def test_the_command_line_takes_precedence_over_the_recipe(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('start = "mlp"\nmax-params = "30%"\nlayers = false\nfinetune-epochs = 7\n')
     done = script("train_yournet.py", *SHORT, "--recipe", recipe, "--output", tmp_path / "run", cwd=tmp_path)
@@ -299,6 +299,6 @@ def test_a_recipe_holds_flags_and_the_command_line_goes_before_it(tmp_path):
     assert "cannot be read as a recipe" in refused("train_yournet.py", "--recipe", tmp_path / "none.toml")
 
 
-def test_the_embedded_digits_have_a_recipe_of_their_own(run):
+def test_mnist5k_uses_its_own_recipe(run):
     folder, _ = run
     assert json.loads((folder / "config.json").read_text())["augment"] == 1.0

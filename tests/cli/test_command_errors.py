@@ -1,4 +1,4 @@
-"""What `python -m pruning` says of mistakes: one clear line, exit code 2, nothing lost."""
+"""Errors of `python -m pruning`: one clear line, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 from user import NET, image_folder
 
-from pruning.cli.sources import load_weights, make_data
+from pruning.cli.factories import load_weights
+from pruning.cli.sources import make_data
 
 BUDGET = ("--max-macs", "50%")
 PICTURES = (
@@ -139,20 +140,20 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_pa
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_of_a_factory_names_it_where_it_cannot_do_without(run):
+def test_loading_a_checkpoint_names_the_factory_that_it_needs(run):
     words = ("--model", "mine:sized", "--data", "mine:digits", "--model-arg", "width=6")
     assert run("prune", *words, *BUDGET)[0] == 0
     code, _, err = run("test", "--weights", "small.pth", "--data", "mine:digits")
     assert code == 2 and "give --model mine:sized --model-arg width=6" in err
 
 
-def test_a_recipe_names_no_other(run, tmp_path):
+def test_a_recipe_that_names_another_is_refused(run, tmp_path):
     (tmp_path / "run.toml").write_text('config = "other.toml"\nmax-macs = "60%"\n')
     code, _, err = run("prune", *NET, "--config", "run.toml")
     assert code == 2 and "run.toml: a recipe cannot name another one" in err
 
 
-def test_meta_is_no_device(run):
+def test_the_meta_device_is_refused(run):
     code, _, err = run("prune", *NET, *BUDGET, "--device", "meta")
     assert code == 2 and "'meta' holds no values to prune: expected cpu or cuda" in err
 
@@ -164,19 +165,19 @@ def test_meta_is_no_device(run):
         (("slim", *NET, *BUDGET, "--output", "mine.py/run"), "mine.py is a file"),
     ],
 )
-def test_where_nothing_can_be_written_is_said_first(run, words, message):
+def test_an_unwritable_output_is_refused_before_any_work(run, words, message):
     code, _, err = run(*words)
     assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_a_page_shows_images_of_classes_alone(run):
+def test_demo_refuses_targets_that_are_no_classes(run):
     assert run("prune", *NET, *BUDGET)[0] == 0
     code, _, err = run("demo", "small.pth", *NET[:2], "--data", "mine:regression", "--mean", 0, "--std", 1)
     assert code == 2 and "one class an image" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.pth"])
-def test_a_run_whose_files_are_others_is_not_resumed(run, tmp_path, name):
+def test_a_run_with_invalid_files_is_not_resumed(run, tmp_path, name):
     words = ("finetune", *NET, "--epochs", 1, "--output", "run")
     assert run(*words)[0] == 0
     if name == "config.json":
@@ -197,13 +198,13 @@ def test_a_damaged_image_is_named(run, tmp_path, workers):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_whose_class_has_changed(run, tmp_path):
+def test_a_checkpoint_of_a_changed_class_is_refused(run, tmp_path):
     assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
     code, _, err = run("test", "--model", "mine:Changed", "--weights", "small.pth", "--data", "mine:digits")
     assert code == 2 and "small.pth does not fit Changed" in err
 
 
-def test_an_export_whose_data_are_refused_writes_nothing(run, tmp_path):
+def test_export_with_invalid_data_writes_nothing(run, tmp_path):
     assert run("prune", *NET, *BUDGET, "--output", "small.pth")[0] == 0
     words = (
         "export",
@@ -221,7 +222,7 @@ def test_an_export_whose_data_are_refused_writes_nothing(run, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in folders")
-def test_a_pipe_is_no_checkpoint_and_a_link_stays_one(run, tmp_path):
+def test_a_pipe_is_refused_as_output_and_a_link_is_followed(run, tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     code, _, err = run("prune", *NET, *BUDGET, "--output", "pipe.pth")
     assert code == 2 and "pipe.pth cannot be written: it is a device or a pipe" in err
@@ -232,7 +233,7 @@ def test_a_pipe_is_no_checkpoint_and_a_link_stays_one(run, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a reader that leaves is no error there")
-def test_whoever_reads_may_leave(tmp_path):
+def test_a_closed_pipe_ends_the_command_without_a_traceback(tmp_path):
     read, write = os.pipe()
     os.close(read)
     words = ("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
@@ -242,7 +243,7 @@ def test_whoever_reads_may_leave(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("Val",), ("val", "test")])
-def test_folders_of_splits_are_no_classes(run, tmp_path, names):
+def test_split_folders_without_train_are_refused(run, tmp_path, names):
     for name in names:
         image_folder(tmp_path / "pictures" / name, ["a", "b"])
     words = (*PICTURES, *BUDGET)
@@ -262,7 +263,7 @@ def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
-def test_weights_of_training_wrappers_fit(tmp_path, prefix):
+def test_prefixes_of_training_wrappers_are_removed_from_weights(tmp_path, prefix):
     net = nn.Sequential()
     net.add_module("module", nn.Linear(2, 3))  # which begins as one of the wrappers' prefixes
     state = {prefix + name: value for name, value in net.state_dict().items()}
@@ -279,7 +280,7 @@ def test_a_run_is_resumed_by_its_folder_alone(run):
     assert code == 0, err
 
 
-def test_a_mistake_in_the_users_code_says_where(run, tmp_path):
+def test_an_error_in_the_users_data_names_its_place(run, tmp_path):
     for workers in (0, 1):
         code, _, err = run("prune", "--model", "mine:Net", "--data", "mine:mistaken", "--data-arg",
                            f"workers={workers}", *BUDGET)  # fmt: skip
@@ -287,7 +288,7 @@ def test_a_mistake_in_the_users_code_says_where(run, tmp_path):
         assert len(err.strip().splitlines()) == 1
 
 
-def test_shares_of_classes_are_data(run):
+def test_soft_targets_are_accepted(run):
     words = ("--model", "mine:Net", "--data", "mine:shares")
     epochs = [word for stage in ("sparsify", "recover", "finetune") for word in (f"--{stage}-epochs", 1)]
     code, _, err = run("slim", *words, *BUDGET, *epochs, "--iterations", 1, "--output", "run")
@@ -296,12 +297,12 @@ def test_shares_of_classes_are_data(run):
 
 
 @pytest.mark.parametrize("seed", [2**64, -1, "x"])
-def test_a_seed_is_what_torch_takes(run, seed):
+def test_a_seed_outside_the_range_of_torch_is_refused(run, seed):
     code, _, err = run("prune", *NET, *BUDGET, "--seed", seed)
     assert code == 2 and "--seed" in err and "expected a whole number from 0 to" in err
 
 
-def test_weights_alone_are_exported_of_the_network_that_is_named(run, tmp_path):
+def test_a_bare_state_dict_is_exported_with_model(run, tmp_path):
     import mine
 
     torch.save(mine.Net().state_dict(), tmp_path / "weights.pth")
@@ -315,7 +316,7 @@ def test_weights_alone_are_exported_of_the_network_that_is_named(run, tmp_path):
     assert code == 2 and "save model.state_dict()" in err
 
 
-def test_hidden_folders_are_no_classes_and_few_of_a_class_are_some(run, tmp_path):
+def test_hidden_folders_are_ignored_and_unbalanced_classes_accepted(run, tmp_path):
     image_folder(tmp_path / "pictures", ["a", "b"])
     (tmp_path / "pictures" / ".ipynb_checkpoints").mkdir()
     for i in range(12, 80):

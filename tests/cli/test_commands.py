@@ -1,4 +1,4 @@
-"""`python -m pruning` as a user runs it: any model, any data."""
+"""`python -m pruning` with any model and any data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT = ("--sparsify-epochs", 1, "--recover-epochs", 1, "--finetune-epochs", 2, 
 BUDGET = ("--max-macs", "50%")
 
 
-def test_doctor_names_groups_and_what_stays(run, tmp_path):
+def test_doctor_lists_groups_and_skipped_layers(run, tmp_path):
     code, out, _ = run("doctor", *NET, "--model-arg", "width=6", "--json", "found.json")
     assert code == 0 and "features.0" in out and "6 channels" in out
     assert "head: its channels are the model's output" in out and "trial passed" in out
@@ -30,7 +30,7 @@ def test_doctor_names_groups_and_what_stays(run, tmp_path):
     assert found["groups"][0]["scales"] == ["features.1"] and found["trial"] == ""
 
 
-def test_flags_of_several_values_add_up_when_they_are_repeated(run, tmp_path):
+def test_repeated_flags_with_several_values_add_up(run, tmp_path):
     words = ("doctor", *NET, "--model-arg", "width=6", "--model-arg", "bias=False", "--json", "found.json")
     assert run(*words, "--ignore", "features.0", "--ignore", "features.4")[0] == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -118,13 +118,13 @@ def test_a_config_may_be_overridden_and_an_unknown_key_is_named(run, tmp_path):
     assert code == 2 and "'max-mac'" in err and "'max-macs'" in err
 
 
-def test_a_model_without_batchnorm_is_slimmed_without_a_pull(run):
+def test_a_model_without_batchnorm_is_slimmed_without_a_penalty(run):
     words = ("--model", "mine:plain", "--data", "mine:digits", *SHORT, "--max-macs", "60%")
     code, out, _ = run("slim", *words)
     assert code == 0 and "without a pull" in out
 
 
-def test_sensitivity_draws_and_goes_on(run, tmp_path):
+def test_sensitivity_writes_figures_and_resumes(run, tmp_path):
     code, _, _ = run("sensitivity", *NET, "--widths", 3, "--output", "curves")
     names = {path.name for path in (tmp_path / "curves").iterdir()}
     assert code == 0 and names >= {"curves.json", "curves.csv", "curves.png", "map.svg", "cost.png"}
@@ -149,7 +149,7 @@ def test_tensorboard_receives_the_history(run, tmp_path, monkeypatch):
     assert code == 2 and "pip install tensorboard" in err
 
 
-def test_an_image_folder_is_data(run, tmp_path):
+def test_image_folders_are_read_and_validated(run, tmp_path):
     image_folder(tmp_path / "pictures", ["a", "bb", "cccc"])
     words = (
         "--model",
@@ -173,7 +173,7 @@ def test_an_image_folder_is_data(run, tmp_path):
     assert code == 2 and "one class only" in err
 
 
-def test_finetuning_writes_nothing_worse_than_its_start(run, tmp_path):
+def test_finetuning_never_lowers_the_validation_accuracy(run, tmp_path):
     words = ("--data", "mine:digits", "--epochs", 1)
     assert run("finetune", "--model", "mine:Net", *words[:2], "--epochs", 8, "--output", "good")[0] == 0
     code, out, err = run("finetune", "--model", "mine:Net", "--weights", "good/best.pth", *words, "--rate", 2,
@@ -183,7 +183,7 @@ def test_finetuning_writes_nothing_worse_than_its_start(run, tmp_path):
     assert float(after) >= float(before) > 0.9
 
 
-def test_finetuning_takes_every_setting_of_its_training(run):
+def test_every_training_setting_changes_finetuning(run):
     assert run("finetune", *NET, "--epochs", 1, "--output", "teacher")[0] == 0
     words = ("finetune", *NET, "--weights", "teacher/best.pth", "--epochs", 1, "--rate", 0.05)
     taught = ("--teacher", "teacher/best.pth", "--distill", 0.9)
@@ -202,25 +202,25 @@ def test_finetuning_takes_every_setting_of_its_training(run):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
 
 
-def test_soap_is_refused_at_once_where_the_network_may_stay_large(run, tmp_path):
+def test_soap_is_refused_for_large_networks_before_training(run, tmp_path):
     words = ("slim", *NET, *SHORT, "--model-arg", "width=128", "--optimizer", "soap", "--output", "large")
     code, out, err = run(*words, *BUDGET)
     assert code == 2 and "at most 4,096 parameters" in err and "take sgd" in err and "stage 1" not in out
     assert not (tmp_path / "large").exists()
     code, out, err = run(*words[:-1], "none", "--max-params", 2000, "--finetune-rate", 0)
-    assert code == 2 and "learning rate 0" in err
+    assert code == 2 and "--finetune-rate: '0': expected a number above 0" in err
     code, out, err = run(*words[:-1], "small", "--max-params", 2000)
     assert code == 0, err
 
 
-def test_finetune_refuses_before_there_is_a_run(run, tmp_path):
+def test_finetune_refuses_invalid_settings_before_creating_a_run(run, tmp_path):
     import mine
 
     for classes in (3, 7):
         save(tmp_path / f"{classes}.pth", mine.Net(classes=classes))
     words = ("finetune", "--data", "mine:digits", "--epochs", 1, "--output", "none")
     for flags, said in (
-        (("--weights", "3.pth", "--rate", 0), "learning rate 0"),
+        (("--weights", "3.pth", "--rate", 0), "--rate: '0': expected a number above 0"),
         (("--weights", "3.pth", "--teacher", "7.pth", "--distill", 0.5), "7.pth does not fit Net"),
         (("--model", "mine:Net", "--model-arg", "width=128", "--optimizer", "soap"), "take sgd"),
     ):
@@ -229,7 +229,7 @@ def test_finetune_refuses_before_there_is_a_run(run, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_threads_are_at_most_those_of_torch(run, monkeypatch):
+def test_threads_are_capped_at_the_default_of_torch(run, monkeypatch):
     from pruning.cli.commands import test as command
 
     used = []
@@ -243,7 +243,7 @@ def test_threads_are_at_most_those_of_torch(run, monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["digits", "regression"])
-def test_what_is_no_classifier_is_pruned_and_timed_without_its_accuracy(run, tmp_path, data):
+def test_other_networks_than_classifiers_are_pruned_and_timed_without_accuracy(run, tmp_path, data):
     words = ("--model", "mine:Says" if data == "digits" else "mine:Net", "--data", f"mine:{data}")
     code, out, err = run("prune", *words, *BUDGET, "--score", "l2")
     assert code == 0 and "validation accuracy was not taken: the" in out, err

@@ -1,4 +1,4 @@
 """The toolkit's commands: `python -m pruning COMMAND --help`.
 
-Each is a module with a `SUMMARY`, its flags (`add_flags`) and what it does with them (`execute`).
+Each is a module with a `SUMMARY`, the dataclasses whose settings are its `FLAGS`, and `execute`.
 """

@@ -1,62 +1,71 @@
-"""`python -m pruning demo`: make one HTML file in which a network says what is drawn."""
+"""`python -m pruning demo`: make one HTML page on which a network classifies drawings."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from pruning.cli import arguments, build
+from pruning.cli.arguments import read_flags
 from pruning.cli.sources import BUILT_IN, IMAGENET, Data
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.utils.modules import thread_count
+from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML file in which a network says what is drawn"
+SUMMARY = "make one HTML page on which a network classifies drawings"
 #: Most test images to click on, and most batches that are searched for them.
 EXAMPLES, SEARCHED = 10, 20
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="weights of the dense network, to show beside it"
-    )
-    parser.add_argument(
-        "--output",
-        type=arguments.new_file,
-        metavar="FILE",
-        help="default: the checkpoint's name with the ending .html",
-    )
-    parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="of the classes, in their order (default: numbers)"
-    )
-    arguments.checkpoint_flags(parser)
+@dataclass(frozen=True)
+class DemoFlags:
+    against: Annotated[
+        Path | None, Setting("weights of the dense network, to show beside it", metavar="FILE")
+    ] = None
+    output: Annotated[
+        Path | None,
+        Setting(
+            "HTML file (default: the checkpoint's name with the suffix .html)",
+            metavar="FILE",
+            parse=arguments.new_file,
+        ),
+    ] = None
+    classes: Annotated[
+        list[str] | None, Setting("names of the classes, in their order (default: numbers)", metavar="NAME")
+    ] = None
+
+
+FLAGS = (DemoFlags, build.CheckpointFlags, build.DataFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
+    flags = read_flags(DemoFlags, args)
     network, content = build.network_with(args, args.checkpoint), build.described(args, args.checkpoint)
-    against = None if args.against is None else build.network_with(args, args.against)
+    against = None if flags.against is None else build.network_with(args, flags.against)
     data = build.data_of(args)
-    output = args.output or args.checkpoint.with_suffix(".html")
-    for path in filter(None, (args.checkpoint, args.against)):
+    output = flags.output or args.checkpoint.with_suffix(".html")
+    for path in filter(None, (args.checkpoint, flags.against)):
         if output.exists() and output.samefile(path):
             raise PruningError(f"--output {output} is a checkpoint; give another name")
     images = _images(args, content, data)
+    build.require_runs(network, torch.zeros(2, *images.shape))
     name = _name(args, content, network)
     models, facts, title = {name: network}, {name: content["provenance"]}, name
-    if against is not None:
-        stored = build.described(args, args.against)
+    if against is not None and flags.against is not None:
+        stored = build.described(args, flags.against)
         other = _name(args, stored, against)
         names = ("dense", "pruned") if other == name else (other, name)
         title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"
         models = dict(zip(names, (against, network), strict=True))
         facts = dict(zip(names, (stored["provenance"], content["provenance"]), strict=True))
-    classes = args.classes or content["provenance"].get("classes") or _class_names(data)
+    classes = flags.classes or content["provenance"].get("classes") or _class_names(data)
     with thread_count(1):
         made = {name: each for name, each in facts.items() if each}
         print(demo(models, output, images, title=title, classes=classes, facts=made))

@@ -1,29 +1,35 @@
-"""`python -m pruning doctor`: say what pruning would do to a model, before anything is done."""
+"""`python -m pruning doctor`: report what pruning would do to a model, without changing it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 from pruning.cli import arguments, build
 from pruning.report.diagnose import doctor
 from pruning.utils.files import replace_file
+from pruning.utils.settings import Setting
 
-SUMMARY = "say what pruning would do to a model, before anything is done"
+SUMMARY = "report what pruning would do to a model, without changing it"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=False)
-    arguments.ignore_flag(parser)
-    parser.add_argument(
-        "--json", type=arguments.new_file, metavar="FILE", help="also write what was found here"
-    )
+@dataclass(frozen=True)
+class DoctorFlags:
+    json: Annotated[
+        Path | None,
+        Setting("also write the report to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+FLAGS = (build.ModelFlags, build.DataFlags, build.ShapeFlags, build.IgnoreFlags, DoctorFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
     model = build.network(args)
-    found = doctor(model, build.examples(args, build.data_of(args)), args.ignore)
+    found = doctor(model, build.examples(args, model, build.data_of(args)), args.ignore)
     print(found)
     if args.json:
         replace_file(args.json, (json.dumps(found.to_json(), indent=1) + "\n").encode())

@@ -3,52 +3,56 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from pruning.cli import arguments, build
-from pruning.cli.commands.results import finish, start
+from pruning.cli import build
+from pruning.cli.arguments import FlagsOf, read_flags
+from pruning.cli.commands.results import ResultFlags, RunFlags, finish, start
 from pruning.errors import PruningError
+from pruning.stages.config import SlimConfig
 from pruning.stages.finetune import tune
 from pruning.training.config import TrainConfig
 from pruning.training.losses import accuracy, require_classifier
 from pruning.training.optimizers import require_small
+from pruning.utils.settings import Setting
 
 SUMMARY = "train a pruned network further"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=True)
-    arguments.training_flags(parser)
-    parser.add_argument("--epochs", type=arguments.whole_number(1), default=20, metavar="N", help="to train")
-    parser.add_argument("--rate", type=arguments.number(0), default=0.05, help="highest learning rate")
-    parser.add_argument("--teacher", type=Path, metavar="FILE", help="checkpoint of --model, for --distill")
-    parser.add_argument(
-        "--int8",
-        action="store_true",
-        help="train it as rounded to 8 bits, for export --int8, and keep the epoch that is best when rounded",
-    )
-    arguments.run_flags(parser)
-    arguments.result_flags(parser)
+@dataclass(frozen=True)
+class FinetuneFlags:
+    GROUP = "training"
+
+    teacher: Annotated[Path | None, Setting("checkpoint of --model, for --distill", metavar="FILE")] = None
+    int8: Annotated[
+        bool,
+        Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
+    ] = False
+
+
+FLAGS = (
+    build.ModelFlags,
+    build.DataFlags,
+    FlagsOf(TrainConfig, {"epochs": 20, "lr": 0.05, "weight_decay": 1e-3}),
+    FlagsOf(SlimConfig, only=("distill", "temperature")),
+    FinetuneFlags,
+    RunFlags,
+    ResultFlags,
+)
 
 
 def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.required_data(args)
     if bool(args.distill) != (args.teacher is not None):
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
-    example = build.examples(args, data)
-    config = TrainConfig(
-        args.epochs,
-        lr=args.rate,
-        optimizer=args.optimizer,
-        weight_decay=args.weight_decay,
-        ema=args.ema,
-        channels_last=args.channels_last,
-    )
-    # What cannot be is refused before there is a run.
+    example = build.examples(args, model, data, trains=True)
+    config = read_flags(TrainConfig, args)
+    # Refuse impossible settings before creating the run folder.
     if config.optimizer == "soap":
         require_small(model.parameters())
     teacher = None

@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import nn
 
 from pruning.cli import arguments, build
-from pruning.cli.commands.results import save_network
+from pruning.cli.arguments import FlagsOf
+from pruning.cli.commands.results import ResultFlags, save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
+from pruning.stages.config import PruneConfig
 from pruning.stages.prune import prune
 from pruning.training.losses import accuracy, why_not_classifier
+from pruning.utils.settings import Setting
 
 SUMMARY = "remove channels in one step, without training"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=False)
-    arguments.budget_flags(parser)
-    arguments.result_flags(parser)
-    arguments.calibration_flag(parser, 1024)
-    parser.add_argument(
-        "--output", type=arguments.new_file, default=Path("small.pth"), metavar="FILE", help="checkpoint"
-    )
+@dataclass(frozen=True)
+class PruneFlags:
+    output: Annotated[
+        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
+    ] = Path("small.pth")
+
+
+FLAGS = (
+    build.ModelFlags,
+    build.DataFlags,
+    build.ShapeFlags,
+    *build.BUDGET,
+    FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
+    build.IgnoreFlags,
+    build.CalibrationFlags,
+    ResultFlags,
+    PruneFlags,
+)
 
 
 def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.data_of(args)
-    example = build.examples(args, data)
+    example = build.examples(args, model, data)
     calibration = data.calibration(args.calibration) if data is not None else []
     if not calibration and args.score in ("taylor", "sensitivity"):
         raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
@@ -57,7 +71,7 @@ def execute(args: argparse.Namespace) -> None:
 
 
 def _accuracies(before: nn.Module, after: nn.Module, data: Data) -> str:
-    """The line on accuracy; of a network that is no classifier, why there is none."""
+    """The line on accuracy, or on why a network that is no classifier has none."""
     if (reason := why_not_classifier(before, data.validation)) is not None:
         return f"validation accuracy was not taken: {reason}"
     first, then = (accuracy(model, data.validation) for model in (before, after))

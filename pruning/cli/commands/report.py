@@ -1,20 +1,28 @@
-"""`python -m pruning report`: make one HTML file that shows a run."""
+"""`python -m pruning report`: make one HTML page that shows a run."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pruning.cli import arguments
+from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML file that shows a run"
+SUMMARY = "make one HTML page that shows a run"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument(
-        "--output", type=arguments.new_file, metavar="FILE", help="default: report.html in that folder"
-    )
+@dataclass(frozen=True)
+class ReportFlags:
+    run: Annotated[Path, Setting("folder of the run", metavar="RUN", positional=True)]
+    output: Annotated[
+        Path | None,
+        Setting("HTML file (default: report.html in that folder)", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+FLAGS = (ReportFlags,)
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -1,16 +1,18 @@
-"""Where the commands put what they make: checkpoints and runs."""
+"""Write what the commands make: checkpoints and runs."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from pruning.checkpoint import provenance, save, write_loader
 from pruning.cli import arguments, config_file
-from pruning.cli.sources import Data, arguments_of
+from pruning.cli.factories import arguments_of
+from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.report.tensorboard import TensorBoardWriter
@@ -18,6 +20,7 @@ from pruning.stages.run import Run
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
 from pruning.utils import distributed
+from pruning.utils.settings import Setting
 from pruning.utils.tree import Inputs
 
 #: Flags that the result does not depend on.
@@ -34,23 +37,58 @@ ELSEWHERE = {
 }
 
 
+@dataclass(frozen=True)
+class RunFlags:
+    """The folder of a run."""
+
+    GROUP: ClassVar[str] = "run"
+
+    output: Annotated[
+        Path | None,
+        Setting(
+            "folder of this run alone (default: the next free runs/N)",
+            metavar="FOLDER",
+            parse=arguments.folder,
+        ),
+    ] = None
+    resume: Annotated[bool, Setting("continue the run in --output")] = False
+    tensorboard: Annotated[bool, Setting("also write the history for TensorBoard")] = False
+
+
+@dataclass(frozen=True)
+class ResultFlags:
+    """How a network is saved."""
+
+    GROUP: ClassVar[str] = "run"
+
+    fold: Annotated[bool, Setting("merge BatchNorm into the layers before it in the saved network")] = True
+    standalone: Annotated[
+        bool,
+        Setting("also write load_pruned.py, which loads the checkpoint without this toolkit"),
+    ] = False
+
+
 def start(args: argparse.Namespace) -> Run:
-    """The run in the asked folder or the next free one, with the file that repeats it."""
+    """Create the run in --output or the next free folder, with the file that repeats it."""
     if args.output is None:
         if args.resume:
-            raise PruningError("--resume needs --output FOLDER: the run to go on with")
+            raise PruningError("--resume needs --output FOLDER: the run to continue")
         args.output = distributed.broadcast(arguments.next_run())
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(args).items()
-        if key not in ELSEWHERE
-    }
-    run = Run(args.output, settings, resume=args.resume)
+    run = Run(args.output, settings(args), resume=args.resume)
     if run.writes:
         if args.tensorboard:
             run.observe = TensorBoardWriter(run.folder / "tensorboard").add
         config_file.write_recipe(run.folder / "config.toml", args, args.parser)
     return run
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return what config.json keeps: all flags that the result depends on."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in ELSEWHERE
+    }
 
 
 def finish(
@@ -63,7 +101,7 @@ def finish(
     epochs: int,
     accuracy: float,
 ) -> str:
-    """Write what a run trained; returns what it is, in a line. `accuracy` is on the validation split."""
+    """Write the network of a run; return a line that describes it. `accuracy` is on the validation split."""
     path = run.folder / "best.pth"
     facts = {"seed": args.seed, "dataset": data.name, "epochs": epochs, "validation_accuracy": accuracy}
     net = save_network(args, path, model, example, **facts)
@@ -71,9 +109,9 @@ def finish(
 
 
 def save_network(
-    args: argparse.Namespace, path: Path, model: nn.Module, example: Inputs, **facts: Any
+    args: argparse.Namespace, path: Path, model: nn.Module, example: Inputs, **facts: object
 ) -> nn.Module:
-    """Write a network, by one process alone; returns it as it was written."""
+    """Write a network, by one process alone; return it as it was written."""
     if args.fold:
         model = fold_batchnorm(model, trace(model, example))
     if distributed.rank():

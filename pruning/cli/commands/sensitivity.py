@@ -1,11 +1,14 @@
-"""`python -m pruning sensitivity`: narrow each group alone, and draw what is lost."""
+"""`python -m pruning sensitivity`: narrow each group alone, and draw what accuracy is lost."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pruning.cli import arguments, build
+from pruning.cli.arguments import read_flags
 from pruning.planning.budget import PLACES
 from pruning.planning.scores import NAMES as SCORES
 from pruning.planning.sensitivity import sensitivity
@@ -14,73 +17,80 @@ from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, 
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
 from pruning.utils.files import replace_file
+from pruning.utils.settings import Setting
 from pruning.utils.tree import first_examples
 
-SUMMARY = "narrow each group alone, and draw what is lost"
+SUMMARY = "narrow each group alone, and draw what accuracy is lost"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=True)
-    parser.add_argument("--score", choices=[n for n in SCORES if n != "sensitivity"], default="taylor",
-                        help="which channels of a group go first")  # fmt: skip
-    arguments.ignore_flag(parser)
-    parser.add_argument(
-        "--widths", type=arguments.whole_number(1), default=8, metavar="N", help="so many of each group"
-    )
-    parser.add_argument(
-        "--examples",
-        type=arguments.whole_number(2),
-        metavar="N",
-        help="of the validation split (default: all)",
-    )
-    arguments.calibration_flag(parser, 1024)
-    parser.add_argument(
-        "--finetune-epochs", type=arguments.whole_number(0), default=0, metavar="N",
-        help="also train each point so long on the calibration examples",
-    )  # fmt: skip
-    parser.add_argument(
-        "--runtime", choices=PLACES, default="eager",
-        help="where layers are timed, for one example on one thread",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=arguments.folder, default=Path("sensitivity"), metavar="FOLDER",
-        help="receives curves.json (from which an interrupted analysis goes on), curves.csv and the pictures",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class SensitivityFlags:
+    score: Annotated[
+        str,
+        Setting(
+            "importance of a channel: the least important are removed first",
+            choices=tuple(name for name in SCORES if name != "sensitivity"),
+        ),
+    ] = "taylor"
+    widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
+    examples: Annotated[
+        int | None,
+        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
+    ] = None
+    finetune_epochs: Annotated[
+        int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)
+    ] = 0
+    runtime: Annotated[
+        str,
+        Setting("runtime in which layers are timed, one example at a time on one thread", choices=PLACES),
+    ] = "eager"
+    output: Annotated[
+        Path,
+        Setting(
+            "folder for curves.json (from which an interrupted analysis goes on), curves.csv and the figures",
+            metavar="FOLDER",
+            parse=arguments.folder,
+            group="run",
+        ),
+    ] = Path("sensitivity")
+
+
+FLAGS = (build.ModelFlags, build.DataFlags, SensitivityFlags, build.IgnoreFlags, build.CalibrationFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
     require_matplotlib()
+    flags = read_flags(SensitivityFlags, args)
     model, data = build.network(args), build.required_data(args)
-    example = build.examples(args, data)
+    example = build.examples(args, model, data, trains=flags.finetune_epochs > 0)
     require_classifier(model, data.train, data.validation)
     validation, seen = [], 0
     for inputs, targets in data.validation:
-        room = args.examples - seen if args.examples else len(targets)
+        room = flags.examples - seen if flags.examples else len(targets)
         validation.append((first_examples(inputs, room), first_examples(targets, room)))
         seen += len(validation[-1][1])
-        if args.examples and seen >= args.examples:
+        if flags.examples and seen >= flags.examples:
             break
-    brief = TrainConfig(args.finetune_epochs, lr=0.02) if args.finetune_epochs else None
+    brief = TrainConfig(flags.finetune_epochs, lr=0.02) if flags.finetune_epochs else None
     found = sensitivity(
         model,
         example,
         validation,
         calibration=data.calibration(args.calibration),
-        widths=args.widths,
-        score=args.score,
+        widths=flags.widths,
+        score=flags.score,
         finetune=brief,
         ignored=args.ignore,
-        runtime=args.runtime,
-        path=args.output / "curves.json",
+        runtime=flags.runtime,
+        path=flags.output / "curves.json",
     )
-    replace_file(args.output / "curves.csv", found.to_csv().encode())
-    save(sensitivity_curves(found), args.output / "curves")
-    save(sensitivity_map(found), args.output / "map")
-    save(lost_per_cost(found), args.output / "cost")
+    replace_file(flags.output / "curves.csv", found.to_csv().encode())
+    save(sensitivity_curves(found), flags.output / "curves")
+    save(sensitivity_map(found), flags.output / "map")
+    save(lost_per_cost(found), flags.output / "cost")
     print(
         f"dense: {found.dense_cost}, accuracy {found.dense.accuracy:.4f} on {seen} examples; its layers take "
-        f"{found.dense_milliseconds:.3f} ms in {args.runtime}"
+        f"{found.dense_milliseconds:.3f} ms in {flags.runtime}"
     )
     for group, channels in found.channels.items():
         narrow = min((p for p in found.points if p.group == group), key=lambda point: point.width)
@@ -88,4 +98,4 @@ def execute(args: argparse.Namespace) -> None:
         print(f"  {group}: {channels} channels; at {narrow.width} {reached}")
     for layer, reason in found.skipped.items():
         print(f"  {layer} keeps all its channels: {reason}")
-    print(f"{args.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")
+    print(f"{flags.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from pruning.checkpoint import provenance, save
-from pruning.cli import arguments, build
-from pruning.cli.commands.results import finish, start
+from pruning.cli import build
+from pruning.cli.arguments import FlagsOf
+from pruning.cli.commands.results import ResultFlags, RunFlags, finish, start
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.report.predictions import differing_predictions
@@ -21,22 +22,21 @@ from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
 
 SUMMARY = "train, prune and fine-tune a model under a budget"
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=True)
-    arguments.stage_flags(parser)
-    arguments.run_flags(parser)
-    arguments.result_flags(parser)
-    arguments.calibration_flag(parser, 2048)
+FLAGS = (
+    build.ModelFlags,
+    build.DataFlags,
+    *build.STAGES,
+    FlagsOf(build.CalibrationFlags, {"calibration": 2048}),
+    RunFlags,
+    ResultFlags,
+)
 
 
 def execute(args: argparse.Namespace) -> None:
     config = build.slim_config(args)
     model, data = build.network(args), build.required_data(args)
-    example = build.examples(args, data)
-    # What cannot be is refused before there is a run.
+    example = build.examples(args, model, data, trains=True)
+    # Refuse impossible settings before creating the run folder.
     target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
     require_classifier(model, data.train, data.validation)
     run = start(args)

@@ -4,56 +4,66 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 
 from pruning.cli import arguments, build
+from pruning.cli.arguments import read_flags
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.training.batches import first_batch, to_device
 from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.files import replace_file
+from pruning.utils.settings import Setting
 from pruning.utils.tree import first_examples, tensors
 
 SUMMARY = "measure accuracy, cost and time of a network"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    arguments.model_flags(parser)
-    arguments.data_flags(parser, required=True)
-    parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="weights of the dense --model, to compare with"
-    )
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the data")
-    parser.add_argument(
-        "--seconds", type=arguments.number(0.1), default=3.0, help="to time the forward passes"
-    )
-    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="also write the figures here")
+@dataclass(frozen=True)
+class TestFlags:
+    against: Annotated[
+        Path | None, Setting("weights of the dense --model, to compare with", metavar="FILE")
+    ] = None
+    split: Annotated[str, Setting("split of the data to measure on", choices=("validation", "test"))] = "test"
+    seconds: Annotated[
+        float, Setting("seconds for which forward passes are timed", metavar="SECONDS", least=0.1)
+    ] = 3.0
+    json: Annotated[
+        Path | None,
+        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+FLAGS = (build.ModelFlags, build.DataFlags, TestFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
+    flags = read_flags(TestFlags, args)
     model, data = build.network(args), build.required_data(args)
-    batches = getattr(data, args.split)
+    batches = data.test if flags.split == "test" else data.validation
     if batches is None:
-        raise PruningError(f"data {data.name!r} has no {args.split} split; try --split validation")
+        raise PruningError(f"data {data.name!r} has no {flags.split} split; try --split validation")
     models = {"network": model.eval()}
-    if args.weights is not None and (args.against is not None or args.model is not None):
-        models = {"dense": build.network_with(args, args.against).eval(), **models}
+    if args.weights is not None and (flags.against is not None or args.model is not None):
+        models = {"dense": build.network_with(args, flags.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
+    build.require_runs(model, batch)
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
-        n: time_forward(models, inputs, seconds=args.seconds, threads=torch.get_num_threads())
+        n: time_forward(models, inputs, seconds=flags.seconds, threads=torch.get_num_threads())
         for n, inputs in timed.items()
     }
     reason = why_not_classifier(model, batches)
     rows = []
     for name, each in models.items():
         cost = count(each, first_examples(batch, 1))
-        trained = name == "network" or args.against is not None
+        trained = name == "network" or flags.against is not None
         rows.append(
             {
                 "network": name,
@@ -69,11 +79,11 @@ def execute(args: argparse.Namespace) -> None:
         print("  ".join(f"{_shown(value):>16}" for value in row.values()))
     if reason is not None:
         print(f"accuracy was not taken: {reason}")
-    if args.json:
-        replace_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+    if flags.json:
+        replace_file(flags.json, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value or "-")

@@ -1,0 +1,110 @@
+"""The flags of train_yournet.py: those of its recipe, over them the command line, and what a run keeps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import models
+from eval.cli import COMMITTED, ROOT, ScriptFlags, Seed, Threads
+from pruning import PruningError, SlimConfig, cli
+from pruning.cli import arguments as flags
+from pruning.cli.build import STAGES
+from pruning.cli.commands.results import RunFlags
+from pruning.utils.settings import Setting
+
+RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
+#: Used in its place where only the embedded digits can be had, or are asked for.
+RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
+
+#: Flags that the result of a run does not depend on, or that config.json keeps in another way.
+_OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class YourNetFlags(ScriptFlags):
+    recipe: Annotated[
+        Path,
+        Setting("TOML file with flags of this command; the command line takes precedence", metavar="FILE"),
+    ] = RECIPE
+    start: Annotated[
+        str, Setting("the dense network to slim", choices=tuple(models.STARTS), group="model")
+    ] = "lenet5"
+    teacher: Annotated[
+        str | None,
+        Setting(
+            "checkpoint of the teacher (default: the dense network of stage 1)",
+            metavar="PATH",
+            group="training",
+        ),
+    ] = None
+    augment: Annotated[
+        float,
+        Setting(
+            "strength of augmentation: 1 rotates, moves and scales half of the images by up to 10 degrees, "
+            "1 pixel, 10 %",
+            metavar="STRENGTH",
+            least=0,
+            group="data",
+        ),
+    ] = 0.0
+    seed: Seed = 0
+    threads: Threads = 2
+    reference: Annotated[
+        Path | None,
+        Setting("LeNet-5 to compare with (default: one is trained in this run)", metavar="PATH", group="run"),
+    ] = None
+    publish: Annotated[
+        bool, Setting(f"make the result {COMMITTED['YourNet'].relative_to(ROOT).as_posix()}", group="run")
+    ] = False
+
+
+def arguments(
+    argv: Sequence[str] | None = None, recipe: Path = RECIPE, description: str | None = None
+) -> argparse.Namespace:
+    """Parse the command line, or `argv`, over the recipe that it names, or over the run that it resumes."""
+    parser = flags.Parser(description=description, formatter_class=flags.HelpFormatter)
+    flags.add_flags(parser, flags.FlagsOf(YourNetFlags, {"recipe": recipe}), *STAGES, RunFlags)
+    first = flags.Parser(add_help=False)
+    first.add_argument("--recipe", type=Path, default=recipe)
+    first.add_argument("--max-latency")
+    given = first.parse_known_args(argv)[0]
+    wanted = cli.read_recipe(given.recipe, parser)
+    if given.max_latency is not None:  # in place of the recipe's limits on counts
+        wanted = [flag for flag in wanted if not flag.startswith("--max-")]
+    parser.set_defaults(**vars(parser.parse_args(["--recipe", str(given.recipe), *wanted])))
+    args = parser.parsed(argv)
+    if args.resume:
+        folder = args.output or _newest_run()
+        parser.set_defaults(**_saved_flags(folder))
+        args = parser.parsed(argv)
+        args.output = folder
+    elif args.output is None:
+        args.output = cli.next_run()
+    return args
+
+
+def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict[str, object]:
+    """Return what config.json keeps: all that the result depends on."""
+    kept = {key: value for key, value in vars(args).items() if key not in _OF_ONE_CALL}
+    return {**kept, "data": dataset, "stages": config.to_json()}
+
+
+def _newest_run() -> Path:
+    configs = sorted(flags.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise PruningError(f"{flags.RUNS}/ holds no run to resume")
+    return configs[-1].parent
+
+
+def _saved_flags(folder: Path) -> dict[str, object]:
+    """The flags that a run was started with."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return {key: value for key, value in saved.items() if key != "stages"}
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{folder} holds no run to resume: {error}") from error

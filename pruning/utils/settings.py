@@ -1,0 +1,170 @@
+"""Settings: dataclass fields that carry their help text, unit and bounds.
+
+A field that is annotated with `Setting` is validated by `require_valid`, and the command line
+makes a flag and a key of configuration files from it:
+
+>>> @dataclass(frozen=True)
+... class Sampling:
+...     count: Annotated[int, Setting("number of samples", metavar="N", least=1)] = 8
+...
+...     def __post_init__(self) -> None:
+...         require_valid(self)
+>>> Sampling().count
+8
+>>> Sampling(0)
+Traceback (most recent call last):
+...
+pruning.errors.PruningError: Sampling.count 0: expected a whole number from 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from pruning.errors import PruningError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Describe a field of a dataclass: `epochs: Annotated[int, Setting("training epochs", least=0)]`.
+
+    Attributes:
+        help: what the setting means, with its unit.
+        name: name of the flag; by default that of the field.
+        metavar: what stands for the value in the help text, such as N or FOLDER.
+        least, most: inclusive bounds. above, below: exclusive bounds.
+        choices: the only texts allowed.
+        none: text that stands for None on the command line.
+        parse: converts text to the value, in place of the field's type.
+        group: title under which the help text lists the flag; by default that of the dataclass.
+        stages: `each` stage has a flag of its own with the stage's name before it, one flag
+            holds for `all` stages, or the flag belongs to the `last` stage alone.
+        flag: whether the command line sets it at all.
+        positional: an argument without a name.
+    """
+
+    help: str
+    name: str = ""
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    none: str | None = None
+    parse: Callable[[str], object] | None = None
+    group: str = ""
+    stages: Literal["each", "all", "last"] = "all"
+    flag: bool = True
+    positional: bool = False
+
+    def allows(self, value: object, kind: type) -> bool:
+        """Return whether a value of this type is within the bounds and among the choices."""
+        if self.choices and value not in self.choices:
+            return False
+        if kind not in (int, float):
+            return True
+        if not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+            return False
+        if kind is float and not math.isfinite(value):
+            return False
+        return not (
+            (self.least is not None and value < self.least)
+            or (self.most is not None and not value <= self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and not value < self.below)
+        )
+
+    def expected(self, kind: type) -> str:
+        """Describe the allowed values, for an error message."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        bounds = {"from": self.least, "above": self.above, "to": self.most, "below": self.below}
+        limits = " ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items() if bound is not None)
+        return f"a {'whole number' if kind is int else 'number'} {limits}".rstrip()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describe a field that holds the settings of one stage, as a dataclass of its own.
+
+    Attributes:
+        name: stands before the flags that each stage has: `--NAME-epochs`.
+        when: begins their help texts: "WHEN: training epochs".
+        group: title under which the help text lists them.
+        last: whether flags of the last stage belong here.
+        unset: fields whose flag has no default; the text says what holds instead.
+    """
+
+    name: str = ""
+    when: str = ""
+    group: str = ""
+    last: bool = False
+    unset: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, setting: Setting) -> bool:
+        """Return whether this stage takes the value of a setting from a flag."""
+        return setting.flag and (setting.stages != "last" or self.last)
+
+
+class SettingField(NamedTuple):
+    """A field of a dataclass with its type, None and list removed, and its annotations."""
+
+    name: str
+    kind: type
+    optional: bool
+    several: bool
+    setting: Setting | None
+    stage: Stage | None
+    default: object
+
+
+def fields_of(cls: type) -> Iterator[SettingField]:
+    """Yield the fields of a dataclass that are annotated with `Setting` or `Stage`, in their order.
+
+    The default is `dataclasses.MISSING` for a field without one.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    for each in dataclasses.fields(cls):
+        hint = hints[each.name]
+        if get_origin(hint) is not Annotated:
+            continue
+        hint, *notes = get_args(hint)
+        setting = next((note for note in notes if isinstance(note, Setting)), None)
+        stage = next((note for note in notes if isinstance(note, Stage)), None)
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        optional = type(None) in kinds
+        # Of int | str the text is what a command line or a configuration file gives.
+        kind = str if str in kinds else next(kind for kind in kinds if kind is not type(None))
+        several = get_origin(kind) in (tuple, list)
+        if several:
+            kind = get_args(kind)[0]
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        yield SettingField(each.name, kind, optional, several, setting, stage, default)
+
+
+def require_valid(config: object) -> None:
+    """Check every field of a dataclass against its `Setting`.
+
+    Raises:
+        PruningError: a value is out of bounds, not among the choices, or no finite number.
+    """
+    for each in fields_of(type(config)):
+        value = getattr(config, each.name)
+        if each.setting is None or each.several or (each.optional and value is None):
+            continue
+        if not each.setting.allows(value, each.kind):
+            raise PruningError(
+                f"{type(config).__name__}.{each.name} {value!r}: expected {each.setting.expected(each.kind)}"
+            )
+
+
+def _plain(bound: float) -> str:
+    """A bound as it is read best: 9223372036854775807 and 0.001, not 9.2e+18 and 1e-3."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
