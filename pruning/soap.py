@@ -53,7 +53,8 @@ class Soap(torch.optim.Optimizer):
     would amplify what rounding leaves of m along them. Shrinkage towards the diagonal (Schaefer &
     Strimmer, Stat. Appl. Genet. Mol. Biol. 4:32, 2005) gives these directions SHRINKAGE times what Adam
     knows of them; an eigenvalue is therefore at least SHRINKAGE times the smallest diagonal element.
-    Differences still grow where the training itself amplifies them, as with any optimizer.
+    Differences still grow where the training itself amplifies them, at rates far above the default: on
+    one of three noise-free regressions, ends at 0.3 and 1, all below 1e-8, differed by factors of 5 and 6.
 
     A step costs a few products of P with a vector. The eigenvectors, in double precision, are found so
     seldom that they cost about as much again: together 2.6 ms of one CPU thread a step for 750 parameters,
