@@ -36,19 +36,22 @@ def least_squares():
     return inputs, inputs @ torch.randn(12, 2, generator=generator)
 
 
-def distance(kind, rate, steps=600):
-    """The loss that a layer ends with."""
+def distance(kind, rate, steps=600, noise=None):
+    """The loss that a layer ends with; `noise` seeds relative errors of 1e-6 in the gradients."""
     inputs, targets = least_squares()
     torch.manual_seed(0)
     layer = nn.Linear(12, 2)
     optimizer = kind(layer.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    generator = torch.Generator().manual_seed(1)
+    generator, errors = torch.Generator().manual_seed(1), torch.Generator().manual_seed(noise or 0)
     for _ in range(steps):
         some = torch.randint(len(inputs), (32,), generator=generator)
         loss = nn.functional.mse_loss(layer(inputs[some]), targets[some])
         optimizer.zero_grad()
         loss.backward()
+        if noise is not None:
+            for p in layer.parameters():
+                p.grad.mul_(1 + 1e-6 * torch.randn(p.shape, generator=errors))
         optimizer.step()
         schedule.step()
     return nn.functional.mse_loss(layer(inputs), targets).item()
@@ -58,6 +61,12 @@ def test_what_depends_on_each_other_is_learned_in_fewer_steps():
     sgd = min(distance(partial(torch.optim.SGD, momentum=0.9), rate) for rate in (0.03, 0.1, 0.3, 1))
     adam = min(distance(torch.optim.Adam, rate) for rate in (0.01, 0.03, 0.1, 0.3))
     assert distance(Soap, 0.1) < 0.5 * min(sgd, adam)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.03, 0.1, 0.3, 1])
+def test_rounding_does_not_decide_where_it_ends(rate):
+    ends = [distance(Soap, rate, steps=300, noise=seed) for seed in range(6)]
+    assert max(ends) < 2 * min(ends)
 
 
 def test_decay_shrinks_weights_as_in_sgd_and_nothing_else():
@@ -84,7 +93,8 @@ def test_without_an_eigenbasis_it_steps_as_adam_does(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigh", diverges)
     ours, other = (nn.Parameter(torch.tensor([2.0, -1.0])) for _ in range(2))
-    soap, adam = Soap([ours], lr=0.03), torch.optim.Adam([other], lr=0.03, betas=(0.9, 0.98))
+    soap = Soap([ours], lr=0.03, memory=0.98)
+    adam = torch.optim.Adam([other], lr=0.03, betas=(0.9, 0.98))
     for _ in range(40):
         for p, optimizer in ((ours, soap), (other, adam)):
             p.grad = p.detach() * torch.tensor([1.0, 5.0])
