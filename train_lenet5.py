@@ -19,8 +19,9 @@ import data
 from eval.cli import ScriptFlags, Seed, Threads, load_network, use_threads
 from eval.reference import REFERENCE_EPOCHS, train_reference
 from models import LeNet5
-from pruning import CheckpointError, cli, provenance, save
-from pruning.checkpoint import read
+from pruning import cli, save
+from pruning.checkpoint import provenance, read
+from pruning.errors import CheckpointError
 from pruning.training.loop import Epoch
 from pruning.utils.settings import Setting
 

@@ -22,23 +22,15 @@ from eval.cli import COMMITTED, ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from eval.reference import reference_beside
 from eval.train_flags import RECIPE, RECIPE_MNIST5K, arguments, settings
-from pruning import (
-    PruningError,
-    Run,
-    accuracy,
-    cli,
-    count,
-    feasible,
-    fold_batchnorm,
-    load,
-    provenance,
-    save,
-    slim,
-    trace,
-)
+from pruning import PruningError, cli, load, save, slim, trace
+from pruning.checkpoint import provenance
 from pruning.cli.build import slim_config
+from pruning.planning import count
 from pruning.report.predictions import differing_predictions
 from pruning.report.tensorboard import TensorBoardWriter
+from pruning.stages import Run, feasible
+from pruning.surgery import fold_batchnorm
+from pruning.training import accuracy
 from pruning.utils.files import replace_file
 
 

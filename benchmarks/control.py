@@ -43,8 +43,9 @@ from benchmarks.table import (
 )
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
-from pruning import PruningError, SlimConfig, TrainConfig, accuracy, cli, cross_entropy, fit, load
+from pruning import PruningError, SlimConfig, cli, load
 from pruning.cli.build import slim_config
+from pruning.training import TrainConfig, accuracy, cross_entropy, fit
 
 FROM_SCRATCH = ("scratch", "uniform")
 ALL = ("half", *FROM_SCRATCH, *KINDS)

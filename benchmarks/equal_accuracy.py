@@ -29,7 +29,9 @@ import models
 from benchmarks import results, timing
 from benchmarks.pipeline import MEMORY, OURS, SETTINGS, heading, in_process, settings_parser
 from eval.cli import ROOT
-from pruning import cli, provenance, time_forward
+from pruning import cli
+from pruning.checkpoint import provenance
+from pruning.deploy import time_forward
 from pruning.report.pareto import Point, front
 
 BATCHES = (1, 64)

@@ -26,7 +26,9 @@ import data
 import models
 from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
-from pruning import Budget, ScalePull, TrainConfig, cli, fit, prune, trace
+from pruning import Budget, cli, prune, trace
+from pruning.stages import ScalePull
+from pruning.training import TrainConfig, fit
 
 CONFIG = TrainConfig(1, lr=0.01, weight_decay=1e-3)
 

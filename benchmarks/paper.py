@@ -23,7 +23,9 @@ import data
 from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from eval.metrics import EVALUATION_BATCH
-from pruning import accuracy, cli, count, load
+from pruning import cli, load
+from pruning.planning import count
+from pruning.training import accuracy
 from pruning.utils.files import replace_file
 
 NAMES = ("resnet20", "resnet56", "mobilenet_v2", "vgg16", "vgg19", "densenet40", "resnet164")

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruning import Budget, CostModel, PruningError, SlimConfig, cross_entropy, trace
+from pruning import Budget, PruningError, SlimConfig, trace
+from pruning.planning import CostModel
+from pruning.training import cross_entropy
 
 #: How a pruner of torch-pruning is made: its importance, its class, and the L1 factor on γ.
 KINDS = ("bn-scale", "magnitude", "taylor")

@@ -50,18 +50,11 @@ from benchmarks.peers import Peer, cost
 from benchmarks.process import peak_memory, run_module
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
-from pruning import (
-    Budget,
-    PruneConfig,
-    PruningError,
-    SlimConfig,
-    TrainConfig,
-    accuracy,
-    cli,
-    provenance,
-    slim,
-)
+from pruning import Budget, PruningError, SlimConfig, cli, slim
+from pruning.checkpoint import provenance
 from pruning.planning.options import RANKINGS
+from pruning.stages import PruneConfig
+from pruning.training import TrainConfig, accuracy
 
 OURS, LOADERS, MEMORY = "ours", {"loader 0": 0, "loader 2": 2}, "memory"
 SIDES = (OURS, *LOADERS, MEMORY)

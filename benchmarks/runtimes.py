@@ -47,27 +47,16 @@ import models
 from benchmarks import results, timing
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
-from pruning import (
-    Budget,
-    Exported,
-    ExportError,
-    Latency,
-    accuracy,
-    cli,
-    count,
-    export,
-    fold_batchnorm,
-    load,
-    optimize,
-    provenance,
-    prune,
-    quantize,
-    recalibrate,
-    time_forward,
-    trace,
-)
+from pruning import Budget, cli, export, load, prune, trace
+from pruning.checkpoint import provenance
+from pruning.deploy import Exported, Latency, optimize, time_forward
+from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import first_line
+from pruning.errors import ExportError
+from pruning.planning import count
 from pruning.planning.options import RANKINGS
+from pruning.surgery import fold_batchnorm, recalibrate
+from pruning.training import accuracy
 
 REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
 #: LeNet-5 with a single channel in each hidden layer: no narrower one is quicker.

@@ -22,10 +22,13 @@ import models
 import train_yournet
 from benchmarks.results import write_json
 from eval.cli import ROOT, use_threads
-from pruning import Budget, accuracy, cli, joint, prune, sensitivity, sparsify
+from pruning import Budget, cli, prune, sensitivity
 from pruning.cli.build import slim_config
+from pruning.planning import joint
 from pruning.report.figures import save
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
+from pruning.stages.sparsify import sparsify
+from pruning.training import accuracy
 
 BUDGETS = ("75%", "50%", "35%", "25%")
 

@@ -28,8 +28,10 @@ import data
 from benchmarks.results import changed_json, percent, read_json
 from eval.cli import COMMITTED, ROOT
 from eval.metrics import EVALUATION_BATCH
-from pruning import PruningError, accuracy, cli, count, load
+from pruning import PruningError, cli, load
 from pruning.checkpoint import read
+from pruning.planning import count
+from pruning.training import accuracy
 from pruning.utils.files import replace_file
 
 CHECKPOINTS = ROOT / "checkpoints"

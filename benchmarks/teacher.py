@@ -17,7 +17,10 @@ import data
 from eval.cli import ROOT, use_threads
 from eval.metrics import EVALUATION_BATCH
 from models import CompactNet
-from pruning import TrainConfig, accuracy, cli, fit, fold_batchnorm, provenance, save, trace
+from pruning import cli, save, trace
+from pruning.checkpoint import provenance
+from pruning.surgery import fold_batchnorm
+from pruning.training import TrainConfig, accuracy, fit
 
 STAGES = ((24, 24), (48, 48), (96,))
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning import Latency, PruningError, time_ratio
+from pruning import PruningError
+from pruning.deploy import Latency, time_ratio
 from pruning.deploy.runtimes import quiet, relative_difference
 
 #: A network beside its own copy should take as long; further from 1 than this, ratios are spoiled.

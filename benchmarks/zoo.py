@@ -36,7 +36,8 @@ from torchvision import models
 from benchmarks.process import peak_memory, run_module
 from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
-from pruning import Budget, PruningError, cli, count, load, prune, save, trace
+from pruning import Budget, PruningError, cli, load, prune, save, trace
+from pruning.planning import count
 from pruning.utils.files import replace_file
 
 RESULTS = ROOT / "benchmarks" / "zoo.json"

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import data
-from pruning import CheckpointError, cli, load
+from pruning import cli, load
+from pruning.errors import CheckpointError
 from pruning.utils.files import replace_file
 from pruning.utils.settings import Setting
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from data import Dataset
 from data.datasets import SplitName
-from pruning import Exported, Latency, accuracy, count, export, optimize, time_forward
+from pruning import export
+from pruning.deploy import Exported, Latency, optimize, time_forward
 from pruning.deploy.runtimes import RUNTIMES
+from pruning.planning import count
+from pruning.training import accuracy
 
 #: Images per batch when accuracy is measured; it changes nothing but the time that takes.
 EVALUATION_BATCH = 1000

@@ -11,7 +11,9 @@ from data import Dataset
 from eval.cli import load_network
 from eval.metrics import EVALUATION_BATCH
 from models import LeNet5
-from pruning import TrainConfig, accuracy, fit, provenance, save
+from pruning import save
+from pruning.checkpoint import provenance
+from pruning.training import TrainConfig, accuracy, fit
 from pruning.training.loop import Epoch
 from pruning.utils.files import replace_file
 

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from models import LeNet5, YourNet
-from pruning import Budget, CheckpointError, fold_batchnorm, load, prune, save, trace
+from pruning import Budget, load, prune, save, trace
 from pruning.checkpoint import read
+from pruning.errors import CheckpointError
 from pruning.load_pruned import load_pruned
+from pruning.surgery import fold_batchnorm
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,24 +11,12 @@ from nets import NETS, ShuffledBatches, batches, images, make, snapshot
 from test_cli import SHORT
 from user import NET
 
-from pruning import (
-    Budget,
-    LatencyBudget,
-    SlimConfig,
-    TrainConfig,
-    accuracy,
-    finetune,
-    fold_batchnorm,
-    load,
-    prune,
-    save,
-    sensitivity,
-    slim,
-    time_forward,
-    trace,
-)
+from pruning import Budget, LatencyBudget, SlimConfig, finetune, load, prune, save, sensitivity, slim, trace
+from pruning.deploy import time_forward
 from pruning.stages.config import PruneConfig
 from pruning.stages.run import Run
+from pruning.surgery import fold_batchnorm
+from pruning.training import TrainConfig, accuracy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 #: On the CPU and the GPU the same sums are rounded otherwise; by default convolutions on a GPU

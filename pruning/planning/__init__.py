@@ -1,0 +1,29 @@
+"""Decide what each group keeps: budgets, costs, scores, the search for widths.
+
+`sensitivity` is in the file of this name; `scores.BY_NAME` lists the scores.
+"""
+
+from pruning.planning.budget import Budget, LatencyBudget
+from pruning.planning.cost import Cost, CostModel, count, uncounted
+from pruning.planning.curves import Sensitivity
+from pruning.planning.layer_times import LatencyTable
+from pruning.planning.options import PlanOptions
+from pruning.planning.scores import score_channels
+from pruning.planning.search import plan_within
+from pruning.planning.sensitivity import Joint, joint
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "CostModel",
+    "Joint",
+    "LatencyBudget",
+    "LatencyTable",
+    "PlanOptions",
+    "Sensitivity",
+    "count",
+    "joint",
+    "plan_within",
+    "score_channels",
+    "uncounted",
+]

@@ -1,0 +1,7 @@
+"""What a person looks at. The files that draw need matplotlib: `html`, `plots`, `pareto`, `sensitivity_plots`."""
+
+from pruning.report.diagnose import Diagnosis, doctor
+from pruning.report.predictions import differing_predictions
+from pruning.report.tensorboard import TensorBoardWriter
+
+__all__ = ["Diagnosis", "TensorBoardWriter", "differing_predictions", "doctor"]

@@ -1,0 +1,26 @@
+"""The three stages of slimming, and the folder of a run.
+
+`sparsify`, `prune`, `finetune` and `slim` are in the files of these names.
+"""
+
+from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.stages.feasibility import feasible, reachable
+from pruning.stages.finetune import tune
+from pruning.stages.prune import Step
+from pruning.stages.run import Run
+from pruning.stages.scales import ChannelScales
+from pruning.stages.slim import Slimmed
+from pruning.stages.sparsify import ScalePull
+
+__all__ = [
+    "ChannelScales",
+    "PruneConfig",
+    "Run",
+    "ScalePull",
+    "SlimConfig",
+    "Slimmed",
+    "Step",
+    "feasible",
+    "reachable",
+    "tune",
+]

@@ -1,0 +1,20 @@
+"""Make a model smaller: apply a plan, verify it, fold BatchNorm, remove whole layers.
+
+`apply` and `verify` are in the files of these names.
+"""
+
+from pruning.surgery.apply import channel_constants
+from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate
+from pruning.surgery.layer_removal import Removable, removable, without_layer
+from pruning.surgery.verify import with_random_weights
+
+__all__ = [
+    "Removable",
+    "channel_constants",
+    "equalize",
+    "fold_batchnorm",
+    "recalibrate",
+    "removable",
+    "with_random_weights",
+    "without_layer",
+]

@@ -1,0 +1,13 @@
+"""Train a model: the one loop, losses, fake quantization.
+
+`distillation` is in the file of this name.
+"""
+
+from pruning.training.batches import BatchSource
+from pruning.training.config import TrainConfig
+from pruning.training.fake_quantize import Rounding
+from pruning.training.loop import Epoch, fit
+from pruning.training.losses import accuracy, cross_entropy
+from pruning.training.optimizers import Soap
+
+__all__ = ["BatchSource", "Epoch", "Rounding", "Soap", "TrainConfig", "accuracy", "cross_entropy", "fit"]

@@ -15,7 +15,8 @@ import torch
 from commands import ROOT, module
 
 from benchmarks import equal_accuracy, libraries, pipeline, results, runtimes, timing
-from pruning import CheckpointError, PruningError, load
+from pruning import PruningError, load
+from pruning.errors import CheckpointError
 
 RECIPE = """
 start = "lenet5"

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import models
-from pruning import Budget, fold_batchnorm, load, prune, save, trace
+from pruning import Budget, load, prune, save, trace
 from pruning.cli.build import slim_config
 from pruning.cli.main import parse
 from pruning.stages.feasibility import reachable
+from pruning.surgery import fold_batchnorm
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Params in millions with 10 classes. VGG-19, ResNet-164, DenseNet-40: Network Slimming, table 1;

@@ -8,7 +8,7 @@ import pytest
 
 from eval.metrics import Indicators, table
 from eval.score import score
-from pruning import Latency
+from pruning.deploy import Latency
 
 REFERENCE = SimpleNamespace(accuracy=0.5, infer_time_ms=0.04, params=60_000, macs=200_000)
 

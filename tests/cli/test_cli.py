@@ -15,8 +15,9 @@ from commands import ROOT, refused, script
 from nets import same
 
 from models import LeNet5, YourNet
-from pruning import count, load, save
+from pruning import load, save
 from pruning.checkpoint import read
+from pruning.planning import count
 
 #: A run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",

@@ -14,8 +14,9 @@ from nets import SMALL
 from PIL import Image
 from torch import nn
 
-from pruning import ExportError, PruningError, save
+from pruning import PruningError, save
 from pruning.demo import Images, demo
+from pruning.errors import ExportError
 
 YOURNET = Path(__file__).resolve().parents[2] / "checkpoints" / "YourNet" / "best.pth"
 

@@ -15,23 +15,15 @@ from torch import nn
 
 import data
 from models import YourNet
-from pruning import (
-    Budget,
-    Exported,
-    ExportError,
-    PruningError,
-    accuracy,
-    export,
-    load,
-    prune,
-    save,
-    time_forward,
-)
+from pruning import Budget, PruningError, export, load, prune, save
 from pruning.checkpoint import read
+from pruning.deploy import Exported, time_forward
 from pruning.deploy.export import SUFFIXES, TOLERANCE
 from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import RUNTIMES, relative_difference
 from pruning.deploy.timing import Latency
+from pruning.errors import ExportError
+from pruning.training import accuracy
 
 COMMITTED = ROOT / "checkpoints" / "YourNet" / "best.pth"
 

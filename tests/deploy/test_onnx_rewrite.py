@@ -8,10 +8,12 @@ from torch import nn
 
 import data
 from models import LeNet5, YourNet
-from pruning import Exported, ExportError, export, optimize, quantize
-from pruning.deploy import onnx_rewrite
+from pruning import export
+from pruning.deploy import Exported, onnx_rewrite, optimize
 from pruning.deploy.onnx_rewrite import TOLERANCE
+from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import relative_difference
+from pruning.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -13,19 +13,11 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LeNet5, YourNet
-from pruning import (
-    CostModel,
-    Latency,
-    Plan,
-    PruningError,
-    apply,
-    count,
-    fold_batchnorm,
-    time_forward,
-    time_ratio,
-    trace,
-    uncounted,
-)
+from pruning import Plan, PruningError, trace
+from pruning.deploy import Latency, time_forward, time_ratio
+from pruning.planning import CostModel, count, uncounted
+from pruning.surgery import fold_batchnorm
+from pruning.surgery.apply import apply
 
 pytestmark = pytest.mark.quick
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, LatencyBudget, PruningError, cross_entropy, prune, slim, trace
+from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
 from pruning.deploy.timing import time_forward
 from pruning.graph.layers import is_recurrent
 from pruning.planning.cost import CostModel
@@ -21,6 +21,7 @@ from pruning.planning.options import PlanOptions
 from pruning.planning.scores import l2
 from pruning.planning.search import ascending, lowest_widths
 from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.training import cross_entropy
 from pruning.training.config import TrainConfig
 
 
@@ -141,7 +142,7 @@ def test_an_unknown_runtime_is_rejected():
 
 
 def test_slimming_under_a_budget_of_latency(tmp_path):
-    from pruning import Run
+    from pruning.stages import Run
 
     net = wide()
     batches = [(IMAGES, torch.randint(0, 5, (8,))) for _ in range(3)]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import PruningError, cross_entropy, trace
+from pruning import PruningError, trace
 from pruning.planning.scores import bn_scale, l1, l2, score_channels, taylor
+from pruning.training import cross_entropy
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 

@@ -10,20 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import (
-    Budget,
-    Cost,
-    CostModel,
-    Plan,
-    PruningError,
-    apply,
-    count,
-    fold_batchnorm,
-    plan_within,
-    prune,
-    trace,
-)
+from pruning import Budget, Plan, PruningError, prune, trace
+from pruning.planning import Cost, CostModel, count, plan_within
 from pruning.planning.options import PlanOptions
+from pruning.surgery import fold_batchnorm
+from pruning.surgery.apply import apply
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 

@@ -12,23 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import (
-    Budget,
-    CostModel,
-    Plan,
-    PruningError,
-    TrainConfig,
-    apply,
-    channel_constants,
-    joint,
-    prune,
-    recalibrate,
-    sensitivity,
-    trace,
-)
+from pruning import Budget, Plan, PruningError, prune, sensitivity, trace
+from pruning.planning import CostModel, joint
 from pruning.planning.cost import Cost
 from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.planning.prefix_cache import modules_before
+from pruning.surgery import channel_constants, recalibrate
+from pruning.surgery.apply import apply
+from pruning.training import TrainConfig
 
 
 def data(count=3, size=16, classes=4, seed=5):

@@ -17,20 +17,11 @@ import torch
 from browser import BROWSER
 
 from models import resnet20
-from pruning import (
-    Budget,
-    PruneConfig,
-    PruningError,
-    Run,
-    SlimConfig,
-    TrainConfig,
-    accuracy,
-    provenance,
-    save,
-    sensitivity,
-    slim,
-)
+from pruning import Budget, PruningError, SlimConfig, save, sensitivity, slim
+from pruning.checkpoint import provenance
 from pruning.report.html import report
+from pruning.stages import PruneConfig, Run
+from pruning.training import TrainConfig, accuracy
 
 SECTIONS = ["Asked and got", "Before and after", "Figures", "Layers", "Pruning steps", "History", "Settings"]
 

@@ -12,21 +12,12 @@ import pytest
 import torch
 from nets import ShuffledBatches, batches, same
 
-from pruning import (
-    Budget,
-    PruneConfig,
-    PruningError,
-    Run,
-    SlimConfig,
-    TrainConfig,
-    accuracy,
-    count,
-    prune,
-    slim,
-    trace,
-)
+from pruning import Budget, PruningError, SlimConfig, prune, slim, trace
+from pruning.planning import count
+from pruning.stages import PruneConfig, Run
 from pruning.stages.finetune import tune
 from pruning.stages.scales import ChannelScales
+from pruning.training import TrainConfig, accuracy
 
 CONFIG = SlimConfig(
     Budget(params="30%", macs="50%"), sparsify=TrainConfig(2, lr=0.05),

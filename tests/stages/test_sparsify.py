@@ -8,8 +8,11 @@ import torch
 from nets import batches
 from torch import nn
 
-from pruning import Budget, PruneConfig, PruningError, ScalePull, SlimConfig, TrainConfig, sparsify, trace
+from pruning import Budget, PruningError, SlimConfig, trace
+from pruning.stages import PruneConfig, ScalePull
 from pruning.stages.scales import ChannelScales
+from pruning.stages.sparsify import sparsify
+from pruning.training import TrainConfig
 
 pytestmark = pytest.mark.numerics
 

@@ -10,19 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import (
-    Budget,
-    Plan,
-    PruningError,
-    apply,
-    channel_constants,
-    count,
-    load,
-    prune,
-    save,
-    trace,
-    verify,
-)
+from pruning import Budget, Plan, PruningError, load, prune, save, trace
+from pruning.planning import count
+from pruning.surgery import channel_constants
+from pruning.surgery.apply import apply
+from pruning.surgery.verify import verify
 from pruning.utils.compare import TOLERANCE
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]

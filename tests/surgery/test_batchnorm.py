@@ -9,18 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import (
-    Budget,
-    PruningError,
-    accuracy,
-    equalize,
-    fold_batchnorm,
-    load,
-    prune,
-    recalibrate,
-    save,
-    trace,
-)
+from pruning import Budget, PruningError, load, prune, save, trace
+from pruning.surgery import equalize, fold_batchnorm, recalibrate
+from pruning.training import accuracy
 from pruning.utils.compare import compare
 from pruning.utils.tree import tensors
 

@@ -8,18 +8,8 @@ import torch
 from torch import nn
 
 from models import CompactNet, YourNet
-from pruning import (
-    Budget,
-    Plan,
-    PruningError,
-    fold_batchnorm,
-    load,
-    prune,
-    removable,
-    save,
-    trace,
-    without_layer,
-)
+from pruning import Budget, Plan, PruningError, load, prune, save, trace
+from pruning.surgery import fold_batchnorm, removable, without_layer
 
 pytestmark = pytest.mark.numerics
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, Plan, PruningError, apply, doctor, prune, trace, verify
-from pruning.surgery.verify import _run_masked
+from pruning import Budget, Plan, PruningError, doctor, prune, trace
+from pruning.surgery.apply import apply
+from pruning.surgery.verify import _run_masked, verify
 from pruning.utils.compare import TOLERANCE, compare, outputs_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]

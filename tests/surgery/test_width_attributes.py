@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, CheckpointError, doctor, load, prune, save, trace
+from pruning import Budget, doctor, load, prune, save, trace
 from pruning.checkpoint import read, write
+from pruning.errors import CheckpointError
 from pruning.load_pruned import load_pruned
 
 pytestmark = pytest.mark.quick

@@ -8,23 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning import (
-    Budget,
-    CostModel,
-    Plan,
-    PruningError,
-    apply,
-    count,
-    load,
-    prune,
-    save,
-    trace,
-    uncounted,
-    verify,
-)
+from pruning import Budget, Plan, PruningError, load, prune, save, trace
 from pruning.graph.layers import Rule, register_layer
 from pruning.load_pruned import load_pruned
-from pruning.surgery.apply import channel_constants
+from pruning.planning import CostModel, count, uncounted
+from pruning.surgery.apply import apply, channel_constants
+from pruning.surgery.verify import verify
 from pruning.tracing.operators import pointwise, register_operator
 
 pytestmark = pytest.mark.quick

@@ -12,8 +12,11 @@ import torch_pruning
 import torchvision
 from torch import nn
 
-from pruning import Budget, apply, count, prune, trace, verify
+from pruning import Budget, prune, trace
 from pruning.graph.plan import Plan
+from pruning.planning import count
+from pruning.surgery.apply import apply
+from pruning.surgery.verify import verify
 from pruning.tracing.labels import Ties
 from pruning.tracing.tracer import flow
 from pruning.utils import meta

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torchvision
 
-from pruning import Budget, count, load, prune, save
+from pruning import Budget, load, prune, save
+from pruning.planning import count
 from pruning.utils.compare import TOLERANCE
 
 #: The side of the images with which a network runs.

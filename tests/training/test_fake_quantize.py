@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning import Exported, TrainConfig, export, finetune, fold_batchnorm, quantize, trace
+from pruning import export, finetune, trace
+from pruning.deploy import Exported
+from pruning.deploy.quantize import quantize
+from pruning.surgery import fold_batchnorm
+from pruning.training import TrainConfig
 from pruning.training.fake_quantize import Rounding, rounded_weight
 
 pytestmark = pytest.mark.numerics

@@ -10,17 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.batches import Batches
-from pruning import (
-    PruningError,
-    TrainConfig,
-    TrainingDiverged,
-    accuracy,
-    cross_entropy,
-    distillation,
-    finetune,
-    fit,
-)
-from pruning.training.distillation import with_teacher
+from pruning import PruningError, finetune
+from pruning.errors import TrainingDiverged
+from pruning.training import TrainConfig, accuracy, cross_entropy, fit
+from pruning.training.distillation import distillation, with_teacher
 
 pytestmark = pytest.mark.numerics
 

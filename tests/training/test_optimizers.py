@@ -11,7 +11,10 @@ import torch
 from nets import batches
 from torch import nn
 
-from pruning import Budget, PruneConfig, PruningError, SlimConfig, TrainConfig, TrainingDiverged, fit, slim
+from pruning import Budget, PruningError, SlimConfig, slim
+from pruning.errors import TrainingDiverged
+from pruning.stages import PruneConfig
+from pruning.training import TrainConfig, fit
 from pruning.training.optimizers import LARGEST, Soap
 
 pytestmark = pytest.mark.numerics

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from models import CompactNet, YourNet
-from pruning import Budget, PruningError, fresh_weights, prune
+from pruning import Budget, PruningError, prune
+from pruning.utils import fresh_weights
 from pruning.utils.compare import outputs_of
 
 pytestmark = pytest.mark.quick
