@@ -160,22 +160,18 @@ def write(path: str | Path, content: Any) -> None:
 def describe(model: nn.Module) -> dict[str, Any]:
     """A model's channel counts, folded norms and weights, as plain data and tensors."""
     layers: dict[str, dict[str, Any]] = {}
-    sizes: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
         rule = rule_for(layer)
-        if rule is not None:
-            attributes = filter(None, (rule.out_count, rule.in_count, rule.parts))
-            counts = {attribute: getattr(layer, attribute) for attribute in attributes}
-            counts = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
-            # The loader knows the tensors of torch's layers alone; those of others are as wide as stored.
-            if counts:
-                (sizes if is_registered(layer) else layers)[name] = counts
+        if rule is not None and not is_registered(layer):  # of those, `sizes` has what pruning changed
+            counts = {rule.out_count: getattr(layer, rule.out_count)}
+            for attribute in filter(None, (rule.in_count, rule.parts)):
+                counts[attribute] = getattr(layer, attribute)
+            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
     everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
     folded = [name for name, layer in everywhere if type(layer) is nn.Identity]
     not_in_place = [name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False]
-    for name, module in model.named_modules():
-        if changed := changed_attributes(module):
-            sizes[name] = {**sizes.get(name, {}), **changed}
+    everything = model.named_modules()
+    sizes = {name: changed for name, module in everything if (changed := changed_attributes(module))}
     # What a module's `get_extra_state` gives may be anything; `write` refuses what is not plain data.
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
