@@ -208,14 +208,15 @@ def describe(model: nn.Module) -> dict[str, object]:
         for name, value in model.state_dict().items()
     }
     everywhere = list(model.named_modules(remove_duplicate=False))  # a module may have several names
-    layers, sizes = _channel_counts(model)
     return {
-        "layers": layers,
+        "layers": _channel_counts(model),
         "folded": [name for name, layer in everywhere if type(layer) is nn.Identity],
         "not_in_place": [
             name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False
         ],
-        "sizes": sizes,
+        "sizes": {
+            name: changed for name, module in model.named_modules() if (changed := changed_attributes(module))
+        },
         "state_dict": state,
         "buffers": {
             name: buffer.cpu()
@@ -225,25 +226,16 @@ def describe(model: nn.Module) -> dict[str, object]:
     }
 
 
-def _channel_counts(model: nn.Module) -> tuple[dict[str, Attributes], dict[str, Attributes]]:
-    """Return the channel counts of torch's layers, and the numbers that other modules keep.
-
-    The loader knows the tensors of torch's layers alone. Registered layers keep their counts among the
-    other modules' numbers, and their tensors are as wide as stored.
-    """
+def _channel_counts(model: nn.Module) -> dict[str, Attributes]:
+    """Return the channel counts of torch's layers, by attribute; those of registered layers are in `sizes`."""
     layers: dict[str, Attributes] = {}
-    sizes: dict[str, Attributes] = {}
-    for name, module in model.named_modules():
-        if rule := rule_for(module):
+    for name, layer in model.named_modules():
+        rule = rule_for(layer)
+        if rule is not None and not is_registered(layer):
             attributes = filter(None, (rule.out_count, rule.in_count, rule.parts))
-            counts = {attribute: getattr(module, attribute) for attribute in attributes}
-            if counts:
-                (sizes if is_registered(module) else layers)[name] = {
-                    key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()
-                }
-        if changed := changed_attributes(module):
-            sizes[name] = {**sizes.get(name, {}), **changed}
-    return layers, sizes
+            counts = {attribute: getattr(layer, attribute) for attribute in attributes}
+            layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}
+    return layers
 
 
 def _find_class(path: str | Path, name: str) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""What a person looks at. The files that draw need matplotlib: `html`, `plots`, `pareto`, `sensitivity_plots`."""
+"""What a person looks at. The files that draw need matplotlib: `html`, `plots`, `pareto` and others."""
 
 from pruning.report.diagnose import Diagnosis, doctor
 from pruning.report.predictions import differing_predictions

@@ -13,9 +13,9 @@ from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow, output_rows, readers
-from pruning.graph.layers import Side, layer_width, parts, rule_of, weight_of
+from pruning.graph.layers import Side, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
-from pruning.surgery.width_attributes import update_attributes
+from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
 
@@ -79,6 +79,9 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
         else:
             layer = model.get_submodule(name)
             narrow(layer, side, kept_positions(layer_width(layer, side), drop))
+            if is_registered(layer):
+                rule = rule_of(layer)
+                mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
     update_attributes(model, trace, plan)
 
 

@@ -145,7 +145,7 @@ def test_a_checkpoint_loads_and_is_saved_again_without_the_registration(tmp_path
     net = made(Linears)
     with register_layer(Scaled, RULES[Scaled]), register_layer(RootMeanSquare, RULES[RootMeanSquare]):
         small = prune(net, Linears.inputs, Budget(channels="60%"), score="l2").model.eval()
-        save(tmp_path / "small.pth", small)
+    save(tmp_path / "small.pth", small)
     for _ in range(2):
         again = load(tmp_path / "small.pth", Linears)
         assert again[0].n_out == small[0].n_out < 8 and again[3].n_in == small[0].n_out
