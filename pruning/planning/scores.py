@@ -23,6 +23,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
@@ -149,7 +150,9 @@ def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: 
     labelled: list[LabelledBatch] = [to_device(batch, device) for batch in batches]
     sweep = WidthSweep(model, trace, labelled, labelled)
     curves = sweep.dense_result(channel_order(taylor(model, trace, labelled, cross_entropy)))
-    curves.points.extend(sweep.measure(curves.order, points_to_measure(trace, SENSITIVITY_WIDTHS)))
+    points = points_to_measure(trace, SENSITIVITY_WIDTHS)
+    measured = sweep.measure(curves.order, points)
+    curves.points.extend(tqdm(measured, "sensitivity", total=len(points), disable=None, leave=False))
     return curves.scores(model, trace.groups)
 
 
