@@ -227,7 +227,7 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 
 def _channel_counts(model: nn.Module) -> dict[str, Attributes]:
-    """Return the channel counts of torch's layers, by attribute; those of registered layers are in `sizes`."""
+    """Return the channel counts of torch's layers; `sizes` holds those of registered layers."""
     layers: dict[str, Attributes] = {}
     for name, layer in model.named_modules():
         rule = rule_for(layer)
