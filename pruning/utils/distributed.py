@@ -179,6 +179,25 @@ class _SyncBatchNorm(TorchFunctionMode):
         return operation(*args, **kwargs)
 
 
+class _AllReduce(torch.autograd.Function):
+    """Sum a tensor over all processes, and its gradient as well.
+
+    torch's differentiable all_reduce (torch.distributed.nn.functional) is deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _sync_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -195,12 +214,10 @@ def _sync_batch_norm(
             x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
         )
     # nn.SyncBatchNorm refuses CPU tensors, and torch has its kernels (batch_norm_stats) for GPUs only.
-    from torch.distributed.nn.functional import all_reduce  # with gradients; not in every build of torch
-
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
     sums = torch.stack([x.sum(dims), x.square().sum(dims)])
-    average, square = all_reduce(sums) / count
+    average, square = _AllReduce.apply(sums) / count
     # Of float32 sums; a variance below 0 can only be rounding.
     variance = (square - average.square()).clamp(min=0)
     if running_mean is not None and running_var is not None:
