@@ -136,7 +136,7 @@ def test_thop_and_matplotlib_each_have_one_door():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} <= {"plots.py"}
-    assert {file for file, name in found if name == "torchvision"} == {"sources.py", "image_folder.py"}
+    assert {file for file, name in found if name == "torchvision"} == {"factories.py", "image_folder.py"}
 
 
 def test_models_and_data_know_nothing_of_each_other():
