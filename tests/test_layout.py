@@ -137,7 +137,7 @@ def test_thop_matplotlib_jinja2_and_torchvision_are_imported_in_one_place_each()
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} == {"figures.py"}
     assert {file for file, name in found if name == "jinja2"} == {"html.py"}
-    assert {file for file, name in found if name == "torchvision"} == {"sources.py", "image_folder.py"}
+    assert {file for file, name in found if name == "torchvision"} == {"factories.py", "image_folder.py"}
 
 
 def test_models_and_data_know_nothing_of_each_other():

@@ -15,7 +15,7 @@ from torch import nn
 from pruning.checkpoint import load, read
 from pruning.cli import arguments
 from pruning.cli.arguments import FlagsOf, read_flags
-from pruning.cli.factories import arguments_of, make_model, users_code
+from pruning.cli.factories import arguments_of, make_model, require_runs
 from pruning.cli.sources import Data, make_data
 from pruning.errors import CheckpointError, PruningError
 from pruning.planning.budget import PLACES, Budget, LatencyBudget
@@ -23,9 +23,8 @@ from pruning.stages.config import SlimConfig
 from pruning.training.batches import to_device
 from pruning.training.config import OPTIMIZERS
 from pruning.utils.files import read_plain
-from pruning.utils.modules import call, copied, device_of
 from pruning.utils.settings import Setting
-from pruning.utils.tree import Inputs, fresh, tensors
+from pruning.utils.tree import Inputs, tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,25 +313,8 @@ def examples(
     inputs = _inputs(args, data)
     require_runs(model, inputs)
     if trains and all(len(x) > 1 for x in tensors(inputs)):
-        require_runs(model, inputs, training=True)
+        require_runs(model, inputs, "in training mode", training=True)
     return inputs
-
-
-def require_runs(model: nn.Module, inputs: Inputs, *, training: bool = False) -> None:
-    """Run a bare model on inputs. It and the random numbers that follow are as without this.
-
-    Raises:
-        PruningError: the model raises an error.
-    """
-    device = device_of(model)
-    how = "in training mode" if training else "on the example inputs"
-    probe = copied(model).train(training)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.set_grad_enabled(training),
-        users_code(f"{type(model).__name__} does not run {how}"),
-    ):
-        call(probe, fresh(inputs))
 
 
 def _inputs(args: argparse.Namespace, data: Data | None) -> Inputs:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from pruning import checkpoint
 from pruning.errors import CheckpointError, PruningError
 from pruning.utils.files import read_plain
+from pruning.utils.modules import call, copied, device_of
+from pruning.utils.tree import Inputs, fresh
 
 #: What DistributedDataParallel, torch.compile and Lightning put before the names of weights.
 PREFIXES = ("", "module.", "_orig_mod.", "model.")
@@ -111,6 +113,30 @@ def make_model(name: str, arguments: Mapping[str, object], weights: str | Path |
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def require_runs(
+    model: nn.Module, inputs: Inputs, how: str = "on the example inputs", *, training: bool = False
+) -> None:
+    """Run a bare model on inputs. It and the random numbers that follow are as without this.
+
+    Args:
+        model: a network of the user.
+        inputs: what it is called with.
+        how: ends the error message "NETWORK does not run HOW".
+        training: run it in training mode.
+
+    Raises:
+        PruningError: the model raises an error.
+    """
+    device = device_of(model)
+    probe = copied(model).train(training)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(training),
+        users_code(f"{type(model).__name__} does not run {how}"),
+    ):
+        call(probe, fresh(inputs))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pruning.cli import arguments, build
 from pruning.cli.arguments import read_flags
+from pruning.cli.factories import require_runs
 from pruning.cli.sources import BUILT_IN, IMAGENET, Data
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
@@ -55,7 +56,7 @@ def execute(args: argparse.Namespace) -> None:
         if output.exists() and output.samefile(path):
             raise PruningError(f"--output {output} is a checkpoint; give another name")
     images = _images(args, content, data)
-    build.require_runs(network, torch.zeros(2, *images.shape))
+    require_runs(network, torch.zeros(2, *images.shape), f"on inputs of shape {images.shape}")
     name = _name(args, content, network)
     models, facts, title = {name: network}, {name: content["provenance"]}, name
     if against is not None and flags.against is not None:

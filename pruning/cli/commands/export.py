@@ -12,6 +12,7 @@ import torch
 from pruning.checkpoint import provenance
 from pruning.cli import arguments, build
 from pruning.cli.arguments import read_flags
+from pruning.cli.factories import require_runs
 from pruning.deploy.export import SUFFIXES, export
 from pruning.deploy.onnx_rewrite import optimize
 from pruning.deploy.quantize import quantize
@@ -70,8 +71,9 @@ def execute(args: argparse.Namespace) -> None:
     scales = build.normalisation(args, content)
     if scales is not None:
         metadata["normalisation"] = scales
-    examples = torch.zeros(2, *build.image_shape(args, content))
-    build.require_runs(model, examples)
+    shape = build.image_shape(args, content)
+    examples = torch.zeros(2, *shape)
+    require_runs(model, examples, f"on inputs of shape {shape}")
     data = build.data_of(args)  # should it be refused, nothing has been written
     with thread_count(1):
         print(export(model, output, examples, flags.to, metadata=metadata))

@@ -12,6 +12,7 @@ import torch
 
 from pruning.cli import arguments, build
 from pruning.cli.arguments import read_flags
+from pruning.cli.factories import require_runs
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.planning.cost import count
@@ -52,7 +53,7 @@ def execute(args: argparse.Namespace) -> None:
     if args.weights is not None and (flags.against is not None or args.model is not None):
         models = {"dense": build.network_with(args, flags.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
-    build.require_runs(model, batch)
+    require_runs(model, batch)
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
