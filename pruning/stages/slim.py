@@ -94,7 +94,7 @@ def slim(
         model: the dense model, trained or not; it is not changed. batches: of training.
         example_inputs: to trace and verify with; by default two of the first batch.
         config: the settings; give a `budget` in its place for those of `SlimConfig.within(budget)`.
-        validate: from a model to a validation_score, higher is better; or batches to take accuracy on.
+        validate: from a model to a figure, higher is better; or batches to take accuracy on.
         target: result of `feasible`, where it was called before.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
         teacher: for `config.distill`; by default the model that stage 1 ends with.
