@@ -101,12 +101,8 @@ def differing_predictions(
                     found[kind].append(
                         {"truth": int(truth[i]), "dense": by_dense, "small": by_small, "image": image}
                     )
-    return {
-        "confusion": {name: counts.tolist() for name, counts in confusion.items()},
-        "count": count,
-        "lost": found["lost"],
-        "won": found["won"],
-    }
+    matrices = {name: counts.tolist() for name, counts in confusion.items()}
+    return {"confusion": matrices, "count": count, "lost": found["lost"], "won": found["won"]}
 
 
 def _checked(logits: object, targets: object) -> tuple[Tensor, Tensor]:
