@@ -105,7 +105,7 @@ def differing_predictions(
     return {"confusion": matrices, "count": count, "lost": found["lost"], "won": found["won"]}
 
 
-def _checked(logits: object, targets: object) -> tuple[Tensor, Tensor]:
+def _checked(logits: object, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (N, classes) and targets (N,); raise `PruningError` for any others."""
     targets = classes_of(targets, logits)
     if isinstance(logits, Tensor) and isinstance(targets, Tensor) and (logits.ndim, targets.ndim) == (2, 1):
