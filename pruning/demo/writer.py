@@ -166,18 +166,6 @@ def demo(
     converted = [_convert(name, model, inputs) for name, model in networks.items()]
     shown = [network for network, _ in converted]
     names = _class_names(shown, images, classes)
-    data = {
-        "input": {"shape": list(images.shape), "mean": list(images.mean), "std": list(images.std)},
-        "classes": names,
-        "networks": shown,
-        "noise": NOISE_IMAGES,
-        "examples": [
-            {"pixels": _encode(pixels.contiguous().numpy().tobytes()), "truth": truth}
-            for pixels, truth in images.examples
-        ],
-        "tolerance": TOLERANCE,
-        "pen": PEN,
-    }
     channels, height, width = images.shape
     values = {
         "title": title or " beside ".join(reversed(list(networks))),
@@ -187,11 +175,27 @@ def demo(
         "width": width,
         "height": height,
         "facts": [(name, json.dumps(fact, indent=2)) for name, fact in (facts or {}).items()],
-        "data": data,
+        "data": _data(shown, images, names),
     }
     page = render(Path(__file__).with_name("demo.html"), values).encode()
     replace_file(path, page)
     return Demo(Path(path), tuple(networks), len(page), max([0.0, *(apart for _, apart in converted)]))
+
+
+def _data(networks: list[Network], images: Images, classes: list[str]) -> dict[str, object]:
+    """Return what the page's script reads."""
+    return {
+        "input": {"shape": list(images.shape), "mean": list(images.mean), "std": list(images.std)},
+        "classes": classes,
+        "networks": networks,
+        "noise": NOISE_IMAGES,
+        "examples": [
+            {"pixels": _encode(pixels.contiguous().numpy().tobytes()), "truth": truth}
+            for pixels, truth in images.examples
+        ],
+        "tolerance": TOLERANCE,
+        "pen": PEN,
+    }
 
 
 def _class_names(networks: Sequence[Network], images: Images, classes: Sequence[str] | None) -> list[str]:

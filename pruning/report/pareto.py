@@ -80,14 +80,8 @@ def pareto(
         )
         labelled += [(point, colour, _LEFT + _RIGHT) for point in points]
     if anchors:
-        axes.scatter(
-            [p.cost for p in anchors],
-            [100 * p.accuracy for p in anchors],
-            marker="x",
-            color="#555555",
-            label="published",
-            zorder=3,
-        )
+        axes.scatter([p.cost for p in anchors], [100 * p.accuracy for p in anchors], marker="x",
+                     color="#555555", label="published", zorder=3)  # fmt: skip
         labelled += [(point, "#555555", _RIGHT + _LEFT) for point in anchors]
     axes.set_xscale("log")
     axes.margins(x=0.15)

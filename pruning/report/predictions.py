@@ -84,13 +84,7 @@ def differing_predictions(
             inputs, given = to_device(batch, device)
             predicted = {}
             for name, model in (("dense", dense), ("small", small)):
-                logits = call(model, inputs)
-                targets = classes_of(given, logits)
-                if not isinstance(logits, Tensor) or logits.ndim != 2 or targets.ndim != 1:
-                    raise PruningError(
-                        "only predictions of classifiers can be compared: logits (N, classes) and targets "
-                        "(N,) were expected"
-                    )
+                logits, targets = _checked(call(model, inputs), given)
                 counted = (targets != IGNORED).nonzero().flatten()
                 classes = logits.shape[1]
                 truth, predicted[name] = targets[counted], logits.argmax(1)[counted]
@@ -102,19 +96,23 @@ def differing_predictions(
                 differing = (right[only] & ~right[other]).nonzero().flatten()
                 count[kind] += len(differing)
                 for i in differing[: most - len(found[kind])].tolist():
-                    example = Example(
-                        truth=int(truth[i]),
-                        dense=int(predicted["dense"][i]),
-                        small=int(predicted["small"][i]),
-                        image=_pixels(inputs, int(counted[i])),
+                    by_dense, by_small = int(predicted["dense"][i]), int(predicted["small"][i])
+                    image = _pixels(inputs, int(counted[i]))
+                    found[kind].append(
+                        {"truth": int(truth[i]), "dense": by_dense, "small": by_small, "image": image}
                     )
-                    found[kind].append(example)
-    return {
-        "confusion": {name: counts.tolist() for name, counts in confusion.items()},
-        "count": count,
-        "lost": found["lost"],
-        "won": found["won"],
-    }
+    matrices = {name: counts.tolist() for name, counts in confusion.items()}
+    return {"confusion": matrices, "count": count, "lost": found["lost"], "won": found["won"]}
+
+
+def _checked(logits: object, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (N, classes) and targets (N,); raise `PruningError` for any others."""
+    targets = classes_of(targets, logits)
+    if isinstance(logits, Tensor) and isinstance(targets, Tensor) and (logits.ndim, targets.ndim) == (2, 1):
+        return logits, targets
+    raise PruningError(
+        "only predictions of classifiers can be compared: logits (N, classes) and targets (N,) were expected"
+    )
 
 
 def _pixels(inputs: Inputs, number: int) -> Pixels | None:
