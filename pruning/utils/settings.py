@@ -86,7 +86,8 @@ class Setting:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         bounds = {"from": self.least, "above": self.above, "to": self.most, "below": self.below}
-        limits = " ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items() if bound is not None)
+        given = [f"{word} {_plain(bound)}" for word, bound in bounds.items() if bound is not None]
+        limits = (" " if self.least is not None and self.most is not None else " and ").join(given)
         return f"a {'whole number' if kind is int else 'number'} {limits}".rstrip()
 
 
