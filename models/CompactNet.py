@@ -1,4 +1,4 @@
-"""A compact convolutional network with a global average in place of wide linear layers."""
+"""A compact convolutional network with global average pooling instead of wide linear layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from models.rebuild import rebuilt
 
 
 class CompactNet(nn.Module):
-    """3 x 3 convolutions in stages with 2 x 2 pooling between, a global average, one linear layer.
+    """Stages of 3 x 3 convolutions with 2 x 2 pooling between them, global average pooling, one linear layer.
 
-    At most the images are padded, so what a pruned channel leaves behind folds exactly. Pooling
-    comes before ReLU, on a quarter of the values.
+    Only the input images may be padded, so the constant that a pruned channel leaves behind can be
+    folded exactly. Pooling comes before ReLU, so ReLU processes a quarter of the values.
 
     Args:
         stages: channels of the convolutions of each stage, `((8,), (10, 12, 12))`.
-        separable: every convolution but the first is a depthwise one and a pointwise one
-            behind it (Sifre 2014; Howard et al., MobileNets, arXiv 1704.04861).
-        padded: surround the images by one pixel of zeros.
-        slope: of the activation below zero; 0 is ReLU.
-        batch_norm: put BatchNorm behind every convolution, which then needs no bias.
+        separable: replace every convolution but the first by a depthwise convolution followed by
+            a pointwise one (Sifre 2014; Howard et al., MobileNets, arXiv 1704.04861).
+        padded: pad the images with one pixel of zeros on each side.
+        slope: negative slope of LeakyReLU; 0 uses ReLU.
+        batch_norm: add BatchNorm after every convolution, which then has no bias.
         image_shape: (channels, height, width) of an input image.
         classes: size of the output.
 
@@ -97,16 +97,16 @@ class CompactNet(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each convolution as they are now, depthwise ones left out."""
+        """Current number of channels of each convolution, without the depthwise ones."""
         named = self.features.named_children()
         convolutions = (m for name, m in named if name.startswith("conv") and isinstance(m, nn.Conv2d))
         return tuple(m.out_channels for m in convolutions)
 
     @classmethod
     def like(cls, slimmed: nn.Module) -> CompactNet:
-        """A CompactNet built from the widths of a pruned one, with its weights."""
+        """Build a CompactNet with the widths and weights of a pruned one."""
         if not isinstance(slimmed, CompactNet):
-            raise TypeError(f"a {type(slimmed).__name__} cannot become a CompactNet")
+            raise TypeError(f"a {type(slimmed).__name__} cannot become a CompactNet, only a CompactNet can")
         widths = iter(slimmed.widths)
         stages = [[next(widths) for _ in stage] for stage in slimmed.config["stages"]]
         return rebuilt(cls, slimmed, **{**slimmed.config, "stages": stages})

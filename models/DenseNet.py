@@ -1,4 +1,4 @@
-"""Densely connected networks for 32 x 32 images: every layer reads all layers before it."""
+"""Densely connected networks for 32 x 32 images: every layer reads the outputs of all earlier layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEM, BLOCKS = 16, 3
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a 3 x 3 convolution, whose channels are put behind those that came.
+    """Apply BatchNorm, ReLU and a 3 x 3 convolution, and concatenate its output to the input.
 
     Takes (N, inputs, H, W), returns (N, inputs + growth, H, W).
     """
@@ -32,13 +32,13 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Three dense blocks with a 1 x 1 convolution and 2 x 2 pooling between, then one linear layer.
+    """Three dense blocks with a 1 x 1 convolution and 2 x 2 pooling between them, then one linear layer.
 
-    Huang et al. (arXiv 1608.06993) in the plain form: no bottlenecks, and the convolutions
-    between the blocks keep all channels.
+    The basic DenseNet of Huang et al. (arXiv 1608.06993): no bottlenecks, and the convolutions
+    between the blocks keep the number of channels.
 
     Args:
-        depth: convolutions and the linear layer: 3n + 4 for n layers a block.
+        depth: number of convolutions plus the linear layer: 3n + 4 for n layers per block.
         growth: channels that each layer adds.
         image_shape: (channels, height, width) of an input image, at least 4 x 4.
         classes: size of the output.
@@ -47,8 +47,8 @@ class DenseNet(nn.Module):
     Takes (N, *image_shape), returns logits (N, classes). Layers are named `stem`,
     `blocks.block1.layer1.conv`, `blocks.transition1.conv`, … and `head.fc`.
 
-    Raises ValueError for a depth that no number of layers gives, a growth or number of
-    classes below 1, or an image too small for the pooling.
+    Raises ValueError for a depth that is not 3n + 4, a growth or number of classes below 1, or
+    an image too small for the pooling.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class DenseNet(nn.Module):
         super().__init__()
         layers = (depth - 4) // BLOCKS
         if layers < 1 or depth != BLOCKS * layers + 4:
-            raise ValueError(f"depth {depth}: {BLOCKS}n + 4 is needed, n at least 1")
+            raise ValueError(f"depth {depth}: {BLOCKS}n + 4 with n at least 1 was expected")
         if min(growth, classes) < 1 or min(image_shape[1:]) < 4:
             raise ValueError(
-                f"growth {growth}, {classes} classes, images of {tuple(image_shape)}: at least 1, 1 and 4 x 4"
+                f"growth {growth}, {classes} classes, images of {tuple(image_shape)}: at least 1, 1, 4 x 4"
             )
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {
@@ -103,5 +103,5 @@ class DenseNet(nn.Module):
 
 
 def densenet40(**options: Any) -> DenseNet:
-    """12 layers a block, each adding 12 channels; 1.02M params. `options` are those of `DenseNet`."""
+    """Build a DenseNet of 12 layers per block and growth 12; 1.02M params. `options`: those of `DenseNet`."""
     return DenseNet(40, **options)

@@ -1,4 +1,4 @@
-"""LeNet-5 as the assignment gives it, with its widths as arguments."""
+"""LeNet-5 as the assignment defines it, with its widths as arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class LeNet5(nn.Module):
-    """Convolutions, each followed by a 2 x 2 pooling, then fully connected layers.
+    """Convolutions, each followed by 2 x 2 pooling, then fully connected layers.
 
     The default is the reference network: conv 1-6 (3 x 3), pool, conv 6-16 (3 x 3), pool,
     fc 400-120-84-10; 60,074 params, 199,968 MACs.
@@ -19,8 +19,8 @@ class LeNet5(nn.Module):
     Args:
         conv: channels of each convolution; may be empty.
         hidden: units of each hidden fully connected layer; may be empty.
-        batch_norm: put BatchNorm behind every hidden layer, which then needs no bias.
-        kernel_size: of every convolution (no padding).
+        batch_norm: add BatchNorm after every hidden layer, which then has no bias.
+        kernel_size: kernel size of every convolution (no padding).
         image_shape: (channels, height, width) of an input image.
         classes: size of the output.
 
@@ -31,7 +31,7 @@ class LeNet5(nn.Module):
     """
 
     pool_before_activation = False
-    # As a method it would be given the network.
+    # staticmethod: otherwise Python would bind the callable as a method and pass it the network.
     pooling: Callable[[], nn.Module] = staticmethod(partial(nn.MaxPool2d, 2))
 
     def __init__(
@@ -86,7 +86,7 @@ class LeNet5(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each convolution, then units of each hidden layer, as they are now."""
+        """Current channels of each convolution, then units of each hidden layer."""
         convolutions = (m.out_channels for m in self.features if isinstance(m, nn.Conv2d))
         linears = [m.out_features for m in self.classifier if isinstance(m, nn.Linear)]
         return (*convolutions, *linears[:-1])

@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32 x 32 images: depthwise convolutions between a wide and a narrow one."""
+"""MobileNetV2 for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from models.common import initialise
 
 #: Channels of the first and the last convolution.
 STEM, LAST = 32, 1280
-#: Of each stage: how many times wider its blocks are inside, channels, blocks, stride of the
-#: first one. The first convolution and the second stage have a stride of 1, where 224 x 224
-#: images have one of 2: so the image is halved three times, to 4 x 4.
+#: For each stage: expansion factor, output channels, number of blocks, stride of the first block.
+#: The first convolution and the second stage have stride 1 instead of the 2 used for 224 x 224
+#: images, so the image is halved three times, to 4 x 4.
 STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -27,15 +27,15 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """A 1 x 1 convolution widens, a 3 x 3 depthwise one follows, a 1 x 1 one narrows again.
+    """A 1 x 1 convolution expands the channels, a 3 x 3 depthwise one follows, a 1 x 1 one projects them.
 
-    BatchNorm follows each, ReLU6 the first two. Where nothing changes the shape, the input
-    is added.
+    BatchNorm follows each convolution, ReLU6 the first two. The input is added where the
+    output has the same shape.
 
     Args:
-        inputs, outputs: channels that come and go.
-        expansion: how many times wider the block is inside; 1 leaves out the first convolution.
-        stride: of the depthwise convolution.
+        inputs, outputs: number of input and output channels.
+        expansion: inner channels as a multiple of `inputs`; 1 omits the first convolution.
+        stride: stride of the depthwise convolution.
 
     Takes (N, inputs, H, W), returns (N, outputs, H / stride, W / stride), rounded up.
     """
@@ -61,9 +61,9 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """A convolution, 17 inverted residual blocks, a wide 1 x 1 convolution, an average, one linear layer.
+    """A convolution, 17 inverted residual blocks, a wide 1 x 1 convolution, average pooling, a linear layer.
 
-    Sandler et al. (arXiv 1801.04381), with the strides of 32 x 32 images.
+    Sandler et al. (arXiv 1801.04381), with strides for 32 x 32 images.
 
     Args:
         image_shape: (channels, height, width) of an input image.
@@ -73,13 +73,13 @@ class MobileNetV2(nn.Module):
     Takes (N, *image_shape), returns logits (N, classes). Layers are named `stem.conv`,
     `stages.stage1.block1.layers.depthwise`, …, `last.conv` and `head.fc`.
 
-    Raises ValueError for no class.
+    Raises ValueError for fewer than one class.
     """
 
     def __init__(self, *, image_shape: Sequence[int] = (3, 32, 32), classes: int = 10, scale: float = 0.5):
         super().__init__()
         if classes < 1:
-            raise ValueError(f"{classes} classes: at least 1")
+            raise ValueError(f"{classes} classes: at least 1 is needed")
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {
             "image_shape": list(image_shape),
@@ -119,5 +119,5 @@ class MobileNetV2(nn.Module):
 
 
 def mobilenet_v2(**options: Any) -> MobileNetV2:
-    """2.24M params. `options` are those of `MobileNetV2`."""
+    """Build a MobileNetV2; 2.24M params. `options` are those of `MobileNetV2`."""
     return MobileNetV2(**options)

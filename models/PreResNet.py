@@ -18,13 +18,13 @@ class PreActivationBlock(nn.Module):
     """BatchNorm, ReLU and convolution, two or three times, added to the block's input.
 
     Args:
-        inputs, outputs: channels that come and go.
-        width: channels between the convolutions.
-        stride: of the first 3 x 3 convolution.
-        bottleneck: convolutions of 1 x 1, 3 x 3, 1 x 1 in place of two of 3 x 3.
+        inputs, outputs: number of input and output channels.
+        width: number of channels between the convolutions.
+        stride: stride of the first 3 x 3 convolution.
+        bottleneck: use 1 x 1, 3 x 3 and 1 x 1 convolutions instead of two 3 x 3 ones.
 
     Takes (N, inputs, H, W), returns (N, outputs, H / stride, W / stride), rounded up. Where
-    the two differ, a 1 x 1 convolution brings the activated input to the new shape.
+    the two shapes differ, a 1 x 1 convolution maps the activated input to the output shape.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, stride: int, bottleneck: bool):
@@ -64,10 +64,10 @@ class PreResNet(nn.Module):
     He et al., Identity Mappings in Deep Residual Networks (arXiv 1603.05027).
 
     Args:
-        depth: convolutions on the longest way plus the linear layer: 6n + 2 for n basic
-            blocks a stage, 9n + 2 for n bottlenecks.
-        bottleneck: blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions that give out four times
-            the channels, in place of blocks of two 3 x 3 convolutions.
+        depth: number of convolutions on the longest path plus the linear layer: 6n + 2 for n
+            basic blocks per stage, 9n + 2 for n bottlenecks.
+        bottleneck: use blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions with four times the output
+            channels instead of blocks of two 3 x 3 convolutions.
         image_shape: (channels, height, width) of an input image.
         classes: size of the output.
         scale: the BatchNorm scales γ before training.
@@ -75,7 +75,7 @@ class PreResNet(nn.Module):
     Takes (N, *image_shape), returns logits (N, classes). Layers are named `stem`,
     `stages.stage1.block1.residual.conv1`, … and `head.fc`.
 
-    Raises ValueError for a depth that no number of blocks gives, or no class.
+    Raises ValueError for a depth of another form, or for fewer than one class.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class PreResNet(nn.Module):
         scale: float = 0.5,
     ):
         super().__init__()
-        per_block = 9 if bottleneck else 6  # layers that one block in each of the three stages makes
+        per_block = 9 if bottleneck else 6  # layers of one block in each of the three stages
         blocks = (depth - 2) // per_block
         if blocks < 1 or depth != per_block * blocks + 2:
-            raise ValueError(f"depth {depth}: {per_block}n + 2 is needed, n at least 1")
+            raise ValueError(f"depth {depth}: {per_block}n + 2 with n at least 1 was expected")
         if classes < 1:
-            raise ValueError(f"{classes} classes: at least 1")
+            raise ValueError(f"{classes} classes: at least 1 is needed")
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {
             "depth": depth,
@@ -122,15 +122,15 @@ class PreResNet(nn.Module):
 
 
 def resnet20(**options: Any) -> PreResNet:
-    """Three basic blocks a stage; 0.27M params. `options` are those of `PreResNet`."""
+    """Build a PreResNet of three basic blocks per stage; 0.27M params. `options` are those of `PreResNet`."""
     return PreResNet(20, **options)
 
 
 def resnet56(**options: Any) -> PreResNet:
-    """Nine basic blocks a stage; 0.86M params. `options` are those of `PreResNet`."""
+    """Build a PreResNet of nine basic blocks per stage; 0.86M params. `options` are those of `PreResNet`."""
     return PreResNet(56, **options)
 
 
 def resnet164(**options: Any) -> PreResNet:
-    """18 bottlenecks a stage; 1.70M params. `options` are those of `PreResNet`."""
+    """Build a PreResNet of 18 bottlenecks per stage; 1.70M params. `options` are those of `PreResNet`."""
     return PreResNet(164, bottleneck=True, **options)

@@ -1,4 +1,4 @@
-"""VGG for 32 x 32 images: BatchNorm behind every convolution, a single linear layer."""
+"""VGG for 32 x 32 images: BatchNorm after every convolution, a single linear layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from models.common import initialise
 
-#: Convolutions of each stage, by depth.
+#: Number of convolutions of each stage, by depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 #: Channels of each stage.
 WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """3 x 3 convolutions in five stages with 2 x 2 pooling between, a global average, one linear layer.
+    """Five stages of 3 x 3 convolutions with 2 x 2 pooling between them, average pooling, a linear layer.
 
-    Simonyan & Zisserman (arXiv 1409.1556) in the form that Network Slimming prunes: the two
-    wide linear layers are gone, so a depth of 19 has 16 convolutions and one linear layer.
+    Simonyan & Zisserman (arXiv 1409.1556) in the variant that Network Slimming prunes: without
+    the two wide linear layers, so a depth of 19 has 16 convolutions and one linear layer.
 
     Args:
         depth: 11, 13, 16 or 19.
@@ -31,7 +31,7 @@ class VGG(nn.Module):
     Takes (N, *image_shape), returns logits (N, classes). Layers are named `features.conv1`,
     `features.bn1`, … and `head.fc`.
 
-    Raises ValueError for another depth, no class, or an image too small for the pooling.
+    Raises ValueError for another depth, fewer than one class, or an image too small for the pooling.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class VGG(nn.Module):
             raise ValueError(f"depth {depth}: one of {', '.join(map(str, STAGES))}")
         channels, *size = image_shape
         if classes < 1 or min(size) < 16:
-            raise ValueError(f"{classes} classes, images of {tuple(image_shape)}: at least 1 and 16 x 16")
+            raise ValueError(f"{classes} classes, images of {tuple(image_shape)}: at least 1 and 16 x 16 are needed")
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {
             "depth": depth,
@@ -79,10 +79,10 @@ class VGG(nn.Module):
 
 
 def vgg16(**options: Any) -> VGG:
-    """13 convolutions, one linear layer. `options` are those of `VGG`."""
+    """Build a VGG of 13 convolutions and one linear layer. `options` are those of `VGG`."""
     return VGG(16, **options)
 
 
 def vgg19(**options: Any) -> VGG:
-    """16 convolutions, one linear layer; 20.04M params. `options` are those of `VGG`."""
+    """Build a VGG of 16 convolutions and one linear layer; 20.04M params. `options` are those of `VGG`."""
     return VGG(19, **options)

@@ -1,4 +1,4 @@
-"""The network that slimming makes of LeNet-5: narrower, and in the cheaper order."""
+"""The network that results from slimming LeNet-5: narrower, and with pooling before ReLU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from models.rebuild import rebuilt
 
 
 class YourNet(LeNet5):
-    """LeNet-5 with pooling before ReLU, which computes the same on a quarter of the values.
+    """LeNet-5 with pooling before ReLU: the same outputs, with ReLU on a quarter of the values.
 
-    Large batches are pooled by `models.pooling`, with the same outputs.
+    `models.pooling` pools large batches faster, with the same outputs.
 
-    Slimming starts from it at LeNet-5's widths with `batch_norm=True`. What it saves is
-    the narrow network with BatchNorm folded into the layers before it.
+    Slimming starts from this class at LeNet-5's widths with `batch_norm=True`, and saves the narrow
+    network with BatchNorm folded into the layers before it.
     """
 
     pool_before_activation = True
@@ -23,10 +23,10 @@ class YourNet(LeNet5):
 
     @classmethod
     def like(cls, slimmed: nn.Module) -> YourNet:
-        """A YourNet built from the widths of a pruned LeNet-5, with its weights.
+        """Build a YourNet with the widths and weights of a pruned LeNet-5.
 
-        `slimmed` has its BatchNorm layers either all folded or all in place; hidden layers may
-        have been removed. Raises TypeError for another kind of network.
+        The BatchNorm layers of `slimmed` must be either all folded or all in place; hidden layers
+        may have been removed. Raises TypeError for another class of network.
         """
         if not isinstance(slimmed, LeNet5):
             raise TypeError(f"a {type(slimmed).__name__} cannot become a YourNet, only a LeNet5 can")

@@ -1,4 +1,4 @@
-"""The networks: the reference, what slimming makes of it, other starts, and those for 32 x 32 images."""
+"""The reference LeNet-5, the networks that slimming starts from, and networks for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from models.PreResNet import PreResNet, resnet20, resnet56, resnet164
 from models.VGG import VGG, vgg16, vgg19
 from models.YourNet import YourNet
 
-#: The dense networks that the main job can start from, by name. Each takes `image_shape`
-#: and `classes`; all have BatchNorm, on whose scales stage 1 pulls.
+#: The dense networks that `train_yournet.py` can start from, by name. Each takes `image_shape`
+#: and `classes`; all have BatchNorm, whose scales stage 1 penalizes.
 STARTS: dict[str, Callable[..., YourNet | CompactNet]] = {
     "lenet5": lambda **data: YourNet(batch_norm=True, **data),
     "lenet5-wide": lambda **data: YourNet((12, 32), batch_norm=True, **data),
@@ -27,7 +27,7 @@ STARTS: dict[str, Callable[..., YourNet | CompactNet]] = {
 
 
 def start(name: str, image_shape: Sequence[int] = (1, 28, 28), classes: int = 10) -> YourNet | CompactNet:
-    """A dense network to slim, by its name in `STARTS`."""
+    """Build a dense network to slim by its name in `STARTS`."""
     return STARTS[name](image_shape=image_shape, classes=classes)
 
 

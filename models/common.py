@@ -1,4 +1,4 @@
-"""How the networks with BatchNorm everywhere begin, and how some of them end."""
+"""Weight initialisation and the classifier head that several networks share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def initialise(model: nn.Module, scale: float) -> None:
-    """Draw the weights anew, in place, and set every BatchNorm scale γ to `scale`.
+    """Initialise the weights in place, and set every BatchNorm scale γ to `scale`.
 
-    He's normal weights, whose size follows the inputs of one output: of a depthwise
-    convolution these are its own channel's alone.
+    Convolutions use He's normal initialisation with the fan-in of one output: for a depthwise
+    convolution these are the inputs of its own channel only.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -24,7 +24,7 @@ def initialise(model: nn.Module, scale: float) -> None:
 
 
 def average_head(channels: int, classes: int) -> nn.Sequential:
-    """Of networks whose blocks end before their activation: norm, ReLU, mean over the image, classifier."""
+    """Build the head of pre-activation networks: BatchNorm, ReLU, global average pooling, classifier."""
     return nn.Sequential(
         OrderedDict(
             bn=nn.BatchNorm2d(channels),

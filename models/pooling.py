@@ -1,21 +1,21 @@
-"""Max pooling that is quick for large batches on a CPU."""
+"""Max pooling that is fast for large batches on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-#: Images in a batch from which two passes over slices beat torch's pooling on the CPU.
+#: Smallest batch for which two passes over slices are faster than torch's pooling on the CPU.
 MANY = 8
 
 
 class HalvingMaxPool(nn.MaxPool2d):
-    """`nn.MaxPool2d(2)`: the same outputs, in about half of the time where a batch is large.
+    """Compute `nn.MaxPool2d(2)` with the same outputs, in about half of the time for large batches.
 
-    On the CPU torch pools narrow images value by value. The larger of every two rows and then
-    of every two columns are whole-tensor operations, which use the processor's vector
-    units. This is done for inference alone: the gradient would treat equal values otherwise.
-    Exporters and compilers see an ordinary pooling, which is what runtimes know best.
+    On the CPU torch pools narrow images value by value. The maximum of every two rows and then
+    of every two columns uses whole-tensor operations, which run on the processor's vector
+    units. This applies to inference only: the gradient would treat equal values differently.
+    Exporters and compilers see an ordinary pooling, for which runtimes are optimized.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Build a pruned network anew from its widths, so that its class says what it is."""
+"""Rebuild a pruned network from its widths as an instance of a given class."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def rebuilt(make: type[Network], slimmed: nn.Module, **arguments: Any) -> Network:
-    """`make(**arguments)` with the weights of a network of the same layers in the same order.
+    """Return `make(**arguments)` with the weights of `slimmed`, which has the same layers in the same order.
 
-    It is where they are, and of their type. Layers that pruning has removed, which are identities
-    now, are left out of it.
+    The result has the device and dtype of these weights. Layers that pruning has replaced by
+    identities are omitted.
     """
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d)
     arguments["batch_norm"] = any(isinstance(layer, batch_norm) for layer in slimmed.modules())
