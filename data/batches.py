@@ -1,4 +1,4 @@
-"""Batches of normalised, augmented images, cut from tensors that stay where they are."""
+"""Batches of normalised, augmented images, indexed from tensors that stay on their device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Augment = Callable[[Tensor], Tensor]
 
 
 class Batches:
-    """Iterate over (images, labels) as often as wanted.
+    """Iterate over batches of (images, labels); may be iterated any number of times.
 
     Args:
         images: (N, C, H, W) uint8. labels: (N,) int64.
-        batch_size: images a batch; the last one is smaller unless `drop_last`.
-        mean, std: of the training pixels scaled to [0, 1]; batches have mean 0, std 1.
-        shuffle: a new order each time, drawn from torch's global generator, so that
-            one seed fixes it and a saved generator state resumes it.
-        drop_last: leave out a last batch that is not full (BatchNorm in training needs
-            more than one image); a set smaller than one batch is kept whole.
+        batch_size: images per batch; the last batch may be smaller unless `drop_last`.
+        mean, std: mean and standard deviation of the training pixels scaled to [0, 1], by which
+            batches are normalised.
+        shuffle: draw a new order for each iteration from torch's global generator, so that
+            the seed determines it and a saved generator state resumes it.
+        drop_last: drop a last batch that is not full (BatchNorm in training needs more than
+            one image); a set smaller than one batch is kept.
         augment: applied to each uint8 batch before it is normalised.
 
-    Yields float32 (B, C, H, W) and int64 (B,) on the device of `images`; of what `with_outputs`
-    gives, pairs of these and the outputs.
+    Yields images (B, C, H, W) float32 and labels (B,) int64 on the device of `images`. Batches made
+    by `with_outputs` yield (labels, outputs) instead of labels.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Batches:
             yield images.float().mul_(self.scale).sub_(self.shift), targets
 
     def with_outputs(self, function: Callable[[Tensor], Tensor]) -> Batches | None:
-        """The same batches with targets (labels, what a function gives for the images).
+        """Return the same batches with targets (labels, `function(images)`).
 
-        All images go through it once, here. None where they are augmented: they are new in every epoch.
+        Calls the function once for all images. Returns None where images are augmented, because
+        they then differ in every epoch.
         """
         if self.augment is not None:
             return None
@@ -84,25 +86,26 @@ class Batches:
 def random_affine(
     degrees: float = 0.0, pixels: float = 0.0, scale: float = 0.0, share: float = 1.0
 ) -> Augment:
-    """Rotate, move and scale each image of a batch at random; what enters is 0.
+    """Return an augmentation that rotates, shifts and scales images at random and pads them with 0.
 
     Args:
-        degrees, pixels, scale: at most so far, either way; a scale of 0.1 is from 0.9 to 1.1.
-        share: of the images that are changed at all.
+        degrees, pixels, scale: largest rotation, shift and change of size in either direction; a
+            scale of 0.1 means factors from 0.9 to 1.1.
+        share: share of the images that are changed.
     """
 
     def warp(images: Tensor) -> Tensor:
         count, _, height, width = images.shape
-        # Of all images, so that the numbers drawn do not depend on which of them change.
+        # Draw for all images, so that the random numbers do not depend on which images change.
         angle, right, down, stretch = torch.rand(4, count) * 2 - 1
         changed = (torch.rand(count) < share).nonzero().flatten()
         angle, stretch = (angle * math.radians(degrees))[changed], 1 / (1 + stretch * scale)[changed]
         cos, sin = torch.cos(angle) * stretch, torch.sin(angle) * stretch
-        # In coordinates from -1 to 1, which an image that is not square has of two sizes.
+        # Coordinates run from -1 to 1 along both sides, so their units differ unless images are square.
         rows = [cos, -sin * height / width, right[changed] * 2 * pixels / width]
         rows += [sin * width / height, cos, down[changed] * 2 * pixels / height]
         a, b, c, d, e, f = torch.stack(rows).to(images.device)[:, :, None, None]
-        # Each image's grid; F.affine_grid takes most of the time of all this.
+        # Compute the sampling grids here: F.affine_grid would take most of the time.
         x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
         y = ((torch.arange(height, device=images.device) * 2 + 1) / height - 1)[:, None]
         grid = torch.stack((a * x + b * y + c, d * x + e * y + f), -1)
@@ -114,8 +117,8 @@ def random_affine(
 
 
 def augmentation(strength: float) -> Augment | None:
-    """Half of the images rotated by up to 10°, moved by a pixel and scaled by 10 %, times `strength`.
+    """Return an augmentation of half of the images: up to `strength` times 10°, 1 pixel and 10 % scale.
 
-    A strength of 0 changes nothing. Small networks have no capacity for much of it.
+    Returns None for a strength of 0. Small networks have no capacity for strong augmentation.
     """
     return random_affine(10 * strength, strength, 0.1 * strength, share=0.5) if strength else None

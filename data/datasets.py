@@ -1,4 +1,4 @@
-"""Data sets by name, each with its training, validation and test split."""
+"""Load data sets by name, each with a training, validation and test split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.batches import Augment, Batches, augmentation
 from data.idx import DataError, read_pair
 from data.sources import DownloadError, download, environment_folder, find_idx
 
-#: 5,000 MNIST training digits; `make_mnist5k.py` beside it says where they come from.
+#: 5,000 MNIST training digits, made by `make_mnist5k.py`.
 SUBSET = Path(__file__).parent / "mnist5k.npz"
 SplitName = Literal["train", "validation", "test"]
 
@@ -33,7 +33,7 @@ class Split(NamedTuple):
         return Split(self.images.to(device), self.labels.to(device))
 
     def first(self, number: int | None) -> Split:
-        """The first so many images; all of them for None. Raises `DataError` where there are fewer."""
+        """Return the first `number` images, or all for None. Raises `DataError` where there are fewer."""
         if number is not None and not 1 <= number <= len(self.labels):
             raise DataError(f"{number:,} images were asked for, the split has {len(self.labels):,}")
         return Split(self.images[:number], self.labels[:number])
@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory. `notice` says what a reader of any figure on it must know."""
+    """A data set in memory. `notice` is a warning that applies to all results on it."""
 
     name: str
     train: Split
@@ -58,14 +58,14 @@ class Dataset:
         return channels, height, width
 
     def to(self, device: str | torch.device) -> Dataset:
-        """The same data on another device."""
+        """Return the same data on another device."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)
 
     def padded(self, size: int) -> Dataset:
-        """The same images in the middle of larger ones, with 0 around them.
+        """Return the images padded with 0 on all sides to `size` x `size`.
 
-        Raises `DataError` for a size below that of the images.
+        Raises `DataError` for a size smaller than the images.
         """
         _, height, width = self.image_shape
         if size < max(height, width):
@@ -81,7 +81,7 @@ class Dataset:
     def batches(
         self, split: SplitName, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None
     ) -> Batches:
-        """Normalised batches of a split; a shuffled one drops its last, partial batch."""
+        """Return normalised batches of a split; with `shuffle`, an incomplete last batch is dropped."""
         images, labels = getattr(self, split)
         return Batches(
             images,
@@ -95,7 +95,7 @@ class Dataset:
         )
 
     def calibration(self) -> list[tuple[Tensor, Tensor]]:
-        """The first 2,048 training images, as they are, in batches: for scores and channel means."""
+        """Return the first 2,048 training images in batches, not augmented, for scores and channel means."""
         return list(islice(self.batches("train", 256), 8))
 
 
@@ -104,13 +104,12 @@ def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False
 
     Args:
         name: `mnist`, `fashion-mnist` (downloaded into `folder` where absent), `mnist5k`
-            (the embedded subset), or `auto`: MNIST, and where it cannot be had, the subset.
-        folder: where the full sets lie or go, in torchvision's layout. For MNIST the
-            environment variable MNIST_DIR is looked at next.
-        quiet: print no notice on stderr.
+            (the embedded subset), or `auto`: MNIST, or the subset where MNIST is not available.
+        folder: folder of the full data sets, in torchvision's layout. Files that are not there
+            are read from the folder that MNIST_DIR or FASHION_MNIST_DIR names, else downloaded.
+        quiet: do not print the notice on stderr.
 
-    Raises `DataError` for an unknown name, for files that are not what they should be, and
-    where the named data cannot be had.
+    Raises `DataError` for an unknown name, invalid files, and data that is not available.
     """
     if name not in NAMES:
         raise DataError(f"data set {name!r} is unknown; there are: {', '.join(NAMES)}")
@@ -129,12 +128,12 @@ def loaders(
     train: int | None = None,
     validation: int | None = None,
 ) -> tuple[Batches, Batches, Batches]:
-    """Training, validation and test batches by name: a factory for `python -m pruning --data`.
+    """Return training, validation and test batches by name: a factory for `python -m pruning --data`.
 
     Args:
         size: height and width to which images are padded with 0 (32 for networks made for CIFAR).
         augment: strength of rotation, shift and scaling of the training images.
-        train, validation: use the first so many images of these splits alone.
+        train, validation: number of images to use of these splits (default: all).
     """
     dataset = load(name, folder)
     dataset = replace(
@@ -157,8 +156,8 @@ def _auto(folder: Path) -> Dataset:
 
 def _mnist(folder: Path) -> Dataset:
     files = _locate(folder, "MNIST", "MNIST_DIR")
-    # The validation images are those of the embedded subset, so that a net trained here can
-    # be validated there too.
+    # The validation images are those of the embedded subset, so a network trained on this split
+    # has not seen any image of the subset.
     with np.load(SUBSET) as subset:
         validation = subset["train_index"]
     return _from_idx("mnist", files, 0.1307, 0.3081, validation)
@@ -186,7 +185,7 @@ def _mnist5k(_: Path) -> Dataset:
 
 
 def _locate(folder: Path, torchvision_name: str, variable: str) -> dict[str, Path]:
-    """The IDX files: in `folder`, else where the environment variable says, else downloaded."""
+    """Find the IDX files in `folder`, else in the environment variable's folder, else download them."""
     files = find_idx(folder, torchvision_name)
     if files is None and (elsewhere := environment_folder(variable)):
         files = find_idx(elsewhere, torchvision_name)
@@ -219,7 +218,7 @@ def _from_idx(
 
 
 def _per_class(labels: np.ndarray, *counts: int) -> list[np.ndarray]:
-    """Consecutive parts with `counts` images of every class each, in the order they come."""
+    """Return the indices of consecutive parts, each with its count of images of every class, in order."""
     places = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
     bounds = np.cumsum((0, *counts))
     return [
@@ -237,5 +236,5 @@ _LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "mnist5k": _mnist5k,
     "fashion-mnist": _fashion_mnist,
 }
-#: The names that `load` knows.
+#: The names that `load` accepts.
 NAMES = tuple(_LOADERS)

@@ -1,4 +1,4 @@
-"""IDX files, the format MNIST and its relatives come in, packed (.gz) or not."""
+"""Read IDX files, the format of MNIST and similar data sets, with or without gzip compression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning.errors import UserError
 
 
 class DataError(UserError):
-    """A data file or folder is not what it should be; the message says which and why."""
+    """A data file or folder is invalid; the message names it and the reason."""
 
 
 def read_idx(path: str | Path, dims: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
     dimensions, then each dimension as a big-endian 32-bit integer.
 
     Raises `DataError` for a file that is missing, truncated, longer than its header
-    says, or of another type or rank.
+    states, or of another type or rank.
     """
     path = Path(path)
     try:
@@ -47,12 +47,12 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
     expected = header + math.prod(shape)
     if len(content) != expected:
         state = "truncated" if len(content) < expected else "too long"
-        raise DataError(f"{path}: {state}: {len(content)} bytes, its header {shape} asks for {expected}")
+        raise DataError(f"{path}: {state}: {len(content)} bytes, its header {shape} requires {expected}")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
 
 def read_pair(images_path: Path, labels_path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W) uint8 and labels (N,) int64 from two IDX files that belong together.
+    """Read images (N, H, W) uint8 and their labels (N,) int64 from two IDX files.
 
     Raises `DataError` when the counts differ or a label is not below `classes`.
     """
@@ -62,7 +62,7 @@ def read_pair(images_path: Path, labels_path: Path, classes: int) -> tuple[np.nd
     if len(images) != len(labels):
         raise DataError(
             f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels: "
-            "they must be as many"
+            "the counts must be equal"
         )
     if labels.max() >= classes:
         raise DataError(f"{labels_path}: label {labels.max()} is out of range 0 to {classes - 1}")

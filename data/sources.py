@@ -1,4 +1,4 @@
-"""Where the images come from: a folder, a download, or the subset that the project ships."""
+"""Find the files of a data set in a folder, or download them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.idx import DataError
 
-#: The four IDX files of MNIST and Fashion-MNIST; any of them may carry the ending .gz.
+#: The four IDX files of MNIST and Fashion-MNIST; each may also end in .gz.
 FILES = {
     "train-images": "train-images-idx3-ubyte",
     "train-labels": "train-labels-idx1-ubyte",
@@ -23,18 +23,18 @@ FILES = {
     "test-labels": "t10k-labels-idx1-ubyte",
 }
 
-#: Seconds without an answer after which a download server counts as unreachable.
+#: Timeout in seconds for a response of a download server.
 DOWNLOAD_TIMEOUT = 20
 
 
 class DownloadError(DataError):
-    """A data set is not here and cannot be fetched."""
+    """A data set is not in the folder and cannot be downloaded."""
 
 
 def find_idx(folder: Path, torchvision_name: str) -> dict[str, Path] | None:
-    """The four files below `folder`, in torchvision's layout, in `raw/` or in the folder itself.
+    """Find the four files below `folder`, in torchvision's layout, in `raw/` or in the folder itself.
 
-    Returns None where none of the four is found. Raises `DataError` when only some are.
+    Returns None where none of the four exists. Raises `DataError` where only some do.
     """
     for place in (folder / torchvision_name / "raw", folder / "raw", folder):
         found = {
@@ -52,9 +52,9 @@ def find_idx(folder: Path, torchvision_name: str) -> dict[str, Path] | None:
 
 
 def download(folder: Path, torchvision_name: str) -> dict[str, Path]:
-    """Fetch a data set through torchvision into `folder`, whole or not at all.
+    """Download a data set by torchvision into `folder`; an incomplete download leaves no files.
 
-    Raises `DownloadError` with the reason when it cannot be had.
+    Raises `DownloadError` with the reason when the download fails.
     """
     from torchvision import datasets
 
@@ -84,7 +84,7 @@ def download(folder: Path, torchvision_name: str) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _timeout(seconds: float) -> Iterator[None]:
-    """urllib, which torchvision downloads with, waits for ever unless sockets are told otherwise."""
+    """Set the default socket timeout: urllib, by which torchvision downloads, has none of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -94,6 +94,6 @@ def _timeout(seconds: float) -> Iterator[None]:
 
 
 def environment_folder(variable: str) -> Path | None:
-    """The folder that an environment variable names, or None when it is unset."""
+    """Return the folder that an environment variable names, or None when it is unset."""
     value = os.environ.get(variable)
     return Path(value).expanduser() if value else None
