@@ -1,4 +1,4 @@
-"""What the four scripts share: flags, and loading the right network."""
+"""Flags and loading of networks that the four scripts share."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class ScriptFlags:
     data: Annotated[
         str,
         Setting(
-            "data set; auto: MNIST, and where it cannot be had, the 5,000 digits that come with the project",
+            "data set; auto: MNIST, or if it is not available the 5,000 digits that come with the project",
             choices=tuple(data.NAMES),
         ),
     ] = "auto"
     data_dir: Annotated[
         Path,
         Setting(
-            "folder in which full data sets are, or are downloaded to; MNIST is also found through MNIST_DIR",
+            "folder of the full data sets, also for downloads; MNIST_DIR names another folder with MNIST",
             metavar="FOLDER",
         ),
     ] = ROOT / "data"
@@ -66,7 +66,7 @@ class TestFlags(ScriptFlags):
 
 
 def load_network(path: Path, kind: type[Network], device: str) -> Network:
-    """Return the network of a checkpoint, which must be of exactly this class."""
+    """Load the network of a checkpoint, which must be of exactly the class `kind`."""
     model = load(path, device=device)
     if not isinstance(model, kind) or type(model) is not kind:
         raise CheckpointError(f"{path} holds a {type(model).__name__}, a {kind.__name__} was expected")
@@ -74,7 +74,7 @@ def load_network(path: Path, kind: type[Network], device: str) -> Network:
 
 
 def write_json(path: Path | None, content: Mapping[str, object]) -> None:
-    """Write figures as JSON, where a path is given."""
+    """Write figures as JSON if a path is given."""
     if path is not None:
         replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -1,4 +1,4 @@
-"""Measure the assignment's four indicators, and print its table."""
+"""Measure the assignment's four indicators and format its table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pruning.deploy.runtimes import RUNTIMES
 from pruning.planning import count
 from pruning.training import accuracy
 
-#: Images per batch when accuracy is measured; it changes nothing but the time that takes.
+#: Images per batch when accuracy is measured; affects only the time.
 EVALUATION_BATCH = 1000
 
 
@@ -25,8 +25,8 @@ EVALUATION_BATCH = 1000
 class Indicators:
     """The measurements of one network.
 
-    Times are of the forward pass alone, per image, in milliseconds: the median at the asked
-    batch size and at batch 1.
+    Times are of the forward pass alone, per image, in milliseconds, at the requested batch size
+    and at batch size 1.
     """
 
     model: str
@@ -66,14 +66,14 @@ def measure(
     seconds: float = 3.0,
     runs: Mapping[str, nn.Module] | None = None,
 ) -> list[Indicators]:
-    """Measure networks on one split; they are timed alternately.
+    """Measure networks on one split, timing them alternately.
 
     Args:
-        models: by the name to print, on the device of the data set.
-        batch_size: of the timed forward passes (batch 1 is timed besides).
-        seconds: how long to time at each batch size.
-        runs: by the same names, what runs in place of each network (see `exported`): accuracy
-            and times are its own, params and MACs those of the network.
+        models: networks by the name to print, on the device of the data set.
+        batch_size: batch size of the timed forward passes, in addition to batch size 1.
+        seconds: duration of the timing at each batch size.
+        runs: exported networks by the same names (see `exported`), of which accuracy and times are
+            measured; params and MACs are those of `models`.
     """
     running = models if runs is None else runs
     images, labels = getattr(dataset, split)
@@ -108,12 +108,12 @@ def exported(
 ) -> dict[str, Exported]:
     """Export networks to a folder and open them in a runtime, by the same names.
 
-    ONNX files are rewritten into the form that runs fastest, all in the same way.
+    ONNX files are rewritten to the variant that runs fastest.
 
     Args:
-        runtime: one of `pruning.runtimes.RUNTIMES`' values.
+        runtime: one of the values of `pruning.deploy.runtimes.RUNTIMES`.
         inputs: example inputs (N, C, H, W).
-        threads: of ONNX Runtime.
+        threads: number of threads of ONNX Runtime.
     """
     (kind,) = (kind for kind, runs_in in RUNTIMES.items() if runs_in == runtime)
     opened = {}
@@ -127,7 +127,7 @@ def exported(
 
 
 def table(rows: Iterable[Indicators]) -> str:
-    """Return the assignment's table, with params and MACs under their right names."""
+    """Return the assignment's table, with params and MACs in the correct columns."""
     rule = "-" * 64
     lines = [rule, "| Model Name | Accuracy | Infer Time(ms) | Params(M) | MACs(M) |", rule]
     for row in rows:
@@ -140,7 +140,7 @@ def table(rows: Iterable[Indicators]) -> str:
 
 
 def details(rows: Iterable[Indicators]) -> str:
-    """Return the figures that the table rounds or leaves out."""
+    """Return the figures that the table rounds or omits."""
     lines = []
     for row in rows:
         lines.append(

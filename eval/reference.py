@@ -1,4 +1,4 @@
-"""The reference network, LeNet-5, trained by the assignment's recipe: plain SGD with rate 0.015."""
+"""Train the reference network, LeNet-5, by the assignment's recipe: plain SGD with learning rate 0.015."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def train_reference(
 def reference_beside(
     path: Path, given: Path | None, dataset: Dataset, device: str, facts: Mapping[str, object]
 ) -> LeNet5:
-    """Return the reference network of a run; it is copied or trained where the run has none yet.
+    """Return the reference network of a run; copy or train it if the run has none yet.
 
     Args:
-        path: checkpoint of the run.
-        given: checkpoint to copy; by default a network is trained.
-        dataset: what it is trained on.
-        device: where it is.
-        facts: provenance of a trained one.
+        path: checkpoint of the reference network in the run's folder.
+        given: checkpoint to copy; None trains a network.
+        dataset: training data.
+        device: device of the network.
+        facts: provenance to store with a trained network.
     """
     if given is not None and not path.exists():
         load_network(given, LeNet5, device)
         replace_file(path, given.read_bytes())
     if not path.exists():
-        # On a small data set it gets as many steps as six epochs of MNIST are.
+        # On a small data set, train for as many steps as six epochs of MNIST.
         epochs = REFERENCE_EPOCHS * max(1, round(55_000 / len(dataset.train.labels)))
         untrained = LeNet5(image_shape=dataset.image_shape, classes=dataset.classes)
         trained = train_reference(untrained.to(device), dataset, epochs, batch_size=64)

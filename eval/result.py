@@ -1,4 +1,4 @@
-"""Write result.txt from what the test scripts print: `python -m eval.result`."""
+"""Write result.txt from the output of the test scripts: `python -m eval.result`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def output_of(script: str) -> str:
-    """Return what a script prints on MNIST; exit with its code where it fails."""
+    """Run a script on MNIST and return its output; if it fails, exit with its exit code."""
     run = subprocess.run(
         [sys.executable, script, "--data", "mnist"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )

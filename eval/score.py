@@ -1,4 +1,4 @@
-"""The assignment's score: how far a network beats the reference in four indicators."""
+"""Compute the assignment's score, which compares a network with the reference in four indicators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REFERENCE_ACCURACY = 0.980
 
 
 class FourIndicators(Protocol):
-    """What is scored: accuracy (0 to 1), time per image (ms), params and MACs."""
+    """The indicators of a network: accuracy (0 to 1), time per image (ms), params and MACs."""
 
     @property
     def accuracy(self) -> float: ...
@@ -22,7 +22,7 @@ class FourIndicators(Protocol):
 
 
 class Score(NamedTuple):
-    """The score, capped at 100 and uncapped; `worse` names the indicators that forfeit it."""
+    """The score, capped at 100 and uncapped; `worse` names the indicators that make it 0."""
 
     capped: float
     uncapped: float
@@ -30,9 +30,9 @@ class Score(NamedTuple):
 
 
 def score(net: FourIndicators, reference: FourIndicators, reference_accuracy: float) -> Score:
-    """60 + (a'−a)·2000 + (i−i')/i·50 + (p−p')/p'·2 + (m−m')/m'·2, primed for `net`.
+    """Return 60 + (a'−a)·2000 + (i−i')/i·50 + (p−p')/p'·2 + (m−m')/m'·2; primes denote `net`.
 
-    Any indicator worse than the reference's makes it 0. `reference_accuracy` is a.
+    The score is 0 if any indicator is worse than the reference's. `reference_accuracy` is a.
     """
     pairs = {
         "accuracy": net.accuracy < reference_accuracy,

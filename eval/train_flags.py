@@ -1,4 +1,4 @@
-"""The flags of train_yournet.py: those of its recipe, over them the command line, and what a run keeps."""
+"""Flags of train_yournet.py: the command line takes precedence over the recipe; config.json keeps both."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pruning.cli.commands.results import RunFlags
 from pruning.utils.settings import Setting
 
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
-#: Used in its place where only the embedded digits can be had, or are asked for.
+#: The default recipe where only the embedded digits are available, or are requested.
 RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 
-#: Flags that the result of a run does not depend on, or that config.json keeps in another way.
+#: Flags that do not affect the result of a run, or that config.json stores in another form.
 _OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
 
 
@@ -45,7 +45,7 @@ class YourNetFlags(ScriptFlags):
     augment: Annotated[
         float,
         Setting(
-            "strength of augmentation: 1 rotates, moves and scales half of the images by up to 10 degrees, "
+            "strength of augmentation: 1 rotates, shifts and scales half of the images by up to 10 degrees, "
             "1 pixel, 10 %",
             metavar="STRENGTH",
             least=0,
@@ -56,17 +56,17 @@ class YourNetFlags(ScriptFlags):
     threads: Threads = 2
     reference: Annotated[
         Path | None,
-        Setting("LeNet-5 to compare with (default: one is trained in this run)", metavar="PATH", group="run"),
+        Setting("LeNet-5 to compare with (default: this run trains one)", metavar="PATH", group="run"),
     ] = None
     publish: Annotated[
-        bool, Setting(f"make the result {COMMITTED['YourNet'].relative_to(ROOT).as_posix()}", group="run")
+        bool, Setting(f"copy the result to {COMMITTED['YourNet'].relative_to(ROOT).as_posix()}", group="run")
     ] = False
 
 
 def arguments(
     argv: Sequence[str] | None = None, recipe: Path = RECIPE, description: str | None = None
 ) -> argparse.Namespace:
-    """Parse the command line, or `argv`, over the recipe that it names, or over the run that it resumes."""
+    """Parse the command line or `argv`; defaults come from the recipe or from the resumed run."""
     parser = flags.Parser(description=description, formatter_class=flags.HelpFormatter)
     flags.add_flags(parser, flags.FlagsOf(YourNetFlags, {"recipe": recipe}), *STAGES, RunFlags)
     first = flags.Parser(add_help=False)
@@ -74,7 +74,7 @@ def arguments(
     first.add_argument("--max-latency")
     given = first.parse_known_args(argv)[0]
     wanted = cli.read_recipe(given.recipe, parser)
-    if given.max_latency is not None:  # in place of the recipe's limits on counts
+    if given.max_latency is not None:  # replaces the recipe's limits on counts
         wanted = [flag for flag in wanted if not flag.startswith("--max-")]
     parser.set_defaults(**vars(parser.parse_args(["--recipe", str(given.recipe), *wanted])))
     args = parser.parsed(argv)
@@ -89,7 +89,7 @@ def arguments(
 
 
 def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict[str, object]:
-    """Return what config.json keeps: all that the result depends on."""
+    """Return the content of config.json: all settings that affect the result."""
     kept = {key: value for key, value in vars(args).items() if key not in _OF_ONE_CALL}
     return {**kept, "data": dataset, "stages": config.to_json()}
 
@@ -102,7 +102,7 @@ def _newest_run() -> Path:
 
 
 def _saved_flags(folder: Path) -> dict[str, object]:
-    """The flags that a run was started with."""
+    """Return the flags with which a run was started."""
     try:
         saved = json.loads((folder / "config.json").read_text())
         return {key: value for key, value in saved.items() if key != "stages"}
