@@ -66,7 +66,7 @@ class DenseNet(nn.Module):
             raise ValueError(f"depth {depth}: {BLOCKS}n + 4 with n at least 1 was expected")
         if min(growth, classes) < 1 or min(image_shape[1:]) < 4:
             raise ValueError(
-                f"growth {growth}, {classes} classes, images of {tuple(image_shape)}: at least 1, 1, 4 x 4"
+                f"growth {growth}, {classes} classes, images of {tuple(image_shape)}: at least 1, 1 and 4 x 4"
             )
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {

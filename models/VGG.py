@@ -47,7 +47,9 @@ class VGG(nn.Module):
             raise ValueError(f"depth {depth}: one of {', '.join(map(str, STAGES))}")
         channels, *size = image_shape
         if classes < 1 or min(size) < 16:
-            raise ValueError(f"{classes} classes, images of {tuple(image_shape)}: at least 1 and 16 x 16 are needed")
+            raise ValueError(
+                f"{classes} classes, images of {tuple(image_shape)}: at least 1 and 16 x 16 are needed"
+            )
         #: The arguments that rebuild this network; checkpoints store them.
         self.config: dict[str, Any] = {
             "depth": depth,
