@@ -1,16 +1,16 @@
-"""Is pruning worth it? Rows of the table against training from scratch and other pruners.
+"""Compare rows of the table with training from scratch and with other pruners.
 
     python -m benchmarks.control --rows nano --seeds 0 1 2
     python -m benchmarks.control --print
 
-For a row that `benchmarks.table` has filled, with the same data and seeds:
+Controls for a row that `benchmarks.table` has computed, with the same data and seeds:
 
-- `scratch`: the widths that slimming found, from random weights, for as many epochs in all;
-- `uniform`: the start scaled down uniformly to the same budget, likewise;
+- `scratch`: the widths that slimming found, trained from random weights for the same total of epochs;
+- `uniform`: the dense network scaled down uniformly to the same budget, trained likewise;
 - `half`: slimming with half of those epochs after stage 1;
-- `bn-scale`, `magnitude`, `taylor`: torch-pruning's own pruners, iterated, trained the same.
+- `bn-scale`, `magnitude`, `taylor`: torch-pruning's own pruners, run iteratively and trained alike.
 
-Results go into `checkpoints/results.json`; what it holds is not computed again.
+Results are added to `checkpoints/results.json`; existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ALL = ("half", *FROM_SCRATCH, *KINDS)
 def main() -> None:
     parser = arguments(__doc__ or "", [0, 1, 2])
     parser.set_defaults(rows=["nano", "small", "caffe"])
-    parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="of control")
+    parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, help="controls to run")
     args = parser.parse_args()
     if not args.print:
         side_by_side(args.jobs, fill, itertools.product([args], args.rows, args.seeds, args.kinds))
@@ -62,13 +62,13 @@ def main() -> None:
 
 
 def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
-    """Run one control and note its result, unless it is there."""
+    """Run one control and store its result, unless the file has it already."""
     use_threads(args.threads)
     path = recipe(args.checkpoints, row)
     content = read_results(args.checkpoints)
     ours = known_runs(content, row, args.data, fingerprint(path))
     if not ours:
-        raise PruningError(f"row {row!r} is not filled: python -m benchmarks.table --rows {row} comes first")
+        raise PruningError(f"row {row!r} has no results: run python -m benchmarks.table --rows {row} first")
     entry = {"row": row, "kind": kind, "seed": seed, "dataset": args.data, "recipe": fingerprint(path)}
     if any(entry.items() <= old.items() for old in content["controls"]):
         return
@@ -80,7 +80,7 @@ def fill(args: argparse.Namespace, row: str, seed: int, kind: str) -> None:
 
 
 def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[str, Any]:
-    """Slimming that has, after stage 1, half of the epochs that training from scratch has."""
+    """Run slimming with half of the epochs of training from scratch after stage 1."""
     config = slim_config(train_yournet.arguments(["--recipe", str(path)]))
     rest = max(1, epochs // 2 - config.prune.iterations * config.prune.recover.epochs)
     folder = args.runs / "control" / path.parent.name / f"half-{seed}"
@@ -90,7 +90,7 @@ def half(args: argparse.Namespace, path: Path, seed: int, epochs: int) -> dict[s
 
 
 def trained(path: Path, seed: int, kind: str, dataset: str, epochs: int) -> dict[str, Any]:
-    """A network made by other means within the same budget and epochs, and what it reaches."""
+    """Train a network of another method with the same budget and epochs, and measure it."""
     args = train_yournet.arguments(["--recipe", str(path), "--data", dataset])
     config = slim_config(args)
     splits = data.load(dataset, ROOT / "data", quiet=True)
@@ -140,7 +140,7 @@ def with_peer(
     learn: Callable[..., nn.Module],
     epochs: int,
 ) -> None:
-    """Train, prune in iterations, and fine-tune a network in place, with another's pruner."""
+    """Train, prune iteratively and fine-tune a network in place with a pruner of torch-pruning."""
     loss = regularized(cross_entropy) if kind == "bn-scale" else cross_entropy
     learn(net, config.sparsify, loss=loss)
     Peer(kind, net, example, calibration).iterate(config, lambda: learn(net, config.prune.recover))
@@ -149,7 +149,7 @@ def with_peer(
 
 
 def scaled_down(start: Any, fits: Callable[[nn.Module], bool]) -> Any:
-    """The network with all widths of the start times the largest factor that fits the budget."""
+    """Return the start with all widths times the largest factor that meets the budget."""
 
     def made(thousandths: int) -> Any:
         def scale(value: Any) -> Any:
@@ -165,11 +165,11 @@ def scaled_down(start: Any, fits: Callable[[nn.Module], bool]) -> Any:
     for thousandths in range(1000, 0, -1):
         if fits(net := made(thousandths)):
             return net
-    raise PruningError("even one channel in every layer is over the budget")
+    raise PruningError("one channel in every layer already exceeds the budget")
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """Controls beside the rows they belong to."""
+    """Format a table of the rows, each with its controls."""
     lines = [
         "| row | network | widths | params | MACs | accuracy % | seeds |",
         "|---|---|---|---|---|---|---|",

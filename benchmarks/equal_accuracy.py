@@ -1,13 +1,13 @@
-"""MACs and time at equal accuracy: slimming beside torch-pruning's BNScalePruner, at several budgets.
+"""Compare MACs and time at equal accuracy: slimming and torch-pruning's BNScalePruner at several budgets.
 
     python -m benchmarks.equal_accuracy                 # on the embedded digits
     MNIST_DIR=... python -m benchmarks.equal_accuracy --data mnist
 
-Both prune the same LeNet-5 in as many epochs of each stage on the same batches (sides `ours` and `memory`
-of `benchmarks.pipeline`) and choose widths over all layers. Accuracy is the mean over seeds on the test
-split. To every network of torch-pruning belongs a point on our curve with its accuracy, between the two
-budgets around it (straight in the logarithm of what is compared). Times are of forward passes in eager
-PyTorch, BatchNorm folded; all networks take turns.
+Both prune the same LeNet-5 with equal epochs per stage on the same batches (sides `ours` and `memory` of
+`benchmarks.pipeline`) and rank channels over all layers. Accuracy is the mean over seeds on the test
+split. Each network of torch-pruning is compared with the point of equal accuracy on our curve, which is
+interpolated between the two neighbouring budgets, linearly in the logarithm of the cost. Times are of
+forward passes in eager PyTorch with BatchNorm folded; all networks are timed in turns.
 
 Writes benchmarks/equal_accuracy.json and benchmarks/equal_accuracy.md, and prints the latter.
 """
@@ -70,14 +70,14 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=["8%", "12%", "18%", "27%", "40%"],
         metavar="MACS",
-        help="of the results",
+        help="budgets on MACs",
     )
-    parser.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="of each measurement")
+    parser.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="duration of each measurement")
     return parser.parse_args()
 
 
 def forward_times(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, float]]:
-    """Milliseconds per image of the network of every run, by batch size."""
+    """Measure the milliseconds per image of the network of every run, by batch size."""
     shape = data.load(args.data, ROOT / "data", quiet=True).image_shape
     networks = {
         str(i): models.YourNet(run["widths"][:2], run["widths"][2:], image_shape=shape)
@@ -92,7 +92,7 @@ def forward_times(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> l
 
 
 def summary(runs: Sequence[dict[str, Any]], side: str, budget: str) -> dict[str, Any]:
-    """What the seeds of a side come to at a budget: accuracies, and the means of the rest."""
+    """Summarise the seeds of a side at a budget: all accuracies, and the means of the costs."""
     chosen = [run for run in runs if (run["side"], run["budget"]) == (side, budget)]
     return {
         "budget": budget,
@@ -110,7 +110,7 @@ COSTS = ("params", "MACs", *(f"ms, batch {size}" for size in BATCHES))
 
 
 def at_equal_accuracy(point: dict[str, Any], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ours costs at the accuracy of a point, divided by what the point costs; None beyond our curve."""
+    """Return our costs at the accuracy of a point divided by those of the point; None beyond our curve."""
     wanted = statistics.mean(point["accuracy"])
     found: dict[str, Any] = {"budget": point["budget"], "accuracy": wanted}
     for key in COSTS:
@@ -125,7 +125,7 @@ def at_equal_accuracy(point: dict[str, Any], ours: Sequence[dict[str, Any]]) -> 
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as tables."""
+    """Format the result as tables."""
     lines = [heading(result, "several budgets of MACs"), ""]
     names = {OURS: "ours", MEMORY: "torch-pruning"}
     rows = [

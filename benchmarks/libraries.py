@@ -1,14 +1,14 @@
-"""Networks of other libraries at half of their MACs, as they come: docs/libraries.md.
+"""Prune unmodified networks of other libraries to half of their MACs: docs/libraries.md.
 
     python -m pip install timm ultralytics segmentation-models-pytorch monai einops pytorchcv
     python -m benchmarks.libraries
     python -m benchmarks.libraries --libraries timm --print
 
-`libraries.toml` lists them; those of a library that is not installed are left out. Every network
-has random weights and is pruned by one `prune` step to 50 % of its MACs, the same share of every
-group, with the check of equivalence; then a backward pass reaches every parameter that it reached
-before, and the checkpoint is loaded into a fresh network, whose outputs must be the same bit for
-bit. Each network has a process of its own. Results are kept as they come, and not taken again.
+`libraries.toml` lists the networks; those of libraries that are not installed are skipped. Every
+network has random weights and is pruned by one `prune` step to 50 % of its MACs, the same share of
+every group, with the check of equivalence. A backward pass must then reach every parameter that it
+reached before, and the checkpoint must give bit-identical outputs in a fresh network. Each network
+runs in its own process. Each result is saved at once, and existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pruning.utils.tree import tensors
 LIST = ROOT / "benchmarks" / "libraries.toml"
 RESULTS = ROOT / "benchmarks" / "libraries.json"
 TABLE = ROOT / "docs" / "libraries.md"
-#: Seconds after which a network is given up.
+#: Timeout for a network, in seconds.
 PATIENCE = 300
 
 
@@ -46,13 +46,13 @@ def main() -> None:
     known = sorted({library for library, _ in networks})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "--libraries", nargs="+", choices=known, default=known, metavar="NAME", help="whose networks"
+        "--libraries", nargs="+", choices=known, default=known, metavar="NAME", help="libraries to test"
     )
-    parser.add_argument("--networks", nargs="+", metavar="NAME", help="of these alone")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results, as JSON")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="networks to test (default: all)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="results, as JSON")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table, as Markdown")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--print", action="store_true", help="only print existing results")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args()
     if args.one:
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def listed() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """The networks of the list by library and name; each with factory, arguments and shape."""
+    """Yield the networks of the list by library and name; each with factory, arguments and shape."""
     for library, entries in cli.tomllib.loads(LIST.read_text(encoding="utf-8")).items():
         for entry in entries:
             options = arguments_of(entry.get("options", []))
@@ -87,7 +87,7 @@ def listed() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
 
 
 def installed(library: str) -> str:
-    """The version of a library; empty where it is not there."""
+    """Return the version of a library, or an empty string if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -95,7 +95,7 @@ def installed(library: str) -> str:
 
 
 def in_process(library: str, name: str, threads: int) -> dict[str, Any]:
-    """What comes of a network, in a process of its own; what went wrong where something did."""
+    """Test a network in its own process; return its figures, or the error."""
     try:
         flags = ["--one", library, name, "--threads", str(threads)]
         return run_module("libraries", flags, timeout=PATIENCE)
@@ -106,7 +106,7 @@ def in_process(library: str, name: str, threads: int) -> dict[str, Any]:
 
 
 def tried(made: dict[str, Any]) -> dict[str, Any]:
-    """A network pruned, trained a step, saved and loaded; raises `PruningError` where that fails."""
+    """Prune, train for a step, save and load a network; raises `PruningError` where one of them fails."""
     warnings.simplefilter("ignore")
 
     def fresh() -> nn.Module:
@@ -141,7 +141,7 @@ def tried(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables, under what they add up to."""
+    """Format the tables, each after its summary."""
     lines = [
         "# Networks of other libraries",
         "",

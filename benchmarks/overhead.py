@@ -1,9 +1,9 @@
-"""What the toolkit adds to training: a step beside plain PyTorch's, and the share of pruning.
+"""Measure the time that the toolkit adds to a training step of plain PyTorch, and the share of pruning.
 
     python -m benchmarks.overhead
 
-The two training loops take turns on the same batches and networks; nothing else should run
-on the machine. Writes benchmarks/overhead.json and prints it.
+The training loops are timed in turns on the same batches and networks; the machine should be idle
+otherwise. Writes benchmarks/overhead.json and prints it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ CONFIG = TrainConfig(1, lr=0.01, weight_decay=1e-3)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "--starts", nargs="+", choices=models.STARTS, default=["lenet5", "compact"], help="networks"
+        "--starts", nargs="+", choices=models.STARTS, default=["lenet5", "compact"], help="networks to train"
     )
     parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
-    parser.add_argument("--rounds", type=cli.whole_number(3), default=9, help="turns of each loop")
-    parser.add_argument("--steps", type=cli.whole_number(1), default=100, help="training steps in a turn")
+    parser.add_argument("--rounds", type=cli.whole_number(3), default=9, help="number of turns of each loop")
+    parser.add_argument("--steps", type=cli.whole_number(1), default=100, help="training steps per turn")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "overhead.json", help="the results"
@@ -57,7 +57,7 @@ def main() -> None:
 def measured(
     name: str, dataset: data.Dataset, batches: list[Any], calibration: list[Any], rounds: int
 ) -> dict[str, Any]:
-    """The figures of one network, all loops in turns."""
+    """Time all loops on one network in turns, and return the figures."""
     torch.manual_seed(0)
     net = models.start(name, dataset.image_shape, dataset.classes)
 
@@ -96,7 +96,7 @@ def measured(
 
 
 def plain(model: nn.Module, batches: list[Any]) -> None:
-    """A training epoch as PyTorch's tutorials write it."""
+    """Train for an epoch by the loop of PyTorch's tutorials."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-3)
     model.train()
     for inputs, targets in batches:

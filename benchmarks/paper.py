@@ -1,12 +1,12 @@
-"""The paper's networks for 32 x 32 images, slimmed to half of their MACs in a few epochs: docs/paper.md.
+"""Slim the paper's networks for 32 x 32 images to half of their MACs in a few epochs: docs/paper.md.
 
-    python -m benchmarks.paper                      # all seven: two hours on a core
+    python -m benchmarks.paper                      # all seven: two hours on one core
     python -m benchmarks.paper --models resnet20 --data mnist5k
-    python -m benchmarks.paper --print              # what is there, as Markdown
+    python -m benchmarks.paper --print              # existing results, as Markdown
 
-Each run is `python -m pruning slim --config recipes/short.toml --model models:NAME`, resumed where
-one was interrupted. The dense network is measured as stage 1 left it, at the weights that
-pruning starts from. What is in the file of results is not run again.
+Each run is `python -m pruning slim --config recipes/short.toml --model models:NAME`; an interrupted
+run is resumed. The dense network is measured after stage 1, with the weights from which pruning
+starts. Networks with existing results are not run again.
 """
 
 from __future__ import annotations
@@ -35,15 +35,19 @@ SIZE = 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="to slim")
+    parser.add_argument(
+        "--models", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="networks to slim"
+    )
     parser.add_argument("--data", choices=data.NAMES, default="fashion-mnist", help="data set")
     parser.add_argument("--train", type=cli.whole_number(1), default=4000, help="training images")
     parser.add_argument("--validation", type=cli.whole_number(1), default=1000, help="validation images")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="where the runs go")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "paper.json", help="as JSON")
-    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "paper.md", help="as Markdown")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder of the runs")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "paper.json", help="results, as JSON"
+    )
+    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "paper.md", help="table, as Markdown")
+    parser.add_argument("--print", action="store_true", help="only print existing results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = read_json(args.results, {})
@@ -58,7 +62,7 @@ def main() -> None:
 
 
 def slimmed(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Slim a network, and measure what came out beside what went in on the test split."""
+    """Slim a network, and measure the dense and the slim network on the test split."""
     folder = args.runs / name
     images = {"name": args.data, "size": SIZE, "train": args.train, "validation": args.validation}
     shape = f"image_shape=[1,{SIZE},{SIZE}]"
@@ -78,7 +82,7 @@ def slimmed(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, under what was run."""
+    """Format the table, after a description of the runs."""
     lines = [
         "# The paper's networks, in a few epochs",
         "",

@@ -1,8 +1,8 @@
-"""Pruning as torch-pruning's own high-level pruners do it, to compare with.
+"""Prune with torch-pruning's own high-level pruners, for comparison.
 
-Stage 1 and the iterations are trained by the same loop, on the same data, for as many epochs
-as ours; what differs is who chooses the channels. torch-pruning takes a share of channels,
-not a budget, so its pruner goes in small steps until the costs are within the budget.
+Stage 1 and the iterations use the same training loop, data and number of epochs as ours; only the
+choice of channels differs. torch-pruning takes a share of channels instead of a budget, so its
+pruner takes small steps until the costs are within the budget.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pruning import Budget, PruningError, SlimConfig, trace
 from pruning.planning import CostModel
 from pruning.training import cross_entropy
 
-#: How a pruner of torch-pruning is made: its importance, its class, and the L1 factor on γ.
+#: The pruners of torch-pruning; see `Peer`.
 KINDS = ("bn-scale", "magnitude", "taylor")
-#: `reg` of BNScalePruner, as it is documented.
+#: `reg` of BNScalePruner: its documented value.
 REGULARIZATION = 1e-5
-#: Small steps of a pruner from nothing to all channels.
+#: Number of steps in which a pruner would remove all channels.
 STEPS = 200
 
 
 class Peer:
-    """A pruner of torch-pruning over a model, which it changes in place.
+    """A pruner of torch-pruning, which changes a model in place.
 
     Args:
         kind: `bn-scale` (BNScalePruner with BNScaleImportance), `magnitude`
-            (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance); all with the documented
+            (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance), each with its documented
             defaults.
         calibration: batches for the gradients of `taylor`.
-        ranking: `global` compares the channels of all layers, `group` takes the same share of each.
+        ranking: `global` compares the channels of all layers, `group` removes the same share of each.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Peer:
             self.pruner = tp.pruner.BasePruner(model, example, make[kind](), **common)
 
     def reach(self, budget: Budget) -> None:
-        """Step until the model is within the budget; raises `PruningError` when that does not come."""
+        """Take steps until the model meets the budget; raises `PruningError` if it never does."""
         for _ in range(STEPS):
             if not budget.excess(cost(self.model, self.example)):
                 return
@@ -83,7 +83,7 @@ class Peer:
             )
 
     def iterate(self, config: SlimConfig, recover: Callable[[], Any]) -> None:
-        """Reach the budget of a pipeline in as many steps as it takes, each followed by `recover`."""
+        """Reach the budget in the number of steps of a pipeline, and call `recover` after each."""
         dense, steps = cost(self.model, self.example), config.prune.iterations
         asked = config.counts.resolve(dense)
         for step in range(1, steps + 1):
@@ -92,7 +92,7 @@ class Peer:
 
 
 def regularized(loss: Callable[..., Tensor], strength: float = REGULARIZATION) -> Callable[..., Tensor]:
-    """A loss with strength · Σ|γ|, whose gradient is what `BNScalePruner.regularize` adds."""
+    """Add strength · Σ|γ| to a loss; its gradient is the one that `BNScalePruner.regularize` adds."""
 
     def total(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         norms = [m.weight for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -102,6 +102,6 @@ def regularized(loss: Callable[..., Tensor], strength: float = REGULARIZATION) -
 
 
 def cost(model: nn.Module, example: Tensor) -> Any:
-    """Params and MACs with BatchNorm folded."""
+    """Count params and MACs with BatchNorm folded."""
     cost_model = CostModel(model, trace(model, example))
     return cost_model(cost_model.full)

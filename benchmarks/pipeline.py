@@ -1,22 +1,22 @@
-"""The whole job beside torch-pruning's: train sparsely, prune in iterations, fine-tune.
+"""Compare the whole pipeline with torch-pruning's: sparsity training, iterative pruning, fine-tuning.
 
     python -m benchmarks.pipeline                       # on the embedded digits
     MNIST_DIR=... python -m benchmarks.pipeline --data mnist
 
-Four sides start from the same LeNet-5 with BatchNorm and make it meet the same budget, by the same
-share of every group (so that all train networks of about the same widths), in as many epochs of
-each stage, with the same batch size, learning rates and threads:
+Four sides prune the same LeNet-5 with BatchNorm to the same budget, with the same share of every
+group (so all of them train networks of about the same widths) and with the same number of epochs per
+stage, batch size, learning rates and threads:
 
-- ours: `pruning.slim` on batches that are cut from tensors in memory;
+- ours: `pruning.slim` on batches indexed from tensors in memory;
 - loader 0, loader 2: torch-pruning's BNScalePruner in a plain training loop on torchvision's
-  MNIST (ToTensor, Normalize), through a DataLoader with that many workers;
+  MNIST (ToTensor, Normalize), with a DataLoader of 0 or 2 workers;
 - memory: the same loop on our batches.
 
-Ours is compared with the quicker of the loaders. Each run has a process of its own; the sides take
-turns, every repeat with another seed. Time is that of the whole job, from reading the data to the
-fine-tuned network, without imports; CPU time counts workers; memory is the most that the main process
-has held. All validate after every epoch; accuracy is on the test split, of the epoch that is
-best on the validation split. Params and MACs have BatchNorm folded.
+Ours is compared with the faster loader. Each run has its own process; the sides run in turns, each
+repeat with another seed. Time covers the whole pipeline, from reading the data to the fine-tuned
+network, without imports; CPU time includes workers; memory is the peak of the main process. All sides
+validate after every epoch; accuracy is that of the epoch that is best on the validation split, on the
+test split. Params and MACs are with BatchNorm folded.
 
 Writes benchmarks/pipeline.json and benchmarks/pipeline.md, and prints the latter.
 """
@@ -58,7 +58,7 @@ from pruning.training import TrainConfig, accuracy
 
 OURS, LOADERS, MEMORY = "ours", {"loader 0": 0, "loader 2": 2}, "memory"
 SIDES = (OURS, *LOADERS, MEMORY)
-#: What settings a run depends on, besides its side and seed.
+#: The settings of a run, besides its side and seed.
 SETTINGS = (
     "data",
     "max_macs",
@@ -70,7 +70,7 @@ SETTINGS = (
     "batch_size",
     "threads",
 )
-#: What of a run is summed up, and how it is headed.
+#: The figures of a run that are summarised, and their column headings.
 COLUMNS = {"seconds": "s", "cpu seconds": "CPU s", "memory": "MB"}
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         return
     machine, runs = timing.machine(), []
     for seed in range(args.repeats):
-        first = seed % len(args.sides)  # no side is always the first
+        first = seed % len(args.sides)  # rotate the order of the sides
         for side in (*args.sides[first:], *args.sides[:first]):
             runs.append({"side": side, "seed": seed, **in_process(side, seed, args)})
             print(f"{side}, seed {seed}: {runs[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
@@ -102,35 +102,37 @@ def arguments() -> argparse.Namespace:
         "--max-macs",
         default="25%",
         metavar="MACS",
-        help="budget of the result; that of the main job is 24 %%",
+        help="budget of the result (train_yournet.py: 24 %%)",
     )
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="to run")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="sides to run")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in this process
     parser.add_argument("--seed", type=cli.seed, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def settings_parser(description: str, name: str) -> argparse.ArgumentParser:
-    """A parser with the settings of runs, but the budget; what they give goes to `benchmarks/name.json`."""
+    """Return a parser of a run's settings without the budget; results go to `benchmarks/{name}.json`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
     parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
     parser.add_argument(
-        "--ranking", choices=RANKINGS, default="group", help="of channels: by group, or over all layers"
+        "--ranking", choices=RANKINGS, default="group", help="rank channels by group, or over all layers"
     )
     for stage, epochs in {"sparsify": 4, "recover": 1, "finetune": 10}.items():
-        parser.add_argument(f"--{stage}-epochs", type=cli.whole_number(1), default=epochs, help="of a stage")
+        parser.add_argument(
+            f"--{stage}-epochs", type=cli.whole_number(1), default=epochs, help="epochs of this stage"
+        )
     parser.add_argument("--iterations", type=cli.whole_number(1), default=5, help="pruning steps")
-    parser.add_argument("--batch-size", type=cli.whole_number(2), default=64, help="of training")
+    parser.add_argument("--batch-size", type=cli.whole_number(2), default=64, help="batch size of training")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=cli.whole_number(1), default=3, help="runs of each side")
+    parser.add_argument("--repeats", type=cli.whole_number(1), default=3, help="number of runs of each side")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / f"{name}.json", help="results; .md beside it"
+        "--output", type=Path, default=ROOT / "benchmarks" / f"{name}.json", help="results, as JSON and .md"
     )
     return parser
 
 
 def in_process(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """Run one side with one seed in its own process."""
     settings = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in SETTINGS]
     try:
         return run_module("pipeline", [*settings, f"--side={side}", f"--seed={seed}"])
@@ -139,10 +141,8 @@ def in_process(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One run: what it took, and what it made."""
+    """Run one side; return its time, memory, accuracy and costs."""
     use_threads(args.threads)
-    if args.side != OURS:
-        pass
     started, processor = time.perf_counter(), os.times()
     dataset = data.load(args.data, ROOT / "data", quiet=True)
     calibration = dataset.calibration()
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         net = dense
         with_torch_pruning(net, train, config, validate, calibration[0][0][:8], ended)
     seconds = time.perf_counter() - started
-    del train, validation, validate  # the workers of a loader end, and their time counts
+    del train, validation, validate  # ends the workers of a loader, so that their CPU time is counted
     used = sum(os.times()[:4]) - sum(processor[:4])
     costs = cost(net, calibration[0][0][:8])
     return {
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> SlimConfig:
-    """The main job's settings, for as many epochs as were asked for."""
+    """Return the default settings of slimming with the requested numbers of epochs."""
     config = SlimConfig.within(Budget(macs=args.max_macs))
     recover = replace(config.prune.recover, epochs=args.recover_epochs)
     return replace(
@@ -191,7 +191,7 @@ def settings(args: argparse.Namespace) -> SlimConfig:
 
 
 class Images(MNIST):
-    """torchvision's MNIST over one of our splits: an item is made exactly as in the original."""
+    """torchvision's MNIST on one of our splits; items are built by the code of the original."""
 
     def __init__(self, split: data.Split, transform: Callable[[Any], torch.Tensor]):
         self.data, self.targets = split.images[:, 0], split.labels
@@ -199,7 +199,7 @@ class Images(MNIST):
 
 
 def splits(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Training and validation batches as a side has them."""
+    """Return the training and validation batches of a side."""
     if args.side not in LOADERS:
         train = dataset.batches("train", args.batch_size, shuffle=True)
         return train, dataset.batches("validation", EVALUATION_BATCH)
@@ -219,7 +219,7 @@ def with_torch_pruning(
     example: torch.Tensor,
     ended: Callable[[str], None],
 ) -> None:
-    """The three stages with BNScalePruner, in place."""
+    """Run the three stages with BNScalePruner, in place."""
     peer = Peer("bn-scale", net, example, ranking=config.prune.ranking)
     learn = partial(plain, net, batches, validate)
     learn(config.sparsify, regularize=peer.pruner.regularize)
@@ -239,7 +239,7 @@ def plain(
     regularize: Callable[[nn.Module], None] = lambda net: None,
     keep_best: bool = False,
 ) -> None:
-    """A training loop as one writes it around torch-pruning."""
+    """Train by a plain loop, as users of torch-pruning write it."""
     optimizer = torch.optim.SGD(
         net.parameters(), how.lr, momentum=how.momentum, nesterov=True, weight_decay=how.weight_decay
     )
@@ -263,7 +263,7 @@ def plain(
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The medians of one side, and the accuracy of every run."""
+    """Return the medians of one side, and the accuracy of every run."""
     medians = {key: round(statistics.median(run[key] for run in runs), 2) for key in COLUMNS}
     return {
         **medians,
@@ -273,7 +273,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Ours divided by every other side: the median over the repeats, the least and the most."""
+    """Return ours divided by every other side: median, minimum and maximum over the repeats."""
     found: dict[str, dict[str, list[float]]] = {}
     by_side: dict[str, list[dict[str, Any]]] = {}
     for each in sorted(runs, key=lambda each: each["seed"]):
@@ -289,7 +289,7 @@ def ratios(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 
 
 def heading(result: dict[str, Any], limit: str) -> str:
-    """The settings of runs, and where they ran."""
+    """Describe the settings and the machine of the runs."""
     asked = result["settings"]
     return (
         f"{asked['data']}, batch {asked['batch_size']}, {asked['threads']} "
@@ -301,7 +301,7 @@ def heading(result: dict[str, Any], limit: str) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as tables."""
+    """Format the result as tables."""
     lines = [heading(result, f"at most {result['settings']['max_macs']} of the MACs"), ""]
     rows = []
     for side, found in result["sides"].items():

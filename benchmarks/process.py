@@ -1,4 +1,4 @@
-"""Parts of a benchmark in processes of their own, which gives each its own memory and imports."""
+"""Run parts of a benchmark in separate processes, each with its own memory and imports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pruning import PruningError
 
 
 def run_module(name: str, flags: Iterable[str], timeout: float | None = None) -> dict[str, Any]:
-    """Run `python -m benchmarks.NAME`, whose last line of output is JSON; returns what it says.
+    """Run `python -m benchmarks.NAME` and return the JSON on its last line of output.
 
-    Raises `PruningError` with the last line of its errors where it fails, and
-    `subprocess.TimeoutExpired` after so many seconds.
+    Raises `PruningError` with the last line of stderr where it fails, and
+    `subprocess.TimeoutExpired` after `timeout` seconds.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False)
@@ -26,7 +26,7 @@ def run_module(name: str, flags: Iterable[str], timeout: float | None = None) ->
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in MB; 0 where the system does not say."""
+    """Return the peak memory of this process in MB, or 0 where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,31 +1,32 @@
-"""What a user gets: pruned networks in the runtimes that will run them, beside the dense ones.
+"""Time pruned networks in several runtimes, and compare them with the dense ones.
 
     python -m benchmarks.runtimes                       # on the embedded digits
     MNIST_DIR=... python -m benchmarks.runtimes --data mnist
     python -m benchmarks.runtimes --device cuda
 
-LeNet-5 (the reference), the dense network that the main job starts from (LeNet-5 with BatchNorm, as
-it is trained and with BatchNorm folded), YourNet, and the floor, LeNet-5 with a single channel in each
-hidden layer, in
+Networks: LeNet-5 (the reference), the dense network from which train_yournet.py starts (LeNet-5 with
+BatchNorm, unfolded and folded), YourNet, and as a lower bound LeNet-5 with a single channel in each
+hidden layer. Runtimes:
 
-- eager: PyTorch as it is;
+- eager: PyTorch without compilation;
 - torchscript: a frozen trace;
 - compiled: PyTorch's ahead-of-time compiler, for each batch size; needs a C++ compiler;
-- onnxruntime float32: the file as it is exported;
-- onnxruntime optimized: in its quickest form on this machine (`pruning.optimize`);
-- onnxruntime int8: that file quantized, calibrated on training images.
+- onnxruntime float32: the exported file;
+- onnxruntime optimized: its fastest variant on this machine (`pruning.deploy.optimize`);
+- onnxruntime int8: the optimized file quantized, calibrated on training images.
 
-All of them take turns on the same batch, about 2 ms at a time in random order, after a warm-up.
-Of exported files it is the runtime's own time, without conversions from and to tensors.
-Given are median and 90th percentile of the turns, and ratios of medians with their 95 % bootstrap
-interval (`pruning.time_ratio`). In each runtime a second copy of YourNet takes turns too; its ratio to
-the first is the control. Where that is not within 0.02 of 1, the machine was not quiet enough: the rows
-are marked, and the command says so.
+All networks are timed in turns on the same batch, about 2 ms at a time in random order, after a
+warm-up. Times of exported files are those of the runtime, without conversions from and to tensors.
+The tables give the median and the 90th percentile of the turns, and ratios of medians with their 95 %
+bootstrap interval (`pruning.deploy.time_ratio`). In each runtime a second copy of YourNet is timed too;
+its ratio to the first is the control. Where the control is not within 0.02 of 1, other load disturbed
+the measurement: its rows are marked, and the command reports it.
 
-Then torchvision's networks (random weights, batch 1, BatchNorm folded) beside themselves at 50 % of
-the MACs with channels in multiples of --multiple: how much of the reduction in MACs becomes speed.
+Then torchvision's networks (random weights, batch 1, BatchNorm folded) are compared with the same
+networks pruned to 50 % of the MACs with channels in multiples of --multiple, which shows how much of
+the reduction in MACs becomes speed.
 
-On a GPU only eager and compiled networks are timed, as exported files run on the CPU. Writes
+On a GPU only eager and compiled networks are timed, because exported files run on the CPU. Writes
 benchmarks/runtimes.json and benchmarks/runtimes.md, and prints the latter.
 """
 
@@ -59,16 +60,16 @@ from pruning.surgery import fold_batchnorm, recalibrate
 from pruning.training import accuracy
 
 REFERENCE, TRAINED, FOLDED, YOURS = "LeNet-5", "dense with BN", "dense, BN folded", "YourNet"
-#: LeNet-5 with a single channel in each hidden layer: no narrower one is quicker.
+#: LeNet-5 with a single channel in each hidden layer: a lower bound on the time.
 FLOOR = "one channel a layer"
-#: The second copy of a network.
+#: Name of the second copy of a network, the control.
 AGAIN = "again"
 EAGER, SCRIPT, COMPILED = "eager", "torchscript", "compiled"
 FLOAT, QUICK, INT8 = (f"onnxruntime {form}" for form in ("float32", "optimized", "int8"))
 RUNTIMES = (EAGER, SCRIPT, COMPILED, FLOAT, QUICK, INT8)
 FILES = (SCRIPT, FLOAT, QUICK, INT8)
 TORCHVISION = ("resnet18", "mobilenet_v2", "vgg11_bn", "densenet121")
-#: A runtime and a network in it.
+#: (runtime, network)
 Key = tuple[str, str]
 
 
@@ -94,37 +95,64 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--data", choices=data.NAMES, default="mnist5k", help="data set")
     parser.add_argument("--device", type=cli.device, default="cpu", metavar="DEVICE", help="cpu or cuda")
-    parser.add_argument("--yournet", type=Path, default=COMMITTED["YourNet"], metavar="PATH", help="network")
     parser.add_argument(
-        "--dense", type=Path, metavar="PATH", help="the dense network with BatchNorm (default: untrained)"
+        "--yournet", type=Path, default=COMMITTED["YourNet"], metavar="PATH", help="checkpoint of YourNet"
     )
     parser.add_argument(
-        "--runtimes", choices=RUNTIMES, nargs="+", default=RUNTIMES, metavar="NAME", help="besides eager"
+        "--dense",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint of the dense network with BatchNorm (default: untrained)",
     )
     parser.add_argument(
-        "--batch-sizes", type=cli.whole_number(1), nargs="+", default=[1, 64], metavar="IMAGES", help="timed"
+        "--runtimes",
+        choices=RUNTIMES,
+        nargs="+",
+        default=RUNTIMES,
+        metavar="NAME",
+        help="runtimes besides eager",
     )
     parser.add_argument(
-        "--calibration", type=cli.whole_number(2), default=1000, metavar="IMAGES", help="for int8"
+        "--batch-sizes",
+        type=cli.whole_number(1),
+        nargs="+",
+        default=[1, 64],
+        metavar="IMAGES",
+        help="batch sizes to time",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=cli.whole_number(2),
+        default=1000,
+        metavar="IMAGES",
+        help="calibration images for int8",
     )
     group = parser.add_argument_group("torchvision's networks")
     group.add_argument(
-        "--models", nargs="*", default=TORCHVISION, metavar="NAME", help="none: leave them out"
+        "--models", nargs="*", default=TORCHVISION, metavar="NAME", help="networks; no name: skip this part"
     )
     group.add_argument(
-        "--image-size", type=cli.whole_number(32), default=224, metavar="PIXELS", help="square"
+        "--image-size",
+        type=cli.whole_number(32),
+        default=224,
+        metavar="PIXELS",
+        help="height and width of the images",
     )
-    group.add_argument("--multiple", type=cli.whole_number(1), default=16, metavar="N", help="of channels")
-    group.add_argument("--ranking", choices=RANKINGS, default="group", help="of channels")
+    group.add_argument(
+        "--multiple", type=cli.whole_number(1), default=16, metavar="N", help="channels are multiples of N"
+    )
+    group.add_argument(
+        "--ranking", choices=RANKINGS, default="group", help="rank channels by group, or over all layers"
+    )
     group = parser.add_argument_group("measurement")
-    group.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="of each measurement")
-    group.add_argument("--warmup", type=cli.number(0), default=3.0, help="seconds before each")
+    group.add_argument("--seconds", type=cli.number(0.01), default=30.0, help="duration of each measurement")
+    group.add_argument("--warmup", type=cli.number(0), default=3.0, help="seconds of warm-up before each")
     group.add_argument("--threads", type=cli.whole_number(1), default=1, metavar="N", help="CPU threads")
     group.add_argument(
-        "--pin", action="store_true", help="keep the process on as many cores, where the system can"
+        "--pin", action="store_true", help="pin the process to --threads cores, if the system can"
     )
     group.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "runtimes.json", help="results; .md beside it"
+        "--output", type=Path, default=ROOT / "benchmarks" / "runtimes.json", help="results, as JSON and .md"
     )
     args = parser.parse_args()
     on_gpu = torch.device(args.device).type != "cpu"
@@ -134,14 +162,14 @@ def arguments() -> argparse.Namespace:
 
 
 def timed(running: Mapping[Key, nn.Module], batch: Tensor, args: argparse.Namespace) -> dict[Key, Latency]:
-    """The times of networks in runtimes, in turns."""
+    """Time networks in their runtimes, in turns."""
     by_name = {"|".join(key): model for key, model in running.items()}
     found = time_forward(by_name, batch, seconds=args.seconds, warmup=args.warmup, threads=args.threads)
     return dict(zip(running, found.values(), strict=True))
 
 
 def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The networks for digits in every runtime: their accuracy, files and times."""
+    """Measure the networks for digits in every runtime: accuracy, file sizes and times."""
     dataset = data.load(args.data, ROOT / "data").to(args.device)
     batches = itertools.islice(dataset.batches("train", 100), -(-args.calibration // 100))
     calibration = list(torch.cat([images.cpu() for images, _ in batches])[: args.calibration].split(100))
@@ -160,7 +188,7 @@ def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             again = {(runtime, AGAIN): made[runtime, YOURS]}
             running.update({key: opened(path, args) for key, path in {**made, **again}.items()})
             files.update(made)
-        except ExportError as error:  # above all of a package that is not installed
+        except ExportError as error:  # mostly for a package that is not installed
             left_out[runtime] = str(error)
     untrained = (FLOOR,) if args.dense else (TRAINED, FOLDED, FLOOR)
     accuracies = [
@@ -181,7 +209,7 @@ def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if COMPILED in args.runtimes and COMPILED not in left_out:
             try:
                 now.update(compiled(networks, batch, folder))
-            except Exception as error:  # of a compiler, which can fail in any way
+            except Exception as error:  # a compiler may raise any exception
                 left_out[COMPILED] = f"{type(error).__name__}: {first_line(error)}"
         rows += with_ratios(timed(now, batch, args), size)
     return {
@@ -195,7 +223,7 @@ def digits(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def digit_networks(args: argparse.Namespace, calibration: list[Tensor]) -> dict[str, nn.Module]:
-    """The networks by name, on the device."""
+    """Return the networks by name, on the device."""
     torch.manual_seed(0)
     dense = load(args.dense) if args.dense else models.start("lenet5").eval()
     if not args.dense:
@@ -213,7 +241,7 @@ def digit_networks(args: argparse.Namespace, calibration: list[Tensor]) -> dict[
 def written(
     runtime: str, stem: Path, network: nn.Module, calibration: list[Tensor], args: argparse.Namespace
 ) -> Path:
-    """The file of a network for a runtime, made of others that are written first."""
+    """Write the file of a network for a runtime, and first the files that it is made from."""
     path = stem.with_name(f"{stem.name}.{runtime}")
     if path.exists():
         return path
@@ -223,19 +251,19 @@ def written(
         optimize(whole, path, batch_sizes=args.batch_sizes, seconds=seconds, threads=args.threads)
     elif runtime == INT8:
         quick = written(QUICK, stem, network, calibration, args)
-        quantize(quick, path, calibration, least_agreement=0.0)  # its accuracy is told, whatever it is
+        quantize(quick, path, calibration, least_agreement=0.0)  # its accuracy is reported, whatever it is
     else:
         export(network, path, calibration[0][:2], "torchscript" if runtime == SCRIPT else "onnx")
     return path
 
 
 def opened(path: Path, args: argparse.Namespace) -> Exported:
-    """A file of `written`, whose ending names its runtime."""
+    """Open a file of `written`, whose suffix names its runtime."""
     return Exported(path, path.suffix[1:].split()[0], args.threads)
 
 
 def compiled(networks: Mapping[str, nn.Module], batch: Tensor, folder: Path) -> dict[Key, nn.Module]:
-    """Every network compiled for a batch, and a second copy of YourNet."""
+    """Compile every network for a batch, and load a second copy of YourNet."""
     paths = {name: folder / f"{name}-{len(batch)}.pt2" for name in networks}
     made = {name: timing.compile_ahead(net, batch, paths[name]) for name, net in networks.items()}
     made[AGAIN] = timing.Compiled(paths[YOURS])
@@ -243,7 +271,7 @@ def compiled(networks: Mapping[str, nn.Module], batch: Tensor, folder: Path) -> 
 
 
 def with_ratios(times: Mapping[Key, Latency], batch_size: int) -> list[dict[str, Any]]:
-    """A row for every network in every runtime."""
+    """Return a row for every network in every runtime, with ratios of times."""
     return [
         {
             "batch": batch_size,
@@ -263,7 +291,7 @@ def with_ratios(times: Mapping[Key, Latency], batch_size: int) -> list[dict[str,
 
 
 def halved(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One of torchvision's networks beside itself at half of its MACs: a row for each runtime."""
+    """Compare a network of torchvision with itself at half of its MACs: a row for each runtime."""
     from torchvision.models import get_model
 
     torch.manual_seed(0)
@@ -305,7 +333,7 @@ def halved(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, 
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as tables."""
+    """Format the result as tables."""
     lines = [
         f"{result['test images']:,} test images of {result['dataset']}; int8 calibrated on "
         f"{result['calibration images']:,} training images. {result['device']}, "
@@ -358,7 +386,7 @@ def _halved_cells(row: dict[str, Any]) -> list[str]:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """What the figures come to, in sentences: the controls, int8, and what was left out."""
+    """Summarise the controls, int8 and the skipped runtimes in sentences."""
     spoiled = {
         (row["runtime"], f"batch {row['batch']}" if "batch" in row else row["network"]): row["control"][0]
         for row in (*result["times"], *result["torchvision"])

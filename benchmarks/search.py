@@ -1,13 +1,13 @@
-"""What accuracy costs: the pipeline over a ladder of budgets and seeds, and its Pareto front.
+"""Run the pipeline for several budgets and seeds, and draw the Pareto front of accuracy and cost.
 
     python -m benchmarks.search                               # hours on 2 cores
     python -m benchmarks.search --budgets 1000:40k 5000:100k --seeds 0
-    python -m benchmarks.search --draw                        # only draw what is there
+    python -m benchmarks.search --draw                        # only draw existing results
 
-A budget is PARAMS:MACS, either left empty where it is not limited. Everything else is the
-recipe's. Results go into `benchmarks/search.json` as they are there, and are not computed
-again while the recipe is the same. The front is chosen by the validation split alone; the
-figures, `docs/pareto-params` and `docs/pareto-macs`, show the test split.
+A budget is PARAMS:MACS; leave either empty for no limit. The recipe gives all other settings.
+Each result is saved to `benchmarks/search.json` at once, and is not computed again while the
+recipe is the same. The front is selected on the validation split only; the figures,
+`docs/pareto-params` and `docs/pareto-macs`, show accuracy on the test split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pruning.report.pareto import Point, front, pareto
 
 LADDER = ("700:30k", "1000:36k", "1485:47.4k", "2500:60k", "5000:100k", "10000:150k", "20000:200k")
 NOTHING: dict[str, Any] = {"runs": []}
-#: Published networks (params, MACs, accuracy on test, mostly of the best run or epoch).
+#: Published networks: params, MACs, test accuracy (mostly that of the best run or epoch).
 ANCHORS: tuple[tuple[str, int, int, float], ...] = (
     ("lhwzds", 1485, 50_700, 0.985),
     ("z1V-Chan", 2705, 36_400, 0.983),
@@ -45,23 +45,28 @@ ANCHORS: tuple[tuple[str, int, int, float], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "--budgets", nargs="+", type=budget, default=LADDER, metavar="PARAMS:MACS", help="ladder"
+        "--budgets", nargs="+", type=budget, default=LADDER, metavar="PARAMS:MACS", help="budgets to run"
     )
-    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="to run")
     parser.add_argument(
-        "--recipe", type=Path, default=CHECKPOINTS / "nano" / "recipe.toml", help="of all but the budget"
+        "--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="seeds to run"
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=CHECKPOINTS / "nano" / "recipe.toml",
+        help="all settings but the budget",
     )
     parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="where the runs go"
+        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="folder of the runs"
     )
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "search.json", help="the file of results"
+        "--results", type=Path, default=ROOT / "benchmarks" / "search.json", help="results, as JSON"
     )
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs", help="where the figures go")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs", help="folder of the figures")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
-    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
-    parser.add_argument("--draw", action="store_true", help="only draw what is there")
+    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs at the same time")
+    parser.add_argument("--draw", action="store_true", help="only draw existing results")
     args = parser.parse_args()
     if not args.draw:
         side_by_side(args.jobs, fill, itertools.product([args], args.budgets, args.seeds))
@@ -80,7 +85,7 @@ def main() -> None:
 
 
 def budget(text: str) -> str:
-    """An argument type: PARAMS:MACS."""
+    """Check a command-line argument of the form PARAMS:MACS."""
     params, separator, macs = text.partition(":")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r}: expected PARAMS:MACS, for example 1485:47.4k")
@@ -89,7 +94,7 @@ def budget(text: str) -> str:
 
 
 def fill(args: argparse.Namespace, limits: str, seed: int) -> None:
-    """Run one budget and seed and note the result, unless it is there."""
+    """Run one budget and seed and store the result, unless the file has it already."""
     key = {"budget": limits, "seed": seed, "dataset": args.data, "recipe": fingerprint(args.recipe)}
     if any(key.items() <= run.items() for run in read(args.results)["runs"]):
         return
@@ -113,7 +118,7 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def by_budget(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each budget that is on the front: no cheaper one validates better."""
+    """Return the runs of each budget on the front: no cheaper budget has a higher validation accuracy."""
     groups = {limits: [r for r in runs if r["budget"] == limits] for limits in {r["budget"] for r in runs}}
     kept: set[str] = set()
     for axis in ("params", "macs"):

@@ -1,10 +1,10 @@
-"""Sensitivity of LeNet-5 at every width, what it foretells of whole plans, and its pictures.
+"""Measure the sensitivity of LeNet-5 at every width, and compare predicted with measured losses of plans.
 
     python -m benchmarks.sensitivity
 
-Trains LeNet-5 through stage 1 by the recipe of the main job, analyses all its groups on the
-validation split, and compares, at several budgets and before any training, the plan that the
-curves suggest with the Taylor plan. Writes benchmarks/sensitivity.json and the figures
+Trains LeNet-5 through stage 1 by the recipe of train_yournet.py, analyses all its groups on the
+validation split, and compares the plan of the curves with the Taylor plan at several budgets,
+before any further training. Writes benchmarks/sensitivity.json and the figures
 docs/sensitivity*.png and .svg.
 """
 
@@ -36,11 +36,19 @@ BUDGETS = ("75%", "50%", "35%", "25%")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
-    parser.add_argument("--widths", type=cli.whole_number(1), help="of each group (default: every one)")
-    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and the order of images")
     parser.add_argument(
-        "--output", type=Path, default=ROOT, metavar="FOLDER", help="the project, or elsewhere"
+        "--widths", type=cli.whole_number(1), help="number of widths to measure for each group (default: all)"
+    )
+    parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, help="seed of the weights and the order of images"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT,
+        metavar="FOLDER",
+        help="folder that receives benchmarks/ and docs/",
     )
     args = parser.parse_args()
     use_threads(args.threads)

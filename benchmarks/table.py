@@ -1,14 +1,14 @@
-"""The table of results: each row is a recipe, run over several seeds.
+"""Compute the table of results: each row is a recipe, run with several seeds.
 
     python -m benchmarks.table                      # all rows: hours on 2 cores
     python -m benchmarks.table --rows nano --seeds 0 1
-    python -m benchmarks.table --print              # what is there, as Markdown
+    python -m benchmarks.table --print              # existing results, as Markdown
 
-A row is a folder `checkpoints/ROW` with a `recipe.toml`, the flags of `train_yournet.py`. Each
-seed's run is measured on the test split once it is finished; the seed that is best on the
-validation split gives `checkpoints/ROW/best.pth`. `checkpoints/results.json` receives each
-result as it is there, and what it holds is not computed again unless the recipe has changed.
-A run that was interrupted is resumed.
+A row is a folder `checkpoints/ROW` with a `recipe.toml`, the flags of `train_yournet.py`. The run of
+each seed is measured on the test split when it has finished; the seed that is best on the
+validation split becomes `checkpoints/ROW/best.pth`. Each result is saved to
+`checkpoints/results.json` at once and is not computed again unless the recipe changes. An
+interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -48,25 +48,29 @@ def main() -> None:
 
 
 def arguments(description: str, seeds: list[int]) -> argparse.ArgumentParser:
-    """A parser with the flags of everything that fills `results.json`."""
+    """Return a parser with the flags that all writers of `results.json` share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="to fill (default: all)")
-    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=seeds, help="to run")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to compute (default: all)")
+    parser.add_argument("--seeds", type=cli.whole_number(0), nargs="+", default=seeds, help="seeds to run")
     parser.add_argument("--data", choices=data.NAMES, default="mnist", help="data set")
     parser.add_argument(
-        "--checkpoints", type=Path, default=CHECKPOINTS, metavar="FOLDER", help="with the recipe of each row"
+        "--checkpoints",
+        type=Path,
+        default=CHECKPOINTS,
+        metavar="FOLDER",
+        help="folder with the recipe of each row",
     )
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="where the runs go"
+        "--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="folder of the runs"
     )
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads of each run")
-    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs side by side")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="runs at the same time")
+    parser.add_argument("--print", action="store_true", help="only print existing results")
     return parser
 
 
 def fill(args: argparse.Namespace, row: str, seed: int) -> None:
-    """Run one seed of a row and note its result, unless it is there."""
+    """Run one seed of a row and store its result, unless the file has it already."""
     path = recipe(args.checkpoints, row)
     print(f"{row}, seed {seed}", flush=True)
     key = (row, args.data, fingerprint(path))
@@ -84,9 +88,9 @@ def fill(args: argparse.Namespace, row: str, seed: int) -> None:
 
 
 def side_by_side(jobs: int, fill: Callable[..., None], wanted: Iterable[tuple[Any, ...]]) -> None:
-    """Call `fill` with each of the arguments: here, or `jobs` at a time in processes of their own.
+    """Call `fill` with each tuple of arguments: in this process, or in `jobs` processes at a time.
 
-    Threads would not do, as each training draws from torch's one generator.
+    Threads cannot be used, because all trainings would draw from torch's single global generator.
     """
     if jobs == 1:
         for arguments in wanted:
@@ -99,15 +103,15 @@ def side_by_side(jobs: int, fill: Callable[..., None], wanted: Iterable[tuple[An
 
 
 def recipe(checkpoints: Path, row: str) -> Path:
-    """The recipe of a row; raises `PruningError` where there is none."""
+    """Return the recipe of a row; raises `PruningError` where there is none."""
     path = checkpoints.resolve() / row / "recipe.toml"
     if not path.exists():
-        raise PruningError(f"row {row!r} has no recipe: {path} is not there")
+        raise PruningError(f"row {row!r} has no recipe: {path} does not exist")
     return path
 
 
 def train(folder: Path, flags: list[str], threads: int) -> None:
-    """Run the main job in a folder, or go on with it."""
+    """Run train_yournet.py in a folder, or resume it."""
     if (folder / "best.pth").exists():
         return
     resume = ["--resume"] if (folder / "config.json").exists() else []
@@ -125,7 +129,7 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
 
 
 def measured(checkpoint: Path, dataset: str) -> dict[str, Any]:
-    """What a trained network costs, and its accuracy on the test split."""
+    """Measure the costs of a trained network and its accuracy on the test split."""
     net = load(checkpoint)
     splits = data.load(dataset, ROOT / "data", quiet=True)
     cost = count(net, next(iter(splits.batches("test", 1)))[0])
@@ -143,7 +147,7 @@ def measured(checkpoint: Path, dataset: str) -> dict[str, Any]:
 
 
 def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the file: the network that is best on validation, and every seed."""
+    """Return a row of the file: the network that is best on validation, and every seed."""
     runs = sorted(runs, key=lambda run: run["seed"])
     best = best_of(runs)
     return {
@@ -161,17 +165,17 @@ def summary(row: str, dataset: str, recipe: str, runs: list[dict[str, Any]]) -> 
 
 
 def best_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run that is best on the validation split; among equals that of the lowest seed."""
+    """Return the run that is best on the validation split; among equals, that of the lowest seed."""
     return max(runs, key=lambda run: (run["validation"], -run["seed"]))
 
 
 def fingerprint(recipe: Path) -> str:
-    """Tells one state of a recipe from another."""
+    """Return a hash of a recipe's content."""
     return hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]
 
 
 def known_runs(content: dict[str, Any], row: str, dataset: str, recipe: str) -> list[dict[str, Any]]:
-    """The results of a row that were made by the same recipe on the same data."""
+    """Return the results of a row with the same recipe and data."""
     for old in content["rows"]:
         if (old["row"], old["dataset"], old["recipe"]) == (row, dataset, recipe):
             return old["runs"]
@@ -184,14 +188,14 @@ def read_results(checkpoints: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def changed_results(checkpoints: Path) -> Iterator[dict[str, Any]]:
-    """The results, to be changed by one process at a time, and written."""
+    """Yield the results under a lock, and write them afterwards."""
     with changed_json(checkpoints / "results.json", NOTHING) as content:
         yield content
         content["rows"].sort(key=lambda row: row["row"])
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The rows as a table: accuracy as mean ± σ over seeds, costs of the committed network."""
+    """Format the rows as a table: accuracy as mean ± σ over seeds, costs of the committed network."""
     lines = [
         "| row | widths | params | MACs | with biases | accuracy % | seeds |",
         "|---|---|---|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""Train the teacher that the recipes distil from: a wide CompactNet with augmentation.
+"""Train the teacher for distillation in the recipes: a wide CompactNet with augmentation.
 
     python -m benchmarks.teacher
 
-It keeps the epoch that is best on the validation split and writes
-checkpoints/teacher/best.pth, BatchNorm folded.
+Writes the epoch that is best on the validation split to checkpoints/teacher/best.pth, with
+BatchNorm folded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ STAGES = ((24, 24), (48, 48), (96,))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--epochs", type=cli.whole_number(1), default=20, help="of training")
+    parser.add_argument("--epochs", type=cli.whole_number(1), default=20, help="epochs of training")
     parser.add_argument("--data", choices=data.NAMES, default="auto", help="data set")
     parser.add_argument("--device", type=cli.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads in training")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the weights and the order of images")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, help="seed of the weights and the order of images"
+    )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "checkpoints" / "teacher" / "best.pth", help="the checkpoint"
     )

@@ -1,4 +1,4 @@
-"""What benchmarks of time share: the machine, ratios and their controls, compiled networks."""
+"""Timing functions that benchmarks share: the machine, ratios and their controls, compiled networks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pruning import PruningError
 from pruning.deploy import Latency, time_ratio
 from pruning.deploy.runtimes import quiet, relative_difference
 
-#: A network beside its own copy should take as long; further from 1 than this, ratios are spoiled.
+#: Largest distance from 1 of the time ratio of a network and its copy; beyond it, ratios are unreliable.
 CONTROL = 0.02
 
 
 def machine() -> dict[str, Any]:
-    """What a reader of times must know: the processor, and how busy it is (None where not told)."""
+    """Describe the processor and its load (None where the system does not report it)."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     return {
         "cores": os.cpu_count(),
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 def described(machine: dict[str, Any]) -> str:
-    """`machine` in words."""
+    """Format the result of `machine` as text."""
     load = machine["load average"]
     return (
         f"{machine['instructions']}, {machine['cores']} cores, load average at the start "
@@ -38,39 +38,39 @@ def described(machine: dict[str, Any]) -> str:
 
 
 def pin(cores: int) -> None:
-    """Keep this process on so many of the cores it may use: the last ones, as the first serve the system."""
+    """Pin this process to the last `cores` of its cores; the first ones also serve the system."""
     if not hasattr(os, "sched_setaffinity"):
         raise PruningError("--pin: this system does not let a process choose its cores")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
 
 def figures(latency: Latency) -> dict[str, Any]:
-    """A time per image as it is written to a file."""
+    """Return a time per image as it is written to a file."""
     return {"median ms": round(latency.median, 5), "p90 ms": round(latency.p90, 5), "turns": latency.samples}
 
 
 def ratio(latency: Latency, to: Latency) -> list[float]:
-    """The ratio of medians, and the bounds of its 95 % interval."""
+    """Return the ratio of medians, and the bounds of its 95 % interval."""
     return [round(value, 4) for value in time_ratio(latency, to)]
 
 
 def is_quiet(control: Sequence[float]) -> bool:
-    """Whether a network and its copy took as long as each other, as far as can be asked."""
+    """Whether a network and its copy took the same time, within `CONTROL`."""
     return round(abs(control[0] - 1), 4) <= CONTROL
 
 
 def shown(ratio: Sequence[float]) -> str:
-    """A ratio with its interval, as a table has it."""
+    """Format a ratio with its interval for a table."""
     return f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"
 
 
 def shown_control(control: Sequence[float]) -> str:
-    """A control, marked where it spoils the ratios beside it."""
+    """Format a control for a table, with a mark where ratios are unreliable."""
     return shown(control) if is_quiet(control) else f"**✗ {shown(control)}**"
 
 
 class Compiled(nn.Module):
-    """A network that `compile_ahead` wrote, for inputs of the shape that it was given."""
+    """A network written by `compile_ahead`, for inputs of one shape."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -84,9 +84,9 @@ class Compiled(nn.Module):
 
 
 def compile_ahead(network: nn.Module, batch: Tensor, path: Path) -> Compiled:
-    """A network compiled by AOTInductor for one batch, and seen to compute the same on it.
+    """Compile a network by AOTInductor for the shape of a batch, and compare the outputs on it.
 
-    Raises whatever the compiler does; a machine without a C++ compiler cannot.
+    Raises any exception of the compiler, also where there is no C++ compiler.
     """
     from torch._inductor import aoti_compile_and_package
 
@@ -95,6 +95,6 @@ def compile_ahead(network: nn.Module, batch: Tensor, path: Path) -> Compiled:
         aoti_compile_and_package(program, package_path=str(path))
         made = Compiled(path)
         apart = relative_difference(network(batch), made(batch))
-    if not apart <= 1e-3:  # sums may be taken in another order
+    if not apart <= 1e-3:  # sums may be computed in another order
         raise PruningError(f"its outputs differ from the network's by {apart:.1e} of the largest")
     return made

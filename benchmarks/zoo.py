@@ -1,18 +1,18 @@
-"""torchvision's classifiers at half of their MACs, beside torch-pruning: docs/zoo.md.
+"""Prune torchvision's classifiers to half of their MACs, and compare with torch-pruning: docs/zoo.md.
 
-    python -m benchmarks.zoo                     # all of them: about an hour on 2 cores
+    python -m benchmarks.zoo                     # all models: about an hour on 2 cores
     python -m benchmarks.zoo --models resnet18 swin_t
-    python -m benchmarks.zoo --print             # what is there, as Markdown
+    python -m benchmarks.zoo --print             # existing results, as Markdown
 
 Every network has random weights. Ours: one `prune` step (trace, score, plan, surgery, and
 the check of equivalence) to 50 % of the MACs, the same share of every group; then a forward
-and a backward pass, saving, and loading in a fresh process, whose logits must be the same
-bit for bit. torch-pruning's: its dependency graph and one step of its magnitude pruner at a
-channel ratio that halves the MACs of a uniform network. The time is that of the step
-without the check, which torch-pruning does not make, after a step on another network: the
-median of up to five steps on fresh networks, as many as begin within 5 seconds. Each side runs
-in a process of its own, which gives its peak memory at the first step; the two sides of a network
-run one after the other. Results are kept as they come, and not measured again.
+and a backward pass, saving, and loading in a fresh process, which must give bit-identical
+logits. torch-pruning: its dependency graph and one step of its magnitude pruner at a channel
+ratio that halves the MACs of a uniform network. The time is that of the step without the check,
+which torch-pruning does not have, after a warm-up step on another network: the median of up to
+five steps on fresh networks, all of which begin within 5 seconds. Each side runs in its own
+process, so that its peak memory at the first step can be measured; the two sides of a network run
+one after the other. Each result is saved at once, and existing results are not measured again.
 """
 
 from __future__ import annotations
@@ -43,23 +43,27 @@ from pruning.utils.files import replace_file
 RESULTS = ROOT / "benchmarks" / "zoo.json"
 TABLE = ROOT / "docs" / "zoo.md"
 CLASSES = 1000
-#: Pruned first, by both sides, so that neither pays for what is imported on first use.
+#: Pruned first by both sides, so that imports on first use are not timed.
 WARM_UP = "squeezenet1_1"
-#: Seconds after which a side is given up.
+#: Timeout for a side, in seconds.
 PATIENCE = 300
-#: Most steps that are timed, and the seconds within which the last of them begins.
+#: Largest number of timed steps, and the seconds within which the last one begins.
 STEPS, STEPS_WITHIN = 5, 5.0
 
 
 def main() -> None:
     names = models.list_models(models)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="to prune")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of results, as JSON")
+    parser.add_argument(
+        "--models", nargs="+", choices=names, default=names, metavar="NAME", help="models to prune"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="results, as JSON")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table, as Markdown")
     parser.add_argument("--threads", type=cli.whole_number(1), default=2, help="CPU threads")
-    parser.add_argument("--patience", type=cli.number(1), default=PATIENCE, help="most seconds of a side")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument(
+        "--patience", type=cli.number(1), default=PATIENCE, help="timeout for a side, in seconds"
+    )
+    parser.add_argument("--print", action="store_true", help="only print existing results")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # of one network, in this process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -84,7 +88,7 @@ def main() -> None:
 
 
 def in_process(name: str, side: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One side of a network, in a process of its own; what went wrong where something did."""
+    """Run one side of a network in its own process; return its figures, or the error."""
     flags = ["--models", name, "--side", side, "--folder", folder, "--threads", str(args.threads)]
     try:
         return run_module("zoo", flags, timeout=args.patience)
@@ -95,7 +99,7 @@ def in_process(name: str, side: str, folder: str, args: argparse.Namespace) -> d
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A classifier with random weights, and images for it."""
+    """Return a classifier with random weights, and images for it."""
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -117,7 +121,7 @@ def ours(name: str, folder: Path) -> dict[str, Any]:
     small = step.model
     small(images).square().mean().backward()
     missing = [key for key, p in small.named_parameters() if p.grad is None]
-    aside = {key for key, _ in model.named_parameters() if "aux" in key.lower()}  # heads of training alone
+    aside = {key for key, _ in model.named_parameters() if "aux" in key.lower()}  # training-only heads
     if set(missing) - aside:
         raise PruningError(f"no gradient reaches {', '.join(missing)}")
     with torch.no_grad():
@@ -138,7 +142,7 @@ def ours(name: str, folder: Path) -> dict[str, Any]:
 
 
 def reload(name: str, folder: Path) -> dict[str, Any]:
-    """In a fresh process: does the checkpoint give the same logits?"""
+    """Check in a fresh process that the checkpoint gives the same logits."""
     small = load(folder / "small.pth", lambda: network(name)[0])
     before = torch.load(folder / "logits.pth", weights_only=True)
     with torch.no_grad():
@@ -179,7 +183,7 @@ def peer(name: str, folder: Path) -> dict[str, Any]:
 
 
 def measured(step: Callable[[nn.Module, torch.Tensor], None], name: str) -> tuple[float, float]:
-    """The time of a step on a network, in seconds, and the peak memory after the first, in MB."""
+    """Measure a step on a network: median seconds, and peak memory in MB after the first step."""
     seconds: list[float] = []
     memory = 0.0
     while not seconds or (len(seconds) < STEPS and sum(seconds) < STEPS_WITHIN):
@@ -195,7 +199,7 @@ SIDES = {"ours": ours, "peer": peer, "reload": reload}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, under what it adds up to."""
+    """Format the table, after its summary."""
     both = [r for r in results.values() if "error" not in r["ours"] and "error" not in r["peer"]]
     passed = [r["ours"] for r in results.values() if r["ours"].get("reloads")]
     peers = [r["peer"] for r in results.values() if "error" not in r["peer"]]

@@ -95,7 +95,7 @@ def test_a_control_needs_its_row(table):
     (folder / "empty").mkdir()
     (folder / "empty" / "recipe.toml").write_text(RECIPE + "\n")
     done = module("benchmarks.control", *where, "--rows", "empty", check=False)
-    assert done.returncode == 2 and "benchmarks.table --rows empty comes first" in done.stderr
+    assert done.returncode == 2 and "run python -m benchmarks.table --rows empty first" in done.stderr
     done = module("benchmarks.table", *where, "--rows", "nowhere", check=False)
     assert done.returncode == 2 and "has no recipe" in done.stderr
 
