@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive: over pipes, in the DevTools protocol."""
+"""Control a headless Chromium by the DevTools protocol over pipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None or os.name != "posix", reason="needs Chromium")
-#: Becomes the browser, which speaks the protocol on the descriptors 3 and 4.
+#: A program that replaces itself by the browser, which uses file descriptors 3 and 4 for the protocol.
 START = """
 import fcntl, os, sys
 pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -29,13 +29,13 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One page.
+    """A browser with one page.
 
     with Browser() as browser:
         browser.open(path)
         browser("document.title")
 
-    Whatever the page logs or throws is collected in `complaints`.
+    `complaints` collects all messages and errors of the page.
     """
 
     def __init__(self, timeout: float = 60) -> None:
@@ -77,14 +77,14 @@ class Browser:
         self.folder.cleanup()
 
     def look(self, width: int = 1000, height: int = 900, dark: bool = False) -> None:
-        """The size of the window, and the reader's setting."""
+        """Set the size of the window, and light or dark mode."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol, and what it answers."""
+        """Send a command of the protocol and return the answer."""
         self.numbers += 1
         message = {"id": self.numbers, "method": method, "params": parameters}
         if self.session:
@@ -119,13 +119,13 @@ class Browser:
         self.until("document.readyState === 'complete'")
 
     def __call__(self, script: str) -> Any:
-        """The value of an expression in the page; a promise is waited for."""
+        """Evaluate an expression in the page; wait for the result of a promise."""
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]["exception"]["description"]
         return answer["result"].get("value")
 
     def until(self, script: str) -> Any:
-        """The value of an expression, as soon as there is one that counts as true."""
+        """Evaluate an expression until its value is true, and return the value."""
         deadline = time.monotonic() + self.timeout
         while not (value := self(script)):
             assert time.monotonic() < deadline, f"never true: {script}"
@@ -133,22 +133,22 @@ class Browser:
         return value
 
     def mouse(self, kind: str, x: float, y: float) -> None:
-        """`mousePressed`, `mouseMoved` or `mouseReleased`, as the mouse itself would."""
+        """Send a mouse event: `mousePressed`, `mouseMoved` or `mouseReleased`."""
         button = {"button": "left", "buttons": 1, "clickCount": 1}
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def touch(self, kind: str, *points: tuple[float, float]) -> None:
-        """`touchStart`, `touchMove` or `touchEnd`."""
+        """Send a touch event: `touchStart`, `touchMove` or `touchEnd`."""
         self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
 
     def key(self, key: str) -> None:
-        """A key, by its name in the DOM."""
+        """Press a key, by its DOM name."""
         text = {"Enter": "\r", " ": " "}.get(key)
         written = {} if text is None else {"text": text}
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **written)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def picture(self, path: Path) -> None:
-        """A picture of the whole page, as PNG."""
+        """Write a screenshot of the whole page as PNG."""
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -1,4 +1,4 @@
-"""Run commands as a user does, but in this process, which has imported torch already."""
+"""Run commands in this process, which has already imported torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subp
 
     There is no terminal and no input. Exceptions other than `SystemExit` are raised.
     """
-    import torch  # once conftest.py has said how many threads it gets
+    import torch  # after conftest.py has set the number of threads
 
     from pruning.utils.modules import thread_count
 
@@ -54,7 +54,7 @@ def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subpro
 def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `python -m name …`; its exit code must be 0 unless `check` is false."""
     with warnings.catch_warnings():
-        # Another command has imported it already; its copy is not the one that runs.
+        # runpy warns that the module is imported already; it runs a fresh copy.
         warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
         done = called(
             lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), name, *flags, **options

@@ -9,9 +9,9 @@ import pytest
 from browser import Browser
 from commands import called
 
-# One thread for each worker, and for the programs that it starts: more would slow down the other.
+# One thread for each worker and for its subprocesses: more would slow down the other workers.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is not yet
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import, which comes later
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def toolkit():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, toolkit):
-    """Run `toolkit` in a folder with a module of a user."""
+    """Run `toolkit` in a folder with the user's module `mine`."""
     import user
 
     (tmp_path / "mine.py").write_text(user.MODULE)
@@ -48,7 +48,7 @@ def chromium():
 
 @pytest.fixture
 def shown(chromium):
-    """Open a page, whose own check must pass without any error."""
+    """Open a page and require that its self-check passes without errors."""
 
     def show(path):
         chromium.look()

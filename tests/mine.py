@@ -1,4 +1,4 @@
-"""A module of a user: networks and data, good and bad, for the command line."""
+"""A user's module for the command line: networks and data, valid and invalid."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def lone():
 
 
 def shares():
-    """Classes as shares of every class, by the names of the splits."""
+    """Return splits by name, with class probabilities as targets."""
     named = zip(("train", "val", "test"), digits(), strict=True)
     return {name: [(x, nn.functional.one_hot(y, 3).float()) for x, y in split] for name, split in named}
 
 
 class Broken(torch.utils.data.Dataset):
-    """Data of a user with a mistake in it."""
+    """A data set with a bug in `__getitem__`."""
 
     def __len__(self):
         return 8
@@ -106,14 +106,14 @@ def mistaken(workers=0):
 
 
 class Stumbles(Net):
-    """A network with a mistake that only training shows."""
+    """A network with a bug in training mode."""
 
     def forward(self, x):
         return super().forward(x) if not self.training else self.missing(x)
 
 
 class Ending:
-    """Batches that end in an error."""
+    """Batches that raise an error at the end."""
 
     def __len__(self):
         return 3

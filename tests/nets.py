@@ -1,4 +1,4 @@
-"""Small networks, each with something that surgery must get right."""
+"""Small networks, each with a structure that surgery must handle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning.demo import Images
 
 
 class Block(nn.Module):
-    """What a residual trunk adds to itself."""
+    """The residual branch of a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two blocks on one trunk: a sum ties the trunk's channels across layers."""
+    """Two residual blocks: sums tie the channels of the trunk across layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Inverted(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Grouped convolution and GroupNorm: every part must lose as many channels."""
+    """Grouped convolution and GroupNorm: every part must lose the same number of channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Shuffled(nn.Module):
 
 
 class Lines(nn.Module):
-    """Columns of an image read in order, as text recognition does, by a recurrent layer and a cell."""
+    """A recurrent layer and a cell that read the columns of an image in order, as in text recognition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class ChannelsNorm(nn.LayerNorm):
 
 
 class Scaled(nn.Module):
-    """Parameters and buffers that no layer of the table owns: a frozen norm, a layer scale."""
+    """Parameters and buffers outside the layers of the table: a frozen norm, a layer scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Patches(nn.Module):
 
 @dataclass
 class Answer:
-    """Outputs in an object that torch's pytree does not know."""
+    """Outputs in an object unknown to torch's pytree."""
 
     logits: object
     features: object
@@ -261,7 +261,7 @@ def plain(bias: bool = True) -> nn.Module:
 
 
 def multiplied() -> nn.Module:
-    """A depthwise convolution makes two channels of each, as in EEGNet; another one follows."""
+    """A depthwise convolution with two outputs per channel, as in EEGNet, followed by another one."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False),
         nn.BatchNorm2d(4),
@@ -277,7 +277,7 @@ def multiplied() -> nn.Module:
 
 
 class WithNorm(nn.Conv2d):
-    """A convolution that holds the norm behind it and calls what it does itself, as detectron2's does."""
+    """A convolution that contains its norm and calls F.conv2d itself, as in detectron2."""
 
     def __init__(self, inputs: int, outputs: int, norm: nn.Module, **options: Any) -> None:
         super().__init__(inputs, outputs, 3, padding=1, **options)
@@ -289,7 +289,7 @@ class WithNorm(nn.Conv2d):
 
 
 class Dilated(WithNorm):
-    """One weight at two dilations."""
+    """A convolution that applies one weight with two dilations."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = nn.functional.conv2d(x, self.weight, padding=2, dilation=2)
@@ -297,7 +297,7 @@ class Dilated(WithNorm):
 
 
 def holders() -> nn.Module:
-    """Convolutions that hold the norms behind them."""
+    """Convolutions that contain their norms."""
     return nn.Sequential(
         WithNorm(3, 8, nn.BatchNorm2d(8), bias=False),
         WithNorm(8, 8, nn.BatchNorm2d(8), groups=8),
@@ -309,7 +309,7 @@ def holders() -> nn.Module:
 
 
 class Bending(DeformConv2d):
-    """A deformable convolution that finds its places itself."""
+    """A deformable convolution that computes its offsets from its input."""
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -320,14 +320,14 @@ class Bending(DeformConv2d):
 
 
 class Still(DeformConv2d):
-    """One whose code makes its places, all where they are."""
+    """A deformable convolution with zero offsets, which its code creates."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x.new_zeros(len(x), 18, *x.shape[2:]))
 
 
 class Deformable(nn.Module):
-    """Convolutions that read where others say: in two parts with a place each, and depthwise."""
+    """Deformable convolutions whose offsets come from other layers: two offset groups, and depthwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def yournet() -> nn.Module:
 
 
 class Words(nn.Module):
-    """Two classes of sentences, or with `tied` the next word, by the same weights that read the last one."""
+    """A classifier of sentences; with `tied`, a next-word predictor with tied input and output weights."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ class Words(nn.Module):
 
 
 def words() -> Tensor:
-    """Two sentences, (2, 10), in which every word is."""
+    """Return two sentences, (2, 10), each of which contains every word."""
     return torch.stack([torch.arange(10), torch.arange(9, -1, -1)])
 
 
@@ -394,12 +394,12 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "lines": Lines,
     "deformable": Deformable,
 }
-#: Those images, as a page must know them.
+#: The description of these images for a demo page.
 SMALL = Images((3, 14, 14), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
-    """A network whose weights, norms and statistics are all drawn at random, in eval mode."""
+    """Build a network in eval mode with random weights, norms and statistics."""
     torch.manual_seed(seed)
     net = NETS[name]()
     for module in net.modules():
@@ -418,12 +418,12 @@ def images(count: int = 2) -> Tensor:
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:
-    """Its state as it is now, not to change with it."""
+    """Return a copy of the current state dict."""
     return {key: value.clone() for key, value in net.state_dict().items()}
 
 
 def batches(count=4, size=16, seed=3):
-    """Images whose class is the brightest of four places."""
+    """Return batches of images whose class is the brightest of four regions."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randn(count, size, 3, 14, 14, generator=draw)
     labels = torch.randint(0, 4, (count, size), generator=draw)
@@ -439,7 +439,7 @@ def same(one, other):
 
 
 class ShuffledBatches:
-    """Batches in a new order each time, from the global generator, as a DataLoader gives them."""
+    """Batches in a new order for each epoch, drawn from the global generator as by a DataLoader."""
 
     def __init__(self):
         self.batches = batches()

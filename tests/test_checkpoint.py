@@ -76,7 +76,7 @@ assert torch.equal(load(sys.argv[1])(expected["images"]), expected["logits"])
     )  # fmt: skip
 
 
-def test_the_narrow_class_is_rebuilt_from_its_arguments_alone(tmp_path):
+def test_the_narrow_class_is_rebuilt_from_its_arguments(tmp_path):
     net = YourNet((3, 7), (8,))
     save(tmp_path / "net.pth", net)
     content = torch.load(tmp_path / "net.pth", weights_only=True)
@@ -87,7 +87,7 @@ def test_the_narrow_class_is_rebuilt_from_its_arguments_alone(tmp_path):
 
 
 class Weighed(nn.Module):
-    """Channels are multiplied by a buffer that a state dict leaves out."""
+    """Multiplies channels by a buffer that a state dict omits."""
 
     def __init__(self, kernel=3):
         super().__init__()
@@ -100,7 +100,7 @@ class Weighed(nn.Module):
 
 
 @pytest.mark.parametrize("loader", [load, load_pruned])
-def test_buffers_that_a_state_dict_leaves_out_reload_narrow(loader, tmp_path):
+def test_buffers_that_a_state_dict_omits_reload_with_their_narrow_shapes(loader, tmp_path):
     small = prune(Weighed(), nets.images(), Budget(params="50%"), score="l2").model
     assert small.scale.shape[1] < 8 and "scale" not in small.state_dict()
     save(tmp_path / "net.pth", small)
@@ -118,7 +118,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("loader", [load, load_pruned])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tied_weights_stay_tied_unless_they_were_separated(loader, dtype, tmp_path):
+def test_tied_weights_stay_tied_unless_one_was_replaced(loader, dtype, tmp_path):
     net = Tied().to(dtype)
     save(tmp_path / "net.pth", net)
     again = loader(tmp_path / "net.pth", Tied)
@@ -133,7 +133,7 @@ def test_tied_weights_stay_tied_unless_they_were_separated(loader, dtype, tmp_pa
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "checkpoints").glob("*/*.pth")), ids=lambda path: path.parent.name
 )
-def test_committed_checkpoints_load_alike_with_and_without_the_toolkit(path):
+def test_committed_checkpoints_load_equally_with_and_without_the_toolkit(path):
     ours, alone = load(path), load_pruned(path)
     assert type(ours) is type(alone) and ours.state_dict().keys() == alone.state_dict().keys()
     assert all(torch.equal(value, alone.state_dict()[key]) for key, value in ours.state_dict().items())
@@ -159,7 +159,7 @@ def test_committed_checkpoints_load_alike_with_and_without_the_toolkit(path):
         ("layers", None, [], "layers"),
     ],
 )
-def test_nothing_but_fewer_channels_is_loaded(key, name, value, said, tmp_path):
+def test_a_checkpoint_may_change_only_channel_counts(key, name, value, said, tmp_path):
     path = tmp_path / "net.pth"
     save(path, Weighed())
     content = read(path)
@@ -177,7 +177,7 @@ def test_nothing_but_fewer_channels_is_loaded(key, name, value, said, tmp_path):
         load_pruned(path, Weighed)
 
 
-def test_a_kernel_size_that_the_factory_does_not_make_is_refused(tmp_path):
+def test_a_kernel_size_other_than_that_of_the_factory_is_refused(tmp_path):
     save(tmp_path / "net.pth", prune(Weighed(5), nets.images(), Budget(params="80%"), score="l2").model)
     for loader in (load, load_pruned):
         assert loader(tmp_path / "net.pth", lambda: Weighed(5)).first.kernel_size == (5, 5)
@@ -195,19 +195,19 @@ class Stateful(Weighed):
         self.version = state["version"]
 
 
-def test_a_config_that_the_class_does_not_take_is_not_stored(tmp_path):
+def test_a_config_that_the_class_does_not_accept_is_not_stored(tmp_path):
     net = Weighed()
     for config in ({"lr": 0.1}, SimpleNamespace(kernel=5), {1: 2}, "text"):
         net.config = config
         save(tmp_path / "net.pth", net)
         assert read(tmp_path / "net.pth")["arguments"] == {}
         assert load(tmp_path / "net.pth").first.kernel_size == (3, 3)
-    save(tmp_path / "net.pth", net, arguments={"lr": 0.1})  # as older versions stored such a config
+    save(tmp_path / "net.pth", net, arguments={"lr": 0.1})  # older versions stored such a config
     for loader in (load, load_pruned):
         assert loader(tmp_path / "net.pth", lambda: Weighed()).first.kernel_size == (3, 3)
 
 
-def test_extra_state_is_stored_where_it_is_plain_data(tmp_path):
+def test_extra_state_is_stored_if_it_is_plain_data(tmp_path):
     save(tmp_path / "net.pth", Stateful())
     for loader in (load, load_pruned):
         assert loader(tmp_path / "net.pth", Stateful).version == 3
@@ -238,7 +238,7 @@ def test_a_truncated_file_is_refused(tmp_path, size):
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(3)])
-def test_a_foreign_file_is_refused(tmp_path, content):
+def test_a_file_of_another_program_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match="not a checkpoint of this toolkit"):
         load(tmp_path / "net.pth")
@@ -270,7 +270,7 @@ def test_a_class_that_is_not_a_module_is_refused(tmp_path, name):
         load(written(tmp_path, **{"class": name}))
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, of a file that torch did not write
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch warns about files of other writers
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     class Malicious:
         def __reduce__(self):
@@ -291,7 +291,7 @@ def test_arguments_that_are_not_plain_data_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = written(tmp_path)
     before = path.read_bytes()
 
@@ -304,7 +304,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_path_below_a_file_is_refused(tmp_path):
+def test_a_path_inside_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save(tmp_path / "file" / "net.pth", LeNet5())

@@ -13,7 +13,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def examples():
-    """The Python examples by section, each behind as many empty lines as tracebacks need."""
+    """Return the Python examples by section, after empty lines that keep their line numbers in tracebacks."""
     found = {}
     for match in re.finditer(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE):
         before = TEXT[: match.start(1)]
@@ -21,13 +21,13 @@ def examples():
     return found
 
 
-def test_every_extension_has_a_short_example():
+def test_each_kind_of_extension_has_an_example():
     assert list(examples()) == ["Add a layer", "Add an operator", "Add a score", "Add a runtime"]
     assert all(len(code.strip().splitlines()) < 30 for code in examples().values())
 
 
-def test_the_examples_run(tmp_path):
-    # In a process of their own: they register layers, operators and runtimes.
+def test_examples_run(tmp_path):
+    # In a separate process, because the examples register layers, operators and runtimes.
     runs = [
         f"exec(compile({code!r}, 'CONTRIBUTING.md', 'exec'), {{'__name__': 'example'}})"
         for code in examples().values()

@@ -1,4 +1,4 @@
-"""The toolkit on a GPU; skipped where there is none."""
+"""Run the toolkit on a GPU; skipped where there is none."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pruning.surgery import fold_batchnorm
 from pruning.training import TrainConfig, accuracy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-#: On the CPU and the GPU the same sums are rounded otherwise; by default convolutions on a GPU
-#: round what they multiply to 10 bits, too.
+#: Tolerances: the CPU and the GPU round sums differently, and by default convolutions on a GPU
+#: round their inputs to 10 bits.
 NEAR = {"rtol": 1e-2, "atol": 1e-2}
 
 
@@ -33,7 +33,7 @@ def on_cpu(net):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_model_is_pruned_where_it_is(name):
+def test_a_model_on_the_gpu_is_pruned_on_the_gpu(name):
     net, x = make(name), images()
     before = snapshot(net)
     there = prune(on_cuda(net), x.cuda(), Budget(macs="60%"), score="l1")
@@ -46,7 +46,7 @@ def test_a_model_is_pruned_where_it_is(name):
             torch.testing.assert_close(there.model(x.cuda()).cpu(), here.model(x), **NEAR)
 
 
-def test_scores_that_need_batches_take_them_from_the_cpu():
+def test_scores_accept_batches_on_the_cpu():
     net, calibration = on_cuda(make("yournet")), batches()
     for score in ("taylor", "bn_scale", "l2", "random"):
         step = prune(net, images().cuda(), Budget(params="50%"), score=score, calibration=calibration)
@@ -60,7 +60,7 @@ def test_batchnorm_is_folded_on_the_gpu():
         torch.testing.assert_close(folded(x), net(x), **NEAR)
 
 
-def test_what_was_saved_from_the_gpu_loads_on_the_cpu_and_back(tmp_path):
+def test_a_checkpoint_saved_from_the_gpu_loads_on_both_devices(tmp_path):
     step = prune(on_cuda(make("yournet")), images().cuda(), Budget(macs="50%"), score="l1")
     save(tmp_path / "small.pth", step.model)
     here, there = load(tmp_path / "small.pth"), load(tmp_path / "small.pth", device="cuda")
@@ -72,7 +72,7 @@ def test_what_was_saved_from_the_gpu_loads_on_the_cpu_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "soap"])
-def test_training_takes_batches_from_the_cpu_and_a_teacher_on_the_gpu(optimizer):
+def test_training_accepts_batches_on_the_cpu_and_a_teacher_on_the_gpu(optimizer):
     data, teacher = batches(), on_cuda(make("yournet"))
     net = finetune(
         on_cuda(make("yournet", 1)),
@@ -89,7 +89,7 @@ class Interrupt(Exception):
     pass
 
 
-def test_slimming_that_is_resumed_ends_where_it_would_have(tmp_path):
+def test_resumed_slimming_gives_the_result_of_uninterrupted_slimming(tmp_path):
     data = ShuffledBatches()
     brief = TrainConfig(2, lr=0.05)
     config = SlimConfig(Budget(macs="50%"), brief, PruneConfig(2, TrainConfig(1, lr=0.05)), brief)
@@ -124,7 +124,7 @@ def test_slimming_that_is_resumed_ends_where_it_would_have(tmp_path):
     assert next(whole.parameters()).is_cuda
 
 
-def test_time_and_a_budget_of_time():
+def test_timing_and_latency_budgets_work_on_the_gpu():
     net, x = on_cuda(make("plain")), images(16).cuda()
     times = time_forward({"one": net, "other": net}, x, seconds=0.2, warmup=0.1)
     assert all(latency.median > 0 for latency in times.values())
@@ -132,7 +132,7 @@ def test_time_and_a_budget_of_time():
     assert next(step.model.parameters()).is_cuda
 
 
-def test_sensitivity_is_read_on_the_gpu():
+def test_sensitivity_is_measured_on_the_gpu():
     net, data = make("yournet"), batches()
     there = sensitivity(on_cuda(net), images().cuda(), data)
     here = sensitivity(net, images(), data)
@@ -159,7 +159,7 @@ def test_commands_work_on_the_gpu(run, tmp_path):
     assert next(iter(torch.load("small.pth", weights_only=True)["state_dict"].values())).device.type == "cpu"
 
 
-def test_the_main_job_runs_on_the_gpu_and_its_result_on_both(tmp_path):
+def test_scripts_run_on_the_gpu_and_their_networks_on_both_devices(tmp_path):
     cuda = ("--device", "cuda")
     script("train_yournet.py", *SHORT, *cuda, "--output", tmp_path / "run", cwd=tmp_path)
     for device in ("cuda", "cpu"):

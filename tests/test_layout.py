@@ -1,4 +1,4 @@
-"""How the project is laid out: the toolkit stands alone."""
+"""Check the imports, file sizes and packaging of the project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def imports(folder):
-    """(file, top-level package) of every import below a folder."""
+    """Yield (file, top-level package) for every import below a folder."""
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
     assert {name for _, name in imports("pruning")} <= allowed
 
 
-#: The toolkit's wings and its files outside a wing, from the top: each imports what stands below it.
+#: The packages and files of the toolkit, from the top: each imports only from those below it.
 LAYERS = (
     "__main__",
     "__init__",
@@ -70,7 +70,7 @@ LAYERS = (
 
 
 def graph():
-    """For each file of the toolkit the files that it imports, wherever in the file."""
+    """Return the files that each file of the toolkit imports, also inside functions."""
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.glob("pruning/**/*.py")}
 
     def resolve(name):
@@ -88,7 +88,7 @@ def graph():
     return found
 
 
-def test_imports_run_downward():
+def test_packages_import_only_from_lower_packages():
     layer = lambda file: LAYERS.index(file.split(".")[1])  # noqa: E731
     upward = [
         f"{file} imports {other}"
@@ -99,7 +99,7 @@ def test_imports_run_downward():
     assert upward == []
 
 
-def test_no_files_import_each_other():
+def test_imports_have_no_cycles():
     imports = graph()
     while leaves := [file for file, others in imports.items() if not others & imports.keys() - {file}]:
         for file in leaves:
@@ -107,7 +107,7 @@ def test_no_files_import_each_other():
     assert sorted(imports) == []
 
 
-def test_no_package_hides_a_module_behind_a_name():
+def test_no_package_exports_a_name_that_hides_a_module():
     hidden = []
     for file in graph():
         package, _, name = file.rpartition(".")
@@ -118,12 +118,12 @@ def test_no_package_hides_a_module_behind_a_name():
     assert hidden == []
 
 
-def test_no_file_is_long(most=350):
+def test_files_have_at_most_350_lines(most=350):
     lengths = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("pruning/**/*.py")}
     assert {name: length for name, length in lengths.items() if length > most} == {}
 
 
-def test_no_function_is_long(most=60):
+def test_functions_have_at_most_60_lines(most=60):
     long = {}
     for path in ROOT.glob("pruning/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -132,7 +132,7 @@ def test_no_function_is_long(most=60):
     assert long == {}
 
 
-def test_thop_matplotlib_jinja2_and_torchvision_are_imported_in_one_place_each():
+def test_thop_matplotlib_jinja2_and_torchvision_are_imported_only_where_expected():
     found = list(imports("pruning"))
     assert {file for file, name in found if name == "thop"} == {"cost.py"}
     assert {file for file, name in found if name == "matplotlib"} == {"figures.py"}
@@ -140,7 +140,7 @@ def test_thop_matplotlib_jinja2_and_torchvision_are_imported_in_one_place_each()
     assert {file for file, name in found if name == "torchvision"} == {"factories.py", "image_folder.py"}
 
 
-def test_models_and_data_know_nothing_of_each_other():
+def test_models_and_data_do_not_import_each_other():
     assert not {"models", "eval"} & {name for _, name in imports("data")}
     assert not {"data", "eval"} & {name for _, name in imports("models")}
 
@@ -149,14 +149,14 @@ def settings():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_every_folder_of_the_toolkit_is_a_package_that_is_installed():
+def test_every_package_of_the_toolkit_is_installed():
     find = settings()["tool"]["setuptools"]["packages"]["find"]
     assert find["namespaces"] is False
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("pruning/**/*.py")}
     assert set(setuptools.find_packages(str(ROOT), include=find["include"])) == folders
 
 
-def test_every_file_beside_the_code_is_installed():
+def test_every_data_file_of_the_toolkit_is_installed():
     patterns = settings()["tool"]["setuptools"]["package-data"]["*"]
     data = {
         path for path in ROOT.glob("pruning/**/*") if path.is_file() and path.suffix not in (".py", ".pyc")
@@ -164,7 +164,7 @@ def test_every_file_beside_the_code_is_installed():
     assert data == {path for pattern in patterns for path in ROOT.glob(f"pruning/**/{pattern}")}
 
 
-def test_the_requirement_files_and_pyproject_ask_for_the_same():
+def test_the_requirement_files_and_pyproject_list_the_same_requirements():
     project = settings()["project"]
     extras = {name: requirements(lines) for name, lines in project["optional-dependencies"].items()}
     runs = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
@@ -175,6 +175,6 @@ def test_the_requirement_files_and_pyproject_ask_for_the_same():
 
 
 def requirements(lines):
-    """Requirements without comments, as written, quotes and spaces aside."""
+    """Return requirements without comments and spaces, with double quotes."""
     plain = (line.split("#")[0].replace(" ", "").replace("'", '"') for line in lines)
     return {line for line in plain if line and not line.startswith("-r")}

@@ -1,4 +1,4 @@
-"""What a user brings to the command line: a module with networks and data, folders of images."""
+"""Inputs of a user for the command line: a module with networks and data, folders of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NET = ("--model", "mine:Net", "--data", "mine:digits")
 
 
 def image_folder(root, classes, size=24):
-    """Twelve pictures of each class, of different shades, in a folder for each."""
+    """Write twelve images of different shades for each class, in one folder per class."""
     for name in classes:
         for i in range(12):
             path = root / name / f"{i}.png"

@@ -1,4 +1,4 @@
-"""The benchmarks, run as a user runs them, on the embedded digits and recipes of seconds."""
+"""Run the benchmarks from the command line, on the embedded digits with recipes of a few seconds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ finetune-epochs = 4
 
 
 def benchmark(name, *flags, check=True, **variables):
-    """Run a benchmark in a process of its own; `commands.module` runs it in this one."""
+    """Run a benchmark in a separate process; `commands.module` runs it in this one."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)],
         capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -50,7 +50,7 @@ def table(tmp_path_factory):
     return folder, where, done.stdout
 
 
-def test_a_row_holds_every_seed_and_the_checkpoint_of_the_best(table):
+def test_a_row_contains_every_seed_and_the_checkpoint_of_the_best(table):
     folder, _, printed = table
     (row,) = json.loads((folder / "results.json").read_text())["rows"]
     assert row["row"] == "tiny" and row["dataset"] == "mnist5k" and row["seeds"] == [0, 1]
@@ -63,7 +63,7 @@ def test_a_row_holds_every_seed_and_the_checkpoint_of_the_best(table):
     assert "| tiny |" in printed and " ± " in printed
 
 
-def test_what_is_there_is_not_computed_again_unless_the_recipe_changes(table):
+def test_existing_results_are_not_computed_again_unless_the_recipe_changes(table):
     folder, where, _ = table
     before = (folder / "results.json").read_bytes()
     runs = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("best.pth")}
@@ -72,7 +72,7 @@ def test_what_is_there_is_not_computed_again_unless_the_recipe_changes(table):
     assert runs == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("best.pth")}
 
 
-def test_controls_stand_beside_the_row(table):
+def test_controls_are_listed_with_their_row(table):
     folder, where, _ = table
     printed = module("benchmarks.control", *where, "--rows", "tiny", "--seeds", 0).stdout
     controls = {
@@ -90,7 +90,7 @@ def test_controls_stand_beside_the_row(table):
     assert max(ratios) - min(ratios) < 0.1, "uniform"
 
 
-def test_a_control_needs_its_row(table):
+def test_a_control_requires_the_results_of_its_row(table):
     folder, where, _ = table
     (folder / "empty").mkdir()
     (folder / "empty" / "recipe.toml").write_text(RECIPE + "\n")
@@ -100,7 +100,7 @@ def test_a_control_needs_its_row(table):
     assert done.returncode == 2 and "has no recipe" in done.stderr
 
 
-def test_a_search_draws_its_front(table):
+def test_a_search_draws_its_pareto_front(table):
     folder, _, _ = table
     where = ["--results", folder / "search.json", "--figures", folder, "--runs", folder / "runs"]
     where += ["--data", "mnist5k", "--recipe", folder / "tiny" / "recipe.toml", "--seeds", 0, "--threads", 1]
@@ -119,7 +119,7 @@ def test_a_search_draws_its_front(table):
 
 @pytest.fixture(scope="module")
 def in_runtimes(tmp_path_factory):
-    """The benchmark of runtimes without the compiler: its results, and what it printed."""
+    """Run the benchmark of runtimes without the compiler; return its results and its output."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     output = tmp_path_factory.mktemp("runtimes") / "out.json"
@@ -135,7 +135,7 @@ def in_runtimes(tmp_path_factory):
 def test_every_network_is_timed_in_every_runtime(in_runtimes):
     result, _ = in_runtimes
     trained = {(row["runtime"], row["network"]): row["accuracy"] for row in result["accuracy"]}
-    assert len(trained) == 10 and min(trained.values()) > 0.95, "the untrained ones are left out"
+    assert len(trained) == 10 and min(trained.values()) > 0.95, "untrained networks are excluded"
     found = {(row["batch"], row["runtime"], row["network"]): row for row in result["times"]}
     assert len(found) == len(result["times"]) == 2 * (5 + 4 * 4)
     for (batch, runtime, network), row in found.items():
@@ -150,7 +150,7 @@ def test_every_network_is_timed_in_every_runtime(in_runtimes):
     assert result["left out"] == {}
 
 
-def test_torchvisions_networks_are_set_against_their_macs(in_runtimes):
+def test_the_speed_up_of_torchvision_networks_is_compared_with_their_macs(in_runtimes):
     rows = in_runtimes[0]["torchvision"]
     assert [row["runtime"] for row in rows] == [runtimes.EAGER, runtimes.FLOAT]
     for row in rows:
@@ -163,7 +163,7 @@ def test_torchvisions_networks_are_set_against_their_macs(in_runtimes):
 
 
 @pytest.mark.parametrize("control", [0.97, 1.03])
-def test_a_control_that_is_not_1_is_marked_and_said(in_runtimes, control):
+def test_a_control_that_is_not_1_is_marked_and_reported(in_runtimes, control):
     result = copy.deepcopy(in_runtimes[0])
     for row in (*result["times"], *result["torchvision"]):
         row["control"] = [1.02, 0.9, 1.1]
@@ -179,7 +179,7 @@ def test_a_control_that_is_not_1_is_marked_and_said(in_runtimes, control):
     assert f"Not all controls are within 0.02 of 1; do not rely on the ratios beside these. {place}." in text
 
 
-def test_a_compiler_that_fails_is_left_out(tmp_path):
+def test_a_runtime_whose_compiler_fails_is_omitted(tmp_path):
     flags = ["--seconds", 0.01, "--warmup", 0, "--runtimes", "compiled", "--models", "--batch-sizes", 1]
     flags += ["--output", tmp_path / "out.json"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
@@ -189,7 +189,7 @@ def test_a_compiler_that_fails_is_left_out(tmp_path):
     assert list(result["left out"]) == ["compiled"] and "Left out: compiled. " in printed
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+def test_results_are_written_atomically(tmp_path, monkeypatch, capsys):
     results.write(tmp_path / "out.json", {"ratio": 1}, "one\n")
     assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
     assert (tmp_path / "out.md").read_text() == "one\n" == capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out.json").read_text()) == {"ratio": 1}
 
 
-def test_pinning_keeps_so_many_cores():
+def test_pinning_limits_the_process_to_the_given_number_of_cores():
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system has no affinity")
     before = os.sched_getaffinity(0)
@@ -215,7 +215,7 @@ def test_pinning_keeps_so_many_cores():
         os.sched_setaffinity(0, before)
 
 
-def test_costs_at_equal_accuracy_lie_between_those_of_the_budgets_around_it():
+def test_costs_at_equal_accuracy_are_interpolated_between_budgets():
     def point(accuracy, cost):
         return {"budget": "", "accuracy": accuracy, **dict.fromkeys(equal_accuracy.COSTS, cost)}
 
@@ -226,7 +226,7 @@ def test_costs_at_equal_accuracy_lie_between_those_of_the_budgets_around_it():
     assert equal_accuracy.at_equal_accuracy(point([0.90], 800), ours)["MACs"] is None
 
 
-def test_networks_at_several_budgets_beside_torch_pruning(tmp_path):
+def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path):
     pytest.importorskip("torch_pruning")
     flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
     flags += ["--repeats=1", "--threads=1", "--iterations=1", "--batch-size=128", "--seconds=0.1"]
@@ -242,7 +242,7 @@ def test_networks_at_several_budgets_beside_torch_pruning(tmp_path):
     assert (tmp_path / "out.md").read_text() == printed
 
 
-def test_the_pipeline_beside_torch_pruning(tmp_path):
+def test_the_pipeline_is_compared_with_torch_pruning(tmp_path):
     pytest.importorskip("torch_pruning")
     flags = [
         "--repeats",
@@ -280,7 +280,7 @@ def test_the_pipeline_beside_torch_pruning(tmp_path):
     )
 
 
-def test_both_ways_to_the_data_give_the_same_images():
+def test_data_loaders_and_tensors_in_memory_give_the_same_images():
     import data
 
     digits = data.load("mnist5k", quiet=True)
@@ -291,7 +291,7 @@ def test_both_ways_to_the_data_give_the_same_images():
         assert torch.equal(labels, targets) and torch.allclose(images, same, atol=1e-6)
 
 
-def test_the_papers_networks_are_run_once_and_tabled(tmp_path):
+def test_networks_of_the_paper_are_slimmed_once_and_listed(tmp_path):
     where = ["--runs", tmp_path, "--results", tmp_path / "out.json", "--table", tmp_path / "out.md"]
     flags = ["--models", "resnet20", "--data", "mnist5k", "--train", 128, "--validation", 64, "--threads", 1]
     module("benchmarks.paper", *flags, *where)
@@ -303,7 +303,7 @@ def test_the_papers_networks_are_run_once_and_tabled(tmp_path):
     assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"
 
 
-def test_networks_of_other_libraries_are_tried_and_tabled():
+def test_networks_of_other_libraries_are_tested_and_listed():
     listed = dict(libraries.listed())
     assert len(listed) > 100 and {library for library, _ in listed} >= {"timm", "monai"}
     assert listed["timm", "mixnet_s"]["arguments"] == {"num_classes": 10, "model_name": "mixnet_s"}

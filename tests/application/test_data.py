@@ -1,4 +1,4 @@
-"""Data: files are checked, splits do not overlap, batches are what they say."""
+"""Data sets: files are validated, splits do not overlap, batches contain the right images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.idx import read_idx
 
 
 def idx(array):
-    """The bytes of an IDX file."""
+    """Return the bytes of an IDX file."""
     return (
         struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
         + array.astype(np.uint8).tobytes()
@@ -25,7 +25,7 @@ def idx(array):
 
 
 def write_mnist(folder, train=60_000, test=100, packed=False, **changes):
-    """A folder in torchvision's layout with random images of the right counts."""
+    """Write a folder in torchvision's layout with the right number of random images."""
     draw = np.random.default_rng(0)
     content = {}
     for kind, count in (("train", train), ("t10k", test)):
@@ -59,14 +59,14 @@ def test_the_embedded_subset_is_real_and_split_by_class():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_mnist_is_read_packed_and_unpacked_and_validates_on_the_subset(tmp_path, packed):
+def test_mnist_is_read_with_and_without_gzip_and_validates_on_the_subset(tmp_path, packed):
     mnist = data.load("mnist", write_mnist(tmp_path, packed=packed))
     assert [len(s.labels) for s in (mnist.train, mnist.validation, mnist.test)] == [55_000, 5_000, 100]
     index = np.load(SUBSET)["train_index"]
     assert mnist.validation.labels.tolist() == (index % 10).tolist()
 
 
-def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+def test_an_environment_variable_names_the_data_folder(tmp_path, monkeypatch):
     write_mnist(tmp_path / "elsewhere")
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "elsewhere"))
     assert data.load("auto", tmp_path / "nothing").name == "mnist"
@@ -75,7 +75,7 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch):
         data.load("auto", tmp_path / "nothing")
 
 
-def test_without_the_full_set_auto_takes_the_subset_and_says_why(tmp_path, monkeypatch, capsys):
+def test_auto_uses_the_subset_and_gives_the_reason_if_mnist_is_not_available(tmp_path, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise OSError("the network is down")
 
@@ -88,13 +88,13 @@ def test_without_the_full_set_auto_takes_the_subset_and_says_why(tmp_path, monke
         data.load("mnist", tmp_path / "data")
 
 
-def test_a_download_is_kept_whole(tmp_path, monkeypatch):
+def test_a_downloaded_set_is_stored_and_reused(tmp_path, monkeypatch):
     def fetch(root, train, download):
         write_mnist(type(tmp_path)(root))
 
     monkeypatch.setattr("torchvision.datasets.MNIST", fetch)
     assert data.load("auto", tmp_path / "data").name == "mnist"
-    monkeypatch.setattr(sources, "download", None)  # the second time it is there
+    monkeypatch.setattr(sources, "download", None)  # the files exist now
     assert data.load("mnist", tmp_path / "data").name == "mnist"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
 
@@ -112,30 +112,30 @@ def test_a_download_is_kept_whole(tmp_path, monkeypatch):
         ({"t10k-images-idx3-ubyte": b"\x1f\x8bnot gzip"}, "t10k-images.*cannot be read"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, changes, message):
+def test_a_damaged_data_file_is_named(tmp_path, changes, message):
     with pytest.raises(data.DataError, match=message):
         data.load("mnist", write_mnist(tmp_path, **changes))
 
 
-def test_a_foreign_set_with_too_few_images(tmp_path):
+def test_a_set_with_too_few_images_is_refused(tmp_path):
     with pytest.raises(data.DataError, match="60,000 were expected"):
         data.load("mnist", write_mnist(tmp_path, train=1000))
 
 
-def test_an_unknown_name_lists_the_known():
+def test_an_unknown_data_set_raises_with_the_known_names():
     with pytest.raises(
         data.DataError, match="'mnits' is unknown; there are: auto, mnist, mnist5k, fashion-mnist"
     ):
         data.load("mnits")
 
 
-def test_a_wrong_rank_is_refused(tmp_path):
+def test_an_idx_file_of_another_rank_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(idx(np.zeros((2, 3))))
     with pytest.raises(data.DataError, match="with 3 dimension"):
         read_idx(tmp_path / "x", 3)
 
 
-def test_batches_are_normalised_and_whole():
+def test_batches_are_normalised_and_contain_every_image():
     digits = data.load("mnist5k", quiet=True)
     seen = list(digits.batches("validation", 128))
     assert [len(labels) for _, labels in seen] == [128, 128, 128, 116]
@@ -144,7 +144,7 @@ def test_batches_are_normalised_and_whole():
     torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_shuffled_batches_follow_the_seed_and_drop_what_is_left():
+def test_shuffled_batches_follow_the_seed_and_drop_an_incomplete_batch():
     digits = data.load("mnist5k", quiet=True)
     batches = digits.batches("train", 128, shuffle=True)
 
@@ -164,20 +164,20 @@ def test_a_set_smaller_than_a_batch_is_kept():
 
 
 def disc(row, column, size=28, radius=3.0):
-    """A disc on black, uint8, of shape (size, size)."""
+    """Return the image of a disc on black, (size, size) uint8."""
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     inside = (rows - row).square() + (columns - column).square() <= radius**2
     return (inside * 255).to(torch.uint8)
 
 
 def centre(image):
-    """Centre of gravity, (row, column)."""
+    """Return the centre of gravity, (row, column)."""
     total = image.sum()
     places = torch.arange(image.shape[-1], dtype=image.dtype)
     return float((image.sum(1) * places).sum() / total), float((image.sum(0) * places).sum() / total)
 
 
-def test_random_affine_does_as_much_as_it_says():
+def test_random_affine_covers_its_stated_ranges():
     torch.manual_seed(0)
     images = disc(13.5, 20.0).repeat(400, 1, 1, 1)
     still = data.random_affine()(images)
@@ -198,7 +198,7 @@ def test_random_affine_does_as_much_as_it_says():
     assert 0.6 < areas.min() < 0.72 and 1.32 < areas.max() < 1.5
 
 
-def test_an_augmentation_leaves_half_of_the_images_alone():
+def test_augmentation_changes_half_of_the_images():
     torch.manual_seed(0)
     images = disc(10, 10).repeat(400, 1, 1, 1)
     changed = (data.augmentation(1.0)(images) - images).abs().amax((1, 2, 3)) > 1
@@ -206,7 +206,7 @@ def test_an_augmentation_leaves_half_of_the_images_alone():
     assert data.augmentation(0.0) is None
 
 
-def test_loaders_give_three_splits_padded_to_the_middle():
+def test_loaders_give_three_splits_with_centred_padding():
     train, validation, test = data.loaders("mnist5k", batch_size=50, size=32)
     assert (len(train), len(validation), len(test)) == (70, 10, 20)
     plain = next(iter(data.loaders("mnist5k", batch_size=50)[1]))
@@ -218,7 +218,7 @@ def test_loaders_give_three_splits_padded_to_the_middle():
         data.loaders("mnist5k", size=20)
 
 
-def test_loaders_of_a_part_of_the_images():
+def test_loaders_can_use_part_of_the_images():
     whole = data.load("mnist5k")
     train, validation, test = data.loaders("mnist5k", batch_size=40, train=100, validation=60)
     assert (len(train), len(validation), len(test)) == (2, 2, 25)

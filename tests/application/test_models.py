@@ -18,7 +18,7 @@ from pruning.surgery import fold_batchnorm
 ROOT = Path(__file__).resolve().parents[2]
 #: Params in millions with 10 classes. VGG-19, ResNet-164, DenseNet-40: Network Slimming, table 1;
 #: ResNet-20 and -56: He et al., arXiv 1512.03385, table 6; MobileNetV2: torchvision's, 10 classes.
-#: Of VGG-16 no size is published for this head: 9 × Σ inputs × outputs, the norms, the head.
+#: No size of VGG-16 is published for this head; computed as 9 × Σ inputs × outputs, the norms, the head.
 MILLIONS = {
     "vgg16": 14.72,
     "vgg19": 20.04,
@@ -28,22 +28,22 @@ MILLIONS = {
     "densenet40": 1.02,
     "mobilenet_v2": 2.237,
 }
-#: Layers whose outputs are channel groups of their own, and trunks, each one group.
+#: Number of groups: one for each layer with its own group, and one for each residual trunk.
 GROUPS = {
     "vgg16": 13,
     "vgg19": 16,
     "resnet20": 3 * 3 + 3,
     "resnet56": 3 * 9 + 3,
-    "resnet164": 3 * 18 * 2 + 3 + 1,  # the stem does not have the width of the first stage
+    "resnet164": 3 * 18 * 2 + 3 + 1,  # the width of the stem differs from that of the first stage
     "densenet40": 1 + 3 * 12 + 2,
     "mobilenet_v2": 1 + 16 + 7 + 1,  # the stem, wide channels, narrow ones by stage, the last
 }
-#: Network Slimming, table 1, CIFAR-10: the params and FLOPs that go, per cent.
+#: Network Slimming, table 1, CIFAR-10: params and FLOPs removed, in percent.
 CUTS = {"vgg19": (88.5, 51.0), "resnet164": (35.2, 44.9), "densenet40": (65.2, 55.0)}
 
 
 def make(name, channels=3, classes=10):
-    """A network whose norms and statistics are drawn at random, as if trained, in eval mode."""
+    """Build a network in eval mode with random BatchNorm parameters and statistics, as after training."""
     torch.manual_seed(0)
     net = getattr(models, name)(image_shape=(channels, 32, 32), classes=classes)
     for module in net.modules():
@@ -56,7 +56,7 @@ def make(name, channels=3, classes=10):
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_the_size_is_the_published_one(name):
+def test_networks_have_the_published_number_of_params(name):
     with torch.device("meta"):
         net = getattr(models, name)()
     millions = sum(p.numel() for p in net.parameters()) / 1e6
@@ -66,7 +66,7 @@ def test_the_size_is_the_published_one(name):
     assert len(scales) > 10 and all(m.bias is None for m in convolutions)
 
 
-def test_scales_begin_where_they_are_asked_to():
+def test_batchnorm_scales_start_at_the_given_value():
     for options, scale in (({}, 0.5), ({"scale": 1.0}, 1.0)):
         for net in (models.resnet20(**options), models.densenet40(**options), models.mobilenet_v2(**options)):
             norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -76,7 +76,7 @@ def test_scales_begin_where_they_are_asked_to():
 
 @pytest.mark.parametrize("name", MILLIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_logits_have_a_column_for_every_class(name, channels):
+def test_logits_have_one_column_per_class(name, channels):
     with torch.device("meta"):
         net, images = (
             getattr(models, name)(image_shape=(channels, 32, 32), classes=7),
@@ -124,12 +124,12 @@ def test_every_group_is_narrowed_and_the_result_reloads_bit_for_bit(name, score,
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet20", "densenet40", "mobilenet_v2"])
-def test_with_batchnorm_folded_it_computes_the_same_and_reloads(name, tmp_path):
+def test_folding_batchnorm_keeps_the_outputs_and_the_result_reloads(name, tmp_path):
     net, images = make(name), torch.randn(2, 3, 32, 32)
     folded = fold_batchnorm(net, trace(net, images))
     torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
     left = sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    # A norm before the convolution, behind a sum or a concatenation, has nothing to be folded into.
+    # A norm after a sum or a concatenation has no preceding layer into which it could be folded.
     assert left == {"resnet20": 9 + 1, "densenet40": 36 + 2 + 1}.get(name, 0)
     save(tmp_path / "net.pth", folded)
     assert torch.equal(load(tmp_path / "net.pth")(images), folded(images))
@@ -147,13 +147,13 @@ def test_with_batchnorm_folded_it_computes_the_same_and_reloads(name, tmp_path):
         (lambda: models.mobilenet_v2(classes=0), "0 classes"),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name(make_one, message):
+def test_invalid_arguments_of_networks_raise(make_one, message):
     with pytest.raises(ValueError, match=message):
         make_one()
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_the_budgets_of_the_recipes_are_those_of_the_paper_and_can_be_met(name):
+def test_the_budgets_of_the_recipes_equal_those_of_the_paper_and_can_be_met(name):
     path = ROOT / "recipes" / f"cifar10-{name}.toml"
     args, _ = parse(["slim", "--config", str(path), "--device", "cpu"])
     assert args.model == f"models:{name}"
@@ -164,7 +164,7 @@ def test_the_budgets_of_the_recipes_are_those_of_the_paper_and_can_be_met(name):
 
 
 @pytest.mark.parametrize("shape", [(64, 5, 26, 26), (8, 3, 7, 9), (2, 3, 6, 6), (9, 1, 2, 2)])
-def test_pooling_of_large_batches_gives_the_same_and_trains_the_same(shape):
+def test_pooling_of_large_batches_gives_the_same_outputs_and_gradients(shape):
     from models.pooling import HalvingMaxPool
 
     images = torch.randn(shape).round(decimals=1)  # with equal values

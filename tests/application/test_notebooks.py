@@ -24,5 +24,5 @@ def test_a_notebook_runs_and_is_committed_with_its_outputs(path):
     ).execute()
 
 
-def test_there_are_notebooks():
+def test_notebooks_are_found():
     assert len(NOTEBOOKS) == 3

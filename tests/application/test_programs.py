@@ -1,4 +1,4 @@
-"""Networks as programs: the loops, with torch and in a browser, compute what PyTorch computes."""
+"""Programs of networks: their loops, in torch and in a browser, give the same outputs as PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruning.demo.lowering import program_of
 from pruning.deploy.export import TOLERANCE, folded
 from pruning.deploy.runtimes import relative_difference
 
-# --- networks that together need every operation ----------------------------------------
+# --- networks that together contain every operation -------------------------------------
 
 
 class Elementwise(nn.Module):
@@ -114,17 +114,17 @@ def crafted():
     return {name: net.eval() for name, net in {**whole, **made}.items()}
 
 
-# --- what they compute ------------------------------------------------------------------
+# --- their outputs ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """A page with all of them; writing it compares each program with its network."""
+    """A page with all networks; writing it compares each program with its network."""
     path = tmp_path_factory.mktemp("demo") / "all.html"
     return demo(crafted(), path, SMALL, classes=["</script>", "<b>&amp;", "c@data@", "d"])
 
 
-def test_the_networks_use_every_operation(everything):
+def test_the_networks_contain_every_operation(everything):
     assert everything.difference < TOLERANCE and len(everything.networks) == len(crafted())
     written = re.search(
         r'<script type="application/json" id="data">(.*?)</script>', everything.path.read_text()
@@ -143,7 +143,7 @@ def test_the_networks_use_every_operation(everything):
     assert all(each["bytes"] == 4 * sum(each["program"]["constants"]) for each in made)
 
 
-def test_a_program_computes_what_its_network_computes():
+def test_a_program_computes_the_outputs_of_its_network():
     net = nets.make("residual")
     images = torch.randn(3, 3, 14, 14)
     made = program_of(folded(net.requires_grad_(False), [images]), images[:1])
@@ -152,7 +152,7 @@ def test_a_program_computes_what_its_network_computes():
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"])
-def test_torchvisions_networks_have_programs(name):
+def test_torchvision_networks_are_lowered_to_programs(name):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net, x = torchvision.models.get_model(name, num_classes=10).eval(), torch.randn(1, 3, 64, 64)

@@ -17,7 +17,7 @@ def net(**changes):
     return SimpleNamespace(**{**vars(REFERENCE), "accuracy": 0.98, **changes})
 
 
-def test_a_network_like_the_reference_scores_60():
+def test_a_network_equal_to_the_reference_scores_60():
     assert score(net(), REFERENCE, 0.98) == (60, 60, ())
 
 
@@ -45,11 +45,11 @@ def test_each_indicator_adds_its_points(changes, points):
         ({"macs": 200_001}, "MACs"),
     ],
 )
-def test_any_worse_indicator_forfeits_the_score(changes, name):
+def test_any_worse_indicator_makes_the_score_0(changes, name):
     assert score(net(**{"params": 2000, **changes}), REFERENCE, 0.98) == (0, 0, (name,))
 
 
-def test_the_table_is_the_assignments():
+def test_the_table_has_the_format_of_the_assignment():
     latency = Latency(0.0554, 0.06, 0.05, 0.06, 20, 64, 1)
     row = Indicators("LeNet-5", "mnist", "test", 10_000, 0.9804, latency, latency, 60_074, 199_968, 206_174)
     assert table([row]) == "\n".join([

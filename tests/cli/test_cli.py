@@ -19,14 +19,14 @@ from pruning import load, save
 from pruning.checkpoint import read
 from pruning.planning import count
 
-#: A run that takes seconds.
+#: Flags of a run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
          "--finetune-epochs", "1", "--threads", "1",
          "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
 def program(name, *flags, **options):
-    """Run a script in a process of its own, without a terminal; `commands.script` runs it in this one."""
+    """Run a script in a separate process without a terminal; `commands.script` runs it in this one."""
     done = subprocess.run(
         [sys.executable, ROOT / name, *map(str, flags)],
         capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options,
@@ -37,13 +37,13 @@ def program(name, *flags, **options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished short run."""
+    """A short run that has finished."""
     folder = tmp_path_factory.mktemp("run") / "first"
     done = program("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
     return folder, done.stdout
 
 
-def test_train_yournet_writes_a_smaller_network_and_its_provenance(run):
+def test_train_yournet_saves_a_smaller_network_and_its_provenance(run):
     folder, printed = run
     net = load(folder / "best.pth")
     assert type(net) is YourNet
@@ -75,13 +75,13 @@ def test_the_seed_determines_the_trained_network(run, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_killed_resumes_to_the_same_network(run, tmp_path, killer):
+def test_a_killed_run_resumes_to_the_same_network(run, tmp_path, killer):
     expected, _ = run
     folder = tmp_path / "runs" / "1"
     process = subprocess.Popen(
         [sys.executable, ROOT / "train_yournet.py", *SHORT], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # Where the tests run in the background, a shell has turned Ctrl-C off for them.
+        # A shell disables Ctrl-C for processes in the background, as the tests may be.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (folder / "state.pth").exists():
@@ -163,7 +163,7 @@ def test_help_lists_the_flags_and_bad_usage_is_one_line(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_budget_names_the_floor_and_writes_nothing(tmp_path):
+def test_an_unreachable_budget_raises_with_the_least_costs_and_writes_nothing(tmp_path):
     message = refused(
         "train_yournet.py", *SHORT, "--max-params", 50, "--output", tmp_path / "run", cwd=tmp_path
     )
@@ -206,7 +206,7 @@ def test_distillation_changes_the_losses_of_stages_2_and_3(run, tmp_path):
     assert "--temperature" in refused("train_yournet.py", *SHORT, "--temperature", 0, cwd=tmp_path)
 
 
-def test_an_output_folder_below_a_file_is_refused(tmp_path):
+def test_an_output_folder_inside_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("train_yournet.py", *SHORT, "--output", tmp_path / "file" / "run", cwd=tmp_path)
     assert (tmp_path / "file").read_text() == ""
@@ -248,7 +248,7 @@ def test_a_data_folder_with_missing_files_is_refused(tmp_path, monkeypatch):
     assert "missing train-labels-idx1-ubyte" in message
 
 
-def test_the_committed_networks_are_as_small_as_the_readme_says():
+def test_the_committed_networks_have_the_costs_stated_in_the_readme():
     net = load(ROOT / "checkpoints" / "YourNet" / "best.pth")
     cost = count(net, torch.zeros(1, 1, 28, 28))
     assert type(net) is YourNet and cost.params <= 2000 and cost.macs <= 50_000
@@ -260,7 +260,7 @@ def test_the_committed_networks_are_as_small_as_the_readme_says():
 
 
 @pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR does not name the full MNIST")
-def test_the_committed_networks_are_as_accurate_as_the_readme_says(tmp_path):
+def test_the_committed_networks_have_the_accuracy_stated_in_the_readme(tmp_path):
     script("test_yournet.py", "--data", "mnist", "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["dataset"], figures["split"], figures["images"]) == ("mnist", "test", 10_000)

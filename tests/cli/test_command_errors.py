@@ -131,7 +131,7 @@ PICTURES = (
         ),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_path):
+def test_invalid_input_gives_a_one_line_error_and_exit_code_2(run, words, message, tmp_path):
     (tmp_path / "raises.py").write_text("raise ValueError('not today')")
     (tmp_path / "unreadable.py").write_text("def f(:")
     code, _, err = run(*words)
@@ -140,14 +140,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run, words, message, tmp_pa
     assert len(err.strip().splitlines()) == 1
 
 
-def test_loading_a_checkpoint_names_the_factory_that_it_needs(run):
+def test_loading_a_checkpoint_without_its_factory_names_the_factory(run):
     words = ("--model", "mine:sized", "--data", "mine:digits", "--model-arg", "width=6")
     assert run("prune", *words, *BUDGET)[0] == 0
     code, _, err = run("test", "--weights", "small.pth", "--data", "mine:digits")
     assert code == 2 and "give --model mine:sized --model-arg width=6" in err
 
 
-def test_a_recipe_that_names_another_is_refused(run, tmp_path):
+def test_a_recipe_that_refers_to_another_recipe_is_refused(run, tmp_path):
     (tmp_path / "run.toml").write_text('config = "other.toml"\nmax-macs = "60%"\n')
     code, _, err = run("prune", *NET, "--config", "run.toml")
     assert code == 2 and "run.toml: a recipe cannot name another one" in err
@@ -170,7 +170,7 @@ def test_an_unwritable_output_is_refused_before_any_work(run, words, message):
     assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_demo_refuses_targets_that_are_no_classes(run):
+def test_demo_refuses_targets_that_are_not_classes(run):
     assert run("prune", *NET, *BUDGET)[0] == 0
     code, _, err = run("demo", "small.pth", *NET[:2], "--data", "mine:regression", "--mean", 0, "--std", 1)
     assert code == 2 and "one class an image" in err and "Traceback" not in err
@@ -253,7 +253,7 @@ def test_split_folders_without_train_are_refused(run, tmp_path, names):
     assert run("prune", *words)[0] == 0
 
 
-def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
+def test_16_bit_grey_images_keep_their_values(tmp_path):
     image_folder(tmp_path / "train", ["a", "b"])
     image_folder(tmp_path / "val", ["a", "b"])
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
@@ -265,7 +265,7 @@ def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
 def test_prefixes_of_training_wrappers_are_removed_from_weights(tmp_path, prefix):
     net = nn.Sequential()
-    net.add_module("module", nn.Linear(2, 3))  # which begins as one of the wrappers' prefixes
+    net.add_module("module", nn.Linear(2, 3))  # its name is one of the prefixes of wrappers
     state = {prefix + name: value for name, value in net.state_dict().items()}
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "weights.pth")
     other = nn.Sequential()
@@ -274,13 +274,13 @@ def test_prefixes_of_training_wrappers_are_removed_from_weights(tmp_path, prefix
     assert torch.equal(other.module.weight, net.module.weight)
 
 
-def test_a_run_is_resumed_by_its_folder_alone(run):
+def test_a_run_resumes_from_its_folder_without_other_flags(run):
     assert run("finetune", *NET, "--epochs", 1, "--output", "run")[0] == 0
     code, _, err = run("finetune", "--resume", "--output", "run")
     assert code == 0, err
 
 
-def test_an_error_in_the_users_data_names_its_place(run, tmp_path):
+def test_an_error_in_user_data_is_reported_with_its_location(run, tmp_path):
     for workers in (0, 1):
         code, _, err = run("prune", "--model", "mine:Net", "--data", "mine:mistaken", "--data-arg",
                            f"workers={workers}", *BUDGET)  # fmt: skip

@@ -30,7 +30,7 @@ def test_doctor_lists_groups_and_skipped_layers(run, tmp_path):
     assert found["groups"][0]["scales"] == ["features.1"] and found["trial"] == ""
 
 
-def test_repeated_flags_with_several_values_add_up(run, tmp_path):
+def test_values_of_repeated_flags_are_combined(run, tmp_path):
     words = ("doctor", *NET, "--model-arg", "width=6", "--model-arg", "bias=False", "--json", "found.json")
     assert run(*words, "--ignore", "features.0", "--ignore", "features.4")[0] == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -45,7 +45,7 @@ def test_doctor_of_a_torchvision_network_needs_no_data(run):
     assert code == 0 and "25 groups" in out and "have no BatchNorm scale" in out
 
 
-def test_prune_then_load_without_the_toolkit(run, tmp_path):
+def test_a_pruned_network_loads_without_the_toolkit(run, tmp_path):
     code, out, _ = run("prune", *NET, "--max-macs", "40%", "--standalone", "--output", "out/small.pth")
     assert code == 0 and "asked" in out and "validation accuracy" in out
     code = """
@@ -71,7 +71,7 @@ print(net(torch.ones(1, 1, 10, 10)).tolist())
     assert len(lines) < 120
 
 
-def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run, tmp_path):
+def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_network(run, tmp_path):
     budget = ("--max-params", "50%", "--floor", 2, "--ignore", "nothing*")
     assert run("slim", *NET, *SHORT, *budget)[0] == 2  # the pattern matches nothing
     code, out, _ = run("slim", *NET, *SHORT, "--max-params", "50%", "--floor", 2, "--output", "first")
@@ -83,7 +83,7 @@ def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run,
     load = lambda name: torch.load(name, weights_only=True)["state_dict"]  # noqa: E731
     first, second = load("first/best.pth"), load("second/best.pth")
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert run("slim", "--config", "first/config.toml", "--output", "first")[0] == 2  # holds a run
+    assert run("slim", "--config", "first/config.toml", "--output", "first")[0] == 2  # the folder has a run
     (tmp_path / "first" / "best.pth").unlink()
     assert run("slim", "--config", "first/config.toml", "--output", "first", "--resume")[0] == 0
     again = load("first/best.pth")
@@ -109,7 +109,7 @@ def test_slim_resumes_repeats_from_its_config_and_is_finetuned_and_measured(run,
     assert code == 0 and (tmp_path / "first" / "report.html").exists()
 
 
-def test_a_config_may_be_overridden_and_an_unknown_key_is_named(run, tmp_path):
+def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):
     (tmp_path / "run.toml").write_text('model = "mine:Net"\ndata = "mine:digits"\nmax-macs = "60%"\n')
     code, out, _ = run("prune", "--config", "run.toml", "--max-macs", "30%", "--score", "bn_scale")
     assert code == 0 and out.count("asked") == 1
@@ -133,7 +133,7 @@ def test_sensitivity_writes_figures_and_resumes(run, tmp_path):
     assert json.loads((tmp_path / "curves" / "curves.json").read_text()) == points
 
 
-def test_tensorboard_receives_the_history(run, tmp_path, monkeypatch):
+def test_the_history_is_written_to_tensorboard(run, tmp_path, monkeypatch):
     words = ("slim", *NET, *SHORT, "--max-params", "60%", "--tensorboard")
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -243,7 +243,7 @@ def test_threads_are_capped_at_the_default_of_torch(run, monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["digits", "regression"])
-def test_other_networks_than_classifiers_are_pruned_and_timed_without_accuracy(run, tmp_path, data):
+def test_networks_other_than_classifiers_are_pruned_and_timed_without_accuracy(run, tmp_path, data):
     words = ("--model", "mine:Says" if data == "digits" else "mine:Net", "--data", f"mine:{data}")
     code, out, err = run("prune", *words, *BUDGET, "--score", "l2")
     assert code == 0 and "validation accuracy was not taken: the" in out, err
@@ -252,8 +252,8 @@ def test_other_networks_than_classifiers_are_pruned_and_timed_without_accuracy(r
     assert [row["accuracy"] for row in json.loads((tmp_path / "found.json").read_text())] == [None, None]
 
 
-def test_two_processes_make_the_same_plan_as_one(run, tmp_path):
-    """DistributedDataParallel over gloo, on the same global batches."""
+def test_two_processes_find_the_same_plan_as_one(run, tmp_path):
+    """Uses DistributedDataParallel over gloo on the same global batches."""
     words = ("slim", *NET, *SHORT, "--max-params", "40%", "--batch-size", 32, "--threads", 1)
     assert run(*words, "--output", "alone")[0] == 0
     root = Path(program.__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ from pruning.utils.settings import Setting, require_valid
 BUDGET = ("--max-macs", "50%")
 EARLIER = Path(__file__).with_name("earlier_run")
 
-#: What each recipe sets: the budget, what differs from the default of every field, and other flags.
+#: The settings of each recipe: the budget, fields that differ from their defaults, and other flags.
 PAPER = {
     "sparsify_epochs": 160,
     "iterations": 1,
@@ -145,7 +145,7 @@ def expected(
     restart=False,
     **pruning,
 ):
-    """The settings of `slim`, every default spelled out."""
+    """Return the settings of `slim` with every default written out."""
     each = {
         "momentum": 0.9,
         "weight_decay": weight_decay,
@@ -179,7 +179,7 @@ def expected(
     }
 
 
-def test_every_committed_recipe_is_expected_here():
+def test_every_committed_recipe_has_expected_settings():
     found = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/*.toml")}
     found |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("checkpoints/*/*.toml")}
     assert found == RECIPES.keys()
@@ -188,7 +188,7 @@ def test_every_committed_recipe_is_expected_here():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_committed_recipe_gives_the_expected_settings(recipe, monkeypatch):
     budget, stages, others = RECIPES[recipe]
-    monkeypatch.setattr("torch.empty", lambda *size, device: None)  # no device is refused here
+    monkeypatch.setattr("torch.empty", lambda *size, device: None)  # accept every device
     if recipe.startswith("recipes"):
         args, _ = parse(["slim", "--config", str(ROOT / recipe)])
         defaults = {"model": None, "device": "cpu", "calibration": 2048}
@@ -226,7 +226,7 @@ def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
     assert slim_config(args).budget == LatencyBudget("0.5x", batch_size=1)
 
 
-def test_one_flag_holds_for_all_stages_or_for_one():
+def test_a_flag_applies_to_all_stages_or_to_one():
     words = ("--weight-decay", "0.5", "--channels-last", "--ema", "0.9", "--recover-rate", "0.25")
     args, _ = parse(["slim", *BUDGET, *words])
     config = slim_config(args)
@@ -245,7 +245,7 @@ def test_the_help_of_slim_groups_flags_by_stage_with_units_and_defaults(toolkit)
     assert "0 trains without (default: auto)" in text
 
 
-def test_without_a_command_all_are_listed(toolkit):
+def test_without_a_command_all_commands_are_listed(toolkit):
     code, out, err = toolkit()
     lines = err.splitlines()
     assert code == 2 and out == ""
@@ -266,7 +266,7 @@ class Example:
         require_valid(self)
 
 
-def test_a_new_field_is_a_flag_with_its_default_bounds_and_help(capsys):
+def test_a_new_field_becomes_a_flag_with_its_default_bounds_and_help(capsys):
     words = ["--count", "4", "--share", "0.5", "--names", "a", "--names", "b", "c", "--no-quick"]
     found, _ = parse_flags(Example, "Examples.", words)
     assert found == Example(count=4, share=0.5, names=["a", "b", "c"], quick=False)
@@ -302,13 +302,13 @@ def test_a_new_field_is_a_flag_with_its_default_bounds_and_help(capsys):
         ({"secret": -1}, "Example.secret -1: expected a whole number from 0"),
     ],
 )
-def test_settings_are_checked_when_they_are_made_in_python(bad, message):
+def test_settings_are_validated_when_created_in_python(bad, message):
     with pytest.raises(PruningError) as error:
         Example(**bad)
     assert message in str(error.value)
 
 
-def test_a_config_file_holds_only_values_of_the_right_kind(run, tmp_path):
+def test_values_of_the_wrong_type_in_a_config_file_are_refused(run, tmp_path):
     for line, said in (
         ("max-macs = true", "max-macs is a bool"),
         ("layers = 1", "--layers"),
@@ -320,24 +320,24 @@ def test_a_config_file_holds_only_values_of_the_right_kind(run, tmp_path):
         assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
 
 
-def test_an_unknown_flag_names_the_nearest(run):
+def test_an_unknown_flag_suggests_the_nearest_one(run):
     code, _, err = run("slim", *NET, "--max-mcas", "50%")
     assert code == 2 and "unrecognized arguments: --max-mcas 50%; did you mean --max-macs?" in err
     assert "did you mean --augment?" in refused("train_yournet.py", "--augmnet", 1)
 
 
-def test_errors_of_the_toolkit_are_not_reported_as_the_users(run, monkeypatch):
-    """Also where the user's network raises them: it ran before the toolkit changed anything."""
+def test_errors_of_the_toolkit_are_not_reported_as_errors_of_the_user(run, monkeypatch):
+    """This holds if the user's network raises them, because it ran before the toolkit changed it."""
 
     def broken(model, *args, **options):
-        return model(torch.zeros(1, 9, 9, 9))  # as if channels had been removed wrongly
+        return model(torch.zeros(1, 9, 9, 9))  # simulates surgery that removed the wrong channels
 
     monkeypatch.setattr(prune_command, "prune", broken)
     with pytest.raises(RuntimeError, match="to have 1 channels, but got 9"):
         run("prune", *NET, *BUDGET)
 
 
-def test_errors_of_the_users_network_are_reported_with_their_place(run):
+def test_errors_in_user_networks_are_reported_with_their_location(run):
     words = ("--model", "mine:Stumbles", "--data", "mine:digits")
     for command in ("slim", "finetune"):
         budget = BUDGET if command == "slim" else ()
@@ -346,16 +346,16 @@ def test_errors_of_the_users_network_are_reported_with_their_place(run):
         assert "mine.py, line" in err and "in forward)" in err
     code, _, err = run("test", "--model", "mine:Net", "--data", "mine:wide")
     assert code == 2 and "Net does not run on the example inputs: RuntimeError" in err and "mine.py" in err
-    assert run("prune", *words, *BUDGET)[0] == 0, "which trains nothing"
+    assert run("prune", *words, *BUDGET)[0] == 0, "prune does not train"
 
 
-def test_errors_of_the_users_data_are_reported_whenever_they_come(run):
+def test_errors_in_user_data_are_reported_at_any_batch(run):
     code, _, err = run("prune", "--model", "mine:Net", "--data", "mine:ending", *BUDGET)
     assert code == 2 and "data 'mine:ending' cannot be read: OverflowError: no more (" in err
     assert "mine.py, line" in err and len(err.strip().splitlines()) == 1
 
 
-def test_the_words_of_a_script_are_those_of_its_dataclass(tmp_path):
+def test_the_help_of_a_script_comes_from_its_dataclass(tmp_path):
     text = " ".join(script("train_lenet5.py", "--help").stdout.split())
     assert "--epoch-end N epochs trained in the end (default: 6)" in text
     assert Path("runs") == arguments.RUNS

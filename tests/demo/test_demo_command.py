@@ -22,7 +22,7 @@ YOURNET = Path(__file__).resolve().parents[2] / "checkpoints" / "YourNet" / "bes
 
 
 class Unsupported(nn.Module):
-    """A network that no page can show, for the reason `how`."""
+    """A network that the page cannot run, for the reason `how`."""
 
     def __init__(self, how="operation"):
         super().__init__()
@@ -135,7 +135,7 @@ def test_command_reports_errors_in_one_line(tmp_path, toolkit):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "net.pth", "other.pth"]
 
 
-def test_command_names_networks_and_classes(tmp_path, toolkit):
+def test_command_sets_the_names_of_networks_and_classes(tmp_path, toolkit):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net = torchvision.models.squeezenet1_1(num_classes=3)

@@ -81,7 +81,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, toolkit):
-    """YourNet beside LeNet-5, with digits to click on, as the command writes it."""
+    """The page of the command, with YourNet, LeNet-5 and digits to click on."""
     path = tmp_path_factory.mktemp("demo") / "page.html"
     words = ["--against", LENET, "--output", path, "--data", "data:loaders", "--data-arg", "name=mnist5k"]
     code, said, err = toolkit("demo", YOURNET, *words)
@@ -112,7 +112,7 @@ def test_page_classifies_drawn_digits_as_pytorch_does(page, digits, shown):
 
 
 def assert_like_mnist(pixels):
-    """The box of MNIST's digits, and the place of their centre of mass."""
+    """The bounding box of MNIST's digits, and the position of their centre of mass."""
     rows, columns = (np.flatnonzero(pixels.sum(axis) > 40) for axis in (1, 0))
     assert 17 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
     across, down = np.meshgrid(np.arange(28), np.arange(28))
@@ -124,7 +124,7 @@ SEVEN = [(0.3, 0.22), (0.72, 0.2), (0.6, 0.45), (0.5, 0.85)]
 
 
 @needs_browser
-def test_mouse_touch_keyboard_and_examples_draw(page, shown):
+def test_mouse_touch_keyboard_and_examples_draw_on_the_page(page, shown):
     browser = shown(page)
     browser.look(400, 800)
     left, top, size = browser("(box => [box.left, box.top, box.width])(paper.getBoundingClientRect())")
@@ -229,7 +229,7 @@ def test_colour_network_takes_image_files(tmp_path, shown):
 
 
 @needs_browser
-def test_page_of_torchvision_networks_shows_the_likeliest_classes(tmp_path, shown):
+def test_page_of_torchvision_networks_shows_the_most_probable_classes(tmp_path, shown):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     made = {

@@ -48,7 +48,7 @@ def pruned_resnet():
 
 
 def exported(*words, **variables):
-    """Run `python -m pruning export …` in a process of its own, which must succeed."""
+    """Run `python -m pruning export …` in a separate process, which must succeed."""
     done = subprocess.run(
         [sys.executable, "-m", "pruning", "export", *map(str, words)],
         capture_output=True, text=True, timeout=120, cwd=ROOT,
@@ -142,7 +142,7 @@ def test_metadata_can_be_read_back(format, tmp_path):
         export(nets.yournet(), tmp_path / "other", nets.images(), format, metadata={"net": nets.yournet()})
 
 
-def test_several_inputs_and_outputs(format, tmp_path):
+def test_models_with_several_inputs_and_outputs_are_exported(format, tmp_path):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,7 +159,7 @@ def test_several_inputs_and_outputs(format, tmp_path):
     assert relative_difference(net(*inputs)[0], values) <= 1e-5 and chosen.shape == (6,)
 
 
-def test_accuracy_and_time_of_an_exported_file(format, tmp_path):
+def test_accuracy_and_time_of_an_exported_file_can_be_measured(format, tmp_path):
     net, digits = load(COMMITTED), data.load("mnist5k", quiet=True)
     export(net, tmp_path / "net", torch.zeros(1, 1, 28, 28), format)
     exported = Exported(tmp_path / "net", RUNTIMES[format])
@@ -181,7 +181,7 @@ def test_a_prepared_pass_computes_the_outputs_of_a_call(tmp_path):
 
 
 class Fails(nn.Module):
-    """A network that cannot be exported, for the reason that is given."""
+    """A network that cannot be exported for a given reason."""
 
     def __init__(self, how):
         super().__init__()
@@ -209,7 +209,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_failed_export_says_why_and_leaves_no_file(how, format, tmp_path, capfd):
+def test_a_failed_export_gives_the_reason_and_leaves_no_file(how, format, tmp_path, capfd):
     (tmp_path / "old").write_text("as it was")
     for name in ("new", "old"):
         with pytest.raises(ExportError, match=FAILURES[how]):
@@ -226,7 +226,7 @@ def test_an_operation_without_an_export_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_arguments_are_refused(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     net = nets.yournet()
     with pytest.raises(ExportError, match=r"format 'tflite' is unknown; there are: onnx, pt2, torchscript"):
         export(net, tmp_path / "net", nets.images(), "tflite")
@@ -286,7 +286,7 @@ def test_an_int8_file_is_smaller_and_agrees_with_float32(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["int8.onnx", "net.onnx"]
 
 
-def test_quantization_is_refused(tmp_path, monkeypatch):
+def test_invalid_quantization_is_refused(tmp_path, monkeypatch):
     need_onnx()
     export(load(COMMITTED), tmp_path / "net.onnx", torch.zeros(1, 1, 28, 28), "onnx")
     noise = torch.randn(20, 1, 28, 28)
@@ -296,7 +296,7 @@ def test_quantization_is_refused(tmp_path, monkeypatch):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [])
     with pytest.raises(ExportError, match=r"200\.0% was asked"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [(noise, None)], least_agreement=2)
-    # Which of the two is faster depends on the machine, so the times are given here.
+    # Fix the times, because which of the two is faster depends on the machine.
     slower = {"float32": Latency(1.0, 1, 1, 1, 9, 1, 1), "int8": Latency(2.0, 2, 2, 2, 9, 1, 1)}
     with (
         monkeypatch.context() as patch,
@@ -334,7 +334,7 @@ def test_the_command_needs_an_input_shape_where_the_checkpoint_has_none(tmp_path
     assert Exported(tmp_path / "out" / "net.pt", "torchscript")(nets.images(4)).shape == (4, 4)
 
 
-def test_the_command_refuses_bad_arguments(tmp_path, refused, monkeypatch):
+def test_the_command_refuses_invalid_arguments(tmp_path, refused, monkeypatch):
     net = tmp_path / "net.pth"
     assert "no such file" in refused(net, "--to", "pt2")
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")

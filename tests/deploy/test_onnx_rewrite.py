@@ -33,7 +33,7 @@ def strides(path):
 
 @pytest.fixture
 def prefer(monkeypatch):
-    """Let the variant with a given number of fused poolings be measured as the fastest."""
+    """Patch the timing so that the variant with this number of fused poolings is the fastest."""
 
     def choose(count):
         def measured(variants, *_):
@@ -45,7 +45,7 @@ def prefer(monkeypatch):
 
 
 class Net(nn.Module):
-    """Two convolutions, each with an activation and a pooling behind it."""
+    """Two convolutions, each followed by an activation and a pooling."""
 
     def __init__(self, pool, conv, activation=nn.ReLU, shape=(2, 19, 16)):
         super().__init__()
@@ -87,7 +87,7 @@ def test_every_variant_computes_the_same_outputs(name, poolings, prefer, tmp_pat
 
 
 class PooledOutput(Net):
-    """The input of the pooling is also an output."""
+    """A network that also returns the input of its pooling."""
 
     def forward(self, x):
         x = self.features[:2](x)

@@ -1,4 +1,4 @@
-"""Law 6: one truth for cost."""
+"""Law 6: all definitions of cost agree."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ pytestmark = pytest.mark.quick
 
 
 def flops(model, inputs):
-    # Attention as products of matrices, which every version of the counter knows.
+    # Computes attention by matrix products, which every version of the counter supports.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(inputs)
     return counter.get_total_flops()
 
 
 def closed_form(c1, c2, f1, f2):
-    """Params and MACs of LeNet-5 at any widths, by hand."""
+    """Compute params and MACs of LeNet-5 at any widths by explicit formulas."""
     params = c1 * 9 + c1 + c2 * c1 * 9 + c2 + f1 * c2 * 25 + f1 + f2 * f1 + f2 + 10 * f2 + 10
     return params, 26 * 26 * 9 * c1 + 11 * 11 * 9 * c1 * c2 + 25 * c2 * f1 + f1 * f2 + 10 * f2
 
 
-def test_the_reference_has_the_assignments_params_and_macs():
+def test_the_reference_network_has_the_params_and_macs_of_the_assignment():
     cost = count(LeNet5(), torch.randn(1, 1, 28, 28))
     assert (cost.params, cost.macs) == (60_074, 199_968)
     assert cost.macs_with_bias == 199_968 + 26 * 26 * 6 + 11 * 11 * 16 + 120 + 84 + 10
@@ -58,7 +58,7 @@ def test_counts_agree_with_the_flop_counter_on_other_networks(name):
     assert cost.params == sum(p.numel() for p in net.parameters())
 
 
-def test_batchnorm_costs_nothing_and_folding_it_saves_its_params():
+def test_the_cost_model_excludes_batchnorm_and_folding_removes_its_params():
     net = LeNet5(batch_norm=True).eval()
     images = torch.randn(2, 1, 28, 28)
     folded = fold_batchnorm(net, trace(net, images))
@@ -66,7 +66,7 @@ def test_batchnorm_costs_nothing_and_folding_it_saves_its_params():
     assert count(folded, images) == count(LeNet5(), images)
 
 
-def test_counting_leaves_no_trace_in_the_model():
+def test_counting_does_not_change_the_model():
     net = LeNet5().train()
     keys = list(net.state_dict())
     count(net, torch.randn(1, 1, 28, 28))
@@ -74,13 +74,13 @@ def test_counting_leaves_no_trace_in_the_model():
     assert not any(m._forward_hooks for m in net.modules())
 
 
-def test_layers_that_the_count_leaves_out_are_listed():
+def test_layers_that_are_not_counted_are_listed():
     net = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2))
     assert uncounted(net) == {"0": "Embedding"}
 
 
 @pytest.mark.slow
-def test_a_slower_network_measures_slower_and_one_against_itself_the_same():
+def test_a_slower_network_measures_slower_and_copies_measure_the_same():
     torch.manual_seed(0)
     small, large = LeNet5((2, 2), (4, 4)), LeNet5((32, 64), (256, 256))
     threads = torch.get_num_threads()
@@ -96,7 +96,7 @@ def test_a_slower_network_measures_slower_and_one_against_itself_the_same():
 
 
 def latency(turns):
-    """The result of `time_forward` with these turns."""
+    """Return a result of `time_forward` with these turns."""
     low, median, high, p90 = np.percentile(turns, (25, 50, 75, 90))
     return Latency(median, p90, low, high, len(turns), 1, 1, tuple(turns))
 
@@ -105,7 +105,7 @@ def noise(turns, seed, spread=0.1):
     return np.exp(np.random.default_rng(seed).normal(0, spread, turns))
 
 
-def test_the_turns_of_models_timed_together_are_kept():
+def test_the_turns_of_models_timed_together_are_stored():
     times = time_forward({"one": LeNet5(), "other": LeNet5()}, torch.randn(1, 1, 28, 28), seconds=0.1)
     for each in times.values():
         assert len(each.turns) == each.samples and np.median(each.turns) == each.median
@@ -115,18 +115,18 @@ def test_the_turns_of_models_timed_together_are_kept():
 
 
 @pytest.mark.parametrize("factor", [1, 2, 0.25])
-def test_a_ratio_of_times_that_differ_by_a_factor_is_that_factor_exactly(factor):
+def test_the_ratio_of_times_that_differ_by_a_constant_factor_is_exact(factor):
     turns = noise(50, seed=0)
     assert time_ratio(latency(factor * turns), latency(turns)) == (factor, factor, factor)
 
 
-def test_disturbances_of_both_models_cancel_out():
+def test_disturbances_common_to_both_models_cancel_out():
     load = 1 + 9 * (np.arange(400) % 40 < 15)  # ten times as slow for 15 turns of 40
     found = time_ratio(latency(3 * load * noise(400, 1, 0.01)), latency(load * noise(400, 2, 0.01)))
     assert 2.97 < found.low < 3 < found.high < 3.03
 
 
-def test_an_interval_narrows_with_the_turns_and_is_the_same_for_the_same_seed():
+def test_more_turns_narrow_the_interval_and_a_seed_determines_it():
     widths = []
     for turns in (25, 100, 400, 1600):
         above, below = latency(noise(turns, 1)), latency(noise(turns, 2))
@@ -142,10 +142,10 @@ def test_an_interval_narrows_with_the_turns_and_is_the_same_for_the_same_seed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("correlated", [False, True])
-def test_intervals_cover_the_true_ratio_as_often_as_they_say(correlated):
+def test_intervals_cover_the_true_ratio_at_the_stated_confidence(correlated):
     covered, trials, turns = 0, 100, 144
     for trial in range(trials):
-        # Disturbances of each model alone that last for about 3 turns, where they are correlated.
+        # Each model has disturbances of its own, which last for about 3 turns.
         above, below = (
             np.exp(np.convolve(np.random.default_rng((trial, i)).normal(0, 0.1, turns + 2),
                                np.ones(3) if correlated else np.eye(3)[1], "valid"))
@@ -156,20 +156,20 @@ def test_intervals_cover_the_true_ratio_as_often_as_they_say(correlated):
     assert 0.85 * trials <= covered <= trials, "95 % of them, with an error of 2"
 
 
-def test_models_that_were_not_timed_together_have_no_ratio():
+def test_ratios_of_models_that_were_not_timed_together_are_rejected():
     with pytest.raises(PruningError, match="3 and 4 turns: only models that were timed together"):
         time_ratio(latency(np.ones(3)), latency(np.ones(4)))
     with pytest.raises(PruningError, match="0 and 0 turns"):
         time_ratio(Latency(1, 1, 1, 1, 0, 1, 1), Latency(1, 1, 1, 1, 0, 1, 1))
 
 
-def test_timing_no_model_is_rejected():
+def test_timing_without_a_model_is_rejected():
     with pytest.raises(PruningError, match="no model to time"):
         time_forward({}, torch.randn(1))
 
 
 def test_weights_that_are_shared_or_computed_from_others_count_once():
-    """In the closed form as in the count, for the whole network and the pruned one."""
+    """The closed form and the counter agree, for the dense network and the pruned one."""
     tied = nets.Words(tied=True)
     normed = torch.nn.Sequential(
         parametrizations.weight_norm(torch.nn.Conv2d(3, 8, 3)), torch.nn.ReLU(),
@@ -184,7 +184,7 @@ def test_weights_that_are_shared_or_computed_from_others_count_once():
         assert cost_model(plan.widths).params == count(apply(net, traced, plan), inputs).params
 
 
-def test_inputs_by_name_reach_the_arguments_of_that_name():
+def test_inputs_in_a_dict_are_passed_by_name():
     class Two(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -198,6 +198,6 @@ def test_inputs_by_name_reach_the_arguments_of_that_name():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_costs_what_it_is_made_of():
+def test_a_compiled_model_costs_the_same_as_the_original():
     net, images = LeNet5(), torch.randn(1, 1, 28, 28)
     assert count(torch.compile(net), images) == count(net, images)

@@ -26,7 +26,7 @@ from pruning.training.config import TrainConfig
 
 
 def wide():
-    """A network whose time is in its convolutions, so that widths show in it."""
+    """A network whose time depends mainly on the widths of its convolutions."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
@@ -48,7 +48,7 @@ def table(net, images, multiple=1, runtime="eager"):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(name):
+def test_a_latency_table_covers_every_layer_that_runs_and_its_path_never_widens(name):
     net, images = nets.make(name), nets.images()
     measured, order, traced = table(net, images)
     reads_in_steps = {name for name in traced.uses if is_recurrent(net.get_submodule(name))}
@@ -60,14 +60,14 @@ def test_a_table_covers_every_layer_that_runs_and_its_path_only_gets_narrower(na
         assert after < before and (slimmer <= wider).all() and (slimmer < wider).sum() == 1
 
 
-def test_widths_of_a_table_are_multiples_the_floor_or_the_full_width():
+def test_candidate_widths_are_multiples_the_floor_or_the_full_width():
     net = wide()
     measured, order, _ = table(net, IMAGES, multiple=16)
     for widths in measured.path(order):
         assert all(w % 16 == 0 or w in (1, full) for w, full in zip(widths, measured.full, strict=True))
 
 
-def test_times_between_measured_widths_are_bilinear():
+def test_times_between_measured_widths_are_interpolated_bilinearly():
     outs, ins = np.array([1.0, 4.0]), np.array([2.0, 6.0, 8.0])
     plane = np.array([[3 * o + 5 * i for i in ins] for o in outs])
     at = np.array([1.0, 2.5, 4.0]), np.array([2.0, 7.0, 8.0])
@@ -75,12 +75,12 @@ def test_times_between_measured_widths_are_bilinear():
     assert _interpolated(np.array([5.0]), np.array([2.0]), np.array([[7.0]]), 5.0, 2.0) == 7
 
 
-def test_even_scores_give_every_group_the_same_share():
+def test_even_scores_narrow_every_group_by_the_same_share():
     half = {n: int((s <= 0.5).sum()) for n, s in even_scores(trace(wide(), IMAGES)).items()}
     assert half == {"0": 32, "3": 32, "6": 24}
 
 
-def test_steps_between_two_widths_stay_between_them():
+def test_refined_widths_lie_between_the_two_given_widths():
     wide_ones, slim_ones = np.array([64.0, 30.0]), np.array([64.0, 10.0])
     steps = _between(wide_ones, slim_ones, 4)
     assert np.array_equal(steps[0], wide_ones) and np.array_equal(steps[-1], slim_ones)
@@ -96,7 +96,7 @@ def test_the_pruned_network_meets_the_limit(runtime):
     step = prune(net, IMAGES, budget, score="l2", floor=4)
     assert step.latency is not None and step.latency.pruned <= 0.6 * step.latency.dense
     assert step.difference < 1e-4 and min(step.plan.widths.values()) >= 4
-    if runtime == "eager":  # and so it is when somebody else measures it, give or take the machine
+    if runtime == "eager":  # an independent measurement agrees, apart from noise of the machine
         times = time_forward({"dense": net, "small": step.model}, IMAGES, seconds=1)
         assert times["small"].median < 0.8 * times["dense"].median
 
@@ -109,7 +109,7 @@ def test_the_command_prints_the_measured_times(tmp_path, toolkit):
     assert 0 < ratio <= 0.9 and (tmp_path / "s.pth").exists()
 
 
-def test_a_limit_in_milliseconds_at_another_batch_size():
+def test_a_limit_in_milliseconds_applies_at_the_given_batch_size():
     net = wide()
     dense = time_forward({"dense": net}, IMAGES[:1], seconds=0.3)["dense"].median
     budget = LatencyBudget(f"{dense:.4f}ms", batch_size=1, seconds=0.2)
@@ -131,7 +131,7 @@ def test_an_unreachable_limit_is_rejected_with_the_time_of_the_narrowest_network
 
 
 @pytest.mark.parametrize("limit", ["", "0.5", "x", "0x", "-1ms", "infx", "nanms", "fast"])
-def test_a_limit_in_neither_form_is_rejected(limit):
+def test_a_limit_of_another_form_is_rejected(limit):
     with pytest.raises(PruningError, match=r"0\.5x"):
         LatencyBudget(limit)
 
@@ -141,7 +141,7 @@ def test_an_unknown_runtime_is_rejected():
         LatencyBudget("0.5x", "tensorflow")
 
 
-def test_slimming_under_a_budget_of_latency(tmp_path):
+def test_slimming_meets_a_latency_budget(tmp_path):
     from pruning.stages import Run
 
     net = wide()
@@ -161,7 +161,7 @@ def test_slimming_under_a_budget_of_latency(tmp_path):
     assert SlimConfig.within(Budget(macs="50%")).counts == Budget(macs="50%")
 
 
-def test_options_for_budgets_of_counts_are_rejected_under_a_latency_budget():
+def test_options_that_a_latency_budget_ignores_are_rejected():
     with pytest.raises(PruningError, match="widths: not kept under a budget of latency"):
         prune(
             nets.make("lenet"), nets.images(), LatencyBudget("0.9x"), score="l2", widths={"features.conv1": 3}

@@ -40,13 +40,13 @@ def test_bn_scale_of_a_residual_trunk_is_the_mean_over_its_norms():
     torch.testing.assert_close(without_data(bn_scale, net, traced)["stem.0"], expected)
 
 
-def test_bn_scale_names_the_group_that_has_no_norm():
+def test_bn_scale_raises_for_a_group_without_a_norm():
     net = nets.make("plain")
     with pytest.raises(PruningError, match="group '0' has no BatchNorm"):
         without_data(bn_scale, net, trace(net, nets.images()))
 
 
-def test_norms_of_weights():
+def test_weight_scores_equal_norms_of_weights():
     net = nets.make("plain")
     traced = trace(net, nets.images())
     weight = net[3].weight.detach()
@@ -65,8 +65,8 @@ def test_scores_do_not_depend_on_the_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-def test_norms_of_a_transposed_convolution_in_parts():
-    """Each output channel of part g is made by the weights [part g's inputs, that channel]."""
+def test_weight_scores_of_a_grouped_transposed_convolution():
+    """The weights [inputs of part g, channel] compute an output channel of part g."""
     net = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1)
     )
@@ -77,7 +77,7 @@ def test_norms_of_a_transposed_convolution_in_parts():
 
 
 def test_taylor_is_exact_where_the_loss_is_linear():
-    """With a loss linear in γ and β the first-order change is the change of removal itself."""
+    """If the loss is linear in γ and β, the first-order change equals the change by removal."""
     net, traced = with_norm()
     net[2] = nn.Identity()
     batches = [(torch.randn(5, 3), None) for _ in range(3)]
@@ -112,7 +112,7 @@ def test_taylor_scores_every_network_and_does_not_change_it(name):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_dead_channel_scores_nothing():
+def test_a_dead_channel_has_the_score_0():
     net, traced = with_norm()
     with torch.no_grad():
         net[1].weight[2] = net[1].bias[2] = 0
@@ -165,7 +165,7 @@ def test_a_score_function_takes_model_and_groups_or_all_four_arguments():
         assert seen[0] == first and scores.keys() == traced.groups.keys()
 
 
-def test_an_unknown_score_is_rejected_with_the_names_there_are():
+def test_an_unknown_score_is_rejected_with_the_known_names():
     net = nets.make("plain")
     for score in ("l3", 2):
         with pytest.raises(PruningError, match=r"there are: taylor, bn_scale, l1, l2, random, sensitivity"):

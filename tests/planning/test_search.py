@@ -34,7 +34,7 @@ def chain(width=8):
 
 @pytest.mark.parametrize("name", nets.NETS)
 @pytest.mark.parametrize("share", [0.8, 0.4])
-def test_the_result_meets_the_budget_and_the_closed_form_counts_it_exactly(name, share):
+def test_the_plan_meets_the_budget_and_its_predicted_cost_is_exact(name, share):
     net, traced, cost_model = traced_net(name)
     scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
     dense = cost_model(cost_model.full)
@@ -50,7 +50,7 @@ def test_the_result_meets_the_budget_and_the_closed_form_counts_it_exactly(name,
     assert not budget.excess(got)
 
 
-def test_what_a_channel_frees_is_the_difference_of_two_costs():
+def test_the_cost_freed_by_a_channel_is_the_difference_of_two_costs():
     _, _, cost_model = traced_net("residual")
     widths = cost_model.full - 1
     freed = cost_model.freed(widths, np.array([2.0, 1.0, 3.0]))
@@ -63,7 +63,7 @@ def test_what_a_channel_frees_is_the_difference_of_two_costs():
 
 
 @pytest.mark.parametrize("per_cost", [True, False])
-def test_ties_do_not_remove_more_than_asked(per_cost):
+def test_equal_scores_do_not_remove_more_channels_than_needed(per_cost):
     _, traced, cost_model = chain(32)
     scores = {"0": torch.zeros(32)}
     plan = plan_within(Budget(params=2 + 24 * 6), traced, cost_model, scores, PlanOptions(per_cost=per_cost))
@@ -77,7 +77,7 @@ def test_the_least_important_channels_are_dropped():
     assert plan == Plan({"0": (0, 2, 4)})
 
 
-def test_a_group_with_the_lowest_scores_is_narrowed_but_never_emptied():
+def test_a_group_with_the_lowest_scores_is_not_emptied():
     _, traced, cost_model = traced_net("lenet")
     scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
     scores["features.conv1"] = torch.zeros(4)
@@ -88,7 +88,7 @@ def test_a_group_with_the_lowest_scores_is_narrowed_but_never_emptied():
     assert plan.widths["features.conv1"] == 1
 
 
-def test_floor_and_cap_hold():
+def test_plans_respect_floor_and_cap():
     _, traced, cost_model = traced_net("lenet")
     scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
     floor = {"features.conv1": 3}
@@ -101,7 +101,7 @@ def test_floor_and_cap_hold():
 
 
 @pytest.mark.parametrize("share", [20, 40, 60, 80])
-def test_multiples_are_kept_without_overshooting(share):
+def test_widths_are_multiples_without_removing_more_than_needed(share):
     _, traced, cost_model = chain(30)
     plan = plan_within(Budget(params=f"{share}%").resolve(cost_model(cost_model.full)), traced, cost_model,
                        {"0": torch.rand(30)}, PlanOptions(multiple=8))  # fmt: skip
@@ -110,8 +110,8 @@ def test_multiples_are_kept_without_overshooting(share):
     assert width == max(w for w in (1, 8, 16, 24, 30) if w <= limit)
 
 
-def test_dropped_channels_that_still_fit_come_back():
-    """The last channel dropped may free more than needed; channels that still fit come back."""
+def test_dropped_channels_that_fit_the_budget_are_restored():
+    """The last dropped channel may free more than needed; channels that still fit are restored."""
     _, traced, cost_model = traced_net("lenet")
     torch.manual_seed(0)
     for share in (30, 50, 70):
@@ -123,7 +123,7 @@ def test_dropped_channels_that_still_fit_come_back():
         assert slack < freed_by_last_step.max(), "no channel of any group was dropped for nothing"
 
 
-def test_an_unreachable_budget_names_the_floor():
+def test_an_unreachable_budget_raises_with_the_least_reachable_costs():
     _, traced, cost_model = traced_net("lenet")
     scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
     floor = cost_model(dict.fromkeys(traced.groups, 1))
@@ -146,7 +146,7 @@ def test_scores_of_a_wrong_shape_or_not_finite_are_rejected(scores):
 
 
 @pytest.mark.parametrize("limit", [0, -5, "0%", "101%", "many", "1.5", "nan", "inf", ""])
-def test_limits_that_are_no_count_or_percentage_are_rejected(limit):
+def test_limits_other_than_counts_and_percentages_are_rejected(limit):
     with pytest.raises(PruningError, match="params budget"):
         Budget(params=limit)
 
@@ -156,14 +156,14 @@ def test_a_budget_without_a_limit_is_rejected():
         Budget()
 
 
-def test_budgets_are_read_as_counts_and_percentages():
+def test_budgets_are_parsed_from_counts_and_percentages():
     dense = Cost(params=8000, macs=90_000, macs_with_bias=0)
     assert Budget("25%", "50k").resolve(dense) == Budget(2000, 50_000)
     assert Budget("1,485", "1.5M").resolve(dense) == Budget(1485, 1_500_000)
 
 
 @pytest.mark.parametrize("per_cost", [True, False])
-def test_a_budget_on_channels_is_met_exactly_and_beside_others(per_cost):
+def test_a_budget_on_channels_is_met_exactly_alone_and_with_other_limits(per_cost):
     _, traced, cost_model = traced_net("residual")
     scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
     dense = cost_model(cost_model.full)
@@ -175,14 +175,14 @@ def test_a_budget_on_channels_is_met_exactly_and_beside_others(per_cost):
     assert not both.excess(cost_model(plan_within(both, traced, cost_model, scores).widths))
 
 
-def test_shares_go_in_equal_ratios_and_end_exactly():
+def test_budget_shares_shrink_by_equal_ratios_and_end_at_the_budget():
     start, budget = Cost(1600, 300, 0), Budget(params=100, macs=500)
     shares = [budget.share(start, step, 4) for step in (1, 2, 3, 4)]
     assert [share.params for share in shares] == [800, 400, 200, 100]
     assert {share.macs for share in shares} == {500}, "a limit that is met already stays as it is"
 
 
-def test_a_plan_survives_json():
+def test_a_plan_is_unchanged_by_a_json_round_trip():
     plan = Plan({"a": (2, 0), "b": (1,)})
     assert plan.keep["a"] == (0, 2) and Plan.from_json(plan.to_json()) == plan
     assert hash(plan) == hash(Plan.from_json(plan.to_json()))
@@ -200,14 +200,14 @@ def test_a_percentage_is_never_exceeded_by_rounding():
     "limit",
     [{"multiple": 0}, {"multiple": -2}, {"multiple": 2.5}, {"floor": 0}, {"floor": 2.5}, {"floor": {"*": 0}}],
 )
-def test_floors_and_multiples_that_are_not_whole_numbers_from_1_are_rejected(limit):
+def test_floors_and_multiples_must_be_whole_numbers_of_at_least_1(limit):
     with pytest.raises(PruningError, match="whole number"):
         PlanOptions(**limit)
     with pytest.raises(PruningError, match="whole number"):
         prune(nets.make("lenet"), nets.images(), Budget(params="50%"), score="l2", **limit)
 
 
-def test_rankings_and_shares_that_do_not_exist_are_rejected():
+def test_unknown_rankings_and_invalid_shares_are_rejected():
     with pytest.raises(PruningError, match="one of global, group"):
         PlanOptions(ranking="local")
     for most in (-0.1, 1.5, {"fc": 2.0}):
@@ -215,21 +215,21 @@ def test_rankings_and_shares_that_do_not_exist_are_rejected():
             PlanOptions(most=most)
 
 
-def test_options_of_groups_that_do_not_exist_are_rejected():
+def test_options_for_unknown_groups_are_rejected():
     _, traced, cost_model = chain(8)
     for option in ({"floor": {"9": 2}}, {"most": {"9": 0.5}}, {"widths": {"9": 2}}):
         with pytest.raises(PruningError, match="'9' is no group of this model; there are: 0"):
             plan_within(Budget(params=30), traced, cost_model, {"0": torch.rand(8)}, PlanOptions(**option))
 
 
-def test_scores_may_be_plain_numbers():
+def test_scores_may_be_lists_of_numbers():
     _, traced, cost_model = chain(3)
     plan = plan_within(Budget(channels=1), traced, cost_model, {"0": [0.5, 2.0, 1.0]})
     assert plan.keep["0"] == (1,)
 
 
-def test_a_step_keeps_the_channels_of_the_last_plan():
-    """A step from 5-6 to 1,755 params and 56,207 MACs alone gives 5-4, which cannot reach 4-5 later."""
+def test_a_step_keeps_a_subset_of_the_channels_of_the_last_plan():
+    """Planned alone, a step from 5-6 to 1,755 params and 56,207 MACs gives 5-4, which excludes 4-5."""
     net, images = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10), torch.randn(2, 1, 28, 28)
     share, target = Budget(params=1755, macs=56_207), Budget(params=1485, macs=47_400)
 
@@ -245,8 +245,8 @@ def test_a_step_keeps_the_channels_of_the_last_plan():
     assert all(set(kept) <= set(step.plan.keep[name]) for name, kept in last.plan.keep.items())
 
 
-def test_groups_exchange_channels_where_the_greedy_search_falls_short():
-    """Three channels of the second convolution score less than one of the first each, but more in total."""
+def test_exchanges_improve_a_greedy_plan():
+    """Three channels of the second convolution each score less than one of the first, but more in total."""
     net = nets.LeNet5((5, 6), (), image_shape=(1, 28, 28), classes=10)
     traced = trace(net, torch.randn(2, 1, 28, 28))
     first, second = traced.groups
@@ -282,7 +282,7 @@ def test_plans_lose_little_more_than_the_exhaustive_optimum(name):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_exchanges_keep_floors_caps_multiples_and_exact_widths(seed):
+def test_exchanges_respect_floors_caps_multiples_and_exact_widths(seed):
     _, traced, cost_model = traced_net("residual")
     torch.manual_seed(seed)
     scores = {g: torch.rand(group.channels) ** 4 for g, group in traced.groups.items()}

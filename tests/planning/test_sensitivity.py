@@ -31,7 +31,7 @@ def data(count=3, size=16, classes=4, seed=5):
 
 
 def plain_reading(model, batches):
-    """Loss and accuracy without the prefix cache."""
+    """Return loss and accuracy, computed without the prefix cache."""
     with torch.no_grad():
         logits = torch.cat([model.eval()(x) for x, _ in batches])
     targets = torch.cat([y for _, y in batches])
@@ -41,8 +41,8 @@ def plain_reading(model, batches):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_every_point_is_a_measurement_of_the_pruned_model(name):
-    """With the prefix cache a point is what surgery and plain evaluation give."""
+def test_every_point_equals_a_measurement_of_the_pruned_model(name):
+    """The prefix cache does not change the results of surgery and evaluation."""
     net, calibration = nets.make(name), data(2, seed=6)
     with torch.no_grad():
         shapes = [net(x).shape for x, _ in data()]  # one network gives logits per pixel
@@ -75,7 +75,7 @@ def test_every_point_is_a_measurement_of_the_pruned_model(name):
     assert not any("forward" in vars(m) or m._forward_hooks for m in net.modules())
 
 
-def test_an_interval_is_as_wide_as_sampling_makes_it():
+def test_a_bootstrap_interval_has_the_width_of_two_standard_errors():
     """95 % of the bootstrap means of hits lie within two standard errors."""
     net, validation = nets.make("lenet"), data(8, 100)
     dense = sensitivity(net, nets.images(), validation, widths=1).dense
@@ -83,7 +83,7 @@ def test_an_interval_is_as_wide_as_sampling_makes_it():
     assert dense.accuracy_high - dense.accuracy_low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
-def test_a_short_fine_tuning_is_a_third_reading():
+def test_fine_tuning_adds_a_third_reading():
     net, batches = nets.make("lenet"), data()
     found = sensitivity(
         net, nets.images(), batches, calibration=batches, widths=2, finetune=TrainConfig(3, lr=0.05)
@@ -92,7 +92,7 @@ def test_a_short_fine_tuning_is_a_third_reading():
     assert np.mean([after for _, after in losses]) < np.mean([before for before, _ in losses])
 
 
-def test_an_interrupted_analysis_resumes(tmp_path, monkeypatch):
+def test_an_interrupted_analysis_can_be_resumed(tmp_path, monkeypatch):
     net, validation = nets.make("lenet"), data()
     whole = sensitivity(net, nets.images(), validation, path=tmp_path / "whole.json")
 
@@ -137,19 +137,19 @@ def reading(loss):
 
 
 def curves(*losses, channels=None):
-    """An analysis of one group whose loss at width w is losses[-w]."""
+    """Return an analysis of one group whose loss at width w is losses[-w]."""
     points = [SensitivityPoint("g", len(losses) - i, 0, 0, {"recalibrated": reading(loss)})
               for i, loss in enumerate(losses) if i]  # fmt: skip
     return Sensitivity({"g": channels or len(losses)}, reading(losses[0]), Cost(0, 0, 0),
                        {"g": list(range(len(losses)))}, {}, points)  # fmt: skip
 
 
-def test_increases_of_a_convex_curve_are_its_differences():
+def test_increases_of_a_convex_curve_are_the_differences_of_its_losses():
     assert curves(0.1, 0.2, 0.4, 0.8).increases("g").tolist() == pytest.approx([0.1, 0.2, 0.4, float("inf")])
 
 
-def test_a_curve_that_is_not_monotone_becomes_the_convex_one_below_it():
-    # The dip at the third value and the step at the second are noise or luck.
+def test_a_curve_that_is_not_monotone_is_replaced_by_its_convex_lower_bound():
+    # The dip at the third value and the step at the second represent noise.
     increases = curves(0.0, 0.3, 0.1, 0.3, 1.0).increases("g")
     assert increases.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.7, float("inf")])
     assert (np.diff(increases) >= 0).all()
@@ -161,7 +161,7 @@ def test_widths_that_were_not_measured_are_interpolated():
     assert sparse.increases("g").tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, float("inf")])
 
 
-def test_the_curves_drive_the_planner():
+def test_sensitivity_curves_work_as_scores():
     """The plan narrows the group whose loss does not rise."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
@@ -193,7 +193,7 @@ def test_the_loss_of_a_plan_of_one_group_is_predicted_exactly():
     assert whole.measured["recalibrated"].loss == pytest.approx(plain_reading(small, batches)[0], rel=1e-4)
 
 
-def test_results_survive_json_and_csv():
+def test_results_are_unchanged_by_json_and_complete_in_csv():
     found = sensitivity(nets.make("lenet"), nets.images(), data(), widths=2)
     assert Sensitivity.from_json(json.loads(json.dumps(found.to_json()))) == found
     lines = found.to_csv().splitlines()
@@ -201,7 +201,7 @@ def test_results_survive_json_and_csv():
     assert len(lines) == 1 + sum(len(p.readings) for p in found.points)
 
 
-def test_points_have_the_time_of_their_layers():
+def test_points_contain_the_time_of_their_layers():
     net = nn.Sequential(
         nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(9600, 4)
     )

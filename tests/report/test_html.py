@@ -84,7 +84,7 @@ def test_report_lists_every_group_of_a_large_network(tmp_path):
     assert len(images_of(page)) == 6
 
 
-def test_interrupted_run_can_be_reported(lenet_run, tmp_path):
+def test_the_report_of_an_interrupted_run_is_written(lenet_run, tmp_path):
     shutil.copytree(lenet_run, tmp_path / "cut", ignore=shutil.ignore_patterns("*.pth", "sensitivity.json"))
     history = (lenet_run / "history.jsonl").read_text().splitlines(keepends=True)
     for lines in (1, 2, 3, 5):

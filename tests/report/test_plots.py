@@ -15,7 +15,7 @@ from pruning.report.pareto import Point, front, pareto
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 
 
-def test_the_front_leaves_out_dominated_points():
+def test_the_pareto_front_excludes_dominated_points():
     points = [Point(10, 0.9), Point(20, 0.95), Point(30, 0.93), Point(10, 0.8), Point(40, 0.96)]
     assert front(points) == [Point(10, 0.9), Point(20, 0.95), Point(40, 0.96)]
     assert front([]) == []

@@ -1,4 +1,4 @@
-"""Which examples only one of two classifiers predicts correctly."""
+"""Find the examples that only one of two classifiers predicts correctly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pruning.report.predictions import differing_predictions
 
 
 class Predictor(nn.Module):
-    """Predicts the class that one pixel of an image holds."""
+    """Predicts the class that is the value of one pixel."""
 
     def __init__(self, column):
         super().__init__()
@@ -39,7 +39,7 @@ def test_examples_and_confusion_are_counted():
     assert differing_predictions(Predictor(0), Predictor(1), [(images, labels)], most=0)["lost"] == []
 
 
-def test_networks_that_are_not_classifiers_raise():
+def test_a_network_that_is_not_a_classifier_raises():
     with pytest.raises(PruningError, match="only predictions of classifiers"):
         differing_predictions(
             nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), [(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2))]

@@ -54,7 +54,7 @@ def test_restart_trains_the_last_stage_from_fresh_weights(tmp_path):
     result = pipeline(Run(tmp_path / "whole", {}), config=config)
     kept = pipeline(config=replace(config, restart=False))
     assert not same(result.model, kept.model)
-    assert same(result.dense, kept.dense), "stage 1 knows nothing of it"
+    assert same(result.dense, kept.dense), "stage 1 does not depend on it"
 
     class Killed(Exception):
         pass
@@ -69,7 +69,7 @@ def test_restart_trains_the_last_stage_from_fresh_weights(tmp_path):
     assert same(pipeline(Run(tmp_path / "cut", {}, resume=True), config=config).model, result.model)
 
 
-def test_tuning_keeps_weights_that_no_epoch_improves_and_resumes_to_the_same_end(tmp_path):
+def test_tuning_keeps_the_start_if_no_epoch_is_better_and_resumes_to_the_same_result(tmp_path):
     net, data = nets.make("lenet"), batches()
     start = nets.snapshot(net)
     good = lambda m: float(all(torch.equal(value, start[key]) for key, value in m.state_dict().items()))  # noqa: E731
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_network():
 
 
 @pytest.mark.parametrize("epochs", range(1, 7))
-def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
+def test_an_interrupted_pipeline_resumes_to_the_same_result(epochs, tmp_path):
     whole = Run(tmp_path / "whole", {"seed": 0})
     expected = pipeline(whole)
 
@@ -97,7 +97,7 @@ def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
             super().save(state)
             self.saves += 1
             if self.saves == epochs:
-                self.note(stage="lost", epoch=0)  # happened after the state was saved
+                self.note(stage="lost", epoch=0)  # an event after the last saved state
                 raise Killed
 
     with pytest.raises(Killed):
@@ -109,7 +109,7 @@ def test_an_interrupted_pipeline_resumes_to_the_same_end(epochs, tmp_path):
     assert histories[0] == histories[1]
 
 
-def test_a_folder_with_another_run_is_rejected(tmp_path):
+def test_the_folder_of_another_run_is_rejected(tmp_path):
     Run(tmp_path / "run", {"seed": 0})
     with pytest.raises(PruningError, match="holds a run already"):
         Run(tmp_path / "run", {"seed": 0})
@@ -126,7 +126,7 @@ def test_an_unreachable_budget_is_rejected_before_training(tmp_path):
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
-def test_slim_takes_a_budget_and_batches_alone():
+def test_slim_runs_with_only_a_budget_and_batches():
     torch.manual_seed(0)
     labels = torch.arange(32) % 4
     batches = [(torch.randn(32, 3, 14, 14) + labels[:, None, None, None], labels)]
@@ -142,7 +142,7 @@ def test_slim_takes_a_budget_and_batches_alone():
 IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
 
 
-def test_batches_and_figures_that_slim_cannot_use_are_rejected():
+def test_invalid_batches_and_validation_figures_are_rejected_by_slim():
     config = SlimConfig.within(Budget(params="50%"))
     net, given = nets.make("lenet"), batches()
     with pytest.raises(PruningError, match="not an iterator"):
@@ -171,7 +171,7 @@ def test_batches_and_figures_that_slim_cannot_use_are_rejected():
         ({"frozen": True}, "has no prunable group .*frozen"),
     ],
 )
-def test_wrong_arguments_are_rejected_before_anything_is_trained(given, said):
+def test_invalid_arguments_are_rejected_before_training(given, said):
     class Untouched:
         def __iter__(self):
             for batch in batches(1):
@@ -190,12 +190,12 @@ def test_wrong_arguments_are_rejected_before_anything_is_trained(given, said):
 
 
 @pytest.mark.parametrize("budget", ["50%", None, 100])
-def test_anything_but_a_budget_is_rejected(budget):
+def test_a_value_that_is_not_a_budget_is_rejected(budget):
     with pytest.raises(PruningError, match=r"a Budget was expected, such as Budget\(macs='50%'\)"):
         prune(nets.make("lenet"), nets.images(), budget)
 
 
-def test_a_run_resumes_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+def test_a_run_resumes_on_a_file_system_without_locks(tmp_path, monkeypatch):
     def acquire(*_, **__):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
@@ -204,7 +204,7 @@ def test_a_run_resumes_where_the_file_system_has_no_locks(tmp_path, monkeypatch)
     assert Run(tmp_path / "run", {}, resume=True).state["stage"] == 0
 
 
-def test_a_run_that_another_process_works_on_is_rejected(tmp_path):
+def test_a_run_that_another_process_uses_is_rejected(tmp_path):
     run = Run(tmp_path / "run", {})
     other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
     words = [sys.executable, "-c", other, str(tmp_path / "run")]

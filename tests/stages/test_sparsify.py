@@ -17,12 +17,12 @@ from pruning.training import TrainConfig
 pytestmark = pytest.mark.numerics
 
 
-def test_stage_1_takes_no_moving_average():
+def test_stage_1_refuses_a_moving_average():
     with pytest.raises(PruningError, match="no exact zeros"):
         SlimConfig(Budget(params=5), TrainConfig(1, ema=0.9), PruneConfig(1, TrainConfig(1)), TrainConfig(1))
 
 
-def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
+def test_the_pull_is_a_soft_threshold_weighted_by_the_cost_that_a_channel_frees():
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     pull = ScalePull(net, traced, strength=2.0)
@@ -39,11 +39,11 @@ def test_a_pull_is_a_soft_threshold_weighted_by_what_a_channel_frees():
         torch.testing.assert_close(norm.weight.detach(), expected)
 
 
-def test_a_pull_under_a_budget_is_weighted_by_the_excess_over_each_limit():
+def test_the_pull_under_a_budget_is_weighted_by_the_excess_over_each_limit():
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     dense = ChannelScales(net, traced).dense
-    # Twice over the limit on params, four times over that on MACs: excesses of 1 and 3.
+    # Twice the limit on params, four times the limit on MACs: excesses of 1 and 3.
     budget = Budget(params=dense.params // 2, macs=dense.macs // 4)
     weights = ScalePull(net, traced, 1.0, budget).weights
     assert weights["params"] == pytest.approx(0.5, rel=0.02)
@@ -51,12 +51,12 @@ def test_a_pull_under_a_budget_is_weighted_by_the_excess_over_each_limit():
     assert ScalePull(net, traced, 1.0, Budget(params=10**9)).weights == {"params": 1.0, "macs": 1.0}
 
 
-def test_a_pull_strong_enough_gives_exact_zeros_and_then_pulls_by_what_is_left():
+def test_a_strong_pull_gives_exact_zeros_and_is_reweighted_for_the_remaining_channels():
     net = nets.make("lenet")
     pull = ScalePull(net, trace(net, nets.images()), strength=1.0)
     with torch.no_grad():
         net.features.bn2.weight[:4] = 1e-4
-        net.features.bn2.weight[4] = 2.0  # the largest is spared
+        net.features.bn2.weight[4] = 2.0  # the largest scale is not pulled
     pull.refresh()
     pull.step(lr=1.0)
     assert (net.features.bn2.weight[:4] == 0).all() and (net.features.bn2.weight[4:] != 0).any()
@@ -66,7 +66,7 @@ def test_a_pull_strong_enough_gives_exact_zeros_and_then_pulls_by_what_is_left()
     assert float(pull.thresholds[0][1].max()) < before[0], "conv1 frees less once conv2 is narrower"
 
 
-def test_no_pull_is_strong_enough_to_empty_a_group():
+def test_a_pull_never_empties_a_group():
     for name in ("lenet", "residual", "dense"):
         net = nets.make(name)
         pull = ScalePull(net, trace(net, nets.images()), strength=1e6)
@@ -74,8 +74,8 @@ def test_no_pull_is_strong_enough_to_empty_a_group():
         assert all(pull.alive()[group] == 1 for group in pull.norms)
 
 
-def test_the_strength_is_found_from_the_budget():
-    """Without resistance the pull over all steps to come leaves just what the budget allows."""
+def test_the_strength_is_derived_from_the_budget():
+    """Without resistance, the pull over the remaining steps leaves the channels that the budget allows."""
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     budget = Budget(params="40%", macs="60%").resolve(ChannelScales(net, traced).dense)
@@ -90,20 +90,20 @@ def test_the_strength_is_found_from_the_budget():
     assert pull.strength == 0, "once the budget is met the pull ends"
 
 
-def test_a_pull_that_is_resisted_grows():
+def test_the_pull_grows_when_gradients_resist_it():
     net = nets.make("lenet")
     traced = trace(net, nets.images())
     pull = ScalePull(net, traced, None, Budget(params=300))
     pull.refresh(way=20.0)
     before = pull.strength
-    pull.refresh(way=10.0)  # half of the way is gone, and no scale has moved
+    pull.refresh(way=10.0)  # half of the learning rates are used, and no scale has moved
     assert pull.resistance == 4.0 and pull.strength == pytest.approx(8 * before)
     other = ScalePull(net, traced, None, Budget(params=300))
     other.load_state_dict(pull.state_dict())
     assert other.state_dict() == pull.state_dict()
 
 
-def test_sparsify_comes_half_of_the_way_to_the_budget():
+def test_sparsify_reaches_half_of_the_way_to_the_budget():
     net = nets.make("lenet")
     cost_model = ChannelScales(net, trace(net, nets.images())).cost_model
     budget, dense = Budget(params="25%"), cost_model(cost_model.full)
@@ -114,7 +114,7 @@ def test_sparsify_comes_half_of_the_way_to_the_budget():
         sparsify(nets.make("lenet"), batches(), TrainConfig(1), nets.images())
 
 
-def test_sparsify_turns_channels_off_where_plain_training_does_not():
+def test_sparsify_zeroes_channels_that_plain_training_does_not():
     zeros = {}
     for strength in (0.0, 6.0):
         net = nets.make("lenet")
@@ -129,8 +129,8 @@ def test_sparsify_rejects_a_network_without_norms():
         sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
 
 
-def test_zeros_stay_once_the_budget_is_met():
-    """Where the budget of stage 1 is met, nothing is pulled, and scales that are 0 stay 0."""
+def test_zero_scales_stay_zero_once_the_budget_is_met():
+    """Once the budget of stage 1 is met, the pull stops, and scales that are 0 stay 0."""
     net, images = nets.make("lenet"), nets.images(8)
     traced = trace(net, images)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_zeros_stay_once_the_budget_is_met():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_scales_of_any_dtype_are_pulled(dtype):
+def test_the_pull_works_on_scales_of_any_dtype(dtype):
     net = nets.make("lenet").to(dtype)
     pull = ScalePull(net, trace(net, nets.images().to(dtype)), strength=1e9)
     pull.step(lr=1.0)

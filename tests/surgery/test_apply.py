@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 
 
 def some_plan(traced, names=None, seed=0):
-    """Keep a random, non-empty, proper subset of each named group's channels."""
+    """Return a plan that keeps a random, non-empty, proper subset of the channels of each named group."""
     draw = random.Random(seed)
     keep = {}
     for name in names or traced.groups:
@@ -31,7 +31,7 @@ def some_plan(traced, names=None, seed=0):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_every_group_alone_and_all_together_are_equivalent(name):
+def test_pruning_each_group_alone_and_all_together_is_equivalent_to_masking(name):
     net, images = nets.make(name), nets.images()
     traced = trace(net, images)
     assert traced.groups, traced.skipped
@@ -46,7 +46,7 @@ def test_every_group_alone_and_all_together_are_equivalent(name):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_widths_equal_the_plan_and_a_second_step_composes(name):
+def test_widths_equal_the_plan_and_a_second_plan_can_be_applied(name):
     net, images = nets.make(name), nets.images()
     traced = trace(net, images)
     plan = some_plan(traced, seed=1)
@@ -83,8 +83,8 @@ def test_folding_the_constant_of_a_dead_channel_changes_no_output(name, group):
     assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
 
 
-def test_prune_folds_the_constant_of_a_channel_whose_weights_are_0():
-    """A convolution without bias whose row is 0, and a BatchNorm with a scale: the norm gives a constant."""
+def test_prune_folds_the_constant_of_a_channel_with_zero_weights():
+    """A channel with zero weights has a constant after its BatchNorm."""
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
         nn.Linear(4 * 12 * 12, 5),
@@ -98,8 +98,8 @@ def test_prune_folds_the_constant_of_a_channel_whose_weights_are_0():
     torch.testing.assert_close(small(images), net(images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_constant_is_folded_into_recurrent_layers():
-    """Both directions of a recurrent layer, and a cell."""
+def test_constants_are_folded_into_recurrent_layers():
+    """A bidirectional recurrent layer and a recurrent cell."""
     net, images = nets.make("lines"), nets.images()
     with torch.no_grad():
         net.columns[5].weight[2], net.columns[5].bias[2] = 0, 0.7
@@ -113,7 +113,7 @@ def test_a_constant_is_folded_into_recurrent_layers():
     assert not torch.allclose(apply(net, traced, plan)(images), net(images), atol=1e-3)
 
 
-def test_channels_that_a_single_example_does_not_vary_are_no_constants():
+def test_channels_that_are_constant_for_a_single_example_only_are_not_treated_as_constants():
     net = nets.make("plain")
     traced = trace(net, nets.images(1))
     constants = channel_constants(net, traced, [nets.images(1)], exact_only=True)
@@ -146,14 +146,14 @@ def test_apply_changes_neither_the_model_nor_its_mode_nor_its_gradients():
 
 
 @pytest.mark.parametrize(("dtype", "difference"), [(torch.float64, 1e-12), (torch.bfloat16, 0.125)])
-def test_dtype_is_kept(dtype, difference):
+def test_apply_keeps_the_dtype(dtype, difference):
     net, images = nets.make("residual").to(dtype), nets.images().to(dtype)
     step = prune(net, images, Budget(macs="50%"), score="l1")
     assert {p.dtype for p in step.model.parameters()} == {dtype}
     assert step.difference < difference
 
 
-def test_layout_in_memory_is_kept():
+def test_apply_keeps_the_memory_format():
     net, images = nets.make("residual").to(memory_format=torch.channels_last), nets.images()
     small = prune(net, images, Budget(macs="50%"), score="l1").model
     weights = [p for p in small.parameters() if p.ndim == 4]
@@ -194,7 +194,7 @@ def test_a_plan_that_empties_a_group_or_repeats_a_channel_is_refused(channels):
         Plan({"conv": channels})
 
 
-def test_layers_may_be_called_by_keyword():
+def test_layers_may_be_called_with_keyword_arguments():
     class Keywords(nn.Module):
         def __init__(self):
             super().__init__()
@@ -214,7 +214,7 @@ def test_layers_may_be_called_by_keyword():
 
 
 class Keeps(nn.Module):
-    """A model that keeps an activation as an attribute."""
+    """A model that stores an activation as an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class Keeps(nn.Module):
         return self.head(self.features.mean((2, 3)))
 
 
-def test_a_model_that_keeps_tensors_of_a_training_step_is_pruned():
+def test_a_model_that_stores_tensors_of_a_training_step_is_pruned():
     net = Keeps()
     net(nets.images()).sum().backward()
     with pytest.raises(RuntimeError, match="deepcopy"):
@@ -235,7 +235,7 @@ def test_a_model_that_keeps_tensors_of_a_training_step_is_pruned():
     assert step.difference < 1e-5 and step.after.params <= 0.5 * step.before.params
 
 
-def test_root_mean_square_norms_are_narrowed(tmp_path):
+def test_rms_norms_are_narrowed(tmp_path):
     net = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
     nn.init.normal_(net[1].weight)
     step = prune(net, torch.randn(4, 5, 6), Budget(channels=7), score="l2")

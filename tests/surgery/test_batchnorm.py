@@ -46,7 +46,7 @@ def test_an_output_read_twice_is_not_folded():
 
 
 class Folding(nn.Module):
-    """A convolution, a norm behind it and a head; the first two may be of any kind."""
+    """A convolution, a norm and a head; the first two may be of any class."""
 
     def __init__(self, conv=nn.Conv2d, norm=nn.BatchNorm2d):
         super().__init__()
@@ -58,7 +58,7 @@ class Folding(nn.Module):
 
 
 def lively(norm):
-    """Give norms statistics, scales and shifts whose loss would change the outputs."""
+    """Randomise the statistics, scales and shifts of norms, so that losing them changes the outputs."""
     for tensor in (norm.running_mean, norm.weight, norm.bias):
         nn.init.normal_(tensor)
     nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -127,7 +127,7 @@ def with_a_hook():
         with_a_hook,
     ],
 )
-def test_a_norm_whose_folding_would_change_outputs_is_not_folded_and_is_counted(make):
+def test_a_norm_whose_folding_would_change_outputs_is_kept_and_counted(make):
     torch.manual_seed(0)
     net, images = make().eval(), nets.images()
     traced = trace(net, images)
@@ -136,7 +136,7 @@ def test_a_norm_whose_folding_would_change_outputs_is_not_folded_and_is_counted(
 
 
 class ByTheSide(nn.Module):
-    """Its middle convolution's weight is read through numpy, which tracing does not see."""
+    """A network that reads the weight of its middle convolution by numpy, which tracing cannot see."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ def test_folding_is_checked_and_only_the_norm_at_fault_is_not_folded():
         fold_batchnorm(net, traced, torch.randn(2, 5))
 
 
-def test_a_layer_with_two_names_is_one_layer(tmp_path):
+def test_a_layer_with_two_names_is_treated_as_one(tmp_path):
     class Alias(nn.Module):
         def __init__(self):
             super().__init__()
@@ -202,7 +202,7 @@ def test_equalized_channels_have_mean_square_one_behind_relu_and_are_unchanged_b
     first, last = net.features.bn1, net.classifier.bn1
     with torch.no_grad():
         first.weight[0], first.bias[0] = 0, 0
-        first.weight[1], first.bias[1] = 1e-3, -0.5  # nearly constant: it must not become a huge one
+        first.weight[1], first.bias[1] = 1e-3, -0.5  # nearly constant: it must not become huge
         first.weight[2], first.bias[2] = -0.3, 0
         last.weight[3], last.bias[3] = 0, 0.2
     equal = equalize(net, trace(net, nets.images()), nets.images())
@@ -245,7 +245,7 @@ def test_recalibrated_statistics_equal_those_of_the_data():
     torch.testing.assert_close(net[1].running_var, torch.stack([v.var(0) for v in values]).mean(0))
 
 
-def test_a_calibration_set_of_one_image_changes_no_statistics():
+def test_one_calibration_image_changes_no_statistics():
     net = nets.make("lenet")
     before = nets.snapshot(net)
     recalibrate(net, [nets.images(1)])
@@ -256,7 +256,7 @@ def test_a_calibration_set_of_one_image_changes_no_statistics():
 
 
 def test_norms_that_do_not_run_keep_their_statistics():
-    """An auxiliary head, say, which calibration does not reach."""
+    """The auxiliary head does not run during calibration."""
 
     class Aux(nn.Module):
         def __init__(self):
@@ -275,7 +275,7 @@ def test_norms_that_do_not_run_keep_their_statistics():
     assert (net.norm.running_mean > 1).all()
 
 
-def test_a_recalibration_that_fails_changes_nothing():
+def test_a_failed_recalibration_changes_nothing():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     nn.init.normal_(net[0].running_mean)
     before = nets.snapshot(net)

@@ -24,7 +24,7 @@ def without(model, name, inputs):
 
 
 def linear_chain(middle, *, bias=True):
-    """Three linear layers, the hidden one 4 to 6, with something between it and the last."""
+    """Three linear layers, the hidden one from 4 to 6 units, with a module between it and the last."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), middle, nn.Linear(6, 3, bias=bias)
@@ -41,8 +41,8 @@ def test_linear_neighbours_are_joined_exactly():
         assert small[4].in_features == 4 and isinstance(small[2], nn.Identity)
 
 
-def test_consecutive_convolutions_are_joined_exactly_away_from_the_border():
-    """The padding between two convolutions is 0, so only inner positions can be exact."""
+def test_consecutive_convolutions_are_joined_exactly_except_at_the_border():
+    """With zero padding between two convolutions, only inner positions can be exact."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 3), nn.Flatten(), nn.Linear(288, 2)
@@ -63,7 +63,7 @@ def test_layers_with_an_activation_between_them_are_joined_by_least_squares():
     torch.testing.assert_close(small[4].bias.double(), best[-1], rtol=1e-2, atol=1e-3)
 
 
-def test_the_offset_goes_into_the_norm_where_the_joined_layer_has_no_bias():
+def test_the_norm_takes_the_offset_if_the_joined_layer_has_no_bias():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(4, 6), nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)

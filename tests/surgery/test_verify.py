@@ -19,7 +19,7 @@ from pruning.utils.compare import TOLERANCE, compare, outputs_of
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 
 
-def test_verify_finds_a_wrong_surgery():
+def test_verify_detects_wrong_surgery():
     net, images = nets.make("lenet"), nets.images()
     traced = trace(net, images)
     plan = Plan({"features.conv1": (0, 2)})
@@ -38,7 +38,7 @@ class Slotted:
 
 
 class Answers(nn.Module):
-    """Its outputs lie in an object that torch's pytree does not know."""
+    """A model that returns an object unknown to torch's pytree."""
 
     def __init__(self, hold):
         super().__init__()
@@ -58,7 +58,7 @@ class Answers(nn.Module):
         lambda logits, features: collections.UserDict(logits=logits, features=features),
     ],
 )
-def test_outputs_held_by_objects_are_compared(hold):
+def test_outputs_inside_objects_are_compared(hold):
     net, images = Answers(hold), nets.images()
     traced = trace(net, images)
     assert set(traced.groups) == {"b"} and "output" in traced.skipped["a"]
@@ -82,7 +82,7 @@ def test_complex_outputs_are_compared():
     assert compare([torch.ones(3) * 1j], [torch.ones(3) * 1j]) == ("", 0)
 
 
-def test_infinite_outputs_agree_only_with_themselves():
+def test_infinite_outputs_equal_only_the_same_infinity():
     masked = torch.tensor([1.0, -float("inf")])
     assert compare([masked], [masked.clone()]) == ("", 0)
     assert compare([masked], [-masked])[0] and compare([masked], [torch.zeros(2)])[0]
@@ -90,7 +90,7 @@ def test_infinite_outputs_agree_only_with_themselves():
 
 
 class Restless(nn.Module):
-    """It counts its passes, changes its input in place and draws random numbers in eval mode."""
+    """A model that counts its passes, changes its input in place and draws random numbers in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class Restless(nn.Module):
         return self.d(nn.functional.dropout(x, 0.5, training=True))
 
 
-def test_a_model_with_state_and_random_numbers_is_pruned_and_not_changed():
+def test_a_model_with_state_and_random_numbers_is_pruned_and_left_unchanged():
     torch.manual_seed(0)
     net, images = Restless().train(), nets.images()
     batch = {"images": images.clone()}
@@ -122,15 +122,15 @@ def test_a_model_with_state_and_random_numbers_is_pruned_and_not_changed():
     assert torch.equal(batch["images"], images) and torch.equal(calibration[0][0][0]["images"], images)
     small = step.model
     with torch.no_grad():
-        small.c.weight.zero_()  # what scales the noise is compared, too
+        small.c.weight.zero_()  # the scale of the noise is compared, too
     traced = trace(net, (batch,))
     with pytest.raises(PruningError, match="not equivalent"):
         verify(net, small, traced, step.plan, (batch,))
 
 
-def test_double_precision_tells_amplified_rounding_from_an_error():
+def test_double_precision_distinguishes_amplified_rounding_from_an_error():
     class Coarse(nn.Module):
-        """Rounds to steps of 1/4096 in single precision, which is a thousandth of what it gives."""
+        """Rounds to steps of 1/4096 in single precision, a thousandth of its outputs."""
 
         def __init__(self):
             super().__init__()

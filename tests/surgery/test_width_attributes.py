@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 
 class Sized(nn.Module):
-    """A convolution, what `middle` does with its channels, and a linear layer."""
+    """A convolution, the operation `middle` on its channels, and a linear layer."""
 
     def __init__(self, channels=12, reads=12):
         super().__init__()
@@ -31,7 +31,7 @@ class Sized(nn.Module):
 
 
 class Halves(Sized):
-    """As in the split form of YOLO's C2f."""
+    """Splits channels as YOLO's C2f does."""
 
     def __init__(self):
         super().__init__(reads=18)
@@ -44,7 +44,7 @@ class Halves(Sized):
 
 
 class Parts(Sized):
-    """As in MixNet and Res2Net; kernel sizes are 3 as the widths are."""
+    """Splits channels as MixNet and Res2Net do; kernel sizes and widths are both 3."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class Flat(Sized):
 
 
 class Decoder(Sized):
-    """torch's own module for it."""
+    """Uses torch's own module for the same operation."""
 
     def __init__(self):
         super().__init__(reads=5)
@@ -79,7 +79,7 @@ class Decoder(Sized):
 
 
 class Spread(Sized):
-    channels = 12  # of the class, which stays as it is
+    channels = 12  # a class attribute, which must not change
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class Spread(Sized):
 
 
 class Gated(Sized):
-    """Two attributes that must both follow."""
+    """Two attributes that must both follow the width."""
 
     def __init__(self):
         super().__init__(reads=6)
@@ -102,7 +102,7 @@ class Gated(Sized):
 
 
 class Remembers(Sized):
-    """A recurrent cell of convolutions, whose first state the model makes."""
+    """A convolutional recurrent cell whose initial state is created by the model."""
 
     def __init__(self):
         super().__init__(reads=6)
@@ -136,7 +136,7 @@ def test_attributes_follow_the_widths_and_are_stored_in_checkpoints(kind, tmp_pa
         for loader in (load, load_pruned):
             again = loader(tmp_path / "net.pth", kind)
             assert torch.equal(again(images), small.eval()(images))
-        save(tmp_path / "again.pth", again)  # one that was loaded
+        save(tmp_path / "again.pth", again)  # save a loaded network
         assert torch.equal(load(tmp_path / "again.pth", kind)(images), small(images))
 
 
@@ -152,7 +152,7 @@ def test_each_attribute_follows_the_channels_that_it_counts():
     assert kept < 10 and decoder.decode[1].unflattened_size == (kept, 4, 4)
 
 
-def test_a_class_attribute_is_unchanged_and_the_module_gets_its_own():
+def test_a_class_attribute_is_unchanged_and_shadowed_by_an_instance_attribute():
     step = prune(Spread(), nets.images(), Budget(channels=5), score="l2")
     assert (step.model.channels, Spread.channels) == (5, 12) and step.difference < 1e-5
 
@@ -172,7 +172,7 @@ def test_channels_counted_by_an_attribute_that_also_scales_the_output_are_not_pr
 
 
 def test_channels_that_a_view_of_another_tensor_counts_are_not_pruned():
-    """As in VOLO: the heads of one layer's output are counted by the channels of another's input."""
+    """As in VOLO, the channels of one layer's input determine the heads of another's output."""
 
     class Heads(nn.Module):
         def __init__(self):

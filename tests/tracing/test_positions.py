@@ -12,7 +12,7 @@ pytestmark = pytest.mark.quick
 
 
 class Takes(nn.Module):
-    """Two convolutions that read pieces of what a third one makes."""
+    """Two convolutions that read slices of the output of a third one."""
 
     def __init__(self, pieces, width, first, second, **attributes):
         super().__init__()
@@ -55,7 +55,7 @@ FOLLOWED = {
 
 
 @pytest.mark.parametrize("case", FOLLOWED)
-def test_positions_that_are_attributes_or_computed_follow_the_widths(case):
+def test_positions_from_attributes_or_computed_sizes_follow_the_widths(case):
     model, attributes = FOLLOWED[case]
     images, others = torch.randn(2, 3, 8, 8), ["one", "two", "head"]
     traced = trace(model, images, others)
@@ -70,7 +70,7 @@ def test_positions_that_are_attributes_or_computed_follow_the_widths(case):
     ("pieces", "width", "first", "second", "k"),
     [
         (lambda s, x: (x[:, :4], x[:, 4:]), 8, 4, 4, 0),
-        (lambda s, x: (x[:, :4], x[:, 4:]), 8, 4, 4, 4),  # an attribute that has the value by chance
+        (lambda s, x: (x[:, :4], x[:, 4:]), 8, 4, 4, 4),  # an attribute with the same value by chance
         (lambda s, x: (x[:, :4].relu(), torch.cat(x.split(4, 1)[::-1], 1)), 8, 4, 8, 0),
         (lambda s, x: (x[:, 1:6], x[:, 3:]), 8, 5, 5, 0),
         (lambda s, x: (x[:, : int(0.4 * len(x[0]))], x[:, int(0.4 * len(x[0])) :]), 10, 4, 6, 0),

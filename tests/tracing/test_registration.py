@@ -34,7 +34,7 @@ class Scaled(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution without attributes for its widths, which adds its bias itself."""
+    """A convolution without width attributes, which adds its bias itself."""
 
     def __init__(self, into, out, size):
         super().__init__()
@@ -153,7 +153,7 @@ def test_a_checkpoint_loads_and_is_saved_again_without_the_registration(tmp_path
         save(tmp_path / "small.pth", again)
 
 
-def test_constants_of_removed_channels_go_into_the_bias_that_a_rule_names(registered):
+def test_constants_of_removed_channels_are_added_to_the_bias_that_a_rule_names(registered):
     net = made(Images)
     nn.init.zeros_(net[2].weight[:3])
     nn.init.ones_(net[2].bias)
@@ -165,7 +165,7 @@ def test_constants_of_removed_channels_go_into_the_bias_that_a_rule_names(regist
     assert verify(net, small, traced, plan, Images.inputs, constants) < 1e-5
 
 
-def test_a_registration_ends_with_its_block_and_holds_for_subclasses():
+def test_a_registration_ends_with_its_block_and_applies_to_subclasses():
     class More(Scaled):
         pass
 
@@ -175,7 +175,7 @@ def test_a_registration_ends_with_its_block_and_holds_for_subclasses():
     assert trace(net, torch.randn(2, 5)).widths == {} and set(uncounted(net)) == {"0", "2"}
 
 
-def test_a_rule_that_is_wrong_about_the_code_of_a_layer_leaves_its_channels():
+def test_channels_of_a_layer_whose_rule_contradicts_its_code_are_not_pruned():
     class Centred(Scaled):
         def forward(self, x):
             return super().forward(x - x.mean(-1, keepdim=True))
@@ -200,12 +200,12 @@ def test_a_rule_that_is_wrong_about_the_code_of_a_layer_leaves_its_channels():
         (nn.Linear, RULES[Scaled], "Linear has a rule already; pass replace=True"),
     ],
 )
-def test_what_cannot_be_registered_is_refused(kind, rule, message):
+def test_invalid_layer_registrations_are_refused(kind, rule, message):
     with pytest.raises(PruningError, match=message):
         register_layer(kind, rule)
 
 
-def test_a_type_that_is_registered_twice_needs_replace():
+def test_registering_a_type_again_requires_replace():
     with register_layer(Scaled, RULES[Conv]):
         with pytest.raises(PruningError, match="Scaled has a rule already; pass replace=True"):
             register_layer(Scaled, RULES[Scaled])
@@ -226,12 +226,12 @@ def test_a_type_that_is_registered_twice_needs_replace():
         (Rule({"kernel": 0}, {"kernel": 1}, "n_out"), "says that 'kernel' has 8 channels along dimension 0"),
     ],
 )
-def test_a_rule_that_does_not_describe_the_layer_is_refused_when_it_is_traced(rule, message):
+def test_a_rule_that_does_not_match_the_layer_is_refused_by_trace(rule, message):
     with register_layer(Scaled, rule), pytest.raises(PruningError, match=f"the rule for Scaled.*{message}"):
         trace(made(Linears), Linears.inputs)
 
 
-def test_a_registered_layer_that_holds_another_is_refused():
+def test_a_registered_layer_that_contains_another_is_refused():
     class Holder(Scaled):
         def __init__(self):
             super().__init__(5, 8)
@@ -301,7 +301,7 @@ def test_an_operator_that_cannot_be_registered_is_refused(name, rule, message):
         register_operator(name, rule)
 
 
-def test_an_error_of_a_registered_rule_is_not_put_down_to_the_model():
+def test_an_error_in_a_registered_rule_is_not_attributed_to_the_model():
     def wrong(labels, operation):
         raise KeyError("mistyped")
 

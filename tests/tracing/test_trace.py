@@ -130,7 +130,7 @@ def test_a_layer_whose_weight_hooks_compute_is_skipped():
 
 def test_recurrent_layers_lose_input_channels_and_keep_their_hidden_size():
     class Starts(nn.Module):
-        """Neither a layer that makes a first state nor one that a custom RNN reads can be narrowed."""
+        """Layers that compute an initial state or feed a custom RNN cannot be narrowed."""
 
         def __init__(self):
             super().__init__()
@@ -195,7 +195,7 @@ def test_layers_that_do_not_run_are_skipped_with_the_reason():
 
 
 class Standardized(nn.Conv2d):
-    """Weight standardization (Qiao et al., arXiv 1903.10520): what a row is depends on all of its inputs."""
+    """Weight standardization (Qiao et al., arXiv 1903.10520): each row depends on all of its inputs."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -203,7 +203,7 @@ class Standardized(nn.Conv2d):
 
 
 class Padded(nn.Conv2d):
-    """Its own code does not mix channels."""
+    """A layer with its own code, which does not mix channels."""
 
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))

@@ -29,7 +29,7 @@ TORCHVISION = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn
 
 
 def made(name):
-    """A network, and images for it."""
+    """Return a network, and images for it."""
     if name in nets.NETS:
         return nets.make(name), nets.images()
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def made(name):
 
 
 def by_oracle(net, images, root, positions):
-    """Positions that torch-pruning removes from each side of each layer together with some of one layer."""
+    """Return the positions of each side of each layer that torch-pruning removes with those of one layer."""
     graph = torch_pruning.DependencyGraph().build_dependency(net, images)
     layer = net.get_submodule(root)
     names = {module: name for name, module in net.named_modules()}
@@ -56,7 +56,7 @@ def by_oracle(net, images, root, positions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "lenet", "residual", "dense", "inverted", "tokens", *TORCHVISION])
-def test_the_groups_equal_those_of_torch_pruning(name):
+def test_groups_equal_those_of_torch_pruning(name):
     net, images = made(name)
     traced = trace(net, images)
     assert traced.groups
@@ -67,7 +67,7 @@ def test_the_groups_equal_those_of_torch_pruning(name):
         ours = {
             (m.layer, m.side): set(m.positions(channel).tolist())
             for m in group.members
-            if len(m.positions(channel)) and "aux" not in m.layer  # which runs in training alone
+            if len(m.positions(channel)) and "aux" not in m.layer  # which runs only in training
         }
         assert ours == by_oracle(net, images, group.name, root.positions(channel).tolist()), group.name
 
@@ -89,7 +89,7 @@ def test_ties_are_transitive_and_find_returns_the_smallest_label():
     assert ties.find(second).tolist() == [0, 1, 2, 0]
 
 
-def test_a_long_chain_of_ties_becomes_one_set():
+def test_a_long_chain_of_ties_forms_one_set():
     ties = Ties()
     numbers = ties.new(10_000)
     shuffled = numbers[torch.randperm(10_000).numpy()]
@@ -114,7 +114,7 @@ def test_parameters_outside_layers_are_narrowed(name):
 
 
 class Case(nn.Module):
-    """A stem of 8 channels, something done with them, and a head."""
+    """A stem of 8 channels, an operation on them, and a head."""
 
     def __init__(self, middle, width=8, head=None):
         super().__init__()
@@ -265,13 +265,13 @@ def test_channels_are_followed_through_operators(middle):
 
 
 class Centred(nets.WithNorm):
-    """Its own code computes with another weight than the parameter."""
+    """A layer whose code computes with another weight than the parameter."""
 
     def forward(self, x):
         return self.norm(self._conv_forward(x, self.weight - self.weight.mean(0), self.bias))
 
 
-def test_a_layer_that_holds_its_norm_is_narrowed_with_it():
+def test_a_layer_that_contains_its_norm_is_narrowed_with_it():
     net, images = nets.make("holders"), nets.images()
     step = prune(net, images, Budget(macs="50%"), score="l2")
     assert not {"0", "1", "2"} & step.trace.skipped.keys()
@@ -298,7 +298,7 @@ def test_parameters_of_functional_convolutions_are_skipped_with_the_reason():
 
 def test_a_layer_whose_weight_other_code_reads_is_skipped_and_the_rest_is_narrowed():
     class Autoencoder(nn.Module):
-        """The decoder's last layer is the encoder's first, transposed."""
+        """An autoencoder whose last layer is its first one, transposed."""
 
         def __init__(self):
             super().__init__()
@@ -323,11 +323,11 @@ def test_channels_of_one_pixel_shuffle_square_are_removed_together():
     assert verify(net, small, traced, plan, nets.images()) <= TOLERANCE
 
 
-def test_a_channel_shuffle_keeps_the_same_channels_of_every_part():
+def test_a_channel_shuffle_keeps_the_same_channels_in_every_part():
     shuffle, parts = nn.ChannelShuffle(4), nn.Conv2d(32, 8, 1, groups=4)
     net = nn.Sequential(nn.Conv2d(3, 32, 1), shuffle, parts, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
     traced = trace(net, nets.images())
-    assert traced.widths["0"] == 2  # every part of the shuffle and of the convolution loses as many
+    assert traced.widths["0"] == 2  # every part of the shuffle and of the convolution loses the same number
     plan = Plan({"0": (1,)})
     small = apply(net, traced, plan)
     assert small[0].out_channels == small[2].in_channels == 16
@@ -365,8 +365,8 @@ def test_a_model_that_reads_values_is_traced_on_its_own_device():
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_multiplying_by_one_map_ties_no_channels(written):
-    """Spatial attention: the map is expanded to the channels' size, which the code may hold as a number."""
+def test_multiplication_by_a_single_channel_map_ties_no_channels(written):
+    """Spatial attention: the map is expanded to the channel count, which may be a constant in the code."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -409,7 +409,7 @@ def test_channels_of_a_sampling_grid_are_not_pruned():
 def test_offsets_of_a_deformable_convolution_are_not_pruned_and_the_rest_is():
     net, images = nets.make("deformable"), nets.images()
     step = prune(net, images, Budget(channels=16), score="random", ranking="group")
-    # Of the first one's channels those of two parts go together, so it has half as many.
+    # The channels of the two parts of the first layer are tied, so its group has half as many.
     assert step.plan.widths == {"first": 2, "bent": 7, "own": 3, "still": 3}
     small = step.model
     assert small.bent.in_channels == 4 and small.each.groups == small.each.out_channels == 7
@@ -421,7 +421,7 @@ def test_offsets_of_a_deformable_convolution_are_not_pruned_and_the_rest_is():
 
 
 @pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
-def test_regions_have_the_channels_of_their_image(pool):
+def test_cropped_regions_have_the_channels_of_their_image(pool):
     ops = pytest.importorskip("torchvision.ops")
 
     class Regions(nn.Module):
@@ -438,7 +438,7 @@ def test_regions_have_the_channels_of_their_image(pool):
     assert step.plan.widths == {"stem": 4, "fc": 3} and step.difference < 1e-5
 
 
-def test_unpooling_is_followed_with_its_indices():
+def test_channels_are_followed_through_unpooling():
     class Unpooled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -466,7 +466,7 @@ def empty(*shape):
         (lambda x: F.hardswish(x + x), empty(4, 6)),
     ],
 )
-def test_shapes_equal_those_of_torch(run, x):
+def test_output_shapes_equal_those_of_torch(run, x):
     wanted = run(x)
     with meta.Shapes():
         got = run(x)
@@ -475,7 +475,7 @@ def test_shapes_equal_those_of_torch(run, x):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("needed", [["x", "weight", "bias"], ["x"], ["weight", "bias"]])
-def test_shapes_of_gradients_equal_those_of_torch(training, needed):
+def test_gradient_shapes_equal_those_of_torch(training, needed):
     given = {"x": empty(3, 4, 6), "weight": empty(4), "bias": empty(4)}
     wanted_for = [given[name].requires_grad_() for name in needed]
 
@@ -498,13 +498,13 @@ def test_shapes_of_gradients_equal_those_of_torch(training, needed):
         lambda x: F.batch_norm(x, *empty(2, 5)),
     ],
 )
-def test_wrong_shapes_fail_as_in_torch(run):
+def test_invalid_shapes_raise_as_in_torch(run):
     with meta.Shapes(), pytest.raises(RuntimeError):
         run(empty(4, 6))
 
 
 def test_a_buffer_that_the_pass_replaces_is_not_confused_with_a_new_tensor():
-    """As in ConViT, which makes its table of positions when it sees the first image."""
+    """ConViT does so: it builds its table of positions at the first image."""
     gone = []
 
     class Replacing(nn.Module):

@@ -12,7 +12,7 @@ from pruning import Budget, load, prune, save
 from pruning.planning import count
 from pruning.utils.compare import TOLERANCE
 
-#: The side of the images with which a network runs.
+#: Height and width of the images for a network.
 FAMILIES = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 32,
     "inception_v3": 75, "maxvit_t": 224, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32,
@@ -28,7 +28,7 @@ def make(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_network_of_every_family_is_pruned_and_reloads(name, tmp_path):
+def test_a_network_of_every_torchvision_family_is_pruned_and_reloads(name, tmp_path):
     torch.manual_seed(0)
     model, images = make(name).eval(), torch.randn(2, 3, FAMILIES[name], FAMILIES[name])
     step = prune(model, images, Budget(macs="50%"), score="l1", ranking="group")
@@ -50,7 +50,7 @@ def test_a_network_of_every_family_is_pruned_and_reloads(name, tmp_path):
         ("ssdlite320_mobilenet_v3_large", ([torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)],)),
     ],
 )
-def test_segmentation_and_detection_are_pruned(name, inputs):
+def test_segmentation_and_detection_networks_are_pruned(name, inputs):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
     inputs = torch.utils._pytree.tree_map(torch.rand_like, inputs)

@@ -38,7 +38,7 @@ def test_a_linear_layer_matches_the_closed_form():
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3), nn.Conv1d(4, 6, 3), nn.Linear(4, 6)]
 )
-def test_each_output_channel_has_its_own_255_levels(layer):
+def test_each_output_channel_is_rounded_to_255_levels_of_its_own(layer):
     dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     with torch.no_grad():
         layer.weight.movedim(dim, 0)[3] *= 1000
@@ -61,7 +61,7 @@ def test_the_model_is_unchanged_after_the_block(name):
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     assert not any("weight" in vars(module) for module in net.modules())
     with pytest.raises(RuntimeError), Rounding(net):
-        net(images[:, :1])  # a failing pass leaves nothing behind either
+        net(images[:, :1])  # a failing pass must not change the model either
     assert torch.equal(net(images), before)
 
 
@@ -78,7 +78,7 @@ def test_a_rounded_model_is_closer_to_the_int8_file_than_the_float_model(tmp_pat
     torch.manual_seed(0)
     hidden = [nn.Sequential(nn.Conv2d(8 if i else 3, 8, 3), nn.ReLU()) for i in range(4)]
     net = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
-    hidden[0][0].weight.data[:, 0] = 20  # of no effect, but it sets the levels for all weights
+    hidden[0][0].weight.data[:, 0] = 20  # its input is 0, but it sets the levels for all weights
     images = torch.randn(64, 3, 14, 14)
     images[:, 0] = 0
     export(net, tmp_path / "float.onnx", images[:2], "onnx")
@@ -110,7 +110,7 @@ def test_training_with_rounding_lowers_the_rounded_loss():
     torch.manual_seed(0)
     batches = separable(0)
     net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
-    net[0].weight.data[:, 0] = 120  # of no effect, but it sets the levels for all weights: 0, ±0.94, …
+    net[0].weight.data[:, 0] = 120  # its input is 0, but it sets the levels for all weights: 0, ±0.94, …
     plain, trained = copy.deepcopy(net), copy.deepcopy(net)
     config = TrainConfig(40, weight_decay=0.0)
     finetune(plain, batches, config)

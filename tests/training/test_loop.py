@@ -50,7 +50,7 @@ def test_frozen_parameters_stay_unchanged():
     assert torch.equal(net.features.conv1.weight, before)
 
 
-def test_the_best_epoch_is_kept_and_of_equals_the_later():
+def test_the_best_epoch_is_kept_or_the_last_of_equal_ones():
     scores, seen = iter([0.5, 0.9, 0.9, 0.2]), []
 
     def on_epoch(epoch):
@@ -62,7 +62,7 @@ def test_the_best_epoch_is_kept_and_of_equals_the_later():
 
 
 @pytest.mark.parametrize("keep_start", [True, False])
-def test_keep_start_lets_the_initial_weights_compete(keep_start):
+def test_keep_start_keeps_the_initial_weights_if_they_are_best(keep_start):
     scores = iter([0.9, 0.5, 0.4] if keep_start else [0.5, 0.4])
     net, seen = nets.make("lenet"), []
     start = nets.snapshot(net)
@@ -90,7 +90,7 @@ def test_the_moving_average_matches_the_closed_form():
 
 @pytest.mark.parametrize(("ema", "optimizer"), [(0.0, "sgd"), (0.5, "sgd"), (0.0, "soap")])
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_resumed_training_ends_exactly_where_uninterrupted_training_does(stop, ema, optimizer):
+def test_resumed_training_gives_exactly_the_result_of_uninterrupted_training(stop, ema, optimizer):
     def train(resume=None, keep=None):
         net = nets.make("lenet")
         states = []
@@ -118,7 +118,7 @@ def test_resumed_training_ends_exactly_where_uninterrupted_training_does(stop, e
     assert same(whole, resumed)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training():
+def test_a_loss_that_is_not_finite_raises():
     with pytest.raises(TrainingDiverged, match=r"stage x, epoch 1, by step 4.*learning rate"):
         fit(nets.make("lenet"), batches(), TrainConfig(2), loss=lambda m, x, y: m(x).sum() * float("nan"),
             label="stage x")  # fmt: skip
@@ -135,7 +135,7 @@ IMAGES, LABELS = torch.zeros(4, 3, 14, 14), torch.zeros(4, dtype=torch.long)
 
 
 class Constant(nn.Module):
-    """A model whose outputs are its weights, whatever the inputs are."""
+    """A model that returns its weights for all inputs."""
 
     def __init__(self, *shape, wrap=lambda outputs: outputs):
         super().__init__()
@@ -175,7 +175,7 @@ def test_labels_may_be_per_pixel_and_of_any_integer_type():
         assert accuracy(Constant(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
 
 
-def test_targets_that_the_loss_ignores_do_not_count_in_the_accuracy():
+def test_the_accuracy_excludes_targets_that_the_loss_ignores():
     weight = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [float("nan"), 0, 0]])
     net = Constant(4, 3)
     net.weight.data = weight
@@ -219,7 +219,7 @@ def test_batches_without_a_length_are_refused():
         {"ema": 1},
     ],
 )
-def test_settings_are_checked_when_they_are_made(bad):
+def test_settings_are_validated_on_creation(bad):
     with pytest.raises(PruningError, match="expected"):
         TrainConfig(**{"epochs": 1, **bad})
 
@@ -240,7 +240,7 @@ def criterion(logits, targets):
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, criterion])
-def test_a_criterion_of_outputs_and_targets_can_be_the_loss(loss):
+def test_a_function_of_outputs_and_targets_can_be_the_loss(loss):
     nets_ = [fit(nets.make("lenet"), batches(2), TrainConfig(1), loss=each) for each in (loss, cross_entropy)]
     assert same(*nets_)
     teacher, (images, labels) = nets.make("lenet", 1), batches(1)[0]
@@ -262,7 +262,7 @@ def test_an_invalid_loss_is_refused(loss, said):
         fit(nets.make("lenet"), batches(1), TrainConfig(1), loss=loss)
 
 
-def test_training_works_within_no_grad():
+def test_training_works_inside_no_grad():
     with torch.no_grad():
         net = fit(nets.make("lenet"), batches(2), TrainConfig(1))
     assert same(net, fit(nets.make("lenet"), batches(2), TrainConfig(1)))
@@ -282,7 +282,7 @@ def test_accuracy_takes_the_most_probable_class_of_soft_targets():
     assert accuracy(net, [(images, soft)]) == accuracy(net, [(images, labels)])
 
 
-def test_a_teacher_with_other_classes_is_refused():
+def test_a_teacher_with_another_number_of_classes_is_refused():
     teacher = nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)
     with pytest.raises(PruningError, match=r"teacher's outputs have shape \(16, 7\)"):
         finetune(nets.make("lenet"), batches(), TrainConfig(1), teacher=teacher)
@@ -314,7 +314,7 @@ def distilled(data, epochs=3):
 
 
 class EveryBatch:
-    """Batches that do not say whether they are the same in every epoch."""
+    """Batches that do not declare whether they are the same in every epoch."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -326,7 +326,7 @@ class EveryBatch:
         return len(self.batches)
 
 
-def test_the_teacher_runs_once_on_inputs_that_stay_the_same():
+def test_the_teacher_runs_once_on_inputs_that_repeat():
     given = batches()
     examples = sum(len(labels) for _, labels in given)
     (net, seen), (plain, every) = distilled(given), distilled(EveryBatch(given))

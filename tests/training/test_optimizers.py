@@ -1,4 +1,4 @@
-"""The optimizer with one matrix for all parameters."""
+"""Tests of `Soap`, the optimizer with one matrix for all parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pruning.training.optimizers import LARGEST, Soap
 pytestmark = pytest.mark.numerics
 
 
-def test_of_one_parameter_it_is_adam():
+def test_soap_equals_adam_for_one_parameter():
     ours, other = (nn.Parameter(torch.tensor([2.0])) for _ in range(2))
     soap = Soap([ours], lr=0.03, momentum=0.8, memory=0.95)
     adam = torch.optim.Adam([other], lr=0.03, betas=(0.8, 0.95))
@@ -32,7 +32,7 @@ def test_of_one_parameter_it_is_adam():
 
 
 def least_squares():
-    """Correlated columns: the curvature along one direction is 10,000 times that along another."""
+    """Return a regression with correlated inputs: curvatures differ by a factor of 10,000."""
     generator = torch.Generator().manual_seed(0)
     turned, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
     inputs = torch.randn(400, 12, generator=generator) @ torch.diag(torch.logspace(-2, 0, 12)) @ turned
@@ -40,7 +40,7 @@ def least_squares():
 
 
 def distance(kind, rate, steps=600, noise=None):
-    """The loss that a layer ends with; `noise` seeds relative errors of 1e-6 in the gradients."""
+    """Return the final loss of a layer; `noise` seeds relative errors of 1e-6 in the gradients."""
     inputs, targets = least_squares()
     torch.manual_seed(0)
     layer = nn.Linear(12, 2)
@@ -60,29 +60,29 @@ def distance(kind, rate, steps=600, noise=None):
     return nn.functional.mse_loss(layer(inputs), targets).item()
 
 
-def test_what_depends_on_each_other_is_learned_in_fewer_steps():
+def test_soap_converges_faster_on_correlated_inputs():
     sgd = min(distance(partial(torch.optim.SGD, momentum=0.9), rate) for rate in (0.03, 0.1, 0.3, 1))
     adam = min(distance(torch.optim.Adam, rate) for rate in (0.01, 0.03, 0.1, 0.3))
     assert distance(Soap, 0.1) < 0.5 * min(sgd, adam)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.03, 0.1, 0.3, 1])
-def test_rounding_does_not_decide_where_it_ends(rate):
+def test_rounding_errors_do_not_determine_the_final_loss(rate):
     ends = [distance(Soap, rate, steps=300, noise=seed) for seed in range(6)]
     assert max(ends) < 2 * min(ends)
 
 
-def test_decay_shrinks_weights_as_in_sgd_and_nothing_else():
+def test_weight_decay_shrinks_weights_as_in_sgd_and_nothing_else():
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     groups = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
     optimizer = Soap(groups, lr=0.1, momentum=0.9)
-    for _ in range(5):  # without gradients, which stand for zeros
+    for _ in range(5):  # missing gradients count as zeros
         optimizer.step()
     assert torch.allclose(weight, torch.full((2, 2), (1 - 0.1 * 0.01 / 0.1) ** 5))
     assert torch.equal(bias, torch.ones(2))
 
 
-def test_a_training_with_it_learns():
+def test_training_with_soap_lowers_the_loss():
     net = nets.make("lenet")
     losses = []
     config = TrainConfig(6, lr=0.05, optimizer="soap")
@@ -90,7 +90,7 @@ def test_a_training_with_it_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_without_an_eigenbasis_it_steps_as_adam_does(monkeypatch):
+def test_without_an_eigenbasis_soap_steps_as_adam(monkeypatch):
     def diverges(matrix):
         raise torch.linalg.LinAlgError("failed to converge")
 
@@ -105,7 +105,7 @@ def test_without_an_eigenbasis_it_steps_as_adam_does(monkeypatch):
     assert torch.allclose(ours, other, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_told_as_ever():
+def test_soap_reports_a_loss_that_is_not_finite():
     def broken(model, inputs, targets):
         return model(inputs).sum() * float("nan")
 
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_is_told_as_ever():
         fit(nets.make("lenet"), batches(12), TrainConfig(1, lr=0.05, optimizer="soap"), loss=broken)
 
 
-def test_too_large_a_layer_is_refused():
+def test_soap_refuses_large_networks():
     with pytest.raises(PruningError, match=f"at most {LARGEST:,} .* 5,000"):
         Soap(nn.Linear(100, 50).parameters())
 
@@ -122,7 +122,7 @@ def test_too_large_a_layer_is_refused():
     ("budget", "small"),
     [(Budget(macs="50%"), False), (Budget(params=5000), False), (Budget(params=4000), True)],
 )
-def test_a_budget_that_may_leave_too_much_is_refused_before_anything_is_trained(budget, small):
+def test_soap_refuses_a_budget_that_allows_a_large_network_before_training(budget, small):
     net = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.Flatten(), nn.Linear(640, 3))
     images = torch.randn(4, 1, 8, 8)
     data = [(images, torch.tensor([0, 1, 2, 0]))]

@@ -1,4 +1,4 @@
-"""Training on several processes: what each one sees, and what BatchNorm computes over all of them."""
+"""Training on several processes: the examples of each one, and BatchNorm over all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROCESSES = 2
 
 
 class ActivatedNorm(nn.BatchNorm2d):
-    """A subclass with code of its own, as timm's BatchNormAct2d."""
+    """A subclass with its own code, as timm's BatchNormAct2d."""
 
     def forward(self, x):
         return torch.relu(super().forward(x))
@@ -52,12 +52,12 @@ def train(model, called, data):
 
 
 def one_process(rank, folder, device):
-    """Train on one of the processes, and check there what can only be checked there."""
+    """Train in one of the processes, and check its state there."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
     model, data = network().to(device), batches(device)
     with torch.no_grad():
-        model[0].weight.add_(rank)  # the first process's weights are those of all
+        model[0].weight.add_(rank)  # all processes must take the weights of the first one
     with distributed.data_parallel(model) as called:
         train(model, called, distributed.sharded(data))
         averaged = copy.deepcopy(model).eval()
@@ -73,7 +73,7 @@ def one_process(rank, folder, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_several_processes_train_the_network_that_one_trains(device, tmp_path):
+def test_several_processes_train_the_same_network_as_one(device, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.multiprocessing.spawn(one_process, (str(tmp_path), device), nprocs=PROCESSES)
@@ -86,7 +86,7 @@ def test_several_processes_train_the_network_that_one_trains(device, tmp_path):
             torch.testing.assert_close(got[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_a_single_process_is_left_as_it_is():
+def test_a_single_process_trains_the_given_model_directly():
     model, data = network(), batches()
     with distributed.data_parallel(model) as called:
         assert called is model

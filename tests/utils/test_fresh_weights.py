@@ -1,4 +1,4 @@
-"""Fresh weights for pruned networks."""
+"""Reinitialisation of pruned networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_fresh_weights_are_those_of_a_new_network_of_the_same_widths(make):
     before = nets.snapshot(used)
     torch.manual_seed(5)
     fresh = fresh_weights(used)
-    assert nets.same(fresh, new), "each layer by its own rule, in the same order"
+    assert nets.same(fresh, new), "each layer is initialised by its own rule, in the same order"
     assert all(torch.equal(before[key], value) for key, value in used.state_dict().items())
 
 
@@ -46,7 +46,7 @@ def test_a_pruned_network_with_fresh_weights_has_its_widths(name):
     assert not torch.equal(outputs, outputs_of(step.model, nets.images())[0])
 
 
-def test_frozen_parameters_stay():
+def test_frozen_parameters_are_not_initialized():
     net = nets.make("lenet")
     net.features.conv1.requires_grad_(False)
     net.norm = nn.BatchNorm2d(3).requires_grad_(False)
@@ -58,7 +58,7 @@ def test_frozen_parameters_stay():
     assert not fresh.features.conv1.weight.requires_grad
 
 
-def test_attention_is_initialized_with_its_projection():
+def test_attention_and_its_projection_are_initialized():
     net = nn.MultiheadAttention(8, 2)
     fresh = fresh_weights(net)
     assert not torch.equal(fresh.in_proj_weight, net.in_proj_weight)
