@@ -157,7 +157,7 @@ def _auto(folder: Path) -> Dataset:
 def _mnist(folder: Path) -> Dataset:
     files = _locate(folder, "MNIST", "MNIST_DIR")
     # The validation images are those of the embedded subset, so a network trained on this split
-    # has not seen any image of the subset.
+    # is not trained on any image of the subset.
     with np.load(SUBSET) as subset:
         validation = subset["train_index"]
     return _from_idx("mnist", files, 0.1307, 0.3081, validation)
