@@ -87,7 +87,7 @@ def test_controls_are_listed_with_their_row(table):
     assert controls["scratch"]["epochs"] == max(run["epochs"] for run in row["runs"])
     assert controls["half"]["epochs"] < controls["scratch"]["epochs"]
     ratios = [w / dense for w, dense in zip(controls["uniform"]["widths"], (6, 16, 120, 84), strict=True)]
-    assert max(ratios) - min(ratios) < 0.1, "uniform"
+    assert max(ratios) - min(ratios) < 0.1, "every width is scaled by the same factor"
 
 
 def test_a_control_requires_the_results_of_its_row(table):
@@ -144,7 +144,7 @@ def test_every_network_is_timed_in_every_runtime(in_runtimes):
             ratio, low, high = row[key]
             assert low <= ratio <= high
             reference = found[batch, base, runtimes.REFERENCE]["median ms"]
-            assert math.isclose(ratio, row["median ms"] / reference, rel_tol=1e-2), "rounded"
+            assert math.isclose(ratio, row["median ms"] / reference, rel_tol=1e-2), "up to rounding"
         if network == runtimes.REFERENCE:
             assert row["to LeNet-5"] == [1, 1, 1]
     assert result["left out"] == {}

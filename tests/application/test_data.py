@@ -83,7 +83,7 @@ def test_auto_uses_the_subset_and_gives_the_reason_if_mnist_is_not_available(tmp
     digits = data.load("auto", tmp_path / "data")
     assert digits.name == "mnist5k" and "the network is down" in digits.notice
     assert "NOTICE: MNIST could not be downloaded" in capsys.readouterr().err
-    assert list((tmp_path / "data").iterdir()) == [], "a failed download leaves nothing"
+    assert list((tmp_path / "data").iterdir()) == [], "a failed download leaves no files"
     with pytest.raises(data.DataError, match="the network is down"):
         data.load("mnist", tmp_path / "data")
 

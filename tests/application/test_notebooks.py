@@ -17,8 +17,8 @@ def test_a_notebook_runs_and_is_committed_with_its_outputs(path):
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells), "run it and save it before it is committed"
-    assert "/" + "work" not in json.dumps(notebook.cells), "paths of the machine where it ran"
+    assert all(cell.execution_count for cell in cells), "run and save the notebook before committing it"
+    assert "/" + "work" not in json.dumps(notebook.cells), "outputs contain paths of a machine"
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()

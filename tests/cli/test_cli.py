@@ -55,7 +55,7 @@ def test_train_yournet_saves_a_smaller_network_and_its_provenance(run):
     facts = torch.load(folder / "best.pth", weights_only=True)["provenance"]
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     trials = sum(event["stage"] == "stage 2, whole layers" for event in events)
-    assert trials >= 3, "one with both hidden layers, and one without each"
+    assert trials >= 3, "three trials: with both hidden layers, and without each one"
     assert facts["dataset"] == "mnist5k" and facts["seed"] == 0 and facts["epochs"] == 4 + trials
     assert facts["command"].startswith("python ") and 0 <= facts["validation_accuracy"] <= 1
 
@@ -201,7 +201,7 @@ def test_distillation_changes_the_losses_of_stages_2_and_3(run, tmp_path):
         events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         losses.append([event["train_loss"] for event in events if "train_loss" in event])
     plain, taught = losses
-    assert plain[0] == taught[0] and plain[1] != taught[1], "stage 1 has no teacher, what comes after has"
+    assert plain[0] == taught[0] and plain[1] != taught[1], "only stages 2 and 3 have a teacher"
     assert json.loads((tmp_path / "taught" / "config.json").read_text())["stages"]["temperature"] == 1
     assert "--temperature" in refused("train_yournet.py", *SHORT, "--temperature", 0, cwd=tmp_path)
 
@@ -274,7 +274,7 @@ def test_a_latency_budget_replaces_the_limits_of_the_recipe(tmp_path):
                    "--output", folder, cwd=tmp_path)  # fmt: skip
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     timed = [event["latency"] for event in events if "latency" in event]
-    assert len(timed) == 1 and timed[0]["pruned"] <= 0.8 * timed[0]["dense"], "the last pruning step measures"
+    assert len(timed) == 1 and timed[0]["pruned"] <= 0.8 * timed[0]["dense"], "only the last step is timed"
     assert "asked ≤ 0.8x in eager, 1 thread, got" in done.stdout
     words = ("--max-latency", "0.8x", "--max-params", 2000)
     assert "--max-latency stands alone" in refused("train_yournet.py", *words)
@@ -287,7 +287,7 @@ def test_the_command_line_takes_precedence_over_the_recipe(tmp_path):
     assert "YourNet" in done.stdout
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["start"] == "mlp" and settings["layers"] is False
-    assert settings["finetune_epochs"] == 1, "SHORT says so"
+    assert settings["finetune_epochs"] == 1, "the value of SHORT"
     assert len(load(tmp_path / "run" / "best.pth").widths) == 2
 
     recipe.write_text("finetune-epoch = 7\n")

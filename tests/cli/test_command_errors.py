@@ -135,7 +135,7 @@ def test_invalid_input_gives_a_one_line_error_and_exit_code_2(run, words, messag
     (tmp_path / "raises.py").write_text("raise ValueError('not today')")
     (tmp_path / "unreadable.py").write_text("def f(:")
     code, _, err = run(*words)
-    assert not (tmp_path / "no").exists(), "nothing is begun"
+    assert not (tmp_path / "no").exists(), "no work starts"
     assert code == 2 and message in err and "Traceback" not in err, err
     assert len(err.strip().splitlines()) == 1
 
@@ -259,7 +259,7 @@ def test_16_bit_grey_images_keep_their_values(tmp_path):
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "val" / "a" / "0.png")
     image = next(iter(make_data(str(tmp_path), image_size=14).validation))[0][0, 0]
-    assert image.unique().numel() == 14 * 14, "of 16 x 16 the middle"
+    assert image.unique().numel() == 14 * 14, "the central pixels of 16 x 16"
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])

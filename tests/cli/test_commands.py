@@ -268,7 +268,7 @@ def test_two_processes_find_the_same_plan_as_one(run, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stage 3, fine-tune") == 1, "the first process alone speaks"
+    assert done.stdout.count("stage 3, fine-tune") == 1, "only the first process prints"
 
     def widths(folder):
         lines = [json.loads(line) for line in (tmp_path / folder / "history.jsonl").read_text().splitlines()]

@@ -221,7 +221,7 @@ def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
     default = SlimConfig(Budget(macs="50%"))
     assert config == replace(default, finetune=replace(default.finetune, lr=0.2))
     args, _ = parse(["slim", *BUDGET, "--optimizer", "soap"])
-    assert slim_config(args).finetune.lr == 0.05, "the rate of stage 3 follows from its optimizer"
+    assert slim_config(args).finetune.lr == 0.05, "the learning rate of stage 3 depends on its optimizer"
     args, _ = parse(["slim", "--max-latency", "0.5x"])
     assert slim_config(args).budget == LatencyBudget("0.5x", batch_size=1)
 

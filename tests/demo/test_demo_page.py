@@ -139,7 +139,7 @@ def test_mouse_touch_keyboard_and_examples_draw_on_the_page(page, shown):
     assert "LeNet5: 7, " in browser.until("find('said').textContent")
     whole = browser("Array.from(input())")
     half = drawn(browser, [[[0.4 + x / 2, 0.3 + y / 2] for x, y in SEVEN]])["pixels"]
-    assert np.abs(np.subtract(whole, half)).mean() < 3, "neither size nor place matters"
+    assert np.abs(np.subtract(whole, half)).mean() < 3, "size and position do not matter"
 
     browser("find('clear').focus()")
     browser.key("Enter")
@@ -160,11 +160,11 @@ def test_mouse_touch_keyboard_and_examples_draw_on_the_page(page, shown):
     browser("find('clear').click()")
     browser.mouse("mouseMoved", *places[1])
     browser.mouse("mouseReleased", *places[1])
-    assert browser.until(says + " === '––'") and browser("blank()"), "clearing ends a stroke"
+    assert browser.until(says + " === '––'") and browser("blank()"), "clearing the canvas ends a stroke"
     for digit in range(10):
         browser(f"find('examples').children[{digit}].click()")
         assert browser.until(says + f" === '{digit}{digit}'")
-    assert drawn(browser, [SEVEN])["said"][1][1] == "7", "a stroke takes the place of an example"
+    assert drawn(browser, [SEVEN])["said"][1][1] == "7", "a stroke replaces an example"
     browser.until("!find('again').disabled")
     browser("find('again').click()")
     assert browser("find('again').disabled") and browser.until("!find('again').disabled")
@@ -184,7 +184,7 @@ def test_page_fits_the_window_and_follows_dark_mode(page, shown):
         wide = browser("[...document.querySelectorAll('.wide')].map(e => e.scrollWidth - e.clientWidth)")
         assert wide == [0], "no table needs scrolling"
         least = browser("Math.min(...[...document.querySelectorAll('button')].map(b => b.offsetHeight))")
-        assert least >= 24, "large enough for a finger"
+        assert least >= 24, "buttons are large enough for touch"
         shade = browser(
             "(c => (c.drawImage(paper, 0, 0), c.getImageData(0, 0, 1, 1).data[0]))(canvasOf(1, 1))"
         )
@@ -242,7 +242,7 @@ def test_page_of_torchvision_networks_shows_the_most_probable_classes(tmp_path, 
     found = drawn(browser, [SEVEN])
     order = np.argsort(-np.array(found["logits"][1]))[:10].tolist()
     names = browser("[...find('bars').tBodies[0].rows].map(row => +row.cells[0].textContent)")
-    assert names == order, "of many classes the likeliest"
+    assert names == order, "the most probable of many classes"
 
 
 @needs_browser

@@ -87,7 +87,7 @@ def test_an_exported_file_computes_what_the_model_computes_at_any_batch_size(nam
     made = export(model, path, torch.zeros(1, *shape), format)
     assert [p.name for p in tmp_path.iterdir()] == ["net.file"]
     assert made.size == path.stat().st_size and made.difference <= TOLERANCE
-    assert all(module.training for module in model.modules()), "the model is left as it was"
+    assert all(module.training for module in model.modules()), "the model is not changed"
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     exported = Exported(path, RUNTIMES[format])
@@ -97,7 +97,7 @@ def test_an_exported_file_computes_what_the_model_computes_at_any_batch_size(nam
         with torch.no_grad():
             outputs = model(images)
         assert relative_difference(outputs, exported(images)) <= 1e-5
-    assert str(ROOT).encode() not in path.read_bytes(), "a path of the machine"
+    assert str(ROOT).encode() not in path.read_bytes(), "the file contains a path of the machine"
 
 
 def test_onnx_files_have_batchnorm_folded_and_activations_before_poolings(tmp_path):
@@ -109,7 +109,7 @@ def test_onnx_files_have_batchnorm_folded_and_activations_before_poolings(tmp_pa
     export(load(COMMITTED), tmp_path / "yournet.onnx", torch.zeros(1, 1, 28, 28), "onnx")
     found = onnx.load(tmp_path / "yournet.onnx")
     assert [n.op_type for n in found.graph.node] == ["Conv", "Relu", "MaxPool"] * 2 + ["Reshape", "Gemm"]
-    assert found.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch is dynamic"
+    assert found.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch size is dynamic"
     onnx.checker.check_model(found, full_check=True)
 
 

@@ -153,7 +153,7 @@ def test_intervals_cover_the_true_ratio_at_the_stated_confidence(correlated):
         )  # fmt: skip
         found = time_ratio(latency(1.5 * above), latency(below), resamples=200)
         covered += found.low <= 1.5 <= found.high
-    assert 0.85 * trials <= covered <= trials, "95 % of them, with an error of 2"
+    assert 0.85 * trials <= covered <= trials, "95 % of the intervals, with a sampling error of 2 %"
 
 
 def test_ratios_of_models_that_were_not_timed_together_are_rejected():
@@ -180,7 +180,7 @@ def test_weights_that_are_shared_or_computed_from_others_count_once():
         cost_model = CostModel(net, traced)
         assert cost_model(cost_model.full).params == sum(p.numel() for p in net.parameters())
         plan = Plan({name: tuple(range(group.channels - 2)) for name, group in traced.groups.items()})
-        assert plan.keep, "there is something to narrow"
+        assert plan.keep, "the model has groups"
         assert cost_model(plan.widths).params == count(apply(net, traced, plan), inputs).params
 
 

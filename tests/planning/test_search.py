@@ -67,7 +67,7 @@ def test_equal_scores_do_not_remove_more_channels_than_needed(per_cost):
     _, traced, cost_model = chain(32)
     scores = {"0": torch.zeros(32)}
     plan = plan_within(Budget(params=2 + 24 * 6), traced, cost_model, scores, PlanOptions(per_cost=per_cost))
-    assert plan.keep == {"0": tuple(range(24))}, "of equals, the later channels go first"
+    assert plan.keep == {"0": tuple(range(24))}, "of equal scores, later channels are removed first"
 
 
 def test_the_least_important_channels_are_dropped():
@@ -120,7 +120,7 @@ def test_dropped_channels_that_fit_the_budget_are_restored():
         widths = plan_within(budget, traced, cost_model, scores).widths
         freed_by_last_step = cost_model.freed(np.array(list(widths.values()), float) + 1)["params"]
         slack = budget.params - cost_model(widths).params
-        assert slack < freed_by_last_step.max(), "no channel of any group was dropped for nothing"
+        assert slack < freed_by_last_step.max(), "no dropped channel would still fit"
 
 
 def test_an_unreachable_budget_raises_with_the_least_reachable_costs():
@@ -179,7 +179,7 @@ def test_budget_shares_shrink_by_equal_ratios_and_end_at_the_budget():
     start, budget = Cost(1600, 300, 0), Budget(params=100, macs=500)
     shares = [budget.share(start, step, 4) for step in (1, 2, 3, 4)]
     assert [share.params for share in shares] == [800, 400, 200, 100]
-    assert {share.macs for share in shares} == {500}, "a limit that is met already stays as it is"
+    assert {share.macs for share in shares} == {500}, "a limit that is met already does not change"
 
 
 def test_a_plan_is_unchanged_by_a_json_round_trip():
@@ -193,7 +193,7 @@ def test_a_percentage_is_never_exceeded_by_rounding():
     assert (
         Budget("29%").resolve(Cost(params=100, macs=1, macs_with_bias=1)).params == 29
     )  # 28.999... in floats
-    assert Budget(macs="1%").resolve(Cost(params=1, macs=50, macs_with_bias=1)).macs == 1, "a count is from 1"
+    assert Budget(macs="1%").resolve(Cost(params=1, macs=50, macs_with_bias=1)).macs == 1, "at least 1"
 
 
 @pytest.mark.parametrize(

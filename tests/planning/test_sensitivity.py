@@ -177,7 +177,7 @@ def test_sensitivity_curves_work_as_scores():
     budget = Budget(channels=sum(traced.widths.values()) - 4)
     step = prune(net, nets.images(), budget, score=found.scores)
     assert step.plan.widths == {**traced.widths, "classifier.fc1": traced.widths["classifier.fc1"] - 4}
-    assert step.plan.keep["classifier.fc1"][0] == 4, "the first in the order go first"
+    assert step.plan.keep["classifier.fc1"][0] == 4, "channels are removed in their order"
     with pytest.raises(PruningError, match="analyse this model"):
         prune(step.model, nets.images(), Budget(params="50%"), score=found.scores)
 
@@ -210,7 +210,7 @@ def test_points_contain_the_time_of_their_layers():
     found = sensitivity(net, nets.images(), data(), widths=2, runtime="eager")
     assert Sensitivity.from_json(json.loads(json.dumps(found.to_json()))) == found
     (narrow,) = (p for p in found.points if (p.group, p.width) == ("0", 1))
-    assert 0 < narrow.milliseconds < 0.5 * found.dense_milliseconds, "a hundredth of the arithmetic"
+    assert 0 < narrow.milliseconds < 0.5 * found.dense_milliseconds, "it needs a hundredth of the arithmetic"
     for row in csv.DictReader(found.to_csv().splitlines()):
         (point,) = (p for p in found.points if (p.group, p.width) == (row["group"], int(row["width"])))
         freed = found.dense_milliseconds - point.milliseconds

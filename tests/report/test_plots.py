@@ -27,7 +27,7 @@ def test_pareto_figure_shows_every_point_and_is_reproducible(tmp_path):
     axes = figure.axes[0]
     assert {text.get_text() for text in axes.texts} == {"a", "b", "c", "theirs"}
     assert "MACs" in axes.get_xlabel() and "%" in axes.get_ylabel()
-    assert list(axes.lines[0].get_xdata()) == [1000, 2000], "the line follows the front"
+    assert list(axes.lines[0].get_xdata()) == [1000, 2000], "the line connects the points of the front"
     first = [path.read_bytes() for path in save(figure, tmp_path / "one")]
     again = [path.read_bytes() for path in save(pareto(series, [Point(1500, 0.975, "theirs")], cost="MACs"),
                                                 tmp_path / "two.png")]  # fmt: skip

@@ -81,13 +81,13 @@ def test_the_strength_is_derived_from_the_budget():
     budget = Budget(params="40%", macs="60%").resolve(ChannelScales(net, traced).dense)
     pull = ScalePull(net, traced, None, budget)
     pull.step(lr=1.0)
-    assert pull.alive() == traced.widths, "without a way to go nothing pulls"
+    assert pull.alive() == traced.widths, "no pull without remaining learning rates"
     pull.refresh(way=20.0)
     for _ in range(20):
         pull.step(lr=1.0 + 1e-6)
     assert not budget.excess(pull.cost_model(pull.alive()))
     pull.refresh(way=20.0)
-    assert pull.strength == 0, "once the budget is met the pull ends"
+    assert pull.strength == 0, "the pull ends once the budget is met"
 
 
 def test_the_pull_grows_when_gradients_resist_it():

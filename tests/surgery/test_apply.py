@@ -80,7 +80,7 @@ def test_folding_the_constant_of_a_dead_channel_changes_no_output(name, group):
     small, lossy = apply(net, traced, plan, constants), apply(net, traced, plan)
     expected = net(images)
     torch.testing.assert_close(small(images), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(lossy(images), expected, atol=1e-3), "the constant was there to lose"
+    assert not torch.allclose(lossy(images), expected, atol=1e-3), "without folding, the output changes"
 
 
 def test_prune_folds_the_constant_of_a_channel_with_zero_weights():

@@ -86,7 +86,7 @@ def test_infinite_outputs_equal_only_the_same_infinity():
     masked = torch.tensor([1.0, -float("inf")])
     assert compare([masked], [masked.clone()]) == ("", 0)
     assert compare([masked], [-masked])[0] and compare([masked], [torch.zeros(2)])[0]
-    assert compare([masked * 0], [masked * 0])[0], "NaN agrees with nothing"
+    assert compare([masked * 0], [masked * 0])[0], "NaN equals nothing"
 
 
 class Restless(nn.Module):
