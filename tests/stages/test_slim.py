@@ -156,7 +156,7 @@ def test_batches_and_figures_that_slim_cannot_use_are_rejected():
             slim(net, [batch], config=config, validate=given)
     with pytest.raises(PruningError, match="the given batches are empty"):
         slim(net, [], config=config, validate=given)
-    with pytest.raises(PruningError, match="validate gave None"):
+    with pytest.raises(PruningError, match="validate returned None"):
         slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)
 
 
