@@ -145,7 +145,7 @@ IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
 def test_batches_and_figures_that_slim_cannot_use_are_rejected():
     config = SlimConfig.within(Budget(params="50%"))
     net, given = nets.make("lenet"), batches()
-    with pytest.raises(PruningError, match="not an iterator"):
+    with pytest.raises(PruningError, match="an iterator that can be read only once"):
         slim(net, iter(given), config=config, validate=given)
     for batch, said in (
         ({"image": IMAGES, "label": LABELS}, "a dict with 'image', 'label'"),

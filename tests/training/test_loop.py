@@ -251,7 +251,7 @@ def test_a_criterion_of_outputs_and_targets_can_be_the_loss(loss):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (None, "loss None: a function of"),
+        (None, "loss None is not callable: give a function of"),
         (lambda model, x, y: model(x).sum(1), r"the loss returned \(16,\): a tensor with one element"),
         (lambda model, x, y: 1.0, "the loss returned float"),
         (lambda model, x, y: model(x).mean().detach(), "does not depend on the network"),

@@ -134,6 +134,6 @@ def test_a_budget_that_may_leave_too_much_is_refused_before_anything_is_trained(
         trained.append(1)
         return nn.functional.cross_entropy(model(inputs), targets)
 
-    with nullcontext() if small else pytest.raises(PruningError, match="take sgd"):
+    with nullcontext() if small else pytest.raises(PruningError, match="use sgd"):
         slim(net, data, images, config, validate=data, loss=loss, log=lambda line: None)
     assert bool(trained) == small
