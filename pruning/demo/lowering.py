@@ -54,6 +54,7 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
 
 
 def _lower(exported: ExportedProgram, example: Tensor) -> Program:
+    """Return the program of an exported graph whose single output depends on the input."""
     builder = Builder()
     known: dict[str, object] = {}
     for spec in exported.graph_signature.input_specs:

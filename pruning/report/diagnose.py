@@ -167,7 +167,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
     if groups:
         try:
             with torch.random.fork_rng(devices=[]):
-                # A weight of 0 would hide errors in the channels behind it; random weights do not.
+                # A weight of 0 would hide errors in the channels that it reads; random weights do not.
                 randomized = with_random_weights(model, inputs)
                 verify(randomized, apply(randomized, traced, plan), traced, plan, inputs)
         except PruningError as error:

@@ -45,9 +45,9 @@ class TensorBoardWriter:
         self._dense: Mapping[str, int] = {}
         try:
             require_matplotlib()
-            self._draws = True
+            self._has_matplotlib = True
         except PruningError:
-            self._draws = False
+            self._has_matplotlib = False
 
     def add(self, step: int, event: Event) -> None:
         """Write one event.
@@ -65,7 +65,7 @@ class TensorBoardWriter:
         widths = event.get("widths")
         if widths:
             self._dense = self._dense or widths
-            if self._draws:
+            if self._has_matplotlib:
                 shown = {group: full for group, full in self._dense.items() if group in widths}
                 kept = {group: widths[group] for group in shown}
                 self._writer.add_figure("widths", plots.widths(shown, kept), step)

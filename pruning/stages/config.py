@@ -1,4 +1,4 @@
-"""Settings of the stages: frozen dataclasses, validated when they are made."""
+"""Settings of the stages: frozen dataclasses that check their values on construction."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def feasible(
     Raises:
         PruningError: if the budget cannot be met (see `reachable`), if the teacher's outputs cannot be
             compared with the model's, if the budget leaves more parameters than the optimizer
-            supports, or if `config.restart` is set and a layer cannot be initialized anew.
+            supports, or if `config.restart` is set and a layer cannot be reinitialized.
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> feasible(net, torch.zeros(1, 3), SlimConfig.within(Budget(params="50%")))

@@ -147,14 +147,14 @@ class ScalePull(ChannelScales):
         """Return the least Σ lr λ that, without gradients, sets enough scales to 0 to meet the budget."""
         assert self.budget is not None
         budget, groups = self.budget, self.trace.groups
-        reach = {  # the Σ lr λ at which each channel's scale reaches 0, ascending, without the spared one
+        zero_at = {  # the Σ lr λ at which each channel's scale reaches 0, ascending, without the spared one
             group: np.sort(largest.numpy() / max(share[group], 1e-12))[:-1]
             for group, largest in magnitudes.items()
         }
-        distances = np.unique(np.concatenate([np.zeros(1), *reach.values()]))
+        distances = np.unique(np.concatenate([np.zeros(1), *zero_at.values()]))
 
         def over_budget(distance: float) -> bool:
-            widths = {g: groups[g].channels - int((far <= distance).sum()) for g, far in reach.items()}
+            widths = {g: groups[g].channels - int((at <= distance).sum()) for g, at in zero_at.items()}
             return bool(budget.excess(self.cost_model(widths)))
 
         low, high = 0, len(distances) - 1  # the cost falls with the distance

@@ -55,12 +55,16 @@ class Rounding:
         self.handles.clear()
 
     def state_dict(self) -> dict[str, Range]:
+        """Return the range of the input of each layer, by name."""
         return dict(self.ranges)
 
     def load_state_dict(self, state: dict[str, Range]) -> None:
+        """Restore ranges returned by `state_dict`."""
         self.ranges = dict(state)
 
     def _attach(self, name: str, layer: nn.Module) -> None:
+        """Register hooks that round the input and the weight of a layer in the forward pass."""
+
         def before(module: nn.Module, _: object) -> None:
             # An instance attribute hides the parameter during the forward pass. The parameter itself
             # stays registered, so the optimizer, the state dict and the order of parameters keep it.
@@ -77,6 +81,7 @@ class Rounding:
         ]
 
     def _rounded_input(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return a layer's input, rounded to 256 levels; in training mode, update its range first."""
         if x.dtype != torch.float32 or not x.numel():
             return x
         low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)

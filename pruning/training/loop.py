@@ -261,6 +261,7 @@ class _Training:
             self.best, self.best_score = copy.deepcopy(self.result.state_dict()), score
 
     def state(self) -> TrainingState:
+        """Return everything that a resumed training needs."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -274,6 +275,7 @@ class _Training:
         }
 
     def restore(self, state: TrainingState) -> None:
+        """Restore a state returned by `state`."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             assert state["average"] is not None
@@ -287,6 +289,7 @@ class _Training:
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer of the parameters that are not frozen; only weights have weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise PruningError("every parameter is frozen; set requires_grad=True on the parameters to train")
