@@ -1,8 +1,8 @@
-"""One HTML file in which a network says what is drawn: it runs in the page, without a server.
+"""Write one HTML file in which networks classify drawings; they run in the page, without a server.
 
-The exported network becomes a list of operations (`pruning.demo.program`), which a few hundred lines
-of JavaScript in the page run. The page checks itself: it computes what PyTorch computed on
-images that both know, and says how far apart they are.
+Each network is exported and lowered to a list of operations (`pruning.demo.program`), which a few
+hundred lines of JavaScript in the page run. The page compares its outputs with PyTorch's on stored
+images and shows the difference.
 """
 
 from pruning.demo.writer import Demo, Images, demo

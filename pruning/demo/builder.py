@@ -1,4 +1,4 @@
-"""Builds a program: the rules call the builder, which numbers arrays and turns views into strides."""
+"""Build a program: the rules call the builder, which numbers arrays and turns views into strides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shape: TypeAlias = Sequence[int]
 
 
 class UnsupportedOperation(Exception):
-    """An operation, or a variant of one, for which there is no rule."""
+    """Raised for an operation, or a variant of one, for which there is no rule."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Value:
     shape: Ints
 
 
-#: What a rule can read: a tensor of the program, or a constant.
+#: An input of an operation: a tensor of the program, or a constant.
 Operand: TypeAlias = Value | Tensor | float
 
 
 @dataclass
 class Builder:
-    """Collects the operations and the constants of a program."""
+    """Collect the operations and the constants of a program."""
 
     ops: list[Op] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
-    #: Stored tensors by id, each with its number; holding the tensor keeps its id from being reused.
+    #: Stored tensors and their numbers, by id; the reference to a tensor prevents the reuse of its id.
     _stored: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def value(self, x: Operand) -> Value:
-        """Return an operand as a value: numbers become constants, and so do tensors, each stored once."""
+        """Return an operand as a value; numbers and tensors become constants, each tensor stored once."""
         if isinstance(x, Value):
             return x
         if not isinstance(x, Tensor):
@@ -62,18 +62,18 @@ class Builder:
         return Value(len(self.ops), tuple(shape))
 
     def view(self, x: Operand, change: Callable[[Tensor], Tensor]) -> Value:
-        """Return the value that a function makes which only moves elements."""
+        """Return the result of a function that only selects, copies or reorders elements."""
         source = self.value(x)
         return self._copy(source, change(torch.empty(source.shape, device="meta")))
 
     def views(self, x: Operand, change: Callable[[Tensor], object]) -> object:
-        """Return what a function makes which only moves elements: one value, or a sequence of them."""
+        """Return the results of such a function (see `view`) with one output or a sequence of outputs."""
         source = self.value(x)
         parts = change(torch.empty(source.shape, device="meta"))
         return pytree.tree_map(lambda part: self._copy(source, part), parts)
 
     def _copy(self, x: Value, part: Tensor) -> Value:
-        """Copy a part of an array, or refer to the array where the part is all of it in order."""
+        """Copy a part of an array; if the part is the whole array in the same order, reuse the array."""
         shape = tuple(part.shape)
         offset = int(part.storage_offset())
         if part.is_contiguous() and not offset and part.numel() == math.prod(x.shape):
@@ -83,7 +83,7 @@ class Builder:
     def place(
         self, inputs: Sequence[Operand], shape: Shape, pieces: Sequence[Piece], fill: float | None = None
     ) -> Value:
-        """Copy a piece of each input into one array; `fill` is the value of all other elements."""
+        """Copy one piece of each input into a new array; `fill` is the value of all other elements."""
         merged = []
         for piece in pieces:
             dims, (read, write) = _merged(piece.dims, piece.read_strides, piece.write_strides)
@@ -92,7 +92,7 @@ class Builder:
         return self.emit(Place(math.prod(shape), tuple(merged)), [*inputs, *filled], shape)
 
     def pad(self, x: Operand, widths: Sequence[int], value: float = 0.0) -> Value:
-        """Pad with a constant, as `torch.nn.functional.pad` does; negative widths crop."""
+        """Pad with a constant, like `torch.nn.functional.pad`; negative widths crop."""
         source = self.value(x)
         around = [(0, 0)] * (len(source.shape) - len(widths) // 2)
         around += [(widths[i], widths[i + 1]) for i in range(len(widths) - 2, -1, -2)]
@@ -106,7 +106,7 @@ class Builder:
         return self.place([source], shape, [piece], fill=float(value))
 
     def zip(self, name: str, *operands: Operand) -> Value:
-        """Apply a function of `program.ZIPS` to elements, with broadcasting."""
+        """Apply a function of `program.ZIPS` to the elements of several operands, with broadcasting."""
         values = [self.value(x) for x in operands]
         shape = torch.broadcast_shapes(*(x.shape for x in values))
         strides = [torch.empty(x.shape, device="meta").expand(shape).stride() for x in values]
@@ -123,7 +123,7 @@ class Builder:
         return self.emit(Rows(name, size, eps), [x], shape)
 
     def linear(self, x: Value, weight: Value, bias: Operand | None) -> Value:
-        """Multiply (..., inputs) by a weight (outputs, inputs): a convolution of images of one pixel."""
+        """Multiply (..., inputs) by a weight (outputs, inputs), as a convolution of one-pixel images."""
         outputs, inputs = weight.shape
         images, one = math.prod(x.shape[:-1]), (1, 1)
         conv = Conv(images, 1, (inputs, outputs), size=one, kernel=one, stride=one, dilation=one, out=one)
@@ -131,7 +131,7 @@ class Builder:
 
 
 def with_bias(x: Operand, weight: Operand, bias: Operand | None) -> list[Operand]:
-    """Return the inputs of a convolution."""
+    """Return the inputs of a convolution, with the bias if there is one."""
     return [x, weight] if bias is None else [x, weight, bias]
 
 
@@ -141,7 +141,7 @@ def strides_of(shape: Shape) -> Ints:
 
 
 def _merged(shape: Shape, *strides: Sequence[int]) -> tuple[Ints, tuple[Ints, ...]]:
-    """Merge dimensions that are walked in one go with each of the strides; at least one remains."""
+    """Merge adjacent dimensions that are contiguous under all given strides; at least one remains."""
     dims: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for axis, size in enumerate(shape):

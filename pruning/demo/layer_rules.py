@@ -1,4 +1,4 @@
-"""The rules of layers: convolutions, matrix products, pooling and norms (see `pruning.demo.rules`)."""
+"""Lowering rules of layers: convolutions, matrix products, pooling and norms (see `pruning.demo.rules`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from pruning.demo.builder import Builder, Operand, Shape, UnsupportedOperation, Value, with_bias
 from pruning.demo.program import Conv, Matmul, Pair, Pool, Window
 
-#: What a rule returns: a value or a constant; several for operations with several outputs, with
-#: None for outputs that no rule computes.
+#: The result of a rule: a value or a constant. A rule for an operation with several outputs returns a
+#: tuple, with None for outputs that it does not compute.
 Lowered: TypeAlias = Value | Tensor | tuple[Value | None, ...]
-#: Takes the builder, the shape of the output, and the operation's arguments.
+#: A function of the builder, the shape of the output, and the arguments of the operation.
 Rule: TypeAlias = Callable[..., Lowered]
-#: A setting of two axes, of which one number can stand for both.
+#: A setting of both axes of an image: one number for both, or one per axis.
 PerAxis: TypeAlias = int | Sequence[int]
 
 
 def _pair(setting: PerAxis) -> Pair:
-    """Return a setting for each of the two axes."""
+    """Return a setting as one number per axis."""
     if isinstance(setting, int):
         return setting, setting
     return setting[0], setting[-1]
@@ -73,7 +73,7 @@ def _matmul(b: Builder, shape: Shape, x: Operand, y: Operand) -> Value:
 def _pool(
     b: Builder, name: str, shape: Shape, x: Operand, windows: Sequence[Sequence[Window]], step: Pair = (1, 1)
 ) -> Value:
-    """Pool over windows along the two axes."""
+    """Pool over windows along the height and the width."""
     x = b.value(x)
     *planes, height, width = x.shape
     both = tuple(tuple(axis) for axis in windows)
@@ -100,7 +100,7 @@ def _average_pool(
 ) -> Value:  # fmt: skip
     kernel, strides, pads = map(_pair, (kernel_size, stride or kernel_size, padding))
     size = b.value(x).shape[-2:]
-    # The divisor of a window is the product over both axes, so one axis gives an override, the other 1.
+    # The divisor of a window is the product of both axes' divisors; an override is given to one axis.
     overrides = (divisor_override, None if divisor_override is None else 1)
     axes = []
     for k, s, p, length, count, override in zip(
@@ -124,14 +124,14 @@ def _adaptive(b: Builder, name: str, shape: Shape, x: Operand) -> Value:
 
 
 def _affine(b: Builder, x: Value, weight: Operand | None, bias: Operand | None, shape: Shape) -> Value:
-    """Scale and shift by factors and addends that are brought to `shape` first."""
+    """Multiply by a weight and add a bias, both first reshaped to `shape`."""
     if weight is not None:
         x = b.zip("multiply", x, b.view(weight, lambda t: t.reshape(shape)))
     return x if bias is None else b.zip("add", x, b.view(bias, lambda t: t.reshape(shape)))
 
 
 def _by_channel(channels: int, shape: Shape) -> Shape:
-    """Return the shape of one number per channel that broadcasts to an output (N, C, ...)."""
+    """Return the shape that broadcasts one number per channel over an output (N, C, ...)."""
     return (channels, *[1] * (len(shape) - 2))
 
 
@@ -155,7 +155,7 @@ def _batch_norm(
     b: Builder, shape: Shape, x: Operand, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
     variance: Tensor, momentum: float, eps: float,
 ) -> tuple[Value, None, None]:  # fmt: skip
-    """Lower a BatchNorm that could not be folded: a factor and an addend for each channel."""
+    """Lower a BatchNorm that could not be folded to one factor and one addend per channel."""
     factor = (variance + eps).rsqrt() * (1 if weight is None else weight)
     addend = (0 if bias is None else bias) - mean * factor
     return _affine(b, b.value(x), factor, addend, _by_channel(len(mean), shape)), None, None
@@ -165,14 +165,14 @@ def _instance_norm(
     b: Builder, shape: Shape, x: Operand, weight: Operand | None, bias: Operand | None, training: bool,
     momentum: float, eps: float,
 ) -> tuple[Value, None, None]:  # fmt: skip
-    """Lower a norm of each channel over its own positions; InstanceNorm is exported as this."""
+    """Lower an InstanceNorm, which is exported as a BatchNorm that uses the statistics of its input."""
     if shape[0] != 1:
         raise UnsupportedOperation("norms over batches")
     rows = b.rows("normalise", x, math.prod(shape[2:]), shape, eps)
     return _affine(b, rows, weight, bias, _by_channel(shape[1], shape)), None, None
 
 
-#: Rules by the name of the ATen operation, a part of `pruning.demo.rules.RULES`.
+#: Rules by the name of the ATen operation; `pruning.demo.rules.RULES` includes them.
 LAYERS: dict[str, Rule] = {
     "convolution": _convolution,
     "addmm": _addmm,

@@ -1,4 +1,4 @@
-"""Lowers a model to its program: each node of torch.export's core ATen graph by a rule."""
+"""Lower a model to a program: apply one rule to each node of torch.export's core ATen graph."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
         return _lower(exported, example)
     except UnsupportedOperation as unsupported:
         raise ExportError(
-            f"{name} cannot become a list of operations: there is no rule for {unsupported}; replace it in "
-            "the model, or add a row to pruning.demo.rules.RULES"
+            f"{name} cannot be lowered to a program: there is no rule for {unsupported}; replace it in the "
+            "model, or add a rule to pruning.demo.rules.RULES"
         ) from None
 
 
 def _lower(exported: ExportedProgram, example: Tensor) -> Program:
+    """Return the program of an exported graph whose single output depends on the input."""
     builder = Builder()
     known: dict[str, object] = {}
     for spec in exported.graph_signature.input_specs:
@@ -82,7 +83,7 @@ def _lower(exported: ExportedProgram, example: Tensor) -> Program:
 
 
 def _apply(builder: Builder, node: torch.fx.Node, args: Sequence, kwargs: Mapping[str, object]) -> object:
-    """Return what a node computes: a value, or a constant where nothing in it depends on the input."""
+    """Return the result of a node: a value, or a constant if no argument depends on the input."""
     target = node.target
     if target is operator.getitem:
         return args[0][args[1]]
@@ -90,11 +91,11 @@ def _apply(builder: Builder, node: torch.fx.Node, args: Sequence, kwargs: Mappin
         raise UnsupportedOperation(str(target))
     name = target._schema.name.removeprefix("aten::")
     if torch.Tag.nondeterministic_seeded in target.tags:
-        raise UnsupportedOperation(f"{name}, which draws at random")
+        raise UnsupportedOperation(f"{name}, which draws random numbers")
     if not any(isinstance(leaf, Value) for leaf in pytree.tree_leaves((args, kwargs))):
         return target(*args, **kwargs)
-    made = node.meta.get("val")
-    first = made[0] if isinstance(made, list | tuple) else made
+    result = node.meta.get("val")
+    first = result[0] if isinstance(result, list | tuple) else result
     if isinstance(first, Tensor) and first.dtype not in (torch.float32, torch.bool):
         raise UnsupportedOperation(f"{name} of {str(first.dtype).removeprefix('torch.')}")
     if name in RULES:

@@ -1,14 +1,14 @@
-"""A network as a list of plain operations on flat arrays, for runtimes that have no tensors.
+"""Represent a network as a list of operations on flat arrays, for runtimes without tensors.
 
     {"constants": [36, 4, ...], "input": 784, "output": 9, "ops": [
         {"kind": "conv", "in": [0, -1, -2], "length": 2704, "groups": 1, "channels": [1, 4], ...},
         {"kind": "pool", "in": [1], "length": 676, "name": "max", ...}, ...]}
 
-Every array is contiguous float32 of a known length. The shapes of all tensors are known, so whatever
-depends on them is computed beforehand: views disappear, broadcasting and permutations become strides,
-padding and pooling windows become numbers. Seven kinds of loops remain. `program.js` runs them in a
-browser, `Program.__call__` with torch. Operation i writes array i + 1; array 0 is the input; negative
-numbers are constants, the first of them -1.
+Every array is contiguous float32 of a known length. The shapes of all tensors are known, so everything
+that depends on shapes is computed in advance: views disappear, broadcasting and permutations become
+strides, padding and pooling windows become numbers. Seven kinds of loops remain. `program.js` runs them
+in a browser, `Program.__call__` runs them with torch. Arrays are numbered: array 0 is the input,
+operation i (from 0) writes array i + 1, and constant i has the number -1 - i.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ints: TypeAlias = tuple[int, ...]
 #: Start, stop and divisor of a pooling window along one axis.
 Window: TypeAlias = tuple[int, int, int]
 
-#: Elementwise functions of one array, by the name that `Map` gives.
+#: Elementwise functions of one array, by name; used by `Map`.
 MAPS: dict[str, Callable[..., Tensor]] = {
     "clamp": lambda x, low, high: x.clamp(low, high),
     "leaky_relu": F.leaky_relu,
@@ -36,13 +36,13 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "exp", "log", "log1p", "sqrt", "rsqrt",
                                                "abs", "neg", "reciprocal", "erf", "logical_not")},
 }  # fmt: skip
-#: Elementwise functions of several arrays, by the name that `Zip` gives.
+#: Elementwise functions of several arrays, by name; used by `Zip`.
 ZIPS: dict[str, Callable[..., Tensor]] = {
     "where": lambda choice, x, other: torch.where(choice != 0, x, other),
     **{name: getattr(torch, name) for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum",
                                                "pow", "eq", "ne", "gt", "ge", "lt", "le")},
 }  # fmt: skip
-#: Functions of each row, (rows, size) to (rows,) or (rows, size), by the name that `Rows` gives.
+#: Functions of rows, from (rows, size) to (rows,) or (rows, size), by name; used by `Rows`.
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: x.sum(1),
     "mean": lambda x: x.mean(1),
@@ -55,7 +55,7 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Conv:
-    """A 2-d convolution without padding: images, weight and an optional bias."""
+    """A 2-d convolution without padding; its inputs are images, a weight and an optional bias."""
 
     kind: ClassVar = "conv"
     images: int
@@ -76,7 +76,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Matmul:
-    """A product of matrices, (batch, rows, inner) by (batch, inner, columns)."""
+    """A batched matrix product, (batch, rows, inner) by (batch, inner, columns)."""
 
     kind: ClassVar = "matmul"
     batch: int
@@ -90,7 +90,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Map:
-    """A function of `MAPS`, applied to each element with some numbers."""
+    """A function of `MAPS`, applied to each element, with the numbers `values` as parameters."""
 
     kind: ClassVar = "map"
     name: str
@@ -102,7 +102,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Zip:
-    """A function of `ZIPS`, applied to the elements of several arrays, each read with its own strides."""
+    """A function of `ZIPS`, applied to the elements of several arrays, each array with its own strides."""
 
     kind: ClassVar = "zip"
     name: str
@@ -116,7 +116,7 @@ class Zip:
 
 @dataclass(frozen=True)
 class Piece:
-    """A strided copy: dimensions, and where reading and writing start and how they advance."""
+    """A strided copy: its dimensions, and the offsets and strides of reading and writing."""
 
     dims: Ints
     read_offset: int
@@ -127,7 +127,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Strided copies into one array, a piece of each input; a further input fills what they leave."""
+    """Strided copies into one array, one piece per input; one more input fills the other elements."""
 
     kind: ClassVar = "place"
     length: int
@@ -145,7 +145,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Pool:
-    """The `max` or `mean` of windows; a mean is divided by the divisors of both axes."""
+    """The `max` or `mean` over windows; a mean is the sum divided by the divisors of both axes."""
 
     kind: ClassVar = "pool"
     name: str
@@ -187,7 +187,7 @@ LOOPS: tuple[type[Loop], ...] = (Conv, Matmul, Map, Zip, Place, Pool, Rows)
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: a loop, the numbers of the arrays that it reads, and how much it writes."""
+    """One operation: a loop, the numbers of the arrays that it reads, and the length of its output."""
 
     loop: Loop
     inputs: Ints
@@ -201,7 +201,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """What a network computes for one example, as plain data.
+    """The computation of a network for one example, as plain data.
 
     Attributes:
         input: length of the input array.
@@ -225,25 +225,25 @@ class Program:
     output: int
 
     def to_json(self) -> dict[str, object]:
-        """Return the program as plain data; the values of its constants are in `weights`."""
+        """Return the program as plain data, without the values of its constants (see `weights`)."""
         lengths = [len(constant) for constant in self.constants]
         ops = [op.to_json() for op in self.ops]
         return {"constants": lengths, "input": self.input, "output": self.output, "ops": ops}
 
     @property
     def weights(self) -> bytes:
-        """The values of all constants, one after the other, as little-endian float32."""
+        """Return the values of all constants, concatenated, as little-endian float32."""
         return b"".join(constant.numpy().astype("<f4").tobytes() for constant in self.constants)
 
     @property
     def probabilities(self) -> bool:
-        """Whether the outputs are probabilities already."""
+        """Return whether the outputs are probabilities, because the last operation is a softmax."""
         last = self.ops[self.output - 1].loop if self.output > 0 else None
         return isinstance(last, Rows) and last.name == "softmax"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the flat output for one example (1, ...): what the page must compute."""
-        arrays = [x.detach().flatten().clone()]  # strides count from the beginning of a storage
+        """Return the flat output for one example (1, ...), the reference for the page."""
+        arrays = [x.detach().flatten().clone()]  # as_strided counts offsets from the start of the storage
 
         def read(number: int) -> Tensor:
             return arrays[number] if number >= 0 else self.constants[-1 - number]

@@ -1,8 +1,8 @@
-"""Rules: what an ATen operation becomes in a program.
+"""Lowering rules: each translates an ATen operation to operations of a program.
 
-A rule takes the builder, the shape of the output and the operation's arguments. It returns a value, or
-a tensor where the output does not depend on the input. `pruning.demo.layer_rules` has the rules of
-layers.
+A rule is a function of the builder, the shape of the output and the operation's arguments. It returns
+a value, or a tensor if the output does not depend on the input. `pruning.demo.layer_rules` has the
+rules of layers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _clamp(
     b: Builder, shape: Shape, x: Operand, min: Operand | None = None, max: Operand | None = None
 ) -> Value:
     if isinstance(min, Tensor | Value) or isinstance(max, Tensor | Value):
-        raise UnsupportedOperation("clamp between tensors")
+        raise UnsupportedOperation("clamp with tensors as bounds")
     bounds = (None if bound is None or math.isinf(bound) else bound for bound in (min, max))
     return b.map("clamp", x, *bounds)
 
@@ -98,9 +98,9 @@ def _narrow(b: Builder, x: Value, dim: int, start: int, length: int) -> Value:
 
 
 def _reduce(name: str, indices: bool = False) -> Rule:
-    """Reduce over dimensions, which are moved to the end.
+    """Return a rule that moves the reduced dimensions to the end and reduces over them.
 
-    `indices` is for operations that also return indices along a dimension; no rule computes those.
+    With `indices` the operation also returns indices along a dimension; the rule returns None for them.
     """
 
     def rule(
@@ -111,24 +111,24 @@ def _reduce(name: str, indices: bool = False) -> Rule:
         reduced = [axis % len(x.shape) for axis in axes]
         kept = [axis for axis in range(len(x.shape)) if axis not in reduced]
         ordered = b.view(x, lambda t: t.permute(*kept, *sorted(reduced)))
-        made = b.rows(name, ordered, math.prod(x.shape[axis] for axis in reduced), shape)
-        return (made, None) if indices and dim is not None else made
+        result = b.rows(name, ordered, math.prod(x.shape[axis] for axis in reduced), shape)
+        return (result, None) if indices and dim is not None else result
 
     return rule
 
 
 def _along(name: str) -> Rule:
-    """Apply a function to rows along one dimension; the rows keep their length."""
+    """Return a rule that applies a function along one dimension and keeps the shape."""
 
     def rule(b: Builder, shape: Shape, x: Operand, dim: int, *_: object) -> Value:
         moved = b.view(x, lambda t: t.movedim(dim, -1))
-        made = b.rows(name, moved, shape[dim], moved.shape)
-        return b.view(made, lambda t: t.movedim(-1, dim))
+        result = b.rows(name, moved, shape[dim], moved.shape)
+        return b.view(result, lambda t: t.movedim(-1, dim))
 
     return rule
 
 
-#: Rules by the name of the ATen operation. Views need none. To support another operation, add a row.
+#: Rules by the name of the ATen operation. Views need no rule. To support another operation, add its rule.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("clone", "alias", "detach", "contiguous", "lift_fresh_copy"), _same),
     "_to_copy": lambda b, shape, x, dtype=None, **_: b.zip("ne", x, 0) if dtype is torch.bool else x,

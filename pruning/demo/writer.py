@@ -1,4 +1,4 @@
-"""Writes the page: what networks take (`Images`), the check of their programs, and the HTML file."""
+"""Write the page: describe the input images (`Images`), check the programs, and write the HTML file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pruning.utils.files import replace_file
 from pruning.utils.html import render
 from pruning.utils.modules import copied
 
-#: Thickness of the pen, in pixels of a 28 x 28 image; tuned on the embedded validation digits.
+#: Width of the pen, in pixels of a 28 x 28 image; tuned on the embedded validation digits.
 PEN = 2.4
 #: Number of noise images on which the page checks its networks.
 NOISE_IMAGES = 3
-#: Most bytes of weights in a page: browsers do not open much longer files.
+#: Largest size of all weights in a page, in bytes; browsers do not open much larger files.
 MAX_BYTES = 300_000_000
 
 
@@ -49,9 +49,9 @@ class Demo:
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {' and '.join(self.networks)}, {self.size:,} bytes; the page's operations give "
-            f"PyTorch's outputs to {self.difference:.1e} of the largest (tolerance {TOLERANCE:g}). "
-            "Open it in a browser"
+            f"{self.path}: {' and '.join(self.networks)}, {self.size:,} bytes; the outputs of its programs "
+            f"are within {self.difference:.1e} of PyTorch's, relative to the largest (tolerance "
+            f"{TOLERANCE:g}). Open it in a browser"
         )
 
 
@@ -61,13 +61,13 @@ class Images:
 
     Args:
         shape: (C, H, W), with 1 or 3 channels.
-        mean: mean of each channel, of pixels from 0 to 1.
-        std: standard deviation of each channel.
+        mean: mean of each channel, for pixels from 0 to 1.
+        std: standard deviation of each channel, for pixels from 0 to 1.
         examples: images to click on: pixels (C, H, W), uint8, and the number of the class.
 
     Raises:
         PruningError: If the number of channels is not 1 or 3, or if `mean` and `std` do not have one
-            number per channel, the latter positive.
+            number per channel, or if a standard deviation is not positive.
 
     Example:
         >>> import torch
@@ -95,12 +95,12 @@ class Images:
             )
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (C, H, W) to a batch (1, C, H, W), as the page does."""
+        """Return pixels (C, H, W) as a normalised batch (1, C, H, W), computed as in the page."""
         mean, std = (np.array(each, dtype=np.float64).reshape(-1, 1, 1) for each in (self.mean, self.std))
         return torch.from_numpy(((pixels.numpy() / 255 - mean) / std).astype(np.float32))[None]
 
     def noise(self) -> list[Tensor]:
-        """Return random pixels, always the same: demo.js makes the same ones."""
+        """Return noise images from a fixed seed; demo.js generates the same ones."""
         state, values = 1, []
         for _ in range(NOISE_IMAGES * int(np.prod(self.shape))):
             state = (state * 1664525 + 1013904223) % 2**32
@@ -109,9 +109,9 @@ class Images:
 
 
 class Network(TypedDict):
-    """What the page holds of a network.
+    """The data of a network in the page.
 
-    `weights` is in base64; `expected` has PyTorch's outputs on the noise and on the examples.
+    `weights` is in base64; `expected` holds PyTorch's outputs on the noise images and on the examples.
     """
 
     name: str
@@ -133,24 +133,24 @@ def demo(
     classes: Sequence[str] | None = None,
     facts: Mapping[str, object] | None = None,
 ) -> Demo:
-    """Write a page in which networks classify what is drawn, side by side.
+    """Write a page in which several networks classify what the user draws.
 
     Args:
-        networks: classifiers by the name that the page shows, the main one last. They are not changed.
+        networks: classifiers, by the name that the page shows; the main one last. They are not changed.
         path: the file to write; it is replaced if it exists.
-        images: what the networks take.
+        images: description of the networks' input images.
         title: title of the page, by default the names of the networks.
         classes: names of the classes in order, by default their numbers.
-        facts: plain data on how networks were made, by their names; shown at the end.
+        facts: provenance of the networks as plain data, by name; shown at the end of the page.
 
     Returns:
-        What was written.
+        The page that was written.
 
     Raises:
         ExportError: If a network cannot be traced, or has an operation without a rule. The message names
             the operation.
-        PruningError: If a network is not a classifier of such images, or if classes do not match.
-            Nothing is written in either case.
+        PruningError: If a network is not a classifier of such images, or if the numbers of classes
+            differ. Nothing is written in either case.
 
     Example:
         >>> import tempfile
@@ -179,11 +179,13 @@ def demo(
     }
     page = render(Path(__file__).with_name("demo.html"), values).encode()
     replace_file(path, page)
-    return Demo(Path(path), tuple(networks), len(page), max([0.0, *(apart for _, apart in converted)]))
+    return Demo(
+        Path(path), tuple(networks), len(page), max([0.0, *(difference for _, difference in converted)])
+    )
 
 
 def _data(networks: list[Network], images: Images, classes: list[str]) -> dict[str, object]:
-    """Return what the page's script reads."""
+    """Return the data that the page's script reads."""
     return {
         "input": {"shape": list(images.shape), "mean": list(images.mean), "std": list(images.std)},
         "classes": classes,
@@ -199,10 +201,13 @@ def _data(networks: list[Network], images: Images, classes: list[str]) -> dict[s
 
 
 def _class_names(networks: Sequence[Network], images: Images, classes: Sequence[str] | None) -> list[str]:
-    """Check the weights and the numbers of classes together, and return the names of the classes."""
+    """Check the total size of the weights and the numbers of classes, and return the class names."""
     weights = sum(network["bytes"] for network in networks)
     if weights > MAX_BYTES:
-        raise PruningError(f"{weights:,} bytes of weights are too many for a page, which holds {MAX_BYTES:,}")
+        raise PruningError(
+            f"{weights:,} bytes of weights are too many for a page, which holds at most {MAX_BYTES:,}: give "
+            "fewer or smaller networks"
+        )
     sizes = {network["name"]: len(network["expected"][0]) for network in networks}
     given = [f"{name}: {size}" for name, size in sizes.items()]
     if classes is not None:
@@ -210,25 +215,25 @@ def _class_names(networks: Sequence[Network], images: Images, classes: Sequence[
     different = {*sizes.values(), *(() if classes is None else (len(classes),))}
     if len(different) > 1:
         raise PruningError(
-            f"the numbers of classes differ: {', '.join(given)}; give networks of the same classes, and one "
-            "name for each"
+            f"the numbers of classes differ: {', '.join(given)}; give networks with the same classes, "
+            "and one name per class"
         )
     names = list(classes) if classes is not None else [str(i) for i in range(*different)]
     if any(truth >= len(names) for _, truth in images.examples):
         raise PruningError(
-            f"the test images have more classes than the networks, {len(names)}; give the data that the "
+            f"the test images have more classes than the networks ({len(names)}); give the data that the "
             "networks were trained on"
         )
     return names
 
 
 def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Network, float]:
-    """Return what the page holds of a network, and the largest difference of its program from it."""
-    whole = copied(model).cpu().float().eval().requires_grad_(False)
+    """Return the data of a network, and the largest relative difference of its program's outputs."""
+    reference = copied(model).cpu().float().eval().requires_grad_(False)
     try:
         with torch.no_grad():
-            expected = [whole(x) for x in inputs]
-    except Exception as error:  # of the user's model
+            expected = [reference(x) for x in inputs]
+    except Exception as error:  # the user's model can fail in any way
         raise PruningError(
             f"{name} does not run on inputs of shape {tuple(inputs[0].shape[1:])}: {first_line(error)}"
         ) from error
@@ -238,13 +243,15 @@ def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Net
         raise PruningError(
             f"{name} is not a classifier: outputs (N, classes) were expected, it returns {got}"
         )
-    ready = folded(whole, [inputs[0]])
+    ready = folded(reference, [inputs[0]])
     program = program_of(ready, inputs[0])
-    apart = max(relative_difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True))
-    if not apart <= TOLERANCE:
+    difference = max(
+        relative_difference(y.flatten(), program(x)) for x, y in zip(inputs, expected, strict=True)
+    )
+    if not difference <= TOLERANCE:
         raise ExportError(
-            f"{name}: its operations differ from the model by {apart:.1e} of the largest output (tolerance "
-            f"{TOLERANCE:g}). Does the model take a Python value from a tensor?"
+            f"{name}: the outputs of its program differ from the model's by {difference:.1e} of the largest "
+            f"(tolerance {TOLERANCE:g}). Does the model take a Python value from a tensor?"
         )
     cost = count(ready, inputs[0])
     network = Network(
@@ -257,7 +264,7 @@ def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Net
         weights=_encode(program.weights),
         expected=[[float(f"{value:.9g}") for value in y.flatten().tolist()] for y in expected],
     )
-    return network, apart
+    return network, difference
 
 
 def _encode(content: bytes) -> str:

@@ -1,6 +1,6 @@
-"""Run a model elsewhere: exported files, int8, timing.
+"""Deploy a model: export it to other runtimes, quantize it to int8, and time it.
 
-`export` and `quantize` are in the files of these names.
+`export` and `quantize` are defined in the files of the same names.
 """
 
 from pruning.deploy.export import Export

@@ -1,4 +1,4 @@
-"""Write a network as a file that runs without its code, checked before it takes its name."""
+"""Export a network to a file that runs without its Python code, and check the file."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 #: The file name extension of each format.
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}
 
-#: Largest difference between the outputs of file and model, relative to the model's largest output.
+#: Largest allowed difference between the outputs of file and model, relative to the model's largest output.
 TOLERANCE = 1e-5
 
-#: The batch sizes at which they are compared.
+#: The batch sizes at which the outputs of file and model are compared.
 CHECKED = (1, 3)
 
 #: Plain data stored in the file, by name.
@@ -51,11 +51,13 @@ Metadata: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Export:
-    """A file that was written and checked.
+    """An exported file that was written and checked.
 
     Attributes:
-        size: in bytes.
-        difference: the largest one between the outputs of file and model, relative to the model's
+        path: path of the file.
+        format: format of the file, a key of `SUFFIXES`.
+        size: size of the file in bytes.
+        difference: largest difference between the outputs of file and model, relative to the model's
             largest output.
     """
 
@@ -81,23 +83,26 @@ def export(
     *,
     metadata: Metadata | None = None,
 ) -> Export:
-    """Write a model as a file for another runtime, with BatchNorm folded, for batches of any size.
+    """Export a model to a file for another runtime, with BatchNorm folded and a dynamic batch size.
 
-    Before the file takes its name, it is opened in that runtime and compared with the model, on
-    noise at each batch size of `CHECKED`.
+    The file is first written under a temporary name, opened in that runtime, and compared with the
+    model on noise at each batch size of `CHECKED`. Only then does it replace the file at `path`.
 
     Args:
-        model: left as it is; exported in eval mode, on the CPU.
-        path: replaced where it exists.
+        model: the model, exported in eval mode on the CPU; it is not changed.
+        path: path of the file; an existing file is replaced.
         example_inputs: a tensor, or a sequence of tensors, with a batch dimension first.
         format: `onnx`, `pt2` (torch.export) or `torchscript`.
-        metadata: plain data to store in the file, by name. The input's shape without the
-            batch, the number of classes and torch's version are added.
+        metadata: plain data to store in the file, by name. The input's shape without the batch, the
+            number of classes and torch's version are added.
+
+    Returns:
+        The path, the size and the measured difference of the file.
 
     Raises:
-        ExportError: when a package is not installed, when the model cannot be exported (an operation
-            that the exporter lacks is named) or fixes the batch size, and when the outputs differ;
-            then nothing is left behind, and an existing file stays as it was.
+        ExportError: if a package is not installed, if the model cannot be exported (the message names
+            an operation that the exporter does not support), if the model fixes the batch size, or if
+            the outputs differ. Then nothing is written, and an existing file is not changed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "net.torchscript"
@@ -123,12 +128,17 @@ def export(
 
 
 def _examples(example_inputs: Tensor | Sequence[Tensor], format: str) -> list[Tensor]:
-    """Return the example inputs as a list on the CPU, after checking that `export` can start."""
+    """Check the format and the example inputs, and return the inputs as a list on the CPU."""
     if format not in _WRITERS:
         raise ExportError(f"format {format!r} is unknown; there are: {', '.join(_WRITERS)}")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
     if not examples or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in examples):
-        raise ExportError("export needs example inputs that are tensors with a batch dimension")
+        kinds = ", ".join(
+            str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in examples
+        )
+        raise ExportError(
+            f"export needs example inputs that are tensors with a batch dimension, got {kinds or 'none'}"
+        )
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require_package(package)
@@ -136,7 +146,7 @@ def _examples(example_inputs: Tensor | Sequence[Tensor], format: str) -> list[Te
 
 
 def _noise(examples: list[Tensor], size: int) -> list[Tensor]:
-    """Return inputs of a batch size: always the same noise; integers repeat those of the first example."""
+    """Return inputs of a batch size: noise from a fixed seed; integer inputs repeat the first example."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for x in examples:
@@ -152,9 +162,9 @@ def _outputs(model: nn.Module, batches: list[list[Tensor]]) -> list[object]:
     """Return the model's outputs on each batch."""
     try:
         with torch.no_grad():
-            running = copied(model)  # exporters may take what a pass leaves in a model for constants
+            running = copied(model)  # exporters may treat tensors that a pass stores in a model as constants
             return [running(*batch) for batch in batches]
-    except Exception as error:  # of the user's model
+    except Exception as error:  # the user's model can fail in any way
         shapes = ", ".join(str(tuple(x.shape[1:])) for x in batches[0])
         raise ExportError(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}"
@@ -162,7 +172,7 @@ def _outputs(model: nn.Module, batches: list[list[Tensor]]) -> list[object]:
 
 
 def _metadata(examples: list[Tensor], outputs: object, given: Metadata) -> dict[str, object]:
-    """Return the metadata to store: shapes, number of classes and torch's version, and what is given."""
+    """Return the metadata to store: input shape, number of classes, torch's version, and the given data."""
     shapes = [list(x.shape[1:]) for x in examples]
     facts: dict[str, object] = {"input_shape": shapes if len(shapes) > 1 else shapes[0]}
     if isinstance(outputs, Tensor) and outputs.ndim == 2:
@@ -171,7 +181,9 @@ def _metadata(examples: list[Tensor], outputs: object, given: Metadata) -> dict[
     try:
         json.dumps(facts)
     except (TypeError, ValueError) as error:
-        raise ExportError(f"the metadata is not plain data: {error}") from error
+        raise ExportError(
+            f"the metadata cannot be stored as JSON ({error}): give dicts, lists, numbers and strings"
+        ) from error
     return facts
 
 
@@ -191,48 +203,50 @@ def _converted(model: nn.Module, batch: list[Tensor], format: str, facts: Metada
 
 
 def _checked_difference(path: str | Path, exported: Exported, batch: list[Tensor], expected: object) -> float:
-    """Return how far the file's outputs are from the model's; raise where that is too far."""
+    """Return the relative difference of the file's outputs; raise `ExportError` above `TOLERANCE`."""
     size = len(batch[0])
     try:
-        apart = relative_difference(expected, exported(*batch))
-    except Exception as error:  # of a runtime, which can fail in any way
-        raise ExportError(f"{path}: it fails at batch {size}: {first_line(error)}") from error
-    if not apart <= TOLERANCE:
+        difference = relative_difference(expected, exported(*batch))
+    except Exception as error:  # a runtime can fail in any way
         raise ExportError(
-            f"{path} was not written: at batch {size} its outputs differ from the model's by "
-            f"{apart:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
+            f"{path} was not written: it fails at batch size {size}: {first_line(error)}"
+        ) from error
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"{path} was not written: at batch size {size} its outputs differ from the model's by "
+            f"{difference:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
             "a Python value from a tensor, or draw at random?"
         )
-    return apart
+    return difference
 
 
 def folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
     """Return the model with BatchNorm folded; the model itself where it has none, without tracing it."""
     if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         return model
-    # A trace leaves frozen layers out of the groups, but finds the norms behind them.
+    # The groups of a trace lack frozen layers, but the trace still finds the norms that follow them.
     return fold_batchnorm(model, trace(model, batch)).requires_grad_(False)
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return why an exporter failed, in one line: the first error of the chain that led to it."""
+    """Return the reason why an exporter failed, in one line: the error that caused all others."""
     chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(before)
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
     for link in chain:
-        lacking = re.search(r"No (?:ONNX function|decompositions?) .*?op='([\w:.]+)'", str(link))
-        if lacking:
-            return f"the exporter lacks the operation {lacking[1]}; replace it in the model"
+        unsupported = re.search(r"No (?:ONNX function|decompositions?) .*?op='([\w:.]+)'", str(link))
+        if unsupported:
+            return f"the exporter does not support the operation {unsupported[1]}; replace it in the model"
     if any(
         "marked batch as dynamic" in str(link) or "Constraints violated (batch)" in str(link)
         for link in chain
     ):
-        return "its code fixes the batch size: take sizes from x.shape (len(x) is a fixed number)"
+        return "its code fixes the batch size: use x.shape[0], not len(x), which is a constant when exported"
     return f"{type(error).__name__}: {first_line(chain[-1])}"
 
 
 def _to_onnx(model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata) -> bytes:
-    """Return the program as an ONNX model, without paths of this machine."""
+    """Return the program as an ONNX model, without the paths of source files."""
     onnx = require_package("onnx")
     numbers = [""] if len(batch) == 1 else [f"_{i + 1}" for i in range(len(batch))]
     outputs = len(tensors(model(*batch)))
@@ -247,7 +261,7 @@ def _to_onnx(model: nn.Module, program: ExportedProgram, batch: list[Tensor], fa
     assert converted is not None
     proto = converted.model_proto
     _activate_before_pooling(proto.graph)
-    # Every node names the line of code that it comes from: half of the size of a small file.
+    # Every node stores the source line that it comes from; this doubles the size of a small file.
     for part in (proto, proto.graph, *proto.functions):
         del part.metadata_props[:]
     values = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer)
@@ -260,35 +274,35 @@ def _to_onnx(model: nn.Module, program: ExportedProgram, batch: list[Tensor], fa
 
 
 def _activate_before_pooling(graph: GraphProto) -> None:
-    """Turn Conv, MaxPool, ReLU into Conv, ReLU, MaxPool, in place; the outputs stay the same.
+    """Turn Conv, MaxPool, ReLU into the equivalent Conv, ReLU, MaxPool, in place.
 
-    PyTorch runs the first order faster. ONNX Runtime fuses a ReLU with the convolution before
-    it, where it costs nothing.
+    PyTorch runs the first order faster. ONNX Runtime runs the second faster: it fuses a ReLU with the
+    convolution before it, at no cost.
     """
     readers: dict[str, list[int]] = {}
     for place, node in enumerate(graph.node):
         for name in node.input:
             readers.setdefault(name, []).append(place)
     makers = {name: node for node in graph.node for name in node.output}
-    visible = {value.name for value in graph.output}
+    graph_outputs = {value.name for value in graph.output}
     for place, pool in enumerate(graph.node):
         if pool.op_type != "MaxPool" or len(pool.output) > 1:
             continue
         source, between = pool.input[0], pool.output[0]
-        behind = readers.get(between, [])
-        only_reader = readers[source] == [place] and len(behind) == 1 and not {source, between} & visible
-        if not only_reader or graph.node[behind[0]].op_type != "Relu":
+        after = readers.get(between, [])
+        is_chain = readers[source] == [place] and len(after) == 1 and not {source, between} & graph_outputs
+        if not is_chain or graph.node[after[0]].op_type != "Relu":
             continue
         if source not in makers or makers[source].op_type != "Conv":
             continue
-        relu = graph.node[behind[0]]
+        relu = graph.node[after[0]]
         first, second = copy.deepcopy(relu), copy.deepcopy(pool)
         first.input[0], first.output[0] = source, between
         second.input[0], second.output[0] = between, relu.output[0]
         pool.CopyFrom(first)
         relu.CopyFrom(second)
         outdated = [i for i, value in enumerate(graph.value_info) if value.name == between]
-        for i in reversed(outdated):  # the value between the two has another shape now
+        for i in reversed(outdated):  # the shape of the value between the two has changed
             del graph.value_info[i]
 
 
@@ -296,8 +310,8 @@ def _to_pt2(model: nn.Module, program: ExportedProgram, batch: list[Tensor], fac
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # paths of this machine
-    with contextlib.suppress(AttributeError):  # older versions of torch keep the noise in the file
+                node.meta.pop("stack_trace", None)  # it has the paths of source files
+    with contextlib.suppress(AttributeError):  # older versions of torch keep the inputs in the file
         program.example_inputs = None
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
@@ -309,14 +323,15 @@ def _to_torchscript(
 ) -> bytes:
     """Return a frozen TorchScript trace.
 
-    A trace does not see decisions by data; torch.export refuses them, so a model with a program has none.
+    Tracing records only one branch of data-dependent control flow. A model that torch.export has
+    exported to a program has none, because torch.export rejects it.
     """
     traced = torch.jit.freeze(torch.jit.trace(model, tuple(batch), check_trace=False).eval())
     buffer, result = io.BytesIO(), io.BytesIO()
     torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(facts)})
     with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(result, "w") as cleaned:
         for entry in archive.infolist():
-            if not entry.filename.endswith(".debug_pkl"):  # paths of this machine
+            if not entry.filename.endswith(".debug_pkl"):  # it has the paths of source files
                 cleaned.writestr(entry, archive.read(entry))
     return result.getvalue()
 

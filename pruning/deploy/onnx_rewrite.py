@@ -1,4 +1,4 @@
-"""Find the fastest of several equivalent graphs of an ONNX file, by timing them on this machine."""
+"""Choose the fastest of several equivalent graphs of an ONNX file by timing them on this machine."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from pruning.utils.files import replace_file
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-#: Only convolutions of fewer channels are fused with their pooling; wider ones fill the runtime's blocks.
+#: Only convolutions with fewer channels are fused with a pooling; wider ones fill the runtime's blocks.
 FUSED_CHANNELS = 32
 
-#: The share of time that a variant must save; less is within the error of a short measurement.
+#: Share of the time that a variant must save; less is within the error of a short measurement.
 LEAST_GAIN = 0.02
 
-#: Largest difference between a variant's outputs and the file's, relative to the file's largest output.
+#: Largest allowed difference between the outputs of variant and file, relative to the file's largest output.
 TOLERANCE = 1e-5
 
-#: Elementwise operations, which may lie between a convolution and its pooling.
+#: Elementwise operations that may stand between a convolution and its pooling.
 ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu")
 
 
@@ -42,9 +42,10 @@ class Optimized:
     """The file that `optimize` wrote.
 
     Attributes:
-        poolings: how many were fused with the convolution before them.
-        ratio: its time divided by that of the given file, the geometric mean over the batch sizes.
-        size: in bytes.
+        path: path of the file.
+        poolings: number of poolings that were fused with the convolution before them.
+        ratio: time of this file divided by that of the given file, geometric mean over batch sizes.
+        size: size of the file in bytes.
     """
 
     path: Path
@@ -67,41 +68,45 @@ def optimize(
 ) -> Optimized:
     """Write the variant of an ONNX file that ONNX Runtime runs fastest on this machine.
 
-    The runtime computes convolutions on blocks of 16 channels (8 without AVX-512), and pads the
-    channels of a pruned network to them. So a convolution of C channels and the p x p pooling
-    behind it are also written as one convolution with stride p and p²C channels, C for each
-    position in the pooling's window, followed by the maximum over the positions. That is more
-    arithmetic, but on fuller blocks, and the large image between the two is never written. The
-    poolings are fused from the first one on; each variant is timed beside the file as it is.
+    The runtime computes convolutions in blocks of 16 channels (8 without AVX-512) and pads the channels
+    of a pruned network to full blocks. A convolution with C channels followed by a p x p max pooling can
+    also be written as one convolution with stride p and p²C channels, C for each position in the
+    pooling's window, followed by the maximum over the positions. This takes more arithmetic, but fills
+    the blocks better and never writes the large image between the two. Variant k of the file has the
+    first k poolings fused; all variants are timed together with the file itself.
 
     Args:
         onnx_path: a float32 file with a single input, as `export` writes it. For int8, quantize
             the result.
-        output: replaced where it exists; may be the same file.
-        batch_sizes: at which to measure; they count equally. seconds: to measure at each of them.
+        output: path of the file to write; an existing file, also `onnx_path`, is replaced.
+        batch_sizes: batch sizes at which to measure; each has equal weight.
+        seconds: time to measure at each batch size.
         threads: number of threads of ONNX Runtime.
 
+    Returns:
+        The file that was written.
+
     Raises:
-        ExportError: for a file that is missing, damaged or has other inputs, and for a package that
-            is not installed; then nothing is written.
+        ExportError: if the file is missing, damaged or has other inputs, or if a package is not
+            installed. Then nothing is written.
     """
     onnx = require_package("onnx")
     original = Exported(onnx_path, "onnxruntime", threads)
     model = onnx.load(onnx_path)
     batches = [_noise(model, size, onnx_path) for size in batch_sizes]
     expected = [original(batch) for batch in batches]
-    # By the number of fused poolings, as text: `time_forward` takes models by name.
+    # The keys are numbers of fused poolings, as text, because `time_forward` takes models by name.
     variants, contents = {"0": original}, {"0": Path(onnx_path).read_bytes()}
     with tempfile.TemporaryDirectory() as folder:
         for count, variant in enumerate(_variants(model), start=1):
             written = Path(folder) / f"{count}.onnx"
             written.write_bytes(variant.SerializeToString())
             candidate = Exported(written, "onnxruntime", threads)
-            apart = [
+            differences = [
                 relative_difference(outputs, candidate(x))
                 for outputs, x in zip(expected, batches, strict=True)
             ]
-            if max(apart) <= TOLERANCE:
+            if max(differences) <= TOLERANCE:
                 variants[str(count)], contents[str(count)] = candidate, written.read_bytes()
     ratios = _ratios(variants, batches, seconds, threads)
     best = min(ratios, key=ratios.__getitem__)
@@ -112,12 +117,15 @@ def optimize(
 
 
 def _noise(model: ModelProto, size: int, path: str | Path) -> Tensor:
-    """Return a batch for the single input of a model."""
+    """Return a batch of noise for the single input of a model."""
     inputs = model.graph.input
     kind = inputs[0].type.tensor_type if len(inputs) == 1 else None
     shape = [dim.dim_value for dim in kind.shape.dim[1:]] if kind is not None else [0]
     if kind is None or kind.elem_type != 1 or not all(shape):
-        raise ExportError(f"{path}: optimize takes files with a single float32 input of a fixed shape")
+        raise ExportError(
+            f"{path} has inputs of another kind: optimize needs a file with a single float32 input whose "
+            "shape is fixed except for the batch size, as export writes it"
+        )
     return torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -136,9 +144,9 @@ def _ratios(
 
 
 class _PooledConv(NamedTuple):
-    """A convolution, and the pooling that is its only reader, directly or behind an activation.
+    """A convolution and the pooling that alone reads its output, directly or after an activation.
 
-    `weight` is the convolution's, `size` the shape (N, C, H, W) of the pooling's output.
+    `weight` is the weight of the convolution, `size` the shape (N, C, H, W) of the pooling's output.
     """
 
     conv: NodeProto
@@ -148,7 +156,7 @@ class _PooledConv(NamedTuple):
 
 
 def _variants(model: ModelProto) -> Iterator[ModelProto]:
-    """Yield the model with its first pooling fused with the convolution before, with its first two, ..."""
+    """Yield variants of the model: with the first pooling fused into its convolution, the first two, ..."""
     onnx = require_package("onnx")
     fused, count = onnx.shape_inference.infer_shapes(model), 0
     facts = {entry.key: entry.value for entry in model.metadata_props}
@@ -195,7 +203,7 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def _can_fuse(conv: NodeProto, pool: NodeProto) -> bool:
-    """Tell whether the convolution has stride 1 and one group, and the pooling's windows do not overlap."""
+    """Return whether the convolution has stride 1 and one group, and the pooling windows do not overlap."""
     convolution, window = _attributes(conv), _attributes(pool)
     ones = [
         *convolution.get("strides", ()),
@@ -213,7 +221,7 @@ def _can_fuse(conv: NodeProto, pool: NodeProto) -> bool:
 
 
 def _fuse(graph: GraphProto, found: _PooledConv) -> None:
-    """Turn Conv, MaxPool into a Conv with the window as stride and the maximum over its positions."""
+    """Replace Conv, MaxPool by a Conv whose stride is the window, and the maximum over the positions."""
     onnx = require_package("onnx")
     conv, pool, weight, (_, channels, *image) = found
     window = _attributes(pool)["kernel_shape"]
@@ -223,8 +231,8 @@ def _fuse(graph: GraphProto, found: _PooledConv) -> None:
         (bias,) = (tensor for tensor in graph.initializer if tensor.name == conv.input[2])
         values["bias"] = np.tile(onnx.numpy_helper.to_array(bias), len(positions))
     name = pool.output[0]
-    # The positions become the rows of an image of one channel: pooling over them takes less time
-    # than a reduction over a dimension. 0 keeps the batch size.
+    # Reshape the positions to rows of a one-channel image: max pooling over rows takes less time than a
+    # reduction over a dimension. In a shape, 0 keeps the batch size.
     values["rows"] = np.array([0, 1, len(positions), math.prod((channels, *image))])
     values["shape"] = np.array([0, channels, *image])
     for what, array in values.items():
@@ -244,7 +252,7 @@ def _fuse(graph: GraphProto, found: _PooledConv) -> None:
 def _shifted_kernels(
     weight: np.ndarray, window: Sequence[int], positions: list[tuple[int, ...]]
 ) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Return the size of the fused kernel, and its weight: the given one at every position of the window."""
+    """Return the size and the weight of the fused kernel: the given weight, shifted to each position."""
     kernel = [k + p - 1 for k, p in zip(weight.shape[2:], window, strict=True)]
     wide = np.zeros((len(positions), *weight.shape[:2], *kernel), weight.dtype)
     for shifted, (down, right) in zip(wide, positions, strict=True):
@@ -253,7 +261,7 @@ def _shifted_kernels(
 
 
 def _insert_maximum(graph: GraphProto, pool: NodeProto, positions: int) -> None:
-    """Replace a pooling by the maximum over the positions, which lie in the channels of its input."""
+    """Replace a pooling by the maximum over the positions, which are stored as channels of its input."""
     make, name = require_package("onnx").helper.make_node, pool.output[0]
     at = next(i for i, node in enumerate(graph.node) if node.output[0] == name)
     flat = _is_flattened(graph, name)
@@ -267,7 +275,7 @@ def _insert_maximum(graph: GraphProto, pool: NodeProto, positions: int) -> None:
 
 
 def _is_flattened(graph: GraphProto, name: str) -> bool:
-    """Tell whether the only reader of a tensor flattens all but the batch, and so takes any shape."""
+    """Return whether a tensor has one reader that flattens all but the batch, so that any shape will do."""
     readers = [node for node in graph.node if name in node.input]
     if len(readers) != 1 or any(value.name == name for value in graph.output):
         return False

@@ -1,4 +1,4 @@
-"""Quantization of exported networks to 8 bits, after training."""
+"""Quantize exported networks to 8 bits after training."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class Quantized:
     """An int8 file that was written and checked.
 
     Attributes:
-        size, float_size: of the int8 and the float32 file, in bytes.
-        agreement: share of the calibration images whose largest output is at the same place in both
-            files, 0 to 1.
+        path: path of the int8 file.
+        size: size of the int8 file in bytes.
+        float_size: size of the float32 file in bytes.
+        agreement: share of the calibration images for which both files predict the same class, 0 to 1.
         images: number of calibration images.
-        time, float_time: of a forward pass over one example, on one thread; the files took turns.
+        time: time of the int8 file for one example, on one thread.
+        float_time: time of the float32 file for one example, measured in turns with the int8 file.
     """
 
     path: Path
@@ -60,23 +62,26 @@ def quantize(
     reduce_range: bool = False,
     faster: bool = False,
 ) -> Quantized:
-    """Write an ONNX file with weights and activations of 8 bits (post-training, static, QDQ).
+    """Quantize an ONNX file to 8-bit weights and activations (post-training, static, QDQ format).
 
     Args:
         onnx_path: a float32 classifier with a single input, as `export` writes it.
-        output: replaced where it exists.
-        calibration_batches: inputs (N, ...) or pairs (inputs, targets) of the training split;
-            their activations set the ranges.
-        least_agreement: least share of calibration images whose largest output must be that of the
-            float32 file, 0 to 1.
-        reduce_range: use weights of 7 bits, for processors on which products of 8 bits overflow
+        output: path of the int8 file; an existing file is replaced.
+        calibration_batches: inputs (N, ...) or pairs (inputs, targets) of the training split; the
+            ranges of the activations are measured on them.
+        least_agreement: least share of calibration images for which both files must predict the same
+            class, 0 to 1.
+        reduce_range: use 7-bit weights, for processors on which sums of 8-bit products overflow
             (x86 with AVX2 or AVX-512 but without VNNI).
-        faster: refuse an int8 file that is not faster than float32 on this machine.
+        faster: raise an error if the int8 file is not faster than float32 on this machine.
+
+    Returns:
+        The int8 file, with its agreement and its time.
 
     Raises:
-        ExportError: for fewer than 2 calibration images, a damaged file, a package that is not
-            installed, and an int8 file that agrees less than asked or, with `faster`, is not faster;
-            then nothing is written.
+        ExportError: if there are fewer than 2 calibration images, if the file is damaged, if a package
+            is not installed, if the agreement is too low, or, with `faster`, if int8 is not faster.
+            Then nothing is written.
     """
     require_package("onnx")
     original = Exported(onnx_path, "onnxruntime")
@@ -86,7 +91,7 @@ def quantize(
             content = _quantized(Path(onnx_path), Path(folder), batches, reduce_range)
     except ExportError:
         raise
-    except Exception as error:  # of ONNX Runtime's quantizer, which can fail in any way
+    except Exception as error:  # ONNX Runtime's quantizer can fail in any way
         raise ExportError(f"{onnx_path} cannot be quantized: {first_line(error)}") from error
 
     measured: list[tuple[float, Latency, Latency]] = []
@@ -108,7 +113,7 @@ def _calibration(given: Iterable[Inputs]) -> list[Tensor]:
     count = sum(len(batch) for batch in batches)
     if count < 2:
         raise ExportError(
-            f"{count} calibration image{'s' * (count != 1)}: the ranges of activations cannot be told from "
+            f"{count} calibration image{'s' * (count != 1)}: the ranges of activations cannot be measured on "
             "fewer than 2; give some hundreds of the training split"
         )
     return batches
@@ -117,17 +122,19 @@ def _calibration(given: Iterable[Inputs]) -> list[Tensor]:
 def _checked_agreement(
     output: str | Path, original: Exported, int8: Exported, batches: list[Tensor], least: float
 ) -> float:
-    """Return the share of images on which both files choose the same class; raise where it is too low."""
+    """Return the share of images for which both files predict the same class; raise if it is too low."""
     try:
         same = [int8(x).argmax(1) == original(x).argmax(1) for x in batches]
-    except Exception as error:  # of a runtime, which can fail in any way
-        raise ExportError(f"{output}: it fails on the calibration images: {first_line(error)}") from error
+    except Exception as error:  # a runtime can fail in any way
+        raise ExportError(
+            f"{output} was not written: it fails on the calibration images: {first_line(error)}"
+        ) from error
     agreement = sum(int(each.sum()) for each in same) / sum(each.numel() for each in same)
     if agreement < least:
         raise ExportError(
             f"{output} was not written: int8 agrees with float32 on {agreement:.1%} of "
-            f"{sum(map(len, batches))} calibration images, {least:.1%} was asked. Calibrate on more images, "
-            "train with quantization in mind, or try reduce_range=True"
+            f"{sum(map(len, batches))} calibration images; at least {least:.1%} is required. Calibrate on "
+            "more images, fine-tune with int8=True, or try reduce_range=True"
         )
     return agreement
 
@@ -135,12 +142,12 @@ def _checked_agreement(
 def _checked_times(
     output: str | Path, original: Exported, int8: Exported, example: Tensor, faster: bool
 ) -> tuple[Latency, Latency]:
-    """Return the times of the int8 and the float32 file; raise where int8 must be faster and is not."""
+    """Return the times of the int8 and the float32 file; raise if int8 must be faster and is not."""
     times = time_forward({"float32": original, "int8": int8}, example, seconds=1.0)
     if faster and times["int8"].median >= times["float32"].median:
         raise ExportError(
-            f"{output} was not written: it takes {times['int8'].median:.4f} ms an example here, float32 "
-            f"{times['float32'].median:.4f} ms: it is not faster. Ship the float32 file"
+            f"{output} was not written: with {times['int8'].median:.4f} ms per example on this machine it is "
+            f"not faster than float32 with {times['float32'].median:.4f} ms. Use the float32 file"
         )
     return times["int8"], times["float32"]
 
@@ -170,7 +177,7 @@ def _quantized(path: Path, folder: Path, batches: list[Tensor], reduce_range: bo
 
 
 def _reader(quantization: ModuleType, name: str, batches: list[Tensor]) -> CalibrationDataReader:
-    """Return the batches in the form that ONNX Runtime's calibration takes."""
+    """Return the batches as a reader for ONNX Runtime's calibration."""
 
     base: Any = quantization.CalibrationDataReader
 

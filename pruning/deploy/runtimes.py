@@ -1,4 +1,4 @@
-"""Exported files as modules: opened in the runtime that will run them, and called like any model."""
+"""Open exported files in their runtimes, as modules that are called like any model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 #: The runtime of each export format; pt2 and TorchScript run in torch itself.
 RUNTIMES = {"onnx": "onnxruntime", "pt2": "pt2", "torchscript": "torchscript"}
 
-#: The file inside a pt2 or TorchScript archive that holds the metadata.
+#: Name of the file inside a pt2 or TorchScript archive that holds the metadata.
 METADATA = "metadata.json"
 
-#: From input tensors to the outputs of the model, nested as the model nests them.
+#: A function from input tensors to the outputs of the model, nested like the model's own outputs.
 ForwardPass: TypeAlias = Callable[..., Any]
 
 
 class Exported(nn.Module):
-    """An exported file, opened: a module without parameters that runs on the CPU.
+    """An opened exported file: a module without parameters that runs on the CPU.
 
-    It takes the inputs of the model, (N, ...) for any batch size N, and returns the model's outputs,
+    It takes the inputs of the model, (N, ...) for any batch size N, and returns the model's outputs
     without gradients. `metadata` holds the plain data stored in the file.
 
     Args:
-        path: of a file that `export` or `quantize` wrote.
+        path: path of a file that `export` or `quantize` wrote.
         runtime: `onnxruntime` (its CPU provider), `pt2` or `torchscript`.
-        threads: number of threads of ONNX Runtime. The others use torch's (`torch.set_num_threads`).
+        threads: number of threads of ONNX Runtime; the other runtimes use `torch.set_num_threads`.
 
     Raises:
-        ExportError: for a file that is missing, damaged or of another format, and for a runtime
-            that is unknown or not installed.
+        ExportError: if the file is missing, damaged or of another format, or if the runtime is unknown
+            or not installed.
 
     >>> import tempfile
     >>> from pruning import export
@@ -70,7 +70,7 @@ class Exported(nn.Module):
             raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
         try:
             with quiet():
-                # A function, not a child module: torch's exported programs refuse to change modes.
+                # A function, not a child module: exported programs of torch do not allow eval() and train().
                 self._run, stored = _OPENERS[runtime](content, threads)
                 self.metadata.update({key: json.loads(value) for key, value in stored.items()})
         except Exception as error:  # reading a damaged file can fail in any way
@@ -82,14 +82,14 @@ class Exported(nn.Module):
         return self._run(*inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        # Without a module's hooks, which take as long as a layer of a small network.
+        # Skip the checks for hooks in nn.Module.__call__: they take as long as a layer of a small network.
         return self._run(*inputs)
 
     def prepared(self, *inputs: Tensor) -> Callable[[], object]:
-        """Return a function that repeats the forward pass on these inputs, for timing.
+        """Return a function that runs the forward pass on these inputs, for timing.
 
-        With ONNX Runtime it runs the session alone and returns nothing: inputs and outputs are
-        bound, as in a program that runs the file without torch, and nothing is converted.
+        With ONNX Runtime it runs the session with bound inputs and outputs and returns nothing. This
+        times the runtime alone, as in a program without torch, without conversions of tensors.
         """
         if isinstance(self._run, _OnnxPass):
             return self._run.bound(*inputs)
@@ -100,22 +100,22 @@ def onnx_session(content: bytes, threads: int) -> InferenceSession:
     """Open an ONNX model in ONNX Runtime, on the CPU.
 
     Raises:
-        ExportError: where ONNX Runtime is not installed.
+        ExportError: if ONNX Runtime is not installed.
     """
     onnxruntime = require_package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4  # errors are raised; anything below would be printed
+    options.log_severity_level = 4  # fatal only: errors are raised as exceptions anyway
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 class _OnnxPass:
-    """A forward pass of a session, from tensors to tensors."""
+    """Run the forward pass of a session on tensors."""
 
     def __init__(self, session: InferenceSession):
         self.session = session
         self.inputs = [argument.name for argument in session.get_inputs()]
-        # Without names, a session would look them up at every call.
+        # Given no names, a session would look them up at every call.
         self.outputs = [result.name for result in session.get_outputs()]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -141,7 +141,7 @@ def _open_onnx(content: bytes, threads: int) -> tuple[ForwardPass, Mapping[str, 
 
 
 def _is_json(text: str) -> bool:
-    """Tell whether a metadata entry may be ours; other tools write entries to ONNX files, too."""
+    """Return whether a metadata entry is JSON, as `export` writes it; other tools write other entries."""
     try:
         json.loads(text)
     except ValueError:
@@ -186,7 +186,7 @@ def require_package(name: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        ExportError: where it cannot be imported; the message says how to install it.
+        ExportError: if it cannot be imported; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -216,7 +216,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters; without one, its type."""
+    """Return the first line of an error's message, at most 200 characters; if empty, the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -224,19 +224,19 @@ def first_line(error: BaseException) -> str:
 def relative_difference(expected: object, got: object) -> float:
     """Return the largest difference between two nested outputs, relative to the largest expected value.
 
-    It is infinite where shapes differ or a value is not finite. Integers are not compared: an
-    argmax may choose either of two equal values.
+    It is infinite if shapes differ or a value is not finite. Integer outputs are not compared, because
+    an argmax may choose either of two equal values.
 
     >>> relative_difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 3.0]))
     0.25
     """
-    wanted, found = pytree.tree_leaves(expected), pytree.tree_leaves(got)
-    if [tuple(x.shape) for x in wanted] != [tuple(x.shape) for x in found]:
+    expected_leaves, got_leaves = pytree.tree_leaves(expected), pytree.tree_leaves(got)
+    if [tuple(x.shape) for x in expected_leaves] != [tuple(x.shape) for x in got_leaves]:
         return float("inf")
-    worst = 0.0
-    for one, other in zip(wanted, found, strict=True):
+    largest = 0.0
+    for one, other in zip(expected_leaves, got_leaves, strict=True):
         if one.numel() and one.is_floating_point():
-            largest = one.abs().max().item() or 1.0
-            apart = (one - other).abs().max().item() / largest
-            worst = max(worst, apart if apart < float("inf") else float("inf"))  # NaN included
-    return worst
+            scale = one.abs().max().item() or 1.0
+            difference = (one - other).abs().max().item() / scale
+            largest = max(largest, difference if difference < float("inf") else float("inf"))  # also for NaN
+    return largest

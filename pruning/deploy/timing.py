@@ -26,12 +26,15 @@ class Latency:
     """The time of a forward pass per example, in milliseconds.
 
     Attributes:
-        median, p90: the 50th and the 90th percentile of the measurements.
-        low, high: their quartiles.
-        samples: the number of measurements.
-        batch_size: examples per forward pass. threads: of torch's CPU operations.
-        turns: the measurements in the order they were taken. Models that were timed together took
-            turns, so the same index in each one's `turns` is the same moment.
+        median: median of the measurements.
+        p90: 90th percentile of the measurements.
+        low: first quartile of the measurements.
+        high: third quartile of the measurements.
+        samples: number of measurements.
+        batch_size: examples per forward pass.
+        threads: number of threads of torch's CPU operations.
+        turns: the measurements in the order in which they were taken. Models that are timed together
+            take turns, so measurements with the same index were taken one right after the other.
     """
 
     median: float
@@ -51,7 +54,7 @@ class Latency:
 
 
 class TimeRatio(NamedTuple):
-    """A median time divided by another one, and the bounds of the confidence interval."""
+    """The ratio of two median times, and the bounds of its confidence interval."""
 
     median: float
     low: float
@@ -64,24 +67,26 @@ class TimeRatio(NamedTuple):
 def time_ratio(
     latency: Latency, to: Latency, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> TimeRatio:
-    """Compare the times of two models that the same `time_forward` call has measured.
+    """Compare the times of two models that were measured by the same `time_forward` call.
 
-    The interval is a bootstrap interval: the percentiles of the ratio over resamples (Efron, Annals
-    of Statistics 7, 1979). Both models are resampled at the same turns, so a disturbance of both
-    cancels out; and in blocks of ⌈√n⌉ consecutive turns, the last followed by the first, because a
-    disturbance outlasts a turn (Politis and Romano, A circular block-resampling procedure for
-    stationary data, 1992).
+    The interval is a bootstrap percentile interval of the ratio (Efron, Annals of Statistics 7, 1979).
+    Both models are resampled at the same turns, so a disturbance that slows both cancels out. The
+    resamples consist of blocks of ⌈√n⌉ consecutive turns, where the first turn follows the last,
+    because a disturbance lasts longer than a turn (Politis and Romano, A circular block-resampling
+    procedure for stationary data, 1992).
 
     Args:
-        latency, to: the model's times, and those of the model to compare it with.
-        confidence: share of such intervals that cover the true ratio.
-        resamples: number of resamples. seed: of their choice.
+        latency: times of the model.
+        to: times of the model to compare it with.
+        confidence: confidence level of the interval, 0 to 1.
+        resamples: number of resamples.
+        seed: seed of the resampling.
 
     Returns:
         The median of `latency` divided by that of `to`, with its confidence interval.
 
     Raises:
-        PruningError: for times that were not measured together.
+        PruningError: if the times were not measured together.
 
     >>> times = time_forward({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}, torch.rand(2, 4), seconds=0.05)
     >>> ratio = time_ratio(times["a"], times["b"])
@@ -91,7 +96,10 @@ def time_ratio(
     above, below = np.array(latency.turns), np.array(to.turns)
     turns = len(above)
     if not turns or turns != len(below):
-        raise PruningError(f"{turns} and {len(below)} turns: only models that were timed together compare")
+        raise PruningError(
+            f"{turns} and {len(below)} turns: only models that were timed together can be compared; pass "
+            "both to one time_forward call"
+        )
     block = math.ceil(math.sqrt(turns))
     generator = np.random.default_rng(seed)
     ratios = np.empty(resamples)
@@ -114,27 +122,28 @@ def time_forward(
     """Time the forward passes of several models in turns.
 
     The models take turns, a few passes at a time and in random order, so that other load on the
-    machine affects them alike. Only the forward pass is timed; for an exported file that is the
-    work of its runtime, without conversions from and to tensors.
+    machine affects them alike. Only the forward pass is timed; for an exported file, only the runtime,
+    without conversions from and to tensors.
 
     Args:
-        models: by name; `Exported` files are models, too.
-        inputs: one batch for all of them, on their device.
-        seconds: how long to measure in all. warmup: seconds to run before.
-        threads: of torch's CPU operations; restored afterwards.
+        models: models or `Exported` files, by name.
+        inputs: one batch for all models, on their device.
+        seconds: total time to measure.
+        warmup: total time to run before measuring, in seconds.
+        threads: number of threads of torch's CPU operations; restored afterwards.
 
     Returns:
         The time of each model, by name.
 
     Raises:
-        PruningError: where there is no model.
+        PruningError: if there is no model.
 
     >>> times = time_forward({"net": nn.Linear(4, 3)}, torch.rand(2, 4), seconds=0.05)
     >>> times["net"].batch_size, times["net"].median > 0
     (2, True)
     """
     if not models:
-        raise PruningError("no model to time")
+        raise PruningError("no model to time: give at least one, by name")
     first = tensors(inputs)[0]
     batch = first.shape[0]
     synchronise = torch.cuda.synchronize if first.is_cuda else (lambda: None)
@@ -148,10 +157,10 @@ def time_forward(
             while time.perf_counter() - started < warmup / len(names) or len(each) < 3:
                 each.append(turns[name](1))
             # A turn of about 2 ms is long compared with the clock's resolution and short compared with
-            # disturbances. By the median: one disturbance here would otherwise leave a model with turns of
-            # a single pass, which are slow.
+            # disturbances. The median keeps one disturbance during warmup from reducing a model's turns to
+            # a single pass, which measures too long a time.
             passes[name] = max(1, round(0.002 / statistics.median(each)))
-        # A model finds the caches as the one before has left them: a random order favours none.
+        # A model's time depends on the caches that the previous one left; a random order favours none.
         order = random.Random(0)
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline or len(times[names[0]]) < 20:
@@ -164,13 +173,13 @@ def time_forward(
 
 
 def _latency(times: np.ndarray, batch: int, threads: int) -> Latency:
-    """Summarize the times of a model, in milliseconds per example."""
+    """Return the statistics of a model's times, given in milliseconds per example."""
     low, median, high, p90 = np.percentile(times, (25, 50, 75, 90)).tolist()
     return Latency(median, p90, low, high, len(times), batch, threads, tuple(times.tolist()))
 
 
 def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) -> Callable[[int], float]:
-    """Return a function that runs a number of passes and returns the seconds that one of them took."""
+    """Return a function that runs a given number of passes and returns the mean seconds per pass."""
     if isinstance(model, Exported):
         once = model.prepared(*tensors(inputs))
     else:

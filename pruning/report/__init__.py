@@ -1,4 +1,4 @@
-"""What a person looks at. The files that draw need matplotlib: `html`, `plots`, `pareto` and others."""
+"""Reports, figures and diagnoses of models and runs. The files that plot need matplotlib."""
 
 from pruning.report.diagnose import Diagnosis, doctor
 from pruning.report.predictions import differing_predictions

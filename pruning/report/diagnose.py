@@ -1,4 +1,4 @@
-"""What pruning could do to a model, found without changing it."""
+"""Diagnose what can be pruned in a model, without changing the model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class GroupFacts:
     Attributes:
         name: name of the group.
         channels: its width.
-        makes: layers that produce its channels.
-        reads: layers that consume its channels.
+        makes: names of the layers that produce its channels.
+        reads: names of the layers that consume its channels.
         params: share of the network's parameters that removing one channel frees, 0 to 1.
         macs: share of the network's MACs that removing one channel frees, 0 to 1.
-        scales: normalization layers with a weight; stage 1 sparsifies it and `bn_scale` scores by it.
+        scales: names of the BatchNorm layers with a scale γ; stage 1 shrinks γ and `bn_scale` scores by γ.
     """
 
     name: str
@@ -46,7 +46,7 @@ class GroupFacts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of `doctor`: plain data; `str` gives it as text.
+    """The result of `doctor` as plain data; `str` formats it as text.
 
     Attributes:
         model: class name of the model.
@@ -54,10 +54,10 @@ class Diagnosis:
         least: cost with one channel left in every group.
         groups: groups that can be narrowed.
         skipped: layers that keep all their channels, each with the reason and the cure.
-        sizes: attributes that hold a number of channels and are updated with it.
-        uncounted: layers with weights that the MACs leave out: name to type.
+        sizes: names of attributes that hold a number of channels; pruning updates them.
+        uncounted: layers with weights whose MACs are not counted, name to type.
         trial: empty if the network passes the equivalence check with every second channel removed;
-            otherwise the error.
+            otherwise the error message.
 
     Example:
         >>> import torch
@@ -83,24 +83,24 @@ class Diagnosis:
 
     @property
     def without_scale(self) -> list[str]:
-        """Names of the groups without a normalization layer that has a weight."""
+        """Return the names of the groups without a BatchNorm scale."""
         return [group.name for group in self.groups if not group.scales]
 
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.cost}",
-            f"least that channels can reach: {self.least.params:,} params "
+            f"least cost, with one channel per group: {self.least.params:,} params "
             f"({self.least.params / max(1, self.cost.params):.1%}), {self.least.macs:,} MACs "
             f"({self.least.macs / max(1, self.cost.macs):.1%})",
             "",
-            f"{len(self.groups)} groups can be narrowed; one channel of each frees (params, MACs):"
+            f"{len(self.groups)} groups can be narrowed; removing one channel frees (params, MACs):"
             if self.groups
             else "no group can be narrowed",
         ]
         width = max([len(group.name) for group in self.groups], default=0)
         for group in self.groups:
             others = [name for name in group.makes if name != group.name]
-            coupled = f"; with {_listed(others)}" if others else ""
+            coupled = f"; coupled with {_listed(others)}" if others else ""
             lines.append(
                 f"  {group.name:<{width}}  {group.channels:>5} channels  {group.params:7.3%}  "
                 f"{group.macs:7.3%}  read by {_listed(group.reads)}{coupled}"
@@ -108,18 +108,18 @@ class Diagnosis:
         if self.without_scale and self.groups:
             lines += [
                 "",
-                f"{len(self.without_scale)} of them have no BatchNorm scale ({_listed(self.without_scale)}): "
+                f"{len(self.without_scale)} groups have no BatchNorm scale ({_listed(self.without_scale)}): "
                 "stage 1 cannot sparsify them; score by taylor, l1 or l2",
             ]
         if self.skipped:
             lines += ["", f"{len(self.skipped)} layers keep all their channels:"]
             lines += [f"  {layer}: {reason}" for layer, reason in self.skipped.items()]
         if self.sizes:
-            lines += ["", f"attributes that are updated with the channels: {_listed(self.sizes)}"]
+            lines += ["", f"attributes that pruning updates to the new widths: {_listed(self.sizes)}"]
         if self.uncounted:
             listed = _listed([f"{name} ({kind})" for name, kind in self.uncounted.items()])
-            lines += ["", f"layers with weights that the MACs leave out: {listed}"]
-        passed = "passed: with half of every group removed, the outputs are what they should be"
+            lines += ["", f"layers with weights whose MACs are not counted: {listed}"]
+        passed = "passed: with half of every group removed, the outputs are those that the plan implies"
         if self.groups:
             lines += ["", f"trial {passed if not self.trial else 'failed: ' + self.trial}"]
         return "\n".join(lines)
@@ -127,17 +127,17 @@ class Diagnosis:
 
 @buffers_unchanged
 def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Diagnosis:
-    """Diagnose what pruning could do to a model. The model is not changed.
+    """Diagnose what can be pruned in a model; the model is not changed.
 
     Args:
         model: the model.
-        inputs: example inputs with a batch dimension: a tensor, a sequence of arguments, or keyword
-            arguments.
-        ignored: layers that must keep all their channels.
+        inputs: example inputs with a batch dimension: a tensor, a sequence of arguments, or a mapping of
+            keyword arguments.
+        ignored: layers that must keep all their channels: name patterns, types or instances.
 
     Returns:
-        The groups and what their channels cost, the layers that keep all their channels with the
-        reason, and whether the model still computes the right outputs with half of its channels.
+        The groups and the cost of their channels, the layers that keep all their channels with the
+        reason, and whether the outputs stay correct with half of the channels removed.
 
     Raises:
         PruningError: If the model does not run on the inputs.
@@ -167,8 +167,9 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
     if groups:
         try:
             with torch.random.fork_rng(devices=[]):
-                lively = with_random_weights(model, inputs)  # random weights hide nothing behind a 0
-                verify(lively, apply(lively, traced, plan), traced, plan, inputs)
+                # A weight of 0 would hide errors in the channels that it reads; random weights do not.
+                randomized = with_random_weights(model, inputs)
+                verify(randomized, apply(randomized, traced, plan), traced, plan, inputs)
         except PruningError as error:
             trial = str(error)
     return Diagnosis(
@@ -201,6 +202,6 @@ def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupF
 
 
 def _listed(names: list[str]) -> str:
-    """Join up to four names, or three and the number of the others."""
+    """Join up to four names; of more names, join three and give the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
     return ", ".join(names[: 3 if more else 4]) + more

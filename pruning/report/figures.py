@@ -1,7 +1,7 @@
-"""What all figures share: colours, style, and files. The one file that imports matplotlib.
+"""Common colours, style and file formats of all figures. The only file that imports matplotlib.
 
-Colours are those of Okabe and Ito, which can be told apart with any colour vision. Markers and line
-styles differ too, so that a black-and-white print can be read.
+The colours are those of Okabe and Ito, which are distinguishable with any colour vision. Markers and
+line styles differ as well, so the figures can be read in black and white.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-#: matplotlib types the keys as a literal of all its settings.
+#: `Any`, because matplotlib types the keys as a Literal of all its settings.
 _STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
@@ -46,7 +46,7 @@ MAX_NAME = 28
 
 
 def require_matplotlib() -> None:
-    """Raise `PruningError` where matplotlib is not installed."""
+    """Raise `PruningError` if matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -56,15 +56,17 @@ def require_matplotlib() -> None:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, *, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Make a figure in the common style, without touching matplotlib's global state.
+    """Create a figure in the common style, without changing matplotlib's global state.
 
     Args:
-        width, height: size in inches.
-        rows, columns: of the grid of plots.
-        sharey: whether all plots have one y scale.
+        width: width in inches.
+        height: height in inches.
+        rows: number of rows in the grid of plots.
+        columns: number of columns in the grid of plots.
+        sharey: use the same y scale in all plots.
 
     Returns:
-        The figure, and its axes row by row.
+        The figure and its axes, row by row.
 
     Raises:
         PruningError: If matplotlib is not installed.
@@ -80,11 +82,11 @@ def new_figure(
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
-    """Write a figure as PNG and SVG; the same figure gives the same bytes.
+    """Write a figure as PNG and SVG; equal figures give equal bytes.
 
     Args:
         figure: the figure.
-        path: where to write; an ending `.png` or `.svg` is replaced by each of the two.
+        path: path of the files, with or without the suffix `.png` or `.svg`.
 
     Returns:
         The paths of both files.
@@ -126,5 +128,5 @@ def _rendered(figure: Figure, kind: str) -> bytes:
 
 
 def short(name: str) -> str:
-    """Return a layer's name, or its end where it is long."""
+    """Return the name of a layer; if it is long, only its end."""
     return name if len(name) <= MAX_NAME else f"…{name[1 - MAX_NAME :]}"

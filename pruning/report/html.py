@@ -1,7 +1,7 @@
 """The report of a run as one HTML file: budget and result, figures, layers, steps, epochs, settings.
 
-The file needs no network, opens from disk, prints, and follows the reader's light or dark mode. This
-module collects plain data from the run's files; `report.html` lays it out.
+The file opens from disk without a network connection, can be printed, and follows the reader's light or
+dark mode. This module collects plain data from the run's files; the template `report.html` lays it out.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pruning.utils.html import render
 if TYPE_CHECKING:
     from pruning.report.figures import Figure
 
-#: Rows of a table; a cell is shown as its text.
+#: Rows of a table; each cell is converted to text.
 Rows: TypeAlias = list[list[object]]
 
-#: Most groups whose scales are drawn, and most classes of a confusion matrix.
+#: Largest number of groups whose scales are plotted, and of classes in a confusion matrix.
 MAX_HISTOGRAMS, MAX_CLASSES = 16, 30
 
 
 class Picture(NamedTuple):
-    """A figure as the page embeds it: SVG in base64, with its caption."""
+    """A figure embedded in the page: its SVG in base64, and its caption."""
 
     svg: str
     caption: str
@@ -44,9 +44,9 @@ class Picture(NamedTuple):
 def report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of a run.
 
-    Every run has `config.json` and `history.jsonl`. The report also shows these files where the
-    folder has them: `best.pth` (its provenance), `indicators.json` (what a test script measured),
-    `mistakes.json` (see `pruning.report.predictions`) and `sensitivity.json`.
+    Every run has `config.json` and `history.jsonl`. If they exist, the report also shows `best.pth` (its
+    provenance), `indicators.json` (the results of a test script), `mistakes.json` (see
+    `pruning.report.predictions`) and `sensitivity.json`.
 
     Args:
         folder: the run's folder.
@@ -56,8 +56,8 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         The path of the report.
 
     Raises:
-        PruningError: If the folder holds no run, if nothing has happened in the run yet, or if one
-            of the files has another content than a run writes. Then nothing is written.
+        PruningError: If the folder holds no run, if the history of the run is empty, or if a file does
+            not have the content that a run writes. Then nothing is written.
     """
     folder = Path(folder)
     settings, events = _read_run(folder)
@@ -71,15 +71,15 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def _errors_name(path: Path) -> Iterator[None]:
-    """Raise what goes wrong with a file's content as a `PruningError` that names the file."""
+    """Convert errors caused by a file's content to a `PruningError` that names the file."""
     try:
         yield
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise PruningError(
-            f"{path} does not hold what a run writes ({type(error).__name__}: {error}); remove the file, or "
-            "run again"
+            f"{path} does not have the content that a run writes ({type(error).__name__}: {error}); remove "
+            "the file, or run again"
         ) from error
 
 
@@ -108,7 +108,7 @@ def _read_run(folder: Path) -> tuple[dict[str, object], list[Event]]:
 
 
 def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Event]) -> dict[str, object]:
-    """What the template shows."""
+    """Return the values of the template."""
     facts = [str(settings[key]) for key in ("start", "data") if key in settings]
     if "seed" in settings:
         facts.append(f"seed {settings['seed']}")
@@ -152,7 +152,7 @@ def _pruning_steps(events: Sequence[Event]) -> list[Event]:
 
 
 def _widths(events: Sequence[Event]) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Widths of the dense network, and of the network after the last pruning step."""
+    """Return the widths of the dense network, and those after the last pruning step."""
     dense = next((event["widths"] for event in events if event["stage"] == "dense"), None)
     steps = _pruning_steps(events)
     if not steps:
@@ -161,7 +161,7 @@ def _widths(events: Sequence[Event]) -> tuple[dict[str, int], dict[str, int]] | 
 
 
 def _limits(events: Sequence[Event]) -> Rows:
-    """One row for each limit of the budget: what was asked, and what the last pruning step reached."""
+    """Return one row per limit of the budget, with the cost that the last pruning step reached."""
     steps = _pruning_steps(events)
     if not steps:
         return []
@@ -171,13 +171,13 @@ def _limits(events: Sequence[Event]) -> Rows:
         for key, limit in (events[0].get("asked") or last["asked"]).items()
     ]
     if timed := last.get("latency"):
-        rows.append(["time of a pass, of one example", timed["asked"],
+        rows.append(["time of a forward pass of one example", timed["asked"],
                      f"{timed['pruned']:.4f} ms, dense {timed['dense']:.4f} ms", "met"])  # fmt: skip
     return rows
 
 
 def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
-    """The numbers that are shown large, each with what it is."""
+    """Return the main results, each as a number and its description."""
     costs = [event for event in events if "params" in event and "macs" in event]
     if not costs:
         return []
@@ -202,7 +202,7 @@ def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
 
 
 def _best_validation(events: Sequence[Event]) -> float | None:
-    """The best figure of the last stage; of all stages where the last one was not validated."""
+    """Return the best validation score of the last stage; of all stages, if the last was not validated."""
     validated = [event for event in events if "epoch" in event and event["validation"] is not None]
     last = next((event["stage"] for event in reversed(events) if "epoch" in event), None)
     final = [event["validation"] for event in validated if event["stage"] == last]
@@ -210,7 +210,7 @@ def _best_validation(events: Sequence[Event]) -> float | None:
 
 
 def _layers(before: Mapping[str, int], after: Mapping[str, int]) -> Rows:
-    """One row for each group: its width in the dense network, the width kept, and their ratio."""
+    """Return one row per group: its width before pruning, its width after pruning, and their ratio."""
     return [
         [name, full, after.get(name, "layer removed"), f"{after[name] / full:.0%}" if name in after else ""]
         for name, full in before.items()
@@ -218,7 +218,7 @@ def _layers(before: Mapping[str, int], after: Mapping[str, int]) -> Rows:
 
 
 def _step(event: Event, events: Sequence[Event]) -> list[object]:
-    """A pruning step as a row."""
+    """Return the row of a pruning step."""
     asked = ", ".join(f"≤ {limit:,} {LABELS[key]}" for key, limit in event["asked"].items())
     removed = ", ".join(event.get("removed", ())) or "–"
     trained = [e["validation"] for e in events if e["stage"] == event["stage"] and "epoch" in e]
@@ -231,7 +231,7 @@ def _picture(figure: Figure, caption: str) -> Picture:
 
 
 def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
-    """The figures that the run's files allow."""
+    """Return all figures for which the folder has data."""
     pictures = []
     if any("epoch" in event for event in events):
         caption = "Validation over all epochs, and costs after every pruning step."
@@ -247,8 +247,8 @@ def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
             found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
             pictures += [
                 _picture(sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
-                _picture(sensitivity_map(found), "The same at a glance."),
-                _picture(lost_per_cost(found), "What the MACs cost that each group can give."),
+                _picture(sensitivity_map(found), "Sensitivity of all groups: accuracy lost by share kept."),
+                _picture(lost_per_cost(found), "Accuracy lost against MACs freed, by group."),
             ]
     compared = folder / "mistakes.json"
     if compared.exists():
@@ -258,7 +258,7 @@ def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
 
 
 def _scales(events: Sequence[Event]) -> list[Picture]:
-    """The scales of BatchNorm before and after stage 1, which only a run with stage 1 has."""
+    """Return a figure of the BatchNorm scales before and after stage 1; none for a run without stage 1."""
     after = next((e["scales"] for e in events if e["stage"] == "sparsify" and e.get("scales")), None)
     if not after:
         return []
@@ -268,25 +268,26 @@ def _scales(events: Sequence[Event]) -> list[Picture]:
     shown = dict(list(after.items())[:MAX_HISTOGRAMS])
     before = {name: dense.get(name, [1.0] * len(values)) for name, values in shown.items()}
     note = "" if len(shown) == len(after) else f" The first {len(shown)} of {len(after)} groups."
-    caption = f"Scales γ of BatchNorm before and after stage 1; the largest of each channel.{note}"
+    caption = f"BatchNorm scales γ before and after stage 1; the largest scale of each channel.{note}"
     return [_picture(plots.scale_histograms(before, shown), caption)]
 
 
 def _predictions(found: Mapping[str, Any]) -> list[Picture]:
-    """Figures of `mistakes.json`, which compares two networks on the validation split."""
+    """Return the figures of `mistakes.json`, which compares two networks on the validation split."""
     pictures = []
     for kind, right, wrong in (("lost", "dense", "small"), ("won", "small", "dense")):
         kept = [example for example in found[kind] if example["image"]]
         if kept:
             names = [f"{example['truth']}, not {example[wrong]}" for example in kept]
             caption = (
-                f"Validation images that only the {right} network gets right: {found['count'][kind]}, "
-                f"{len(kept)} of them here, with the truth and what the {wrong} one says."
+                f"Validation images that only the {right} network classifies correctly "
+                f"({len(kept)} of {found['count'][kind]}), with the true class and the class that the "
+                f"{wrong} network predicts."
             )
             pictures.append(_picture(plots.examples([example["image"] for example in kept], names), caption))
     counts = found["confusion"]["small"]
     if len(counts) <= MAX_CLASSES:
         names = [str(i) for i in range(len(counts))]
-        caption = "Confusion of the small network on the validation split."
+        caption = "Confusion matrix of the small network on the validation split."
         pictures.append(_picture(plots.confusion(counts, names), caption))
     return pictures

@@ -1,4 +1,4 @@
-"""Accuracy against cost: the Pareto front of pruned networks, and other results beside it."""
+"""Plot accuracy against cost, with the Pareto front of pruned networks and published results."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pruning.report.figures import COLOURS, MARKERS, new_figure
 if TYPE_CHECKING:
     from pruning.report.figures import Axes, Figure, Line2D
 
-#: Candidate offsets of a label from its point, in points of type.
+#: Candidate offsets of a label from its data point, in typographic points.
 Offsets: TypeAlias = tuple[tuple[int, int], ...]
 
-#: Candidates on the left and on the right of the point.
+#: Candidate offsets to the left and to the right of the data point.
 _LEFT: Offsets = ((-5, 4), (-7, 0), (-5, -9))
 _RIGHT: Offsets = ((5, -9), (7, 0), (5, 4))
 
 
 class Point(NamedTuple):
-    """A network in a plot of accuracy against cost.
+    """A data point, a network in a plot of accuracy against cost.
 
     Attributes:
         cost: params, MACs or milliseconds.
         accuracy: from 0 to 1.
-        label: text beside the point, empty for none.
+        label: text next to the data point; may be empty.
         spread: standard deviation of the accuracy over seeds.
     """
 
@@ -39,10 +39,10 @@ class Point(NamedTuple):
 def pareto(
     series: Mapping[str, Sequence[Point]], anchors: Sequence[Point] = (), *, cost: str = "params"
 ) -> Figure:
-    """Plot accuracy against cost, with a line along the front of each series.
+    """Plot accuracy against cost, with a line along the Pareto front of each series.
 
     Args:
-        series: by name, networks of one origin. All are drawn; the line connects those of `front`.
+        series: lists of networks, by name. All are plotted; a line connects those returned by `front`.
         anchors: published results to compare with.
         cost: label of the x axis.
 
@@ -94,7 +94,7 @@ def pareto(
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other beats in both cost and accuracy, sorted by cost.
+    """Return the Pareto front by cost: each point is more accurate than all others of at most its cost.
 
     Example:
         >>> from pruning.report.pareto import Point, front
@@ -112,7 +112,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 def _label(
     figure: Figure, axes: Axes, points: Sequence[tuple[Point, str, Offsets]], lines: Sequence[Line2D]
 ) -> None:
-    """Label points in their colours, each label at the first offset where it covers the least."""
+    """Label points in their colours, each at the first of the offsets where the label covers the least."""
     figure.draw_without_rendering()  # positions in pixels are known only after this
     spreads = [
         (point.cost, 100 * (point.accuracy + share * point.spread))

@@ -1,4 +1,4 @@
-"""Figures of a run and of its result; each function returns a matplotlib figure."""
+"""Plot a run and its result; each function returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Event: TypeAlias = Mapping[str, Any]
 
 
 def scale_histograms(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> Figure:
-    """Plot histograms of |γ| for each group before and after stage 1, with the zeros counted.
+    """Plot histograms of |γ| for each group before and after stage 1, with the number of zeros.
 
     Args:
-        before, after: by group, one scale γ for each channel.
+        before: one scale γ per channel before stage 1, by group.
+        after: one scale γ per channel after stage 1, by group.
 
     Returns:
         A matplotlib figure.
@@ -62,10 +63,11 @@ def scale_histograms(before: Mapping[str, Sequence[float]], after: Mapping[str, 
 
 
 def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
-    """Plot the channels of each group before and after pruning.
+    """Plot the width of each group before and after pruning.
 
     Args:
-        before, after: channels by group; a group that `after` lacks was removed with its layer.
+        before: number of channels before pruning, by group.
+        after: number of channels after pruning, by group; a missing group was removed with its layer.
 
     Returns:
         A matplotlib figure.
@@ -99,7 +101,7 @@ def history(events: Sequence[Event]) -> Figure:
     """Plot the validation accuracy and the costs over a run.
 
     Args:
-        events: the lines of the run's history. A run without pruning steps gets one panel.
+        events: the lines of the run's history. Without events that hold costs, there is only one panel.
 
     Returns:
         A matplotlib figure.
@@ -115,7 +117,7 @@ def history(events: Sequence[Event]) -> Figure:
     upper = panels[0]
     upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLOURS[0], lw=1.2)
     upper.set_ylabel("validation, %")
-    if epochs:  # the low figures right after a pruning step would flatten all others
+    if epochs:  # leave out the low scores right after a pruning step, which would flatten the others
         seen = np.array([100 * e["validation"] for e in epochs])
         low, high = np.quantile(seen, 0.15), seen.max()
         room = 0.25 * (high - low) + 0.1
@@ -124,7 +126,7 @@ def history(events: Sequence[Event]) -> Figure:
     for stage in stages[1:]:
         start = next(i for i, e in enumerate(epochs) if e["stage"] == stage) + 0.5
         upper.axvline(start, color="#bbbbbb", lw=0.8, ls=":")
-    upper.set_xlabel("epoch (dotted: a stage or a pruning step begins)")
+    upper.set_xlabel("epoch (dotted: start of a stage or a pruning step)")
     if not costs:
         return figure
     lower = panels[1]
@@ -135,8 +137,8 @@ def history(events: Sequence[Event]) -> Figure:
         if values and values[0]:
             lower.plot([100 * v / values[0] for v in values], color=colour, marker=marker, ms=4, label=label)
     lower.set_yscale("log")
-    lower.set_ylabel("% of the first")
-    lower.set_xlabel("dense, after stage 1 and after every pruning step")
+    lower.set_ylabel("% of the dense cost")
+    lower.set_xlabel("dense network, after stage 1, after every pruning step")
     lower.legend(frameon=False)
     return figure
 
@@ -145,7 +147,7 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
     """Plot the time per image of each network.
 
     Args:
-        samples: by network, in ms: first quartile, median, third quartile and 90th percentile.
+        samples: first quartile, median, third quartile and 90th percentile in ms, by network.
 
     Returns:
         A matplotlib figure.
@@ -169,11 +171,11 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
 
 
 def confusion(counts: ArrayLike, classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, in which right answers are left pale.
+    """Plot a confusion matrix; only the wrong predictions are coloured.
 
     Args:
-        counts: (classes, classes), with the truth in rows.
-        classes: their names.
+        counts: (classes, classes), true classes in rows and predicted classes in columns.
+        classes: names of the classes.
 
     Returns:
         A matplotlib figure.
@@ -204,12 +206,12 @@ def confusion(counts: ArrayLike, classes: Sequence[str]) -> Figure:
 
 
 def examples(images: ArrayLike | Tensor, captions: Sequence[str], columns: int = 10) -> Figure:
-    """Draw images in a grid, each with a caption.
+    """Plot images in a grid, each with a caption.
 
     Args:
         images: (N, H, W) or (N, C, H, W), with values in any range.
-        captions: one for each image.
-        columns: most images in a row.
+        captions: one caption per image.
+        columns: largest number of images in a row.
 
     Returns:
         A matplotlib figure.

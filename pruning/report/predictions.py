@@ -1,4 +1,4 @@
-"""Where the predictions of a pruned classifier and of the dense one differ."""
+"""Find the examples that a pruned classifier and the dense one classify differently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning.training.losses import IGNORED, classes_of
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.tree import Inputs
 
-#: Larger images are not kept: they would make the run's folder large.
+#: Largest image that is stored, in pixels; larger ones would take too much space in the run's folder.
 MAX_PIXELS = 64 * 64
 
 #: An image (C, H, W) with values from 0 to 255, as nested lists.
@@ -22,7 +22,7 @@ Pixels = list[list[list[int]]]
 
 
 class Example(TypedDict):
-    """An example that one network classifies correctly and the other does not."""
+    """An example that only one network classifies correctly: its class, both predictions and its image."""
 
     truth: int
     dense: int
@@ -34,10 +34,10 @@ class Differences(TypedDict):
     """The content of a run's `mistakes.json`.
 
     Attributes:
-        confusion: for `dense` and `small`, (classes, classes) counts with the truth in rows.
-        count: how many examples are `lost` and `won`, kept or not.
-        lost: examples that only the dense network classifies correctly.
-        won: examples that only the small network classifies correctly.
+        confusion: for `dense` and `small`, (classes, classes) counts with true classes in rows.
+        count: number of all `lost` and of all `won` examples; only some of them are stored.
+        lost: stored examples that only the dense network classifies correctly.
+        won: stored examples that only the small network classifies correctly.
     """
 
     confusion: dict[str, list[list[int]]]
@@ -52,15 +52,15 @@ def differing_predictions(
     """Compare two classifiers example by example.
 
     Args:
-        dense: the network before pruning. Its logits are (N, classes), like those of the other.
-        small: the network after pruning, on the same device.
-        batches: (inputs, targets), with targets (N,) or a share of every class (N, classes). Targets
+        dense: the network before pruning; returns logits (N, classes).
+        small: the network after pruning, on the same device; returns logits (N, classes).
+        batches: pairs (inputs, targets); targets are classes (N,) or probabilities (N, classes). Targets
             of -100 are left out.
-        most: examples kept of each kind.
+        most: largest number of examples to store of each kind.
 
     Returns:
-        Plain data. An example has its image where the inputs are (N, 1, H, W) or (N, 3, H, W) and
-        H · W is at most `MAX_PIXELS`, else None.
+        Plain data. An example has its image if the inputs are (N, 1, H, W) or (N, 3, H, W) and H · W is
+        at most `MAX_PIXELS`, else None.
 
     Raises:
         PruningError: If the outputs or targets are not those of a classifier.
@@ -111,12 +111,17 @@ def _checked(logits: object, targets: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(logits, Tensor) and isinstance(targets, Tensor) and (logits.ndim, targets.ndim) == (2, 1):
         return logits, targets
     raise PruningError(
-        "only predictions of classifiers can be compared: logits (N, classes) and targets (N,) were expected"
+        f"only predictions of classifiers can be compared, with logits (N, classes) and targets (N,); got "
+        f"{_described(logits)} and {_described(targets)}"
     )
 
 
+def _described(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def _pixels(inputs: Inputs, number: int) -> Pixels | None:
-    """Return one image of a batch in 256 shades; None where the inputs are not small images."""
+    """Return one image of a batch, scaled to 0 to 255; None if the inputs are not small images."""
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
         return None
     image = inputs[number].float().cpu()

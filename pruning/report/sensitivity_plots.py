@@ -1,4 +1,4 @@
-"""Sensitivity of a network's groups: what it loses as one group alone is narrowed."""
+"""Plot the sensitivity of groups: the accuracy lost when one group alone is narrowed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figure:
-    """Plot accuracy against width, with one small plot for each group, all on one scale.
+    """Plot accuracy against width in one panel per group, all with the same y scale.
 
-    The band is the bootstrap interval; the dashed line is the dense model.
+    The band is the bootstrap interval; the dashed line is the accuracy of the dense model.
 
     Args:
         found: the analysis.
@@ -63,7 +63,7 @@ def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figur
 
 
 def sensitivity_map(found: Sensitivity, stage: str = "recalibrated") -> Figure:
-    """Draw the accuracy lost, in points, by group (rows) and share of its channels kept (columns).
+    """Plot the accuracy lost, in percentage points, by group (rows) and share of channels kept (columns).
 
     Args:
         found: the analysis.
@@ -92,7 +92,7 @@ def sensitivity_map(found: Sensitivity, stage: str = "recalibrated") -> Figure:
 
 
 def lost_per_cost(found: Sensitivity, cost: str = "macs", stage: str = "recalibrated") -> Figure:
-    """Plot the accuracy lost against the share of the network's cost that is freed, one line per group.
+    """Plot the accuracy lost against the share of the network's cost freed, with one line per group.
 
     Args:
         found: the analysis.

@@ -1,4 +1,4 @@
-"""The history of a run in TensorBoard's format."""
+"""Write the history of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pruning.report.plots import Event
 
 
 class TensorBoardWriter:
-    """Writes the events of a run for TensorBoard.
+    """Write the events of a run for TensorBoard.
 
-    Scalars: loss, validation figure and learning rate of every epoch; params, MACs and channels after
-    every pruning step. Histograms: the scales of every group before and after stage 1. Figures, where
-    matplotlib is installed: the widths after every step. The step that TensorBoard shows is the line of
-    the history.
+    Scalars: loss, validation score and learning rate of every epoch; params, MACs and channels after
+    every pruning step. Histograms: the scales of every group before and after stage 1. Figures, if
+    matplotlib is installed: the widths after every pruning step. TensorBoard's step is the number of the
+    event's line in the history.
 
     Args:
-        folder: receives TensorBoard's event files.
+        folder: folder for TensorBoard's event files.
 
     Raises:
         PruningError: If TensorBoard is not installed.
@@ -45,9 +45,9 @@ class TensorBoardWriter:
         self._dense: Mapping[str, int] = {}
         try:
             require_matplotlib()
-            self._draws = True
+            self._has_matplotlib = True
         except PruningError:
-            self._draws = False
+            self._has_matplotlib = False
 
     def add(self, step: int, event: Event) -> None:
         """Write one event.
@@ -65,7 +65,7 @@ class TensorBoardWriter:
         widths = event.get("widths")
         if widths:
             self._dense = self._dense or widths
-            if self._draws:
+            if self._has_matplotlib:
                 shown = {group: full for group, full in self._dense.items() if group in widths}
                 kept = {group: widths[group] for group in shown}
                 self._writer.add_figure("widths", plots.widths(shown, kept), step)

@@ -1,6 +1,6 @@
 """The three stages of slimming, and the folder of a run.
 
-`sparsify`, `prune`, `finetune` and `slim` are in the files of these names.
+`sparsify`, `prune`, `finetune` and `slim` are defined in the files of the same names.
 """
 
 from pruning.stages.config import PruneConfig, SlimConfig

@@ -1,4 +1,4 @@
-"""Settings of the stages: frozen dataclasses, validated when they are made."""
+"""Settings of the stages: frozen dataclasses that check their values on construction."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class PruneConfig:
     score: Annotated[str, Setting("importance of a channel", choices=NAMES)] = "taylor"
     layers: Annotated[
         bool,
-        Setting("also remove whole layers, where a trial reaches more without them within the same budget"),
+        Setting("also remove whole layers, if a trial without them scores higher at the same budget"),
     ] = False
     ranking: Annotated[
         str,
         Setting(
-            "global compares the scores of all groups, group takes the same share of every group",
+            "global compares the scores of all groups, group removes the same share of every group",
             choices=RANKINGS,
         ),
     ] = "global"
@@ -57,11 +57,11 @@ class PruneConfig:
 
     @property
     def options(self) -> PlanOptions:
-        """The options of the plan of every step."""
+        """Return the planning options, which are the same in every step."""
         return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
 
 
-#: Settings of the stages where no others are given.
+#: Default settings of the stages.
 _SPARSIFY = TrainConfig(8, lr=0.1, weight_decay=1e-3)
 _PRUNE = PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=1e-3))
 _FINETUNE = TrainConfig(40, lr=0.1, weight_decay=1e-3)
@@ -71,10 +71,11 @@ _FINETUNE = TrainConfig(40, lr=0.1, weight_decay=1e-3)
 class SlimConfig:
     """The three stages of slimming. Each field states its meaning and bounds.
 
-    The defaults are the settings of this project's own main job, for any budget.
+    The defaults are the settings with which this project prunes its main example; only the budget has
+    no default.
 
     Raises:
-        PruningError: a setting is out of its bounds, or stage 1 keeps a moving average.
+        PruningError: a setting is out of its bounds, or `sparsify.ema` is not 0.
 
     >>> SlimConfig(Budget(macs="50%")).epochs
     58
@@ -95,7 +96,8 @@ class SlimConfig:
     strength: Annotated[
         float | None,
         Setting(
-            "strength of the L1 penalty on BatchNorm scales; auto finds it from the budget, 0 trains without",
+            "strength of the L1 penalty on BatchNorm scales; auto finds it from the budget, "
+            "0 trains without it",
             name="sparsity",
             metavar="LAMBDA",
             least=0,
@@ -106,7 +108,7 @@ class SlimConfig:
     distill: Annotated[
         float,
         Setting(
-            "weight of the teacher's outputs in the loss of stages 2 and 3; 0 has no teacher",
+            "weight of the teacher's outputs in the loss of stages 2 and 3; 0 trains without a teacher",
             metavar="WEIGHT",
             least=0,
             most=1,
@@ -125,8 +127,8 @@ class SlimConfig:
     restart: Annotated[
         bool,
         Setting(
-            "train stage 3 and the trials of whole layers from fresh weights: stage 2 then gives only the "
-            "widths; for small networks",
+            "train stage 3 and the trials of whole layers from newly initialized weights: stage 2 then "
+            "determines only the widths; for small networks",
             group="stage 3",
         ),
     ] = False
@@ -136,8 +138,8 @@ class SlimConfig:
         require_valid(self)
         if self.sparsify.ema:
             raise PruningError(
-                f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0 in stage 1 (an average has no "
-                "exact zeros)"
+                f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0, because averaged weights have no "
+                "exact zeros, which stage 1 needs; set it to 0"
             )
 
     @classmethod
@@ -147,16 +149,16 @@ class SlimConfig:
 
     @property
     def counts(self) -> Budget:
-        """The budget, where it is one of counts. Raises `PruningError` for one of latency."""
+        """Return the budget of counts; raise `PruningError` if it is a latency budget."""
         if isinstance(self.budget, LatencyBudget):
-            raise PruningError(f"a budget of params, MACs or channels is needed here, not {self.budget}")
+            raise PruningError(f"expected a Budget of params, MACs or channels, got {self.budget}")
         return self.budget
 
     @property
     def epochs(self) -> int:
-        """Epochs of all stages together."""
+        """Return the total number of epochs of all stages."""
         return self.sparsify.epochs + self.prune.iterations * self.prune.recover.epochs + self.finetune.epochs
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain data."""
+        """Return the settings as plain data."""
         return asdict(self)

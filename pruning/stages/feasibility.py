@@ -34,12 +34,12 @@ def feasible(
     """Return the budget as counts if `slim` can meet it with these settings; nothing is trained.
 
     Args:
-        model, example_inputs, config, ignored, teacher: as `slim` takes them.
+        model, example_inputs, config, ignored, teacher: see `slim`.
 
     Raises:
-        PruningError: for a budget out of reach (see `reachable`), a teacher whose outputs cannot be
-            compared with the model's, an optimizer for smaller networks than the budget allows, and
-            layers for which fresh weights cannot be drawn.
+        PruningError: if the budget cannot be met (see `reachable`), if the teacher's outputs cannot be
+            compared with the model's, if the budget leaves more parameters than the optimizer
+            supports, or if `config.restart` is set and a layer cannot be reinitialized.
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> feasible(net, torch.zeros(1, 3), SlimConfig.within(Budget(params="50%")))
@@ -66,15 +66,15 @@ def reachable(
 ) -> Budget:
     """Return the budget as counts if some widths of the model meet it.
 
-    A budget of latency becomes the MACs of a network that meets it, with all groups narrowed alike
-    as far as that pays.
+    A latency budget is converted to MACs: those of a network that meets it, planned with scores
+    under which all groups narrow alike.
 
     Args:
-        config: sets floors and multiples; where it allows removing whole layers, the budget may
-            also be met without all that can be removed.
+        config: the floor and the multiple to plan with. If it allows removing whole layers, the
+            budget may also be met by the network without some or all removable layers.
 
     Raises:
-        PruningError: when no widths meet the budget; the message has the least cost.
+        PruningError: if no widths meet the budget; the message states the least cost.
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> reachable(net, torch.zeros(1, 3), Budget(macs="50%"))
@@ -94,11 +94,11 @@ def reachable(
             plan_within(target, traced, cost_model, equal, options)
             return target
         except PruningError:
-            can_go = removable(model, traced, example_inputs) if config and config.layers else {}
-            if not can_go:
+            candidates = removable(model, traced, example_inputs) if config and config.layers else {}
+            if not candidates:
                 require_groups(model, traced)
                 raise
-        *_, last = can_go.values()
+        *_, last = candidates.values()
         model = without_layer(model, traced, last, [example_inputs])
         traced = trace(model, example_inputs, ignored)
         cost_model = CostModel(model, traced)

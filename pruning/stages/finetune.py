@@ -1,4 +1,4 @@
-"""Stage 3: recover accuracy, with a teacher or without."""
+"""Stage 3: fine-tune a pruned model, with or without a teacher."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ def finetune(
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
-    """Train a pruned model in place, and keep its best epoch on the validation split.
+    """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        teacher: gives soft targets with weight `distill` at a `temperature` (see `distillation`).
+        teacher: network whose logits are the soft targets (see `distillation`).
+        distill: weight of the soft targets in the loss, 0 to 1.
+        temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
-        keep_best: by default, whether there is `validate`; without it the last epoch is kept.
-        extra: not together with `int8`, whose ranges take its place.
+        keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
+        extra: see `fit`; cannot be combined with `int8`, which stores its activation ranges there.
         batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, label,
             resume: see `fit`.
 
@@ -57,14 +59,14 @@ def finetune(
     if teacher is not None and distill:
         batches, loss = with_teacher(teacher, batches, distill, temperature, loss)
     if int8 and extra is not None:
-        raise PruningError("int8 keeps the ranges of activations in extra: give no other")
+        raise PruningError("int8=True stores the ranges of activations in extra: leave extra out")
 
-    def train(state: Stateful | None) -> nn.Module:
+    def train(extra: Stateful | None) -> nn.Module:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=state, label=label, resume=resume,
+            extra=extra, label=label, resume=resume,
         )  # fmt: skip
 
     if not int8:
@@ -86,13 +88,13 @@ def tune(
     int8: bool = False,
     loss: Loss = cross_entropy,
 ) -> nn.Module:
-    """Fine-tune a copy of a pruned model, resumable, and keep its best epoch.
+    """Fine-tune a copy of a pruned model and keep its best epoch; a run makes this resumable.
 
-    Where no epoch is as good as the given weights, these are kept.
+    If every epoch scores lower than the given weights, the given weights are kept.
 
     Args:
-        validate: from a model to a validation_score, higher is better.
-        run: saves the state after every epoch, and resumes from it.
+        validate: function from a model to its validation score; higher is better.
+        run: stores the state after every epoch; if it holds a state, training resumes from it.
         batches, config, teacher, distill, temperature, int8, loss: see `finetune`.
 
     Returns:

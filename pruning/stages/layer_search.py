@@ -1,4 +1,4 @@
-"""Search for whole layers without which a network is better within its budget, by trial."""
+"""Search by trial for whole layers whose removal raises the validation score at the same budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pruning.training.losses import Validate, loss_of
 from pruning.utils.modules import device_of, eval_mode
 from pruning.utils.tree import Inputs
 
-#: Layers tried in each round: those without which the loss on the calibration data is lowest.
+#: Number of layers tried in each round: those whose removal gives the lowest calibration loss.
 CANDIDATES = 3
 
 LABEL = "stage 2, whole layers"
@@ -28,19 +28,20 @@ LABEL = "stage 2, whole layers"
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """Remove whole layers, the best one each time, as long as the validation figure rises.
+    """Greedy search: remove the best whole layer of each round while the validation score rises.
 
-    A trial prunes the model to the final budget in one step, without some layers, and trains it a
-    little.
+    A trial removes some layers from the model, prunes it to the final budget in one step, and trains
+    it briefly.
 
     Attributes:
         model: the model with all layers; it is not changed.
         target: the final budget, as counts.
-        settings: of the pruning steps.
-        begin: from a pruned model to what stage 3 starts with.
-        train: fine-tunes a model briefly; given the model and a label.
-        validate: from a model to the validation figure, higher is better.
-        note: appends a line to the history. log: receives lines of text.
+        settings: settings of the pruning steps.
+        begin: function from a pruned model to the model that is trained.
+        train: function of a model and a label that trains the model briefly and returns it.
+        validate: function from a model to its validation score; higher is better.
+        note: appends a line to the history.
+        log: receives lines of text.
     """
 
     model: nn.Module
@@ -56,26 +57,26 @@ class LayerSearch:
     def run(self) -> tuple[tuple[str, ...], nn.Module, int]:
         """Return the layers to remove, the model without them, and the number of trials."""
         removed: tuple[str, ...] = ()
-        rest, best, trials = self.model, self._trial(removed, LABEL), 1
+        model, best, trials = self.model, self._trial(removed, LABEL), 1
         self.note(stage=LABEL, removed=removed, validation=best)
         while True:
-            figures = {}
-            for name in self._candidates(rest)[:CANDIDATES]:
-                figures[name] = self._trial((*removed, name), f"{LABEL}: {name}")
-                self.note(stage=LABEL, removed=(*removed, name), validation=figures[name])
+            results = {}
+            for name in self._candidates(model)[:CANDIDATES]:
+                results[name] = self._trial((*removed, name), f"{LABEL}: {name}")
+                self.note(stage=LABEL, removed=(*removed, name), validation=results[name])
                 trials += 1
-            name = max(figures, key=figures.__getitem__, default="")
-            if not name or figures[name] <= best:
+            name = max(results, key=results.__getitem__, default="")
+            if not name or results[name] <= best:
                 break
-            self.log(f"{LABEL}: {name} goes, validation {figures[name]:.4f} without it, {best:.4f} with it")
-            best, removed = figures[name], (*removed, name)
-            rest = next(smaller for _, smaller in self._without_each(rest, only=name))
+            self.log(f"{LABEL}: {name} goes, validation {results[name]:.4f} without it, {best:.4f} with it")
+            best, removed = results[name], (*removed, name)
+            model = next(smaller for _, smaller in self._without_each(model, only=name))
         if not removed:
             self.log(f"{LABEL}: all stay, validation {best:.4f} with them")
-        return removed, rest, trials
+        return removed, model, trials
 
     def _trial(self, remove: tuple[str, ...], label: str) -> float:
-        """The validation figure without these layers; −∞ where the budget is out of reach."""
+        """Return the validation score without these layers; −∞ if the budget cannot be met."""
         try:
             step = prune_step(self.model, self.example_inputs, self.target, self.settings, remove=remove)
         except PruningError:
@@ -83,7 +84,7 @@ class LayerSearch:
         return self.validate(self.train(self.begin(step.model), label))
 
     def _candidates(self, model: nn.Module) -> list[str]:
-        """The layers that can be removed, in ascending order of the calibration loss without them."""
+        """Return the removable layers, in ascending order of the calibration loss without them."""
         loss, batches = loss_of(self.settings.loss), self._calibration()
         losses = {}
         for name, smaller in self._without_each(model):  # one at a time: each is a copy of the network
@@ -92,7 +93,7 @@ class LayerSearch:
         return sorted(losses, key=losses.__getitem__)
 
     def _without_each(self, model: nn.Module, only: str = "") -> Iterator[tuple[str, nn.Module]]:
-        """Each layer that can be removed, or `only` one, with the model without it, recalibrated."""
+        """Yield each removable layer, or only one, and the recalibrated model without it."""
         traced = trace(model, self.example_inputs, self.settings.ignored)
         inputs = [inputs for inputs, _ in self._calibration()]
         for name, layer in removable(model, traced, self.example_inputs).items():
@@ -102,6 +103,6 @@ class LayerSearch:
                 yield name, smaller
 
     def _calibration(self) -> list[Batch]:
-        """The calibration batches on the model's device."""
+        """Return the calibration batches on the model's device."""
         device = device_of(self.model)
         return [to_device(batch, device) for batch in self.settings.calibration]

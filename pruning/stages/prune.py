@@ -34,12 +34,14 @@ class Step:
     """The result of one pruning step.
 
     Attributes:
-        model: the smaller model.
-        plan: the whole layers removed, and the channels that each group keeps.
-        trace: of the model before, without the removed layers.
-        asked: the budget, as counts. before, after: the costs, BatchNorm folded.
-        difference: largest relative difference of the outputs found by `verify`; NaN without it.
-        latency: the measured times, under a `LatencyBudget`.
+        model: the pruned model.
+        plan: the whole layers that were removed, and the channels that each group keeps.
+        trace: trace that the plan refers to: of the model before pruning, without the removed layers.
+        asked: the budget, as counts or as a `LatencyBudget`.
+        before: cost before pruning, BatchNorm folded.
+        after: cost after pruning, BatchNorm folded.
+        difference: largest relative difference of the outputs found by `verify`; NaN if not checked.
+        latency: the measured times under a `LatencyBudget`, else None.
     """
 
     model: nn.Module
@@ -54,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What stays the same over the steps of a run; see `prune` for the fields."""
+    """Settings that all pruning steps of a run share; see `prune` for the fields."""
 
     score: Score = "taylor"
     calibration: Sequence[Batch] = ()
@@ -87,24 +89,26 @@ def prune(
     """Remove channels until a model meets a budget; the given model is not changed.
 
     Args:
-        example_inputs: to trace and to verify with; a batch dimension first.
-        budget: limits on the result; percentages are of this model.
+        model: the model to prune.
+        example_inputs: inputs to trace and verify the model with, batch dimension first.
+        budget: limits on the cost of the result; percentages refer to this model.
         score: importance of a channel, by name or as a function (see `score_channels`).
-        calibration: (inputs, targets) batches, for the score, the BatchNorm statistics, and the mean
-            of each dropped channel, which is folded into the layer behind it. Without them, only
-            channels that are constant on the example inputs are folded.
-        loss: of the calibration batches, for `taylor`.
+        calibration: batches (inputs, targets). They serve to score channels, to recalibrate BatchNorm,
+            and to measure the mean of each removed channel, which is folded into the layers that
+            consume it. Without them, only channels that are constant on the example inputs are folded.
+        loss: loss of the calibration batches, for the score `taylor`.
         ignored: layers that keep their channels: name patterns, types or instances.
         remove: names of whole layers to remove first (see `removable`).
-        towards: budget of the last of several steps, as counts: keep all channels that a plan within
-            it keeps. Otherwise a step may meet one limit with channels that the end has room for.
+        towards: budget of the last of several steps, as counts. The step then keeps every channel
+            that a plan for this budget keeps; otherwise it might remove channels to meet one limit
+            that the final budget has room for.
         check: compare the outputs with those that the plan implies (see `verify`).
         ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
-        dense: the network whose time a `LatencyBudget` is compared with; by default the model.
+        dense: the network whose time a `LatencyBudget` is relative to; by default the model.
 
     Raises:
-        PruningError: for a model that cannot be traced or has no prunable group, a budget out of
-            reach, invalid options, and where the outputs are not equivalent.
+        PruningError: if the model cannot be traced or has no prunable group, if the budget cannot be
+            met, if an option is invalid, or if the outputs are not equivalent.
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
@@ -128,13 +132,13 @@ def prune_step(
     towards: Budget | None = None,
     dense: nn.Module | None = None,
 ) -> Step:
-    """Prune as `prune` does, with the settings of a run.
+    """Prune as `prune` does, with settings that all steps of a run share.
 
-    In this order: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate.
+    The order is: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate.
     """
     require_budget(budget)
     if dense is not None and isinstance(budget, Budget):
-        raise PruningError("dense: only a LatencyBudget compares with another network; leave it out")
+        raise PruningError("dense: only a LatencyBudget is relative to another network; leave dense out")
     traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
@@ -145,8 +149,8 @@ def prune_step(
     if remove:
         model, traced = _without_layers(model, traced, example_inputs, remove, batches, settings)
         cost_model = CostModel(model, traced)
-    met = remove and isinstance(asked, Budget) and not asked.excess(cost_model(cost_model.full))
-    if not met:
+    is_met = remove and isinstance(asked, Budget) and not asked.excess(cost_model(cost_model.full))
+    if not is_met:
         require_groups(model, traced)
 
     scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
@@ -177,12 +181,12 @@ def _without_layers(
     batches: Sequence[Inputs],
     settings: StepSettings,
 ) -> tuple[nn.Module, Trace]:
-    """The model without whole layers, its BatchNorm recalibrated, and its trace."""
+    """Return the model without some whole layers, BatchNorm recalibrated, and its trace."""
     for name in names:
         candidates = removable(model, traced, example_inputs)
         if name not in candidates:
             raise PruningError(
-                f"layer {name!r} cannot be removed from {type(model).__name__}; those that can: "
+                f"layer {name!r} cannot be removed from {type(model).__name__}; removable layers: "
                 f"{', '.join(candidates) or 'none'}"
             )
         model = without_layer(model, traced, candidates[name], batches)
@@ -199,7 +203,7 @@ def _plan(
     scores: Scores,
     options: PlanOptions,
 ) -> Plan:
-    """The plan within a budget of counts, on the way to the budget of the last step where there is one."""
+    """Return a plan for a budget of counts that keeps what a plan for the budget `towards` keeps."""
     if towards is not None:
         last = plan_within(towards, traced, cost_model, scores, replace(options, most=1.0))
         options = replace(options, floor=last.widths)
@@ -209,7 +213,7 @@ def _plan(
 def _constants(
     model: nn.Module, traced: Trace, plan: Plan, example_inputs: Inputs, batches: Sequence[Inputs]
 ) -> dict[str, Tensor]:
-    """The constants that replace the dropped channels, by the layer that consumes them."""
+    """Return the constants that replace the removed channels, by the layer that consumes them."""
     if batches:
         return channel_constants(model, traced, batches)
     if may_leave_constants(model, traced, plan):
@@ -225,12 +229,13 @@ def _verified(
     example_inputs: Inputs,
     constants: Mapping[str, Tensor],
 ) -> float:
-    """Verify the small model; where the outputs show no difference at all, also at random weights.
+    """Verify the small model and return the largest relative difference of the outputs.
 
-    The outputs may not depend on the dropped channels (a residual branch scaled by 0, say).
+    If the outputs are identical, verify with random weights too: the outputs may not depend on the
+    removed channels at all, for example in a residual branch that is scaled by 0.
     """
     difference = verify(model, small, traced, plan, example_inputs, constants)
     if difference == 0:
-        lively = with_random_weights(model, example_inputs)
-        difference = verify(lively, apply(lively, traced, plan), traced, plan, example_inputs)
+        randomized = with_random_weights(model, example_inputs)
+        difference = verify(randomized, apply(randomized, traced, plan), traced, plan, example_inputs)
     return difference

@@ -27,17 +27,18 @@ from pruning.utils.modules import copied, device_of
 
 
 class RunState(TypedDict, total=False):
-    """The content of state.pth: where a run stands, as plain data and tensors.
+    """The content of state.pth, as plain data and tensors.
 
     Attributes:
-        lines: lines of the history that belong to this state.
+        lines: number of lines of the history that were written before this state.
         stage: 0 (sparsify), 1 to n (pruning steps, each with its training), n + 1 (fine-tune).
-        fit: state of the training under way (see `Epoch.state`); None before its first epoch ends.
+        fit: state of the current training (see `Epoch.state`); None before its first epoch ends.
         layers: description of the network in training (`checkpoint.describe`), without its weights.
         target: limits of the budget, as counts.
-        start: cost without the channels that stage 1 turned off. dense: weights after stage 1.
-        trial_epochs: epochs that the search for whole layers trained.
-        line: log line of the pruning step under way.
+        start: cost of the network without the channels whose scales are 0 after stage 1.
+        dense: weights after stage 1.
+        trial_epochs: number of epochs trained by the search for whole layers.
+        line: log line of the current pruning step.
     """
 
     lines: int
@@ -54,22 +55,22 @@ class RunState(TypedDict, total=False):
 class Run:
     """The folder of a run: config.json, history.jsonl and state.pth.
 
-    config.json holds the settings; history.jsonl one line per epoch and per pruning step; state.pth
-    the stage under way with its weights, optimizer and random state, replaced after every epoch. Of
-    several processes (torchrun) only the first writes.
+    config.json holds the settings. history.jsonl has one line per epoch and per pruning step.
+    state.pth holds the current stage with its weights, optimizer and random state; it is replaced
+    after every epoch. Of several processes (torchrun) only the first writes.
 
     Args:
-        folder: made where it does not exist.
-        settings: compared with those of the folder on resuming; plain data.
+        folder: folder of the run; created if it does not exist.
+        settings: plain data; a resumed run must have the same.
         resume: continue the run in the folder.
 
     Attributes:
-        state: what `save` was last given; None for a new run.
-        observe: called with the number and the content of every line of the history.
+        state: the state last saved; None for a new run.
+        observe: function called with the number and the content of every line of the history.
 
     Raises:
-        PruningError: when the folder holds another run, when there is none to resume, when another
-            process is at work on it, or when it cannot be written.
+        PruningError: if the folder holds another run, if it holds none to resume, if another process
+            is writing to it, or if it cannot be created.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -92,12 +93,16 @@ class Run:
             self._lock()
             self.state = self._read_state()
         elif self.writes and config.exists():
-            raise PruningError(f"{self.folder} holds a run already: add --resume, or choose another folder")
+            raise PruningError(
+                f"{self.folder} already holds a run: add --resume to continue it, or choose another folder"
+            )
         elif self.writes:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise PruningError(f"{self.folder} cannot be made: {error.strerror}") from error
+                raise PruningError(
+                    f"{self.folder} cannot be created ({error.strerror}): choose another folder"
+                ) from error
             self._lock()
             checkpoint.replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
         self.lines = self.state["lines"] if self.state is not None else 0
@@ -105,7 +110,7 @@ class Run:
             self._truncate_history(self.lines)
 
     def note(self, **event: object) -> None:
-        """Append one line to the history: these keys and values, as JSON."""
+        """Append one line to the history: the given keys and values, as JSON."""
         self.lines += 1
         if not self.writes:
             return
@@ -117,13 +122,13 @@ class Run:
             os.fsync(file.fileno())
 
     def save(self, state: RunState) -> None:
-        """Replace state.pth, completely or not at all."""
+        """Replace state.pth atomically."""
         self.state = {**state, "lines": self.lines}
         if self.writes:
             checkpoint.write(self.folder / "state.pth", dict(self.state))
 
     def _lock(self) -> None:
-        """Keep other processes from writing to the folder for as long as this object lives."""
+        """Keep other processes from writing to the folder during the lifetime of this object."""
         if not self.writes:
             return
         lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
@@ -131,7 +136,7 @@ class Run:
             lock.acquire()
         except Timeout:
             raise PruningError(
-                f"{self.folder}: another process is at work on this run; wait for it, or stop it"
+                f"{self.folder}: another process is writing to this run; wait until it ends, or stop it"
             ) from None
         except NotImplementedError:  # a file system without locks
             return
@@ -141,23 +146,26 @@ class Run:
         try:
             before = json.loads(config.read_text())
         except FileNotFoundError:
-            raise PruningError(f"{self.folder} holds no run to resume") from None
+            raise PruningError(
+                f"{self.folder} holds no run to resume (config.json is missing): start a new run without "
+                "--resume, or give the folder of a run"
+            ) from None
         except (OSError, ValueError) as error:
-            raise PruningError(f"{config} cannot be read: {error}") from error
+            raise PruningError(f"{config} cannot be read ({error}): choose another folder") from error
         if not isinstance(before, dict):
             raise PruningError(
-                f"{config} holds a {type(before).__name__}, the settings of a run were expected: choose "
-                "another folder"
+                f"{config} holds a {type(before).__name__}, but a JSON object with the settings of a run was "
+                "expected: choose another folder"
             )
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
             raise PruningError(
                 f"{self.folder} was started with other settings ({', '.join(sorted(changed))}): "
-                "resume with the same, or choose another folder"
+                "resume with the same settings, or choose another folder"
             )
 
     def _truncate_history(self, lines: int) -> None:
-        """Delete the lines written after the state was saved; they will be written again."""
+        """Delete the lines written after the state was saved; the resumed run writes them again."""
         if self.history.exists():
             kept = self.history.read_bytes().splitlines(keepends=True)[:lines]
             checkpoint.replace_file(self.history, b"".join(kept))
@@ -169,19 +177,21 @@ class Run:
         state = checkpoint.read_plain(path)
         if not isinstance(state, dict) or not isinstance(state.get("lines"), int):
             raise PruningError(
-                f"{path} is not the state of a run: delete it to begin anew, or choose another folder"
+                f"{path} does not hold the state of a run: delete it to start over, or choose another folder"
             )
         return cast(RunState, state)
 
 
 class Progress:
-    """The progress of a pipeline, saved to its run (where there is one) after every epoch.
+    """The progress of a pipeline; if there is a run, it is saved to it after every epoch.
 
     Args:
-        run: to resume from where it has a state. model: it is not changed.
+        run: the run to save to; if it has a state, the progress continues from that state.
+        model: the model that the pipeline was given; it is not changed.
 
     Attributes:
-        network: the network in training. dense: the model that stage 1 ended with.
+        network: the network in training.
+        dense: the model after stage 1.
         state: see `RunState`.
     """
 
@@ -199,30 +209,30 @@ class Progress:
 
     @property
     def stage(self) -> int:
-        """The stage under way."""
+        """Return the number of the current stage (see `RunState`)."""
         return self.state["stage"]
 
     @property
     def target(self) -> Budget | None:
-        """The budget as counts; None before it is known."""
+        """Return the budget as counts; None before it is known."""
         return Budget(**self.state["target"]) if "target" in self.state else None
 
     @property
     def start(self) -> Cost:
-        """The cost of the network without the channels that stage 1 turned off."""
+        """Return the cost of the network without the channels whose scales are 0 after stage 1."""
         return Cost(**self.state["start"])
 
     @property
     def line(self) -> str:
-        """The log line of the pruning step under way."""
+        """Return the log line of the current pruning step."""
         return self.state.get("line", "")
 
     def resume(self, stage: int) -> TrainingState | None:
-        """Return what `fit` resumes from; None for a stage that starts anew."""
+        """Return the state that `fit` resumes from; None if the stage starts from its beginning."""
         return self.state["fit"] if stage == self.stage else None
 
     def recorder(self, stage: int, label: str, model: nn.Module) -> Callable[[Epoch], None]:
-        """Return the `on_epoch` of a stage: it records each epoch and saves the state after it."""
+        """Return a function for `fit(on_epoch=...)` that records each epoch and then saves the state."""
 
         def record(epoch: Epoch) -> None:
             if self.run is None:
@@ -242,12 +252,12 @@ class Progress:
         return record
 
     def note(self, **event: object) -> None:
-        """Append one line to the history of the run."""
+        """Append one line to the history of the run, if there is a run."""
         if self.run is not None:
             self.run.note(**event)
 
     def begin(self, scales: ChannelScales, asked: Budget) -> None:
-        """Record the dense network and what is asked of it."""
+        """Record the dense network and the budget."""
         self.note(
             stage="dense",
             widths=scales.trace.widths,
@@ -258,7 +268,7 @@ class Progress:
         )
 
     def end_sparsify(self, model: nn.Module, scales: ChannelScales, validation: float) -> str:
-        """Keep the dense weights, and record the channels left alive; returns the line to log."""
+        """Store the weights after stage 1, record the channels left alive, and return the log line."""
         alive, start = scales.alive(), scales.left()
         weights = model.state_dict()
         self.dense.load_state_dict(weights)
@@ -269,7 +279,7 @@ class Progress:
         return f"γ ≠ 0 in {_joined(alive)}: {start}; validation {validation:.4f}"
 
     def note_step(self, label: str, step: Step, validation: float) -> str:
-        """Record a pruning step before the training after it; returns the line to log."""
+        """Record a pruning step, before the training that follows it, and return the log line."""
         self.note(
             stage=label,
             widths=step.plan.widths,
@@ -290,12 +300,12 @@ class Progress:
 
 
 def _rounded(scales: ChannelScales) -> dict[str, list[float]]:
-    """The largest scale of every channel, by group, for the history."""
+    """Return the largest |γ| of every channel, by group, rounded for the history."""
     return {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in scales.magnitudes().items()}
 
 
 def _joined(widths: Mapping[str, int]) -> str:
-    """Widths in the order of the groups, `3-7-8-12`; of more than 12 groups, the sum of all."""
+    """Return widths as text, `3-7-8-12` in the order of the groups; above 12 groups only their sum."""
     if len(widths) <= 12:
         return "-".join(str(w) for w in widths.values())
     return f"{sum(widths.values()):,} channels in {len(widths)} groups"

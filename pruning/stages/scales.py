@@ -1,4 +1,4 @@
-"""Read the BatchNorm scales of a model, by channel of its groups."""
+"""Read the BatchNorm scales of a model, by group and channel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning.planning.cost import Cost, CostModel
 
 
 class ScaledNorm(NamedTuple):
-    """The scales γ of one BatchNorm in a group: `weight[positions[i]]` is of channel `channels[i]`."""
+    """The scales γ of one BatchNorm in a group: `weight[positions[i]]` scales channel `channels[i]`."""
 
     weight: Tensor
     positions: Tensor
@@ -20,16 +20,17 @@ class ScaledNorm(NamedTuple):
 
 
 class ChannelScales:
-    """The scales γ of BatchNorm by channel, and the channels that they leave alive.
+    """The BatchNorm scales γ of every channel, and the channels that are alive: those with γ ≠ 0.
 
     Args:
-        model: the traced model. Its scales are read anew at every call.
-        traced: of this model.
-        cost_model: of this model, where there is one already.
+        model: the traced model. Every method call reads its current scales.
+        traced: trace of the model.
+        cost_model: cost model of the model; built here if not given.
 
     Attributes:
         norms: by group, the norms that scale its channels; a group without any has no entry.
-        cost_model: of the model. dense: its cost at full widths.
+        cost_model: cost model of the model.
+        dense: cost of the model at full widths.
 
     >>> from pruning.tracing.trace import trace
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
@@ -64,7 +65,7 @@ class ChannelScales:
         return found
 
     def alive(self) -> dict[str, int]:
-        """Return the number of channels of each group with a scale other than 0; without norms, all."""
+        """Return by group the number of channels with a scale other than 0; all of a group without norms."""
         living = {name: int((largest > 0).sum()) for name, largest in self.magnitudes().items()}
         return {name: living.get(name, group.channels) for name, group in self.trace.groups.items()}
 

@@ -1,4 +1,4 @@
-"""The three stages as one pipeline that can be stopped at any moment and resumed.
+"""The three stages as one pipeline, which can be interrupted at any time and resumed.
 
 >>> import torch
 >>> from pruning.stages.config import PruneConfig
@@ -48,7 +48,7 @@ from pruning.training.losses import (
 from pruning.utils.modules import device_of, fresh_weights
 from pruning.utils.tree import Inputs, first_examples
 
-#: Training batches that score channels where no calibration batches are given.
+#: Number of training batches used for calibration if no calibration batches are given.
 CALIBRATION_BATCHES = 16
 
 
@@ -57,9 +57,9 @@ class Slimmed:
     """The result of `slim`.
 
     Attributes:
-        model: the small model, BatchNorm in place.
-        dense: the model that stage 1 ended with.
-        epochs: trained in all, those of trials included.
+        model: the small model, BatchNorm not folded.
+        dense: the model after stage 1.
+        epochs: number of epochs trained, including those of trials.
     """
 
     model: nn.Module
@@ -85,26 +85,26 @@ def slim(
 ) -> Slimmed:
     """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
-    1. Train with an L1 pull on the BatchNorm scales.
-    2. Several times: remove the least important channels, train a little. Where the settings ask for
-       it, first remove whole layers without which the network is better within the budget.
-    3. Fine-tune, or train from fresh weights, and keep the best epoch.
+    1. Train with an L1 penalty on the BatchNorm scales.
+    2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
+    3. Fine-tune, or train from newly initialized weights, and keep the best epoch.
 
     Args:
-        model: the dense model, trained or not; it is not changed. batches: of training.
-        example_inputs: to trace and verify with; by default two of the first batch.
-        config: the settings; give a `budget` in its place for those of `SlimConfig.within(budget)`.
-        validate: from a model to a figure, higher is better; or batches to take accuracy on.
-        target: result of `feasible`, where it was called before.
+        model: the dense model, trained or not; it is not changed.
+        batches, loss: training batches (a list or a DataLoader) and loss, see `fit`.
+        example_inputs, ignored: see `trace`; the inputs are by default two examples of the first batch.
+        config, budget: the settings; or only the budget, for the settings `SlimConfig.within(budget)`.
+        validate: maps a model to its validation score, higher is better; or batches for the accuracy.
+        target: result of `feasible`, if it was called before.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
-        teacher: for `config.distill`; by default the model that stage 1 ends with.
-        ignored: layers that keep their channels. log: receives a line per stage and pruning step.
-        run: saves the state after every epoch, and resumes from it.
+        teacher: teacher for `config.distill`; by default the model after stage 1.
+        run: stores the state after every epoch; if it holds a state, the pipeline resumes from it.
+        log: function that receives one line per stage and pruning step.
 
-    Raises `PruningError` before anything is trained for what `feasible` rejects.
+    Raises `PruningError` before any training if `feasible` does.
     """
     config, ignored, device = _settings(config, budget, batches), tuple(ignored), device_of(model)
-    validate = _figure_of(model, validate)
+    validate = _validation(model, validate)
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
@@ -121,7 +121,7 @@ def slim(
     if progress.stage == 0:
         _sparsify(state)
     if config.distill:
-        _teach(state, teacher or progress.dense)
+        _add_teacher(state, teacher or progress.dense)
     if config.prune.layers and progress.stage == 0:
         _find_superfluous_layers(state)
     _prune(state)
@@ -131,14 +131,15 @@ def slim(
 
 @dataclass
 class _Pipeline:
-    """What the three stages share, and the network as it stands.
+    """The data that the three stages share, and the network in its current state.
 
     Attributes:
-        given: the dense model as it was given.
+        given: the dense model that `slim` was given.
         network: the network in training; each stage replaces it.
-        batches, loss: of training; with a teacher they hold its outputs, too.
+        batches: training batches; their targets may include the teacher's outputs.
+        loss: training loss; with a teacher it includes distillation.
         target: the budget, as counts.
-        settings: of every pruning step.
+        settings: settings of every pruning step.
         removed: whole layers that the next pruning step removes.
     """
 
@@ -160,17 +161,17 @@ class _Pipeline:
         return ChannelScales(network, trace(network, self.example_inputs, self.settings.ignored))
 
     def equalized(self, network: nn.Module) -> nn.Module:
-        """Return a network that computes the same, with BatchNorm channels of equal size."""
+        """Return an equivalent network whose BatchNorm channels have scales of equal size."""
         return equalize(network, trace(network, self.example_inputs), self.example_inputs)
 
-    def final_start(self, pruned: nn.Module) -> nn.Module:
-        """Return what stage 3 starts with, from a pruned network."""
+    def initialized(self, pruned: nn.Module) -> nn.Module:
+        """Return a pruned network with the weights from which stage 3 trains it."""
         return fresh_weights(pruned) if self.config.restart else self.equalized(pruned)
 
     def train(
         self, network: nn.Module, config: TrainConfig, label: str, stage: int | None = None
     ) -> nn.Module:
-        """Train a network in place; as a stage of the pipeline it is recorded, and resumes."""
+        """Train a network in place; the training of a numbered stage is recorded and resumable."""
         return fit(
             network,
             self.batches,
@@ -184,7 +185,7 @@ class _Pipeline:
 
 
 def _sparsify(state: _Pipeline) -> None:
-    """Stage 1: train with a pull on the scales; what is 0 afterwards costs nothing."""
+    """Stage 1: train with an L1 penalty on the scales; a channel whose scale becomes 0 can be removed."""
     label, config, progress = "stage 1, sparsify", state.config, state.progress
     scales, strength = state.scales(state.network), config.strength
     if progress.resume(0) is None:
@@ -210,8 +211,8 @@ def _sparsify(state: _Pipeline) -> None:
     state.log(f"{label}: {progress.end_sparsify(state.network, scales, validation)}")
 
 
-def _teach(state: _Pipeline, teacher: nn.Module) -> None:
-    """Add the teacher's outputs to the loss of the trainings that follow."""
+def _add_teacher(state: _Pipeline, teacher: nn.Module) -> None:
+    """Add the teacher's outputs to the batches and the loss of stages 2 and 3."""
     config = state.config
     state.batches, state.loss = with_teacher(
         teacher, state.batches, config.distill, config.temperature, state.loss
@@ -219,7 +220,7 @@ def _teach(state: _Pipeline, teacher: nn.Module) -> None:
 
 
 def _find_superfluous_layers(state: _Pipeline) -> None:
-    """Before stage 2: find the whole layers without which the network is better within the budget."""
+    """Before stage 2: find whole layers whose removal raises the validation score at the same budget."""
     finetune_config, progress = state.config.finetune, state.progress
     brief = replace(finetune_config, epochs=-(-finetune_config.epochs // 10), ema=0.0)
     search = LayerSearch(
@@ -227,14 +228,14 @@ def _find_superfluous_layers(state: _Pipeline) -> None:
         state.example_inputs,
         state.target,
         state.settings,
-        begin=state.final_start,
+        begin=state.initialized,
         train=lambda network, label: state.train(network, brief, label),
         validate=state.validate,
         note=progress.note,
         log=state.log,
     )
-    state.removed, rest, trials = search.run()
-    progress.state["start"] = asdict(state.scales(rest).left())
+    state.removed, network, trials = search.run()
+    progress.state["start"] = asdict(state.scales(network).left())
     progress.state["trial_epochs"] = brief.epochs * trials
 
 
@@ -247,7 +248,7 @@ def _prune(state: _Pipeline) -> None:
         if progress.resume(iteration) is None:
             step = _pruning_step(state, iteration)
             state.network, state.removed = step.model, ()
-            # Channels of equal size train better, unless their scales score the next step.
+            # Scales of equal size train better, but bn_scale needs the trained scales in the next step.
             if config.score != "bn_scale":
                 state.network = state.equalized(state.network)
             line = progress.note_step(label, step, state.validate(state.network))
@@ -272,11 +273,11 @@ def _pruning_step(state: _Pipeline, iteration: int) -> Step:
 
 
 def _finetune(state: _Pipeline) -> None:
-    """Stage 3: train what is left, and keep its best epoch."""
+    """Stage 3: train the pruned network, and keep its best epoch."""
     label, config, progress = "stage 3, fine-tune", state.config.finetune, state.progress
     last = state.config.prune.iterations + 1
     if progress.resume(last) is None:
-        state.network = state.final_start(state.network)
+        state.network = state.initialized(state.network)
     state.network = finetune(
         state.network,
         state.batches,
@@ -293,24 +294,26 @@ def _finetune(state: _Pipeline) -> None:
 def _settings(
     config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
 ) -> SlimConfig:
-    """The settings that `config` or `budget` give; batches that can be read only once are rejected."""
+    """Return the settings given by `config` or `budget`; reject batches that can be read only once."""
     if (config is None) == (budget is None):
-        raise PruningError("slim needs either a config or a budget")
+        given = "neither" if config is None else "both"
+        raise PruningError(f"slim needs either a config or a budget, got {given}: give exactly one")
     if isinstance(batches, Iterator):
         raise PruningError(
-            "training batches are read anew in every epoch: give a list or a DataLoader, not an iterator"
+            f"training batches are a {type(batches).__name__}, an iterator that can be read only once: give "
+            "a list or a DataLoader, which can be read in every epoch"
         )
     return config or SlimConfig.within(budget or Budget())
 
 
-def _figure_of(model: nn.Module, validate: Validate | Iterable[Batch]) -> Validate:
-    """`validate` as a function; batches on which accuracy cannot be taken are rejected at once."""
+def _validation(model: nn.Module, validate: Validate | Iterable[Batch]) -> Validate:
+    """Return `validate` as a function; reject batches on which accuracy cannot be computed."""
     if callable(validate):
         return partial(validation_score, validate)
     if not isinstance(validate, Iterable) or isinstance(validate, Iterator):
         raise PruningError(
-            f"validate is a {type(validate).__name__}: a function of the model, or batches that can be read "
-            "anew after every epoch (a list or a DataLoader), were expected"
+            f"validate is a {type(validate).__name__}: give a function of the model, or batches that can be "
+            "read after every epoch (a list or a DataLoader)"
         )
     reason = why_not_classifier(model, validate)
     if reason is not None:

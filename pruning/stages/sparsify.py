@@ -1,4 +1,4 @@
-"""Stage 1: train with an L1 pull on BatchNorm scales, until those of superfluous channels are 0."""
+"""Stage 1: train with an L1 penalty that drives the BatchNorm scales of superfluous channels to 0."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from pruning.training.loop import Epoch, TrainingState, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
 from pruning.utils.tree import Inputs
 
-#: A pull that no gradient resists.
+#: A threshold so large that a scale of 0 stays 0, whatever its gradient.
 HOLD = 1e30
 
 
 class ScalePull(ChannelScales):
-    """The L1 pull on the scales γ of BatchNorm: call `step` after each optimizer step.
+    """Shrink the BatchNorm scales γ by an L1 penalty; call `step` after each optimizer step.
 
-    Network Slimming (Liu et al., ICCV 2017) adds λ Σ|γ| to the loss. Here its proximal form is used,
-    γ ← sign(γ) max(|γ| − lr λ w, 0), which gives exact zeros under any optimizer. The weight w of a
-    group is the share of the network's params plus that of its MACs that one of its channels frees
-    (MorphNet, Gordon et al., CVPR 2018); `refresh` updates it as channels die. Under a budget the two
-    shares are weighted by how far the dense network exceeds each limit. The channel with the largest
-    scales of each group is not pulled, so no group dies.
+    Network Slimming (Liu et al., ICCV 2017) adds λ Σ|γ| to the loss. This class takes the proximal
+    step instead, γ ← sign(γ) max(|γ| − lr λ w, 0), which gives exact zeros under any optimizer. The
+    weight w of a group is the share of the network's params plus the share of its MACs that removing
+    one of its channels frees (MorphNet, Gordon et al., CVPR 2018); `refresh` updates it as scales
+    become 0. Under a budget the two shares are weighted by the relative excess of the dense network
+    over each limit. In each group the channel with the largest scale is spared, so that no group
+    loses all its channels.
 
     Args:
         model: the model in training.
-        traced: of this model.
-        strength: λ; 0 does not pull. None finds λ at every `refresh(way)`, such that over the
-            learning rates still to come just enough channels reach 0 to meet the budget, given how
-            much training has resisted the pull so far.
+        traced: trace of the model.
+        strength: λ; 0 disables the penalty. With None every `refresh(way)` chooses λ such that, over
+            the learning rates still to come, just enough scales reach 0 to meet the budget; it takes
+            into account how much the gradients have slowed the scales down so far.
         budget: limits as counts; without it params and MACs have equal weight.
-        cost_model: of this model, where there is one already.
+        cost_model: cost model of the model; built here if not given.
 
     Raises:
-        PruningError: when no prunable group has a BatchNorm with a scale (unless `strength` is 0),
-            or when there is neither a strength nor a budget.
+        PruningError: if no prunable group has a BatchNorm with a scale (unless `strength` is 0), or if
+            neither a strength nor a budget is given.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     >>> pull = ScalePull(net, trace(net, torch.zeros(2, 3)), strength=100.0)
@@ -63,31 +64,35 @@ class ScalePull(ChannelScales):
         cost_model: CostModel | None = None,
     ):
         if strength is None and budget is None:
-            raise PruningError("the strength of the pull is found from a budget, and none was given")
+            raise PruningError(
+                "strength=None finds the strength of the L1 penalty from a budget, and budget is None: give "
+                "one of the two"
+            )
         super().__init__(model, traced, cost_model)
         if not self.norms and strength != 0:
             raise PruningError(
-                "no prunable group of this model has a BatchNorm with a scale, on which stage 1 pulls; "
-                "train without it (strength 0) and score by taylor, l1 or l2"
+                "no prunable group of this model has a BatchNorm with a scale, which stage 1 shrinks; train "
+                "without the penalty (strength 0) and score by taylor, l1 or l2"
             )
         self.strength = strength or 0.0
         self.budget = budget if strength is None else None
         self.weights = _resource_weights(self.dense, budget)
-        #: (weight of a norm, λ w of each of its channels)
+        #: (scales γ of a norm, λ w of each of them)
         self.thresholds: list[tuple[Tensor, Tensor]] = []
-        #: `resistance`: Σ lr λ that moved the scales, relative to what would have without gradients.
-        #: `distance` and `way`: what was left to go at the last refresh, and the learning rates then to come.
+        #: `resistance`: Σ lr λ spent, divided by the Σ lr λ that would have sufficed without gradients.
+        #: `distance`, `way`: at the last refresh, the Σ lr λ needed to meet the budget without gradients,
+        #: and the sum of the learning rates still to come.
         self.resistance, self.distance, self.way = 1.0, 0.0, 0.0
         self.refresh()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move every scale towards 0 by lr λ w, and to exactly 0 where it is nearer than that."""
-        for weight, pull in self.thresholds:
-            weight.copy_(weight.sign() * (weight.abs() - lr * pull).clamp_(min=0))
+        """Move every scale towards 0 by lr λ w; a scale with a smaller magnitude becomes exactly 0."""
+        for weight, threshold in self.thresholds:
+            weight.copy_(weight.sign() * (weight.abs() - lr * threshold).clamp_(min=0))
 
     def refresh(self, way: float = 0.0) -> None:
-        """Update the weight of each group, and λ under a budget; call it once an epoch.
+        """Update the weight of each group, and λ if it is found from a budget; call once per epoch.
 
         Args:
             way: sum of the learning rates of the steps still to come.
@@ -100,26 +105,26 @@ class ScalePull(ChannelScales):
         for group, norms in self.norms.items():
             spared = int(magnitudes[group].argmax())
             for weight, positions, channels in norms:
-                pull = torch.zeros_like(weight, requires_grad=False)
-                strength = self.strength * share[group] / len(norms)  # the norms share a channel's pull
-                pull[positions] = torch.where(channels == spared, 0.0, strength).to(pull.dtype)
+                threshold = torch.zeros_like(weight, requires_grad=False)
+                strength = self.strength * share[group] / len(norms)  # split among the channel's norms
+                threshold[positions] = torch.where(channels == spared, 0.0, strength).to(threshold.dtype)
                 if self.budget is not None and not self.distance:
-                    # The budget is met: nothing is pulled, but scales that are 0 must stay 0.
-                    dead = magnitudes[group].to(channels.device)[channels] == 0
-                    pull[positions] = torch.where(dead, HOLD, pull[positions])
-                self.thresholds.append((weight, pull))
+                    # The budget is met: shrink no other scale, but keep scales that are 0 at 0.
+                    is_zero = magnitudes[group].to(channels.device)[channels] == 0
+                    threshold[positions] = torch.where(is_zero, HOLD, threshold[positions])
+                self.thresholds.append((weight, threshold))
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state of the search for λ; the scales are part of the model."""
+        """Return the state of the search for λ, without the scales, which are part of the model."""
         return {key: getattr(self, key) for key in ("strength", "resistance", "distance", "way")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state returned by `state_dict`."""
         for key in self.state_dict():
             setattr(self, key, state[key])
 
     def _freed_shares(self) -> dict[str, float]:
-        """What one channel of each group frees, as a weighted sum of shares of the dense costs."""
+        """Return by group what removing one channel frees: a weighted sum of shares of the dense cost."""
         alive = self.alive()
         widths = np.array([max(1, alive[g]) for g in self.cost_model.groups], dtype=float)
         freed = self.cost_model.freed(widths)
@@ -129,27 +134,27 @@ class ScalePull(ChannelScales):
         return dict(zip(self.cost_model.groups, shares.tolist(), strict=True))
 
     def _update_strength(self, distance: float, way: float) -> None:
-        """Find λ from the distance to go and the learning rates still to come."""
-        pulled, gained = self.strength * (self.way - way), self.distance - distance
-        if pulled > 0:
-            # One epoch's measurement is noisy: it changes the estimate by a factor of 4 at most.
-            seen = pulled / gained if gained > 0 else float("inf")
-            self.resistance = max(1.0, min(max(seen, self.resistance / 4), self.resistance * 4))
+        """Update λ from the remaining distance (see `_distance`) and the learning rates still to come."""
+        spent, gained = self.strength * (self.way - way), self.distance - distance
+        if spent > 0:
+            # The measurement of one epoch is noisy: it changes the estimate by a factor of 4 at most.
+            measured = spent / gained if gained > 0 else float("inf")
+            self.resistance = max(1.0, min(max(measured, self.resistance / 4), self.resistance * 4))
         self.strength = self.resistance * distance / way if way > 0 else 0.0
         self.distance, self.way = distance, way
 
     def _distance(self, magnitudes: dict[str, Tensor], share: dict[str, float]) -> float:
-        """The least Σ lr λ that, without resistance, leaves channels that meet the budget."""
+        """Return the least Σ lr λ that, without gradients, sets enough scales to 0 to meet the budget."""
         assert self.budget is not None
         budget, groups = self.budget, self.trace.groups
-        reach = {  # Σ lr λ at which each channel reaches 0, ascending; the largest is spared
+        zero_at = {  # the Σ lr λ at which each channel's scale reaches 0, ascending, without the spared one
             group: np.sort(largest.numpy() / max(share[group], 1e-12))[:-1]
             for group, largest in magnitudes.items()
         }
-        distances = np.unique(np.concatenate([np.zeros(1), *reach.values()]))
+        distances = np.unique(np.concatenate([np.zeros(1), *zero_at.values()]))
 
         def over_budget(distance: float) -> bool:
-            widths = {g: groups[g].channels - int((far <= distance).sum()) for g, far in reach.items()}
+            widths = {g: groups[g].channels - int((at <= distance).sum()) for g, at in zero_at.items()}
             return bool(budget.excess(self.cost_model(widths)))
 
         low, high = 0, len(distances) - 1  # the cost falls with the distance
@@ -160,7 +165,7 @@ class ScalePull(ChannelScales):
 
 
 def _resource_weights(dense: Cost, budget: Budget | None) -> dict[str, float]:
-    """The weight of each cost in the pull; they sum to 2."""
+    """Return the weight of each cost in the penalty; the weights sum to 2."""
     limits = budget.limits() if budget is not None else {}
     excess = {what: max(0.0, getattr(dense, what) / limit - 1) for what, limit in limits.items()}
     total = sum(excess.values())
@@ -189,15 +194,18 @@ def sparsify(
     """Train a model in place so that the BatchNorm scales of superfluous channels become 0.
 
     Args:
-        example_inputs: to trace with.
-        strength: λ of `ScalePull`; None finds it from the budget anew every epoch, such that stage 1
-            comes half of the way, in ratios, from the dense network to the budget. The other half is
-            left to scores that see the loss.
-        budget: what the result may cost; percentages are of this model.
-        ignored: layers on which nothing pulls, as `trace` takes them.
+        example_inputs: inputs to trace the model with.
+        strength: λ of `ScalePull`; None finds it in every epoch, such that stage 1 reaches the
+            geometric mean of dense cost and budget. Stage 2 meets the budget, by scores of the loss.
+        budget: limits on the cost of the result; percentages refer to this model.
+        ignored: layers whose scales are not shrunk, see `trace`.
         batches, config, loss, validate, keep_best, keep_start, on_epoch, label, resume: see `fit`.
 
-    Returns the model in eval mode. Raises what `ScalePull` and `fit` raise.
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        PruningError: see `ScalePull` and `fit`.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -231,7 +239,7 @@ def sparsify(
 def _pull_towards(
     budget: Budget | None, model: nn.Module, traced: Trace, strength: float | None
 ) -> ScalePull:
-    """The pull of stage 1; where it has to find λ, half of the way to the budget."""
+    """Return the penalty of stage 1; if it has to find λ, its budget is half of the way, in ratios."""
     cost_model = CostModel(model, traced)
     if budget is not None:
         dense = cost_model(cost_model.full)
@@ -242,9 +250,9 @@ def _pull_towards(
 
 
 def _rates_to_come(config: TrainConfig, steps: int, epoch: int) -> float:
-    """The sum of the learning rates from this epoch on, at least a twentieth of that of all epochs.
+    """Return the sum of the learning rates from this epoch on, at least 1/20 of the sum of all epochs.
 
-    Without the bound λ would grow without limit in the last steps.
+    Without this lower bound λ would grow without limit in the last steps.
     """
     total = config.epochs * steps
     way = sum(config.rate(step / total) for step in range((epoch - 1) * steps, total))

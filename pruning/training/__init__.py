@@ -1,6 +1,6 @@
-"""Train a model: the one loop, losses, fake quantization.
+"""Train a model: the training loop, losses, optimizers, distillation and fake quantization.
 
-`distillation` is in the file of this name.
+`distillation` is defined in the file of the same name.
 """
 
 from pruning.training.batches import BatchSource

@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 
-#: A pair (inputs, targets): what the model is called with, and what the loss compares its outputs with.
+#: A pair: the inputs of the model, and the targets that the loss compares its outputs with.
 Batch: TypeAlias = tuple[Any, Any]
 
 
 class BatchSource(Protocol):
-    """Batches that can be iterated many times and have a length: a DataLoader, a list."""
+    """Batches that can be iterated several times and have a length: a DataLoader or a list."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
@@ -27,7 +27,7 @@ def pair(batch: object) -> Batch:
     """Return a batch as (inputs, targets).
 
     Raises:
-        PruningError: for a batch that is not a pair.
+        PruningError: if the batch is not a pair.
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
@@ -37,16 +37,16 @@ def pair(batch: object) -> Batch:
     elif isinstance(batch, tuple | list):
         described += f" of {len(batch)}"
     raise PruningError(
-        f"a batch is {described}; a pair (inputs, targets) was expected. Let the loader give such pairs: "
+        f"a batch is {described}; a pair (inputs, targets) was expected. Let the loader yield such pairs; "
         "inputs may be a tuple of the model's arguments, or a dict of its keyword arguments"
     )
 
 
 def first_batch(batches: Iterable[object]) -> Batch:
-    """Return the first (inputs, targets).
+    """Return the first batch as (inputs, targets).
 
     Raises:
-        PruningError: where there is no batch, or it is not a pair.
+        PruningError: if there is no batch, or if it is not a pair.
     """
     for batch in batches:
         return pair(batch)
@@ -54,17 +54,17 @@ def first_batch(batches: Iterable[object]) -> Batch:
 
 
 def to_device(batch: object, device: torch.device) -> Batch:
-    """Return (inputs, targets) with every tensor on a device.
+    """Return a batch as (inputs, targets) with every tensor on a device.
 
     Raises:
-        PruningError: for a batch that is not a pair, or holds numpy arrays.
+        PruningError: if the batch is not a pair, or if it holds numpy arrays.
     """
     inputs, targets = pair(batch)
 
     def move(leaf: object) -> object:
         if isinstance(leaf, np.ndarray):
             raise PruningError(
-                "a batch holds numpy arrays: tensors were expected; torch.from_numpy(x).float() makes one"
+                "a batch holds numpy arrays: tensors were expected; convert with torch.from_numpy(x).float()"
             )
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
@@ -72,7 +72,7 @@ def to_device(batch: object, device: torch.device) -> Batch:
 
 
 def length(batches: object) -> int | None:
-    """Return the number of batches; None where it is unknown, as for a DataLoader of an IterableDataset."""
+    """Return the number of batches; None if it is unknown, as for a DataLoader of an IterableDataset."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:

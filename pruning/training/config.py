@@ -1,4 +1,4 @@
-"""Settings of a training."""
+"""Settings of the training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pruning.utils.settings import Setting, require_valid
 
-#: Optimizers, each with the peak learning rate of stage 3 that suits most networks.
+#: Optimizers, each with a peak learning rate for stage 3 that suits most networks.
 OPTIMIZERS = {"sgd": 0.2, "soap": 0.05}
 
 SCHEDULES = ("one-cycle", "constant")
@@ -19,7 +19,7 @@ class TrainConfig:
     """How to train. Each field states its meaning and bounds.
 
     The one-cycle schedule is that of Smith & Topin (arXiv 1708.07120). Measure whether `channels_last`
-    pays: on one CPU thread a small network took 0.8 of the time, on two threads twice the time.
+    is faster: a small network took 0.8 times as long on one CPU thread, but twice as long on two.
 
     Raises:
         PruningError: a setting is out of its bounds.
@@ -35,8 +35,8 @@ class TrainConfig:
     optimizer: Annotated[
         str,
         Setting(
-            "sgd (with Nesterov momentum), or soap, which needs fewer epochs and is for networks of at most "
-            "a few thousand parameters",
+            "sgd (with Nesterov momentum), or soap, which needs fewer epochs but only for networks of at "
+            "most a few thousand parameters",
             choices=tuple(OPTIMIZERS),
             stages="last",
         ),
@@ -45,7 +45,10 @@ class TrainConfig:
     weight_decay: Annotated[
         float,
         Setting(
-            "L2 factor on weights; norms and biases have none", metavar="FACTOR", least=0, group="training"
+            "L2 factor on weights; not applied to norms and biases",
+            metavar="FACTOR",
+            least=0,
+            group="training",
         ),
     ] = 0.0
     schedule: Annotated[
@@ -62,8 +65,8 @@ class TrainConfig:
     ema: Annotated[
         float,
         Setting(
-            "decay per step of an exponential moving average of the weights, which is then what is validated "
-            "and kept; 0 keeps none",
+            "decay per step of an exponential moving average of the weights, which is then validated and "
+            "kept in their place; 0 disables it",
             metavar="DECAY",
             least=0,
             most=0.99999,
@@ -73,7 +76,7 @@ class TrainConfig:
     channels_last: Annotated[
         bool,
         Setting(
-            "train with the channels of convolutions last in memory: may be faster on one CPU thread",
+            "train in torch's channels_last memory format: may be faster on one CPU thread",
             group="training",
         ),
     ] = False
@@ -82,9 +85,9 @@ class TrainConfig:
         require_valid(self)
 
     def rate(self, progress: float) -> float:
-        """Return the learning rate after `progress`, 0 to 1, of all steps, as a share of `lr`.
+        """Return the learning rate as a share of `lr`, given the share of all steps done, 0 to 1.
 
-        One cycle goes from 1/25 to 1 to almost 0 by half cosines.
+        The one-cycle rate rises from 1/25 to 1 and then falls to almost 0, each by half a cosine.
         """
         if self.schedule == "constant":
             return 1.0

@@ -21,18 +21,19 @@ def distillation(
 ) -> Loss:
     """Return a loss that also compares the logits with a teacher's (Hinton et al., arXiv 1503.02531).
 
-    (1 − weight) loss + weight T² KL(softmax(teacher / T) ‖ softmax(student / T)), logits
-    along dimension 1.
+    It is (1 − weight) loss + weight T² KL(softmax(teacher / T) ‖ softmax(student / T)), with the
+    classes along dimension 1.
 
     Args:
-        teacher: gives logits of the student's shape; it is put into eval mode and not trained.
-            With None the targets are pairs (targets, teacher's logits); see `with_teacher`.
-        weight: 0 to 1. temperature: T, above 0.
-        loss: of the targets, as `fit` takes it.
+        teacher: network that returns logits of the student's shape; it is put into eval mode and not
+            trained. With None the targets must be pairs (targets, teacher's logits); see `with_teacher`.
+        weight: weight of the teacher's logits in the loss, 0 to 1.
+        temperature: T, above 0.
+        loss: loss of the student's outputs and the targets, see `fit`.
 
     Returns:
-        A function of (model, inputs, targets). It raises `PruningError` where the outputs of
-        teacher and student are not logits of the same shape.
+        A function of (model, inputs, targets). It raises `PruningError` if the outputs of teacher and
+        student are not logits of the same shape.
 
     >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
     >>> loss = distillation(teacher, weight=0.5)
@@ -45,22 +46,22 @@ def distillation(
 
     def distilled(student: nn.Module, inputs: Inputs, targets: object) -> Tensor:
         if teacher is None:
-            targets, wanted = pair(targets)
+            targets, teacher_logits = pair(targets)
         else:
             with torch.no_grad():
-                wanted = call(teacher, inputs)
+                teacher_logits = call(teacher, inputs)
         outputs: list[Tensor] = []
-        # The student runs once: the hard loss calls it, and a hook keeps its logits.
+        # The student runs once: `hard_loss` calls it, and a hook stores its logits.
         handle = student.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
             hard = hard_loss(student, inputs, targets)
         finally:
             handle.remove()
         logits = outputs[-1]
-        require_same_logits(logits, wanted)
+        require_same_logits(logits, teacher_logits)
         soft = F.kl_div(
             F.log_softmax(logits / temperature, 1),
-            F.log_softmax(wanted / temperature, 1),
+            F.log_softmax(teacher_logits / temperature, 1),
             reduction="batchmean",
             log_target=True,
         )
@@ -72,16 +73,18 @@ def distillation(
 def with_teacher(
     teacher: nn.Module, batches: BatchSource, weight: float, temperature: float, loss: Loss = cross_entropy
 ) -> tuple[BatchSource, Loss]:
-    """Return the batches and the loss of a distillation that runs the teacher as rarely as possible.
+    """Return batches and a loss for distillation; the teacher's logits are computed only once if possible.
 
-    Where the same inputs come in every epoch, the teacher runs on each of them once, here, and its
-    logits are stored beside the targets. This holds for a list of batches, and for a source with a
-    method `with_outputs(function of inputs)` that returns the same batches with targets (targets,
-    outputs), or None where its inputs change, as augmented images do. Logits that take more memory
-    than the inputs are not stored; the teacher then runs on every batch of every epoch.
+    If every epoch yields the same inputs, this function runs the teacher on them and stores its logits
+    with the targets. That is so for a list of batches, and for a source with a method
+    `with_outputs(function)`. The method applies the function to the inputs of every batch, and returns
+    the batches with targets (targets, outputs), or None if the inputs change between epochs, as
+    augmented images do. If the logits take more memory than the inputs, they are not stored, and the
+    teacher runs on every batch of every epoch.
 
     Args:
-        teacher, weight, temperature, loss: as `distillation` takes them.
+        batches: the training batches.
+        teacher, weight, temperature, loss: see `distillation`.
     """
 
     def logits(inputs: Inputs) -> Tensor:
@@ -95,7 +98,7 @@ def with_teacher(
     is_list, with_outputs = type(batches) in (list, tuple), getattr(batches, "with_outputs", None)
     stored: BatchSource | None = None
     if is_list or with_outputs is not None:
-        with torch.random.fork_rng(devices=[]):  # training draws the same random numbers without this batch
+        with torch.random.fork_rng(devices=[]):  # reading a batch here must not change training's draws
             inputs = first_batch(batches)[0]
         if _bytes(logits(inputs)) <= _bytes(inputs):
             with tqdm(
@@ -115,7 +118,7 @@ def with_teacher(
 
 
 def _bytes(values: object) -> int:
-    """Return the memory of all tensors in nested values, in bytes."""
+    """Return the total memory of the tensors in nested values, in bytes."""
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
@@ -123,15 +126,16 @@ def require_same_logits(student: object, teacher: object) -> None:
     """Check that the outputs of a student can be compared with its teacher's.
 
     Raises:
-        PruningError: where they are not tensors of the same shape.
+        PruningError: if they are not tensors of the same shape.
     """
     if not isinstance(student, Tensor) or not isinstance(teacher, Tensor):
         raise PruningError(
-            f"distillation is for models that give logits: the student gives a {type(student).__name__}, "
-            f"the teacher a {type(teacher).__name__}. Train without it: distill=0"
+            f"distillation needs models that return logits: the student returns a {type(student).__name__}, "
+            f"the teacher a {type(teacher).__name__}. Train without distillation: distill=0"
         )
     if student.shape != teacher.shape:
         raise PruningError(
             f"the teacher's outputs have shape {tuple(teacher.shape)}, the student's "
-            f"{tuple(student.shape)}: distillation needs a teacher with the same classes"
+            f"{tuple(student.shape)}: distillation needs a teacher with the same classes; give one, or "
+            "train with distill=0"
         )

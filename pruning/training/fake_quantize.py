@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights and activations are rounded to 8 bits in the forward pass."""
+"""Quantization-aware training: round weights and activations to 8 bits in the forward pass."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch.utils.hooks import RemovableHandle
 from pruning.graph.layers import WEIGHTED, is_registered, rule_for
 from pruning.utils.modules import on_input
 
-#: The weight of each training batch in the moving average of a range.
+#: Weight of the newest training batch in the moving average of a range.
 MOMENTUM = 0.01
 
-#: Smallest quantization step, for tensors of zeros.
+#: Smallest quantization step, for tensors that are all 0.
 LEAST_STEP = 1e-8
 
-#: The smallest and the largest value that a layer has received.
+#: Moving averages of the smallest and the largest value of a layer's input.
 Range = tuple[Tensor, Tensor]
 
 
 class Rounding:
-    """Let a model compute as its int8 export within a `with` block (Jacob et al., arXiv 1712.05877).
+    """Make a model compute like its int8 export within a `with` block (Jacob et al., arXiv 1712.05877).
 
-    Convolutions and linear layers round their weights to 255 levels around 0, separately for each
-    output channel, and their inputs to 256 levels between the smallest and the largest value. The
-    gradient passes the rounding unchanged (straight-through), so training finds weights that lose
-    little by it. A BatchNorm behind a layer scales whole channels, which does not change their
-    rounding: it need not be folded. Ranges of activations are moving averages over training
-    batches; before the first one each batch has its own. The parameters themselves are never
-    rounded, and after the block the model is as it was.
+    Convolutions and linear layers round their weights to 255 symmetric levels per output channel, and
+    their inputs to 256 levels between the smallest and the largest value. The gradient passes the
+    rounding unchanged (straight-through estimator), so training finds weights that rounding harms
+    little. A BatchNorm after a layer need not be folded: it scales whole channels, which does not
+    change how they are rounded. The ranges of activations are moving averages over training batches;
+    before the first training batch, each batch is rounded by its own range. The parameters themselves
+    are never rounded, and at the end of the block the model computes as before.
 
-    `state_dict` returns the ranges, from which an interrupted training resumes.
+    `state_dict` returns the ranges; an interrupted training resumes from them.
 
     >>> layer = nn.Linear(4, 2)
     >>> with Rounding(layer):
@@ -55,15 +55,19 @@ class Rounding:
         self.handles.clear()
 
     def state_dict(self) -> dict[str, Range]:
+        """Return the range of the input of each layer, by name."""
         return dict(self.ranges)
 
     def load_state_dict(self, state: dict[str, Range]) -> None:
+        """Restore ranges returned by `state_dict`."""
         self.ranges = dict(state)
 
     def _attach(self, name: str, layer: nn.Module) -> None:
+        """Register hooks that round the input and the weight of a layer in the forward pass."""
+
         def before(module: nn.Module, _: object) -> None:
-            # An attribute of the instance hides the parameter, and leaves it where the optimizer,
-            # the state dict and the order of parameters have it.
+            # An instance attribute hides the parameter during the forward pass. The parameter itself
+            # stays registered, so the optimizer, the state dict and the order of parameters keep it.
             if "weight" in module._parameters and module.weight.dtype == torch.float32:
                 module.__dict__["weight"] = rounded_weight(module)
 
@@ -77,6 +81,7 @@ class Rounding:
         ]
 
     def _rounded_input(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return a layer's input, rounded to 256 levels; in training mode, update its range first."""
         if x.dtype != torch.float32 or not x.numel():
             return x
         low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
@@ -95,10 +100,10 @@ class Rounding:
 
 
 def rounded_weight(layer: nn.Module) -> Tensor:
-    """Return the weight of a convolution or linear layer on 255 symmetric levels per output channel.
+    """Return the weight of a convolution or linear layer, rounded to 255 symmetric levels per output channel.
 
-    In a transposed convolution with groups, the channels at the same position of every group share
-    their levels, as they do in the int8 file.
+    In a grouped transposed convolution, the output channels at the same position of every group share
+    one quantization step, as in the int8 file.
     """
     weight, rule = layer.weight, rule_for(layer)
     assert rule is not None and isinstance(weight, Tensor)

@@ -1,4 +1,4 @@
-"""The training loop. Every stage that trains calls `fit`."""
+"""The training loop: every stage that trains calls `fit`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stateful(Protocol):
 
 
 class RandomState(TypedDict, total=False):
-    """The state of torch's random generators; `cuda` holds one per device, where there are any."""
+    """The states of torch's random generators; `cuda` is present only with CUDA, one entry per device."""
 
     cpu: Tensor
     cuda: list[Tensor]
@@ -53,11 +53,11 @@ class Epoch(NamedTuple):
     """The result of an epoch.
 
     Attributes:
-        number: of the epoch, from 1.
-        train_loss: mean loss of the training batches, as the weights changed.
-        score: what `validate` returned; None without it.
-        lr: the learning rate of the last step.
-        state: returns the state from which `fit(resume=...)` continues.
+        number: number of the epoch, from 1.
+        train_loss: mean loss of the training batches, each computed before its optimizer step.
+        score: validation score after the epoch; None without `validate`.
+        lr: learning rate of the last step.
+        state: function that returns the state from which `fit(resume=...)` continues.
     """
 
     number: int
@@ -86,16 +86,20 @@ def fit(
     """Train a model in place.
 
     Args:
-        batches: pairs (inputs, targets) with a length; iterated once per epoch.
+        model: the model to train.
+        batches: pairs (inputs, targets), with a length; iterated once per epoch.
+        config: the settings of the training.
         loss: a function of (model, inputs, targets), or a criterion of (outputs, targets).
-        validate: returns a score of the model, higher is better; called after every epoch.
-        keep_best: end with the weights of the epoch with the best score (the later of equals),
-            not of the last epoch. keep_start: the weights before training compete, too.
-        before_epoch: called with the number of the epoch, from 1.
-        after_step: called with the learning rate of the optimizer step.
-        on_epoch: called after every epoch. It may store `epoch.state()`; a training that resumes
-            from there ends exactly where the uninterrupted one does.
-        extra: an object besides the model that changes in training; its state is stored, too.
+        validate: function from the model to its validation score, higher is better; called after every
+            epoch.
+        keep_best: keep the weights of the epoch with the best validation score (of equal ones, the
+            last) instead of the weights of the last epoch.
+        keep_start: with `keep_best`, the weights before training are a candidate, too.
+        before_epoch: function called with the number of the epoch, from 1.
+        after_step: function called with the learning rate of each optimizer step.
+        on_epoch: function called after every epoch. It may store `epoch.state()`; a training resumed
+            from this state gives the same result as the uninterrupted one.
+        extra: another object that changes in training; its state is stored with the model's.
         label: text before the progress bar, which is shown on a terminal only.
         resume: the stored state of an interrupted training.
 
@@ -103,8 +107,8 @@ def fit(
         The model, in eval mode.
 
     Raises:
-        TrainingDiverged: when the loss is no longer finite.
-        PruningError: when there is no batch, or every parameter is frozen.
+        TrainingDiverged: if the loss becomes infinite or NaN.
+        PruningError: if there is no batch, or if every parameter is frozen.
 
     >>> model, batches = torch.nn.Linear(4, 3), [(torch.rand(8, 4), torch.arange(8) % 3)]
     >>> _ = fit(model, batches, TrainConfig(epochs=2), on_epoch=lambda epoch: print(epoch.number))
@@ -112,7 +116,10 @@ def fit(
     2
     """
     if config.epochs and not length(batches):
-        raise PruningError("there is nothing to train on: the given batches are empty or have no length")
+        raise PruningError(
+            "there is nothing to train on: the given batches are empty or have no length; give a list or a "
+            "DataLoader with at least one batch"
+        )
     if config.epochs:
         callbacks = _Callbacks(validate, before_epoch, after_step, on_epoch, label)
         _train(model, batches, config, loss_of(loss), callbacks, keep_best, keep_start, extra, resume)
@@ -121,7 +128,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Callbacks:
-    """What the caller of `fit` does between epochs and steps, and the text of the progress bar."""
+    """The functions that the caller of `fit` passes, and the text of the progress bar."""
 
     validate: Validate | None
     before_epoch: Callable[[int], None] | None
@@ -141,7 +148,7 @@ def _train(
     extra: Stateful | None,
     resume: TrainingState | None,
 ) -> None:
-    """Run the epochs that are left, and leave the chosen weights in the model."""
+    """Run the remaining epochs, then load the best or the last weights into the model."""
     batches, validate = distributed.sharded(batches), callbacks.validate
     with (
         torch.enable_grad(),
@@ -152,7 +159,7 @@ def _train(
         if resume is not None:
             training.restore(resume)
         elif keep_best and keep_start and validate is not None:
-            with torch.random.fork_rng():  # the epochs draw the random numbers that they draw without it
+            with torch.random.fork_rng():  # validating here must not change the epochs' random draws
                 training.end_epoch(0, validation_score(validate, training.result))
         with training.progress_bar(callbacks.label) as bar:
             for number in range(training.epoch + 1, config.epochs + 1):
@@ -177,7 +184,7 @@ def _train_epoch(
     callbacks: _Callbacks,
     bar: tqdm,
 ) -> tuple[Tensor, float]:
-    """Take a step with every batch; return this process's sum of losses and the last learning rate."""
+    """Take one step per batch; return the sum of this process's losses and the last learning rate."""
     training.model.train()
     total, lr = torch.zeros((), device=training.device), training.lr
     for step, batch in enumerate(batches, start=1):
@@ -195,14 +202,14 @@ def _train_epoch(
 
 
 class _Training:
-    """A training between two epochs: all that goes into its state."""
+    """A training and everything that its stored state consists of."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps: int, extra: Stateful | None):
         self.model, self.config, self.steps, self.extra = model, config, steps, extra
         self.device = device_of(model)
         self.optimizer = _optimizer(model, config, self.device)
         total = config.epochs * steps
-        # Not torch's OneCycleLR, which fails on very few steps.
+        # torch's OneCycleLR fails with very few steps.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: config.rate(step / total)
         )
@@ -216,7 +223,7 @@ class _Training:
 
     @property
     def result(self) -> nn.Module:
-        """The model to validate and to keep: the trained one, or its moving average."""
+        """Return the model to validate and to keep: the trained model, or its moving average."""
         return self.model if self.average is None else self.average.module
 
     @property
@@ -224,7 +231,7 @@ class _Training:
         return self.optimizer.param_groups[0]["lr"]
 
     def progress_bar(self, label: str) -> tqdm:
-        """Return a bar over all steps, at the steps done; shown by the first process on a terminal."""
+        """Return a progress bar over all steps, shown on a terminal by the first process only."""
         return tqdm(
             total=self.config.epochs * self.steps,
             initial=self.epoch * self.steps,
@@ -235,7 +242,7 @@ class _Training:
         )
 
     def step(self, loss: Tensor, after_step: Callable[[float], None] | None) -> float:
-        """Take one optimizer step on the loss of a batch; return its learning rate."""
+        """Take one optimizer step on the loss of a batch, and return the learning rate of the step."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         lr = self.lr
@@ -248,12 +255,13 @@ class _Training:
         return lr
 
     def end_epoch(self, number: int, score: float | None) -> None:
-        """Keep the weights if they have the best score so far; None does not compare."""
+        """Store the weights if their score is the best so far; with None, store nothing."""
         self.epoch = number
         if score is not None and score >= self.best_score:
             self.best, self.best_score = copy.deepcopy(self.result.state_dict()), score
 
     def state(self) -> TrainingState:
+        """Return everything that a resumed training needs."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -267,6 +275,7 @@ class _Training:
         }
 
     def restore(self, state: TrainingState) -> None:
+        """Restore a state returned by `state`."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             assert state["average"] is not None
@@ -280,17 +289,17 @@ class _Training:
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer of the parameters that are not frozen; only weights have weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise PruningError("every parameter is frozen; set requires_grad=True on those to train")
+        raise PruningError("every parameter is frozen; set requires_grad=True on the parameters to train")
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "soap":
         return Soap(groups, lr=config.lr, momentum=config.momentum)
-    # The fused update is one call instead of several for every parameter; it exists for
-    # floating-point parameters on CPU and CUDA.
+    # The fused update takes one call instead of several per parameter; torch has it on CPU and CUDA.
     return torch.optim.SGD(
         groups,
         lr=config.lr,

@@ -15,14 +15,14 @@ from pruning.training.batches import Batch, first_batch, to_device
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.tree import Inputs
 
-#: Examples with this target count neither in the loss nor in the accuracy, as in torch.
+#: Examples with this target are left out of the loss and the accuracy, as in torch.
 IGNORED = -100
 
 #: A function of (model, inputs, targets) that returns the loss of a batch, a scalar; or a criterion
 #: of (outputs, targets), such as `nn.CrossEntropyLoss()`.
 Loss: TypeAlias = Callable[..., Tensor]
 
-#: Returns a score of a model on the validation split, higher is better.
+#: A function from a model to its score on the validation split; higher is better.
 Validate: TypeAlias = Callable[[nn.Module], float]
 
 
@@ -30,12 +30,12 @@ def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
     """Return the cross entropy of a classifier on a batch.
 
     Args:
-        model: gives logits (N, classes, ...).
+        model: classifier that returns logits (N, classes, ...).
         inputs: a tensor, a sequence of arguments or a mapping of keyword arguments.
-        targets: classes (N, ...), or probabilities of the logits' shape.
+        targets: integer classes (N, ...), or probabilities of the logits' shape.
 
     Raises:
-        PruningError: where outputs and targets are not a classifier's (see `logits_for`).
+        PruningError: if the outputs or targets are not those of a classifier (see `logits_for`).
 
     >>> inputs, targets = torch.rand(8, 4), torch.arange(8) % 3
     >>> cross_entropy(nn.Linear(4, 3), inputs, targets).shape
@@ -52,18 +52,18 @@ def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
 
 
 def loss_of(loss: Loss) -> Callable[..., Tensor]:
-    """Return a loss as a function of (model, inputs, targets) that checks that its value is a scalar.
+    """Return a loss or criterion as a function of (model, inputs, targets) that checks its result.
 
-    A callable with exactly two required arguments is a criterion of (outputs, targets).
+    A callable with exactly two required arguments is taken for a criterion of (outputs, targets).
 
     Raises:
-        PruningError: for an object that cannot be called; the function, for a value that is not a
+        PruningError: if `loss` is not callable. The returned function raises it if the result is not a
             scalar or does not depend on the model.
     """
     if not callable(loss):
         raise PruningError(
-            f"loss {loss!r}: a function of (model, inputs, targets), or a criterion of (outputs, targets), "
-            "was expected"
+            f"loss {loss!r} is not callable: give a function of (model, inputs, targets), or a criterion of "
+            "(outputs, targets)"
         )
     is_criterion = _required_arguments(loss.forward if isinstance(loss, nn.Module) else loss) == 2
 
@@ -74,21 +74,26 @@ def loss_of(loss: Loss) -> Callable[..., Tensor]:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise PruningError(
-                "a training batch holds one example, of which BatchNorm has no variance: leave a last batch "
-                "of one out, as DataLoader does with drop_last=True"
+                "a training batch holds one example, from which BatchNorm cannot compute a variance: leave "
+                "the last, smaller batch out, as DataLoader does with drop_last=True"
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise PruningError(f"the loss gave {given}: one number was expected, such as its mean")
+            raise PruningError(
+                f"the loss returned {given}: a tensor with one element was expected; return the mean"
+            )
         if torch.is_grad_enabled() and not value.requires_grad:
-            raise PruningError("the loss does not depend on the network: nothing can be learned from it")
+            raise PruningError(
+                "the loss does not depend on the network, so no gradient can be computed: compute it from "
+                "the network's outputs, without detach or no_grad"
+            )
         return value.reshape(())
 
     return scalar
 
 
 def _required_arguments(function: Callable[..., object]) -> int | None:
-    """Count the arguments without a default; None where there may be any number, or no signature."""
+    """Count the arguments without a default; return None for *args, or if there is no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -99,18 +104,18 @@ def _required_arguments(function: Callable[..., object]) -> int | None:
 
 
 def logits_for(targets: object, outputs: object) -> Tensor:
-    """Return the outputs of a model, after checking that they are logits for these targets.
+    """Check that a model's outputs are logits for these targets, and return them.
 
     Logits have the shape (N, classes, ...), targets are integer classes (N, ...).
 
     Raises:
-        PruningError: for anything else. The cross entropy of a single output is always 0, and
-            targets of another shape would be broadcast against every example.
+        PruningError: for other outputs or targets. The cross entropy of a single output is always 0,
+            and targets of another shape would be broadcast over the examples.
     """
     if not isinstance(outputs, Tensor):
-        given = f"the network gives a {type(outputs).__name__}"
+        given = f"the network returns a {type(outputs).__name__}"
     elif outputs.ndim < 2 or outputs.shape[1] < 2:
-        given = f"the network gives outputs of shape {tuple(outputs.shape)}"
+        given = f"the network returns outputs of shape {tuple(outputs.shape)}"
     elif not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
         given = f"the targets are {targets.dtype if isinstance(targets, Tensor) else type(targets).__name__}"
     elif targets.shape != outputs.shape[:1] + outputs.shape[2:]:
@@ -119,17 +124,17 @@ def logits_for(targets: object, outputs: object) -> Tensor:
         return outputs
     raise PruningError(
         f"{given}: cross entropy and accuracy need logits (N, classes, ...) of at least two classes, and "
-        "whole-number targets (N, ...). Give your own loss and metric in Python, or score by l1 or l2"
+        "integer targets (N, ...). Pass your own loss and metric in Python, or score by l1 or l2"
     )
 
 
 def classes_of(targets: Tensor, outputs: object) -> Tensor:
-    """Return targets as classes: the most probable ones where the targets are probabilities."""
+    """Return targets as classes; if they are probabilities, return the most probable classes."""
     return targets.argmax(1) if _are_probabilities(targets, outputs) else targets
 
 
 def _are_probabilities(targets: object, logits: object) -> TypeGuard[Tensor]:
-    """Tell whether targets are probabilities of the classes, as mixing or smoothing labels makes them."""
+    """Return whether targets are class probabilities, as label smoothing and mixup make them."""
     if not (isinstance(targets, Tensor) and isinstance(logits, Tensor) and targets.is_floating_point()):
         return False
     if targets.shape != logits.shape or logits.ndim < 2 or logits.shape[1] < 2:
@@ -145,9 +150,9 @@ def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
 
 
 def why_not_classifier(model: nn.Module, batches: Iterable[Batch]) -> str | None:
-    """Return why accuracy cannot be computed on the first batch; None where it can.
+    """Return the reason why accuracy cannot be computed on the first batch; None if it can.
 
-    A label that the model has no class for is an error in the data, and not such a reason.
+    A label beyond the model's classes is not reported here; `accuracy` raises an error for it.
     """
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         inputs, targets = to_device(first_batch(batches), device_of(model))
@@ -162,10 +167,10 @@ def why_not_classifier(model: nn.Module, batches: Iterable[Batch]) -> str | None
 def require_classifier(model: nn.Module, *sources: Iterable[Batch]) -> None:
     """Check that `cross_entropy` works on the first batch of each source.
 
-    The state of the random generator stays as it was.
+    The state of the random generator is restored.
 
     Raises:
-        PruningError: where outputs and targets are not a classifier's.
+        PruningError: if the outputs or targets are not those of a classifier.
     """
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         for batches in sources:
@@ -175,15 +180,15 @@ def require_classifier(model: nn.Module, *sources: Iterable[Batch]) -> None:
 
 
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the share of examples whose largest logit (along dimension 1) is that of the target, 0 to 1.
+    """Return the share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
 
     Args:
-        model: gives logits (N, classes, ...); run in eval mode, its modes are restored.
-        batches: pairs (inputs, targets), as `cross_entropy` takes them. Targets that are `IGNORED`
-            do not count.
+        model: classifier that returns logits (N, classes, ...). It runs in eval mode; the modes of its
+            modules are restored.
+        batches: pairs (inputs, targets), see `cross_entropy`. Targets of -100 (`IGNORED`) are left out.
 
     Raises:
-        PruningError: where outputs and targets are not a classifier's, or there is no batch.
+        PruningError: if the outputs or targets are not those of a classifier, or if there is no batch.
 
     >>> model, inputs = nn.Linear(4, 3), torch.rand(8, 4)
     >>> accuracy(model, [(inputs, model(inputs).argmax(1))])
@@ -200,23 +205,25 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
             counted = targets != IGNORED
             if bool((counted & ((targets < 0) | (targets >= logits.shape[1]))).any()):
                 raise _no_such_class(logits, targets)
-            known = ~logits.isnan().any(1)  # argmax takes NaN for the largest
-            right += int(((logits.argmax(1) == targets) & known & counted).sum())
+            valid = ~logits.isnan().any(1)  # argmax treats NaN as the largest value
+            right += int(((logits.argmax(1) == targets) & valid & counted).sum())
             count += int(counted.sum())
     if not count:
-        raise PruningError("there is nothing to evaluate on: the given batches are empty")
+        raise PruningError(
+            "there is nothing to evaluate on: the given batches are empty; give at least one batch"
+        )
     return right / count
 
 
 def validation_score(validate: Validate, model: nn.Module) -> float:
-    """Return what `validate` gives for a model in eval mode; the model's modes are restored.
+    """Call `validate` on a model in eval mode and return its score; the model's modes are restored.
 
     Raises:
-        PruningError: where that is not a number.
+        PruningError: if the score is not a number.
     """
     with torch.no_grad(), eval_mode(model):
         value = validate(model)
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise PruningError(f"validate gave {value!r}: a number was expected, higher is better") from error
+        raise PruningError(f"validate returned {value!r}: return one number; higher is better") from error

@@ -215,7 +215,7 @@ def test_an_output_folder_inside_a_file_is_refused(tmp_path):
 def test_the_folder_of_another_run_is_not_overwritten(run, tmp_path):
     folder, _ = run
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert "holds a run already" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
+    assert "already holds a run" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
     other = refused("train_yournet.py", "--resume", "--seed", 7, "--output", folder, cwd=tmp_path)
     assert "other settings (seed)" in other
     fewer = refused("train_yournet.py", "--resume", "--iterations", 1, "--output", folder, cwd=tmp_path)

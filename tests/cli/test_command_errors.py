@@ -69,7 +69,7 @@ PICTURES = (
         (("doctor", "--model", "mine:"), "expected package.module:factory"),
         (("doctor", "--model", "raises:Net"), "module 'raises' cannot be imported: ValueError: not today"),
         (("doctor", "--model", "unreadable:Net"), "module 'unreadable' cannot be imported: SyntaxError"),
-        (("prune", "--model", "mine:Pair", "--data", "mine:digits", *BUDGET), "the network gives a tuple"),
+        (("prune", "--model", "mine:Pair", "--data", "mine:digits", *BUDGET), "the network returns a tuple"),
         (
             ("slim", "--model", "mine:Says", "--data", "mine:digits", *BUDGET, "--output", "no"),
             "gives a dict",

@@ -205,7 +205,7 @@ def test_every_training_setting_changes_finetuning(run):
 def test_soap_is_refused_for_large_networks_before_training(run, tmp_path):
     words = ("slim", *NET, *SHORT, "--model-arg", "width=128", "--optimizer", "soap", "--output", "large")
     code, out, err = run(*words, *BUDGET)
-    assert code == 2 and "at most 4,096 parameters" in err and "take sgd" in err and "stage 1" not in out
+    assert code == 2 and "at most 4,096 parameters" in err and "use sgd" in err and "stage 1" not in out
     assert not (tmp_path / "large").exists()
     code, out, err = run(*words[:-1], "none", "--max-params", 2000, "--finetune-rate", 0)
     assert code == 2 and "--finetune-rate: '0': expected a number above 0" in err
@@ -222,7 +222,7 @@ def test_finetune_refuses_invalid_settings_before_creating_a_run(run, tmp_path):
     for flags, said in (
         (("--weights", "3.pth", "--rate", 0), "--rate: '0': expected a number above 0"),
         (("--weights", "3.pth", "--teacher", "7.pth", "--distill", 0.5), "7.pth does not fit Net"),
-        (("--model", "mine:Net", "--model-arg", "width=128", "--optimizer", "soap"), "take sgd"),
+        (("--model", "mine:Net", "--model-arg", "width=128", "--optimizer", "soap"), "use sgd"),
     ):
         code, _, err = run(*words, *flags)
         assert code == 2 and said in err

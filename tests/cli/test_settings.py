@@ -242,7 +242,7 @@ def test_the_help_of_slim_groups_flags_by_stage_with_units_and_defaults(toolkit)
     text = " ".join(out.split())
     assert "--sparsify-epochs N training epochs; 0 trains nothing (default: 8)" in text
     assert "peak learning rate (default: 0.2 with sgd, 0.05 with soap)" in text
-    assert "0 trains without (default: auto)" in text
+    assert "0 trains without it (default: auto)" in text
 
 
 def test_without_a_command_all_commands_are_listed(toolkit):

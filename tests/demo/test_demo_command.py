@@ -49,11 +49,11 @@ class Unsupported(nn.Module):
     ("how", "message"),
     [
         ("operation", r"no rule for .*bessel_j0"),
-        ("random", r"no rule for rand, which draws at random"),
+        ("random", r"no rule for rand, which draws random numbers"),
         ("by data", r"cannot be traced by torch.export: .*data-dependent"),
         ("whole numbers", r"no rule for argmax of int64"),
         ("image", r"is not a classifier: outputs \(N, classes\) were expected, it returns \(1, 3, 14, 14\)"),
-        ("number", r"differ from the model by inf"),
+        ("number", r"differ from the model.s by inf"),
         ("several", r"is not a classifier.*it returns tuple"),
     ],
 )

@@ -87,7 +87,7 @@ def page(tmp_path_factory, toolkit):
     code, said, err = toolkit("demo", YOURNET, *words)
     assert code == 0, err
     size = f"{path.stat().st_size:,} bytes"
-    assert re.fullmatch(f"{path}: LeNet5 and YourNet, {size}; the page's operations .*\n", said)
+    assert re.fullmatch(f"{path}: LeNet5 and YourNet, {size}; the outputs of its programs .*\n", said)
     return path
 
 

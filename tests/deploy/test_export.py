@@ -138,7 +138,7 @@ def test_metadata_can_be_read_back(format, tmp_path):
     stored = Exported(tmp_path / "net", RUNTIMES[format]).metadata
     assert {key: stored[key] for key in facts} == facts
     assert stored["input_shape"] == [3, 14, 14] and stored["classes"] == 4
-    with pytest.raises(ExportError, match="not plain data"):
+    with pytest.raises(ExportError, match="cannot be stored as JSON"):
         export(nets.yournet(), tmp_path / "other", nets.images(), format, metadata={"net": nets.yournet()})
 
 
@@ -221,7 +221,7 @@ def test_a_failed_export_gives_the_reason_and_leaves_no_file(how, format, tmp_pa
 
 def test_an_operation_without_an_export_is_named(tmp_path):
     need_onnx()
-    with pytest.raises(ExportError, match=r"lacks the operation \w+\.bessel_j0"):
+    with pytest.raises(ExportError, match=r"does not support the operation \w+\.bessel_j0"):
         export(Fails("operation"), tmp_path / "net.onnx", torch.randn(2, 4), "onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -294,13 +294,13 @@ def test_invalid_quantization_is_refused(tmp_path, monkeypatch):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise[:1]])
     with pytest.raises(ExportError, match="0 calibration images"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [])
-    with pytest.raises(ExportError, match=r"200\.0% was asked"):
+    with pytest.raises(ExportError, match=r"at least 200\.0% is required"):
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [(noise, None)], least_agreement=2)
     # Fix the times, because which of the two is faster depends on the machine.
     slower = {"float32": Latency(1.0, 1, 1, 1, 9, 1, 1), "int8": Latency(2.0, 2, 2, 2, 9, 1, 1)}
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ExportError, match=r"2\.0000 ms .* 1\.0000 ms: it is not"),
+        pytest.raises(ExportError, match=r"2\.0000 ms .* not faster .* 1\.0000 ms"),
     ):
         patch.setattr("pruning.deploy.quantize.time_forward", lambda *_, **__: slower)
         quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", [noise], least_agreement=0, faster=True)

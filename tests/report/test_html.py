@@ -23,7 +23,15 @@ from pruning.report.html import report
 from pruning.stages import PruneConfig, Run
 from pruning.training import TrainConfig, accuracy
 
-SECTIONS = ["Asked and got", "Before and after", "Figures", "Layers", "Pruning steps", "History", "Settings"]
+SECTIONS = [
+    "Budget and result",
+    "Before and after",
+    "Figures",
+    "Layers",
+    "Pruning steps",
+    "History",
+    "Settings",
+]
 
 
 def finished_run(folder, net, images, labels):
@@ -89,7 +97,7 @@ def test_the_report_of_an_interrupted_run_is_written(lenet_run, tmp_path):
     history = (lenet_run / "history.jsonl").read_text().splitlines(keepends=True)
     for lines in (1, 2, 3, 5):
         (tmp_path / "cut" / "history.jsonl").write_text("".join(history[:lines]))
-        assert "<h2>Asked and got</h2>" in report(tmp_path / "cut").read_text()
+        assert "<h2>Budget and result</h2>" in report(tmp_path / "cut").read_text()
 
 
 def test_folder_without_a_run_raises(tmp_path, toolkit):

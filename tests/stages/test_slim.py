@@ -111,7 +111,7 @@ def test_an_interrupted_pipeline_resumes_to_the_same_result(epochs, tmp_path):
 
 def test_the_folder_of_another_run_is_rejected(tmp_path):
     Run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(PruningError, match="holds a run already"):
+    with pytest.raises(PruningError, match="already holds a run"):
         Run(tmp_path / "run", {"seed": 0})
     with pytest.raises(PruningError, match=r"other settings \(seed\)"):
         Run(tmp_path / "run", {"seed": 1}, resume=True)
@@ -145,7 +145,7 @@ IMAGES, LABELS = torch.zeros(2, 3, 14, 14), torch.zeros(2, dtype=torch.long)
 def test_invalid_batches_and_validation_figures_are_rejected_by_slim():
     config = SlimConfig.within(Budget(params="50%"))
     net, given = nets.make("lenet"), batches()
-    with pytest.raises(PruningError, match="not an iterator"):
+    with pytest.raises(PruningError, match="an iterator that can be read only once"):
         slim(net, iter(given), config=config, validate=given)
     for batch, said in (
         ({"image": IMAGES, "label": LABELS}, "a dict with 'image', 'label'"),
@@ -156,15 +156,15 @@ def test_invalid_batches_and_validation_figures_are_rejected_by_slim():
             slim(net, [batch], config=config, validate=given)
     with pytest.raises(PruningError, match="the given batches are empty"):
         slim(net, [], config=config, validate=given)
-    with pytest.raises(PruningError, match="validate gave None"):
+    with pytest.raises(PruningError, match="validate returned None"):
         slim(net, given, config=config, validate=lambda _: None, log=lambda _: None)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"validate": None}, "validate is a NoneType: a function of the model, or batches"),
-        ({"validate": iter([])}, "batches that can be read anew"),
+        ({"validate": None}, "validate is a NoneType: give a function of the model, or batches"),
+        ({"validate": iter([])}, "batches that can be read after every epoch"),
         ({"validate": [(batches(1)[0][0], torch.zeros(16))]}, "the targets are torch.float32"),
         ({"teacher": nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)}, "teacher's outputs"),
         ({"model": nets.LeNet5}, "the model is the class LeNet5: an instance"),
@@ -209,6 +209,6 @@ def test_a_run_that_another_process_uses_is_rejected(tmp_path):
     other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
     words = [sys.executable, "-c", other, str(tmp_path / "run")]
     refused = subprocess.run(words, capture_output=True, text=True)
-    assert refused.returncode and "another process is at work on this run" in refused.stderr
+    assert refused.returncode and "another process is writing to this run" in refused.stderr
     del run
     assert subprocess.run(words).returncode == 0

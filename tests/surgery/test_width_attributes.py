@@ -192,7 +192,7 @@ def test_channels_that_a_view_of_another_tensor_counts_are_not_pruned():
 def test_doctor_lists_the_attributes_and_their_groups():
     found = doctor(Halves(), nets.images())
     assert "stem.0" in {group.name for group in found.groups} and found.sizes == ["width"]
-    assert "attributes that are updated with the channels: width" in str(found) and not found.trial
+    assert "attributes that pruning updates to the new widths: width" in str(found) and not found.trial
 
 
 @pytest.mark.parametrize("value", [[5, 4], 99, "7", [7.5], -1])

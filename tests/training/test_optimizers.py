@@ -134,6 +134,6 @@ def test_soap_refuses_a_budget_that_allows_a_large_network_before_training(budge
         trained.append(1)
         return nn.functional.cross_entropy(model(inputs), targets)
 
-    with nullcontext() if small else pytest.raises(PruningError, match="take sgd"):
+    with nullcontext() if small else pytest.raises(PruningError, match="use sgd"):
         slim(net, data, images, config, validate=data, loss=loss, log=lambda line: None)
     assert bool(trained) == small
