@@ -1,4 +1,4 @@
-"""From tied labels to channel groups."""
+"""Build channel groups from tied labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruning.tracing.labels import Flow, SideUse, Ties
 
 @dataclass(frozen=True)
 class _Part:
-    """Positions of one side of a layer that belong to one component, sorted; `dim` as in `SideUse`."""
+    """Sorted positions of one side of a layer that belong to one component; `dim` as in `SideUse`."""
 
     layer: str
     side: Side
@@ -26,11 +26,11 @@ class _Part:
 
 
 def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:
-    """Yield the channels that are tied together as groups: each with its labels, and why it is fixed or "".
+    """Yield each channel group with its labels and the reason why it is fixed, "" if it is not.
 
-    Layers that share a tied channel belong to the same group. Within it, channels that own different
-    numbers of positions (some take part in a sum, others do not) form groups of their own, so that all
-    channels of a group cost the same; and so do fixed channels.
+    Layers that share a tied channel belong to the same connected component. A component is split into
+    groups by the number of positions that its channels own (only some may take part in a sum), so that
+    all channels of a group cost the same. Fixed channels form groups of their own.
     """
     sides, reasons = _final_sides(found)
     for root, parts_of in _components(model, sides):
@@ -38,13 +38,13 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
 
 
 def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int, str]]:
-    """Return every side with each label replaced by the smallest tied to it, and why labels are fixed.
+    """Return all sides with each label replaced by the smallest one tied to it, and why labels are fixed.
 
-    Tensors outside layers become vectors along the dimension that holds channels; those without are left
-    out.
+    The labels of a tensor outside the layers are reduced to a vector along its channel dimension;
+    tensors without channels are omitted.
     """
     made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
-    known = np.unique(np.concatenate([np.arange(0), *made]))  # of layers; others do not matter
+    known = np.unique(np.concatenate([np.arange(0), *made]))  # labels of layer outputs
     reasons: dict[int, str] = {}
     for labels, reason in found.fixed:
         for label in np.intersect1d(found.ties.find(labels), known).tolist():
@@ -55,13 +55,14 @@ def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int
         if side == "self":
             if not np.isin(labels, known).any():
                 continue
-            rows = [d for d, size in enumerate(labels.shape) if size > 1]
-            lying = [d for d in rows if (labels != labels.take([0], axis=d)).any()]
-            if len(lying) > 1:
+            wide = [d for d, size in enumerate(labels.shape) if size > 1]
+            channel_dims = [d for d in wide if (labels != labels.take([0], axis=d)).any()]
+            if len(channel_dims) > 1:
+                why = f"the parameter {name} holds its channels along several dimensions"
                 for label in np.intersect1d(labels, known).tolist():
-                    reasons.setdefault(label, f"the parameter {name} holds it along several dimensions")
+                    reasons.setdefault(label, why)
                 continue
-            dim = lying[0] if lying else (rows[0] if rows else 0)
+            dim = channel_dims[0] if channel_dims else (wide[0] if wide else 0)
             labels = np.moveaxis(labels, dim, 0).reshape(labels.shape[dim] if labels.ndim else 1, -1)[:, 0]
         sides[name, side] = SideUse(labels, dim)
     return sides, reasons
@@ -70,7 +71,7 @@ def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int
 def _components(
     model: nn.Module, sides: dict[tuple[str, Side], SideUse]
 ) -> Iterator[tuple[str, list[_Part]]]:
-    """Yield what is connected by layers that make channels: the first such layer, and the parts of sides."""
+    """Yield each connected component: the first layer that makes its channels, and its parts of sides."""
     connected = Ties()
     connected.new(1 + max((int(use.labels.max()) for use in sides.values() if len(use.labels)), default=0))
     makers = [
@@ -102,7 +103,7 @@ def _components(
 def _split(
     root: str, made: np.ndarray, parts_of: list[_Part], reasons: dict[int, str]
 ) -> Iterator[tuple[Group, np.ndarray, str]]:
-    """Divide a component into groups of channels that own as many positions of each part.
+    """Split a component into groups whose channels own equal numbers of positions of each part.
 
     Args:
         root: the layer that names the groups. made: the labels of its channels.
@@ -141,6 +142,6 @@ def _in_order(first: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, of the distinct rows, the number of each row's, and where each occurs first."""
+    """Return for each row the number of its distinct row, and where each distinct row occurs first."""
     _, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     return kind.reshape(-1), first

@@ -1,4 +1,4 @@
-"""Channel labels: the integers that tensors carry through a forward pass, and which are tied together."""
+"""Channel labels: integers that tensors carry through a forward pass, and the ties between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE = -1
 FIXED_SIZE = "it is joined with a tensor of fixed size"
 
 #: Tensors outside the layers of the table (a layer scale, a position embedding) with more elements
-#: than this get no labels: channels that meet them are fixed.
+#: than this get no labels; channels that are combined with them are fixed.
 MOST_ELEMENTS = 1_000_000
 
 
@@ -33,7 +33,7 @@ class Ties:
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> np.ndarray:
-        """Return as many labels that are not tied to any other."""
+        """Return `count` new labels, tied to no other label."""
         self._size += count
         return np.arange(self._size - count, self._size)
 
@@ -42,7 +42,7 @@ class Ties:
         self._pending.append((left, right))
 
     def find(self, labels: np.ndarray) -> np.ndarray:
-        """Return the smallest label that each one is tied to; `NONE` stays."""
+        """Return for each label the smallest label tied to it; `NONE` stays `NONE`."""
         self._merge_pending()
         return np.where(labels == NONE, NONE, self._parent[labels])
 
@@ -73,7 +73,7 @@ class SideUse:
     Attributes:
         labels: of each position, (positions,); on the side `self`, of each element, in its shape.
         dim: the dimension of the layer's input or output along which the positions lie, negative;
-            on the side `self` it has no meaning yet.
+            unused on the side `self`.
     """
 
     labels: np.ndarray
@@ -82,7 +82,7 @@ class SideUse:
 
 @dataclass(frozen=True)
 class Extent:
-    """A number of channels that module code may have given to an operation as a size.
+    """A size that module code gave to an operation and that counts channels.
 
     Attributes:
         module: the name of the module whose code ran.
@@ -95,24 +95,24 @@ class Extent:
 
 @dataclass
 class Flow:
-    """What one forward pass showed.
+    """The record of one forward pass.
 
     Attributes:
         ties: which labels belong to the same channel.
         sides: the labels of each layer (or tensor) by name and side.
         fixed: labels that cannot be pruned, each vector with the reason.
-        sized: labels that passed an operation whose sizes may be constants in the code.
+        sized: labels that reached an operation whose sizes may be constants in the code.
         extents: these sizes.
-        by_position: labels that were taken by position, so that the code may hold their number; each
-            vector with the reason to fix them if it does.
+        by_position: labels of channels that the code selects by position, with bounds that may be
+            constants; each vector with the reason to fix them if they are.
         calls: how often each layer in the table ran.
         uses: by layer, uses of its weight and output positions, summed over the pass, for one example.
         readers: by convolution or linear layer, what reads its output: the name of a BatchNorm, or the
             empty string for anything else.
         other_macs: MACs of matrix products and convolutions outside those layers, for one example.
-        read_elsewhere: layers in the table whose tensors other code than their own read.
-        functional: parameters outside the layers that the model's code convolves or multiplies with,
-            each with the reason why their channels are not pruned.
+        read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
+        functional: parameters outside the layers that the model's code passes to a convolution or
+            linear function, each with the reason why their channels are not pruned.
         outputs: shapes of the model's outputs in eval mode.
         probe: the copy of the model that ran, if it is on the meta device.
     """
@@ -141,13 +141,13 @@ class Labels:
 
     Args:
         found: receives ties, fixed labels and the sides of layers.
-        loose: names of parameters and buffers outside the layers of the table, by identity; they get a
-            label for each element when they are first used.
+        loose: names of parameters and buffers outside the layers of the table, by `id`; each gets one
+            label per element at its first use.
     """
 
     def __init__(self, found: Flow, loose: dict[int, str]):
         self.found, self.loose = found, loose
-        #: The modules that run, each inside the one before it: name, and description for messages.
+        #: Stack of the running modules: (name, description for messages).
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
         self._uniform = WeakTensorKeyDictionary()
@@ -167,9 +167,9 @@ class Labels:
         return known
 
     def put(self, tensor: object, labels: Tensor | None) -> None:
-        """Give an output its labels; they are fixed where it has another rank or is no tensor."""
+        """Set the labels of an output; fix them if it is no tensor or of another rank."""
         if not isinstance(tensor, Tensor):
-            self.fix(labels, f"{self.where()} makes something else than a tensor of it")
+            self.fix(labels, f"{self.where()} turns it into something other than a tensor")
         elif labels is not None and tensor.ndim == labels.ndim:
             self._of[tensor] = labels
         else:
@@ -178,40 +178,40 @@ class Labels:
                 del self._of[tensor]
 
     def side(self, name: str, module: nn.Module, side: Side, dim: int) -> Tensor:
-        """Return the labels of one side of a layer, made at its first use, (channels,)."""
+        """Return the labels of one side of a layer, (channels,); create them at its first use."""
         use = self.found.sides.get((name, side))
         if use is None:
             use = SideUse(self.found.ties.new(layer_width(module, side)), dim)
             self.found.sides[name, side] = use
-            if parts(module) > 1:  # every part must lose as many
+            if parts(module) > 1:  # every part loses channels at the same places
                 by_part = use.labels.reshape(parts(module), -1)
                 for other in by_part[1:]:
                     self.found.ties.union(by_part[0], other)
         return torch.from_numpy(use.labels)
 
     def where(self) -> str:
-        """Describe the module that runs, for messages."""
+        """Describe the running module, for messages."""
         return self.path[-1][1]
 
-    # --- tensors of one value ------------------------------------------------------------
+    # --- uniform tensors: all elements equal ---------------------------------------------
 
     def mark_uniform(self, tensor: Tensor) -> None:
-        """Note that a tensor has one value throughout, such as the first state of a ConvLSTM."""
+        """Record that all elements of a tensor are equal, as in the initial state of a ConvLSTM."""
         self._uniform[tensor] = True
 
     def unmark_uniform(self, tensors: Iterable[Tensor]) -> None:
-        """Note that these may have several values: something writes to them or shares their memory."""
+        """Record that tensors may no longer be uniform: they are written to, or their memory is shared."""
         for tensor in tensors:
             self._uniform.pop(tensor, None)
 
     def is_uniform(self, tensor: Tensor) -> bool:
-        """Whether a tensor without channels has one value, so that one of another width could replace it."""
+        """Whether a tensor without channels is uniform, so that one of another width can replace it."""
         return tensor in self._uniform
 
     def of_or_uniform(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """Return the labels of a tensor; a uniform one gets new labels along the dimension.
+        """Return the labels of a tensor; give a uniform tensor new labels along `dim`.
 
-        Its size there may be a constant in the code.
+        The size of a uniform tensor along `dim` may be a constant in the code.
         """
         labels = self.of(tensor)
         if labels is None and self.is_uniform(tensor):
@@ -224,7 +224,7 @@ class Labels:
     # --- tied and fixed channels ----------------------------------------------------------
 
     def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
-        """Tie labels element by element, broadcast; those that meet `NONE` are fixed for the reason."""
+        """Tie labels element by element, with broadcasting; fix labels that are paired with `NONE`."""
         left, right = torch.broadcast_tensors(left, right)
         a, b = left.flatten().numpy(), right.flatten().numpy()
         both = (a != NONE) & (b != NONE)
@@ -236,14 +236,14 @@ class Labels:
         self.found.fixed.append((lone[lone != NONE], reason))
 
     def tie_equal_parts(self, labels: Tensor, dim: int, length: int) -> None:
-        """Tie the parts of this length along a dimension, so that they keep as many channels each."""
+        """Tie the parts of this length along a dimension, so that all keep channels at the same places."""
         along = labels.movedim(dim, 0)
         pieces = along.reshape(-1, length, *along.shape[1:])
         for other in pieces[1:]:
             self.tie(pieces[0], other, FIXED_SIZE)
 
     def fix(self, labels: Tensor | None, reason: str) -> None:
-        """Keep the channels of these labels from being pruned."""
+        """Exclude the channels of these labels from pruning."""
         if labels is not None:
             flat = labels.flatten().numpy()
             self.found.fixed.append((flat[flat != NONE], reason))
@@ -251,17 +251,15 @@ class Labels:
     def fix_operands(self, name: str, operands: Iterable[Tensor]) -> None:
         """Fix the channels that reach an operation without a rule."""
         for operand in operands:
-            self.fix(
-                self.of(operand), f"{self.where()} uses it in {name}, which channels are not followed through"
-            )
+            self.fix(self.of(operand), f"{self.where()} uses it in {name}, an operation without a rule")
 
     # --- sizes and positions that the code may hold as constants -------------------------
 
     def note_sizes(self, labels: Tensor, sized: Tensor | None) -> None:
-        """Note an operation on channels whose sizes may be constants in the code, or attributes.
+        """Record an operation that was given sizes, which may be constants in the code or attributes.
 
         Args:
-            sized: labels along the dimensions whose size the operation was given.
+            labels: of the operand. sized: labels along the dimensions whose sizes were given.
         """
         self.found.sized.append(labels.flatten().numpy())
         if sized is not None:
@@ -270,34 +268,35 @@ class Labels:
                 self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
 
     def note_positions(self, counts: Iterable[Tensor], reason: str) -> None:
-        """Note that channels were taken by position.
+        """Record that the code selected channels by position.
 
         Args:
-            counts: labels whose number is the start, the end or the length of what was taken.
+            counts: label vectors whose lengths are the start, the end and the length of the selection.
         """
         for counted in counts:
             self.note_sizes(counted, counted)
             self.found.by_position.append((counted.flatten().numpy(), reason))
 
     def note_slice(self, labels: Tensor, dim: int, start: int, length: int) -> None:
-        """Note a slice of channels that lie along one dimension."""
+        """Record a slice of a tensor whose channels lie along one dimension."""
         key = self.path[-1][0], labels.numpy().tobytes()
         self._slices.setdefault(key, (labels, dim, set()))[2].add((start, length))
 
     def close_slices(self, holds: Callable[[str, int], bool]) -> None:
-        """At the end of the pass, tie slices that are equal parts of one tensor, or several of them.
+        """Tie slices that divide a tensor into equal parts, or into multiples of one part.
 
-        Unequal ones are not tied if an attribute of the module may tell where they end.
+        Call it after the pass. Slices of unequal length are not tied if an attribute of the module may
+        hold one of their bounds.
 
         Args:
-            holds: whether an attribute of the module of this name has this value.
+            holds: function (module name, value): whether an attribute of the module has this value.
         """
         for (module, _), (labels, dim, taken) in self._slices.items():
             bounds = {n for start, length in taken for n in (start, length, start + length)}
             length = min(length for _, length in taken)
             aligned = not any(n % length for n in (labels.shape[dim], *bounds))
-            told = any(holds(module, n) for n in bounds if 0 < n < labels.shape[dim])
-            if aligned and (len({length for _, length in taken}) == 1 or not told):
+            held = any(holds(module, n) for n in bounds if 0 < n < labels.shape[dim])
+            if aligned and (len({length for _, length in taken}) == 1 or not held):
                 self.tie_equal_parts(labels, dim, length)
 
 
@@ -311,7 +310,7 @@ def varying(labels: Tensor | None) -> list[int]:
 
 
 def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
-    """Return labels that lie along one dimension at most as a vector along it, (size,)."""
+    """Return labels that vary along no dimension but `dim` as a vector, (size,)."""
     for d in reversed(range(labels.ndim)):
         if d != dim:
             labels = labels.select(d, 0)
@@ -319,7 +318,7 @@ def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
 
 
 def spread(vector: Tensor, rank: int, dim: int) -> Tensor:
-    """Return a vector of labels as a tensor of this rank, along one of its dimensions."""
+    """Return a vector of labels as a tensor of this rank that varies along `dim`."""
     return vector.reshape([-1 if d == dim % rank else 1 for d in range(rank)])
 
 

@@ -1,7 +1,7 @@
-"""The rules by which channel labels pass through layers, and the table of them.
+"""Rules that pass channel labels through layers, and the table of these rules.
 
-A layer of the table in `pruning.graph.layers` is not followed operator by operator: its rule ties the
-labels of what it reads to those of its input side and gives those of its output side to its output.
+The operators inside a layer of the table in `pruning.graph.layers` are not followed. The layer's rule
+ties the labels of its inputs to its input side, and gives its output the labels of its output side.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        name, module: of the layer.
+        name: name of the layer. module: the layer.
         inputs: all tensors among its arguments, at least one.
-        output: its output, or the first tensor of it.
-        batch: the number of examples of the pass.
+        output: its output; of several tensors, the first.
+        batch: number of examples in the pass.
     """
 
     name: str
@@ -49,7 +49,7 @@ LayerRule: TypeAlias = Callable[[Labels, LayerCall], None]
 
 
 def weighted(labels: Labels, call: LayerCall) -> None:
-    """Follow a convolution or linear layer: channels end at its input, new ones begin at its output."""
+    """Follow a convolution or linear layer, which reads channels and makes new ones."""
     dim, x, module = channel_dim(call.module), call.inputs[0], call.module
     arriving = labels.of_or_uniform(x, dim)
     positions = call.output.numel() / layer_width(module, "out") / call.batch
@@ -64,34 +64,38 @@ def weighted(labels: Labels, call: LayerCall) -> None:
 
 
 def deformable(labels: Labels, call: LayerCall) -> None:
-    """Follow a deformable convolution: what says where to read is fixed; parts may have a place each."""
-    x, *places = call.inputs
-    for other in places:
+    """Follow a deformable convolution: fix the channels of its offsets and mask.
+
+    With several offset groups, each part of the input has its own offsets; the parts are tied.
+    """
+    x, *offsets_and_mask = call.inputs
+    for other in offsets_and_mask:
         labels.fix(labels.of(other), f"{call.name} reads positions from it")
-    offsets = max((other.shape[-3] for other in places), default=0)  # a mask has half as many
+    # The offsets are the larger tensor: a mask has half as many channels.
+    offset_channels = max((other.shape[-3] for other in offsets_and_mask), default=0)
     assert isinstance(call.module, DeformableConv)
-    apart = offsets // (2 * math.prod(call.module.kernel_size))
-    if apart > 1:
+    offset_groups = offset_channels // (2 * math.prod(call.module.kernel_size))
+    if offset_groups > 1:
         vector = _along(labels, call, labels.of_or_uniform(x, -3), -3)
         if vector is not None:
-            by_part = vector.reshape(apart, -1)
+            by_part = vector.reshape(offset_groups, -1)
             for part in by_part[1:]:
                 labels.tie(by_part[0], part, FIXED_SIZE)
     weighted(labels, call)
 
 
 def embedding(labels: Labels, call: LayerCall) -> None:
-    """Follow an embedding: new channels, which lie along the last dimension by default."""
+    """Follow an embedding, which makes channels, by default along the last dimension."""
     rule = rule_for(call.module)
     dim = -1 if rule is None or rule.dim is None else rule.dim
     made = labels.side(call.name, call.module, "out", dim)
     if getattr(call.module, "max_norm", None) is not None:
-        labels.fix(made, f"{call.name} brings rows to max_norm over all their channels")
+        labels.fix(made, f"{call.name} scales rows to max_norm over all their channels")
     labels.put(call.output, spread(made, call.output.ndim, dim))
 
 
 def recurrent(labels: Labels, call: LayerCall) -> None:
-    """Follow a layer that reads channels at every time step and returns its hidden size."""
+    """Follow a recurrent layer, which reads channels at every time step and keeps its hidden size."""
     x, *states = call.inputs
     steps = x.numel() / layer_width(call.module, "in") / call.batch
     _count_uses(labels, call, steps, steps)
@@ -102,14 +106,14 @@ def recurrent(labels: Labels, call: LayerCall) -> None:
 
 
 def layer_norm(labels: Labels, call: LayerCall) -> None:
-    """Follow LayerNorm or RMSNorm, where they normalise over the channels' dimension alone."""
+    """Follow LayerNorm or RMSNorm; fix channels that do not lie along its last normalised dimension."""
     x, shape = call.inputs[0], call.module.normalized_shape
     assert isinstance(shape, tuple)
     arriving = labels.of(x)
-    lies = varying(arriving)
-    front = lies[0] if len(lies) == 1 else x.ndim - 1
-    dim = front - x.ndim
-    if (len(shape) > 1 and dim != -1) or x.shape[front] != shape[-1]:
+    channel_dims = varying(arriving)
+    index = channel_dims[0] if len(channel_dims) == 1 else x.ndim - 1
+    dim = index - x.ndim
+    if (len(shape) > 1 and dim != -1) or x.shape[index] != shape[-1]:
         labels.fix(arriving, f"{call.name} normalises over other dimensions than its channels'")
         return labels.put(call.output, None)
     return channelwise(labels, call, dim)
@@ -129,8 +133,10 @@ def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None
         labels.fix(own, f"the input of {call.name} has a fixed size")
         labels.put(call.output, None)
     else:
-        each = len(own) // len(vector)  # a depthwise convolution may make several channels of one
-        labels.tie(vector.repeat_interleave(each), own, f"the input of {call.name} has a fixed size in part")
+        # A depthwise convolution may make several output channels per input channel.
+        multiplier = len(own) // len(vector)
+        reason = f"the input of {call.name} has a fixed size in part"
+        labels.tie(vector.repeat_interleave(multiplier), own, reason)
         labels.put(call.output, spread(own, call.output.ndim, dim))
 
 
@@ -145,7 +151,7 @@ def _count_uses(labels: Labels, call: LayerCall, uses: float, positions: float) 
 
 
 def _read(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> None:
-    """Tie the channels that arrive to the layer's input side."""
+    """Tie the channels of the first input to the layer's input side."""
     inner = labels.side(call.name, call.module, "in", dim)
     vector = _along(labels, call, arriving, dim)
     if vector is not None:
@@ -153,16 +159,16 @@ def _read(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) ->
 
 
 def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> Tensor | None:
-    """Return the labels of the first input along a dimension as a vector; fix those along another."""
+    """Return the labels of the first input along `dim` as a vector; fix those along another dimension."""
     if arriving is None:
         return None
     x = call.inputs[0]
-    front = dim + x.ndim
-    if any(d != front for d in varying(arriving)):
+    index = dim + x.ndim
+    if any(d != index for d in varying(arriving)):
         reason = f"its channels lie along another dimension than the one that {call.name} reads"
         labels.fix(arriving, reason)
         return None
-    return vector_along(arriving, front, x.shape[front])
+    return vector_along(arriving, index, x.shape[index])
 
 
 BY_KIND: dict[Kind, LayerRule] = {
@@ -193,7 +199,7 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
 
 
 def follow_layer(labels: Labels, call: LayerCall) -> bool:
-    """Apply a layer's rule; returns whether the layer makes channels that a BatchNorm may be folded into."""
+    """Apply a layer's rule; return whether a BatchNorm that follows the layer may be folded into it."""
     rule = layer_rule(call.module)
     assert rule is not None
     if rule is not unchanged:

@@ -1,6 +1,6 @@
 """Rules for operators that move data: views, permutations, slices, shuffles.
 
-`move` covers most of them: what the operator does with a tensor is done with its labels.
+`move` covers most of them: it applies the operator to the labels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _move(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def view(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Give the elements another shape, whose sizes may be constants in the code."""
+    """Reshape; the given sizes may be constants in the code."""
     found = compact(first.expand(op.operands[0].shape).reshape(op.output.shape))
     found = _along_one_dimension(labels, found)
     labels.note_sizes(first, found)
@@ -39,14 +39,14 @@ def view(labels: Labels, op: Operation, first: Tensor) -> None:
 
 
 def _along_one_dimension(labels: Labels, found: Tensor) -> Tensor:
-    """Keep channels that a view divides over several dimensions along the largest; tie them across others.
+    """Reduce channels that a view spreads over several dimensions to the largest of these.
 
-    The sizes of the other dimensions are taken for constants in the code.
+    They are tied across the other dimensions, whose sizes are assumed to be constants in the code.
     """
-    lies = varying(found)
-    if len(lies) < 2:
+    channel_dims = varying(found)
+    if len(channel_dims) < 2:
         return found
-    largest = max(lies, key=lambda d: (found.shape[d], d))
+    largest = max(channel_dims, key=lambda d: (found.shape[d], d))
     flat = found.movedim(largest, -1).reshape(-1, found.shape[largest])
     for row in flat[1:]:
         labels.tie(flat[0], row, FIXED_SIZE)
@@ -55,9 +55,9 @@ def _along_one_dimension(labels: Labels, found: Tensor) -> Tensor:
 
 @first_operand
 def split(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Take a part or all parts along a dimension: equal parts keep as many channels each.
+    """Slice or split along a dimension: equal parts keep channels at the same places.
 
-    Whether a slice is one of equal parts is known when the others are taken (`Labels.close_slices`).
+    Whether a slice is one of several equal parts is known after the pass (`Labels.close_slices`).
     """
     x = op.operands[0]
     if not x.ndim:
@@ -67,7 +67,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
     lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
     if dim in varying(first) and lengths[0] < x.shape[dim]:
         start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
-        reason = f"{labels.where()} takes channels out of it by position"
+        reason = f"{labels.where()} selects channels of it by position"
         alone = varying(first) == [dim]
         equal = all(n == lengths[0] for n in lengths) and not (
             x.shape[dim] % lengths[0] or start % lengths[0]
@@ -84,7 +84,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
 
 
 def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
-    """Yield channels that the code may count: those of each piece, and those up to the ends of a slice."""
+    """Yield labels whose number the code may hold: those of each piece, and those before a slice's bounds."""
     for length in lengths:
         ends = {(0, start), (0, start + length)} if len(lengths) == 1 else set()
         for begin, end in sorted({(start, start + length), *ends}):
@@ -95,7 +95,7 @@ def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterato
 
 @first_operand
 def pad(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Pad with a constant; padding along the channels belongs to none of them."""
+    """Pad with a constant; positions added along the channel dimension belong to no channel."""
     pads = list(op.given["pad"])
     if all(not any(pads[2 * (first.ndim - 1 - d) : 2 * (first.ndim - d)]) for d in varying(first)):
         return labels.put(op.output, first)
@@ -105,7 +105,7 @@ def pad(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def shift(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Roll or pick along dimensions, along which no channels may lie."""
+    """Roll, sort or gather along dimensions; fix channels that lie along one of them."""
     dims = op.given.get("dims", op.given.get("dim", []))
     touched = {d % first.ndim for d in ([dims] if isinstance(dims, int) else dims)}
     if not touched or touched & set(varying(first)):
@@ -115,23 +115,23 @@ def shift(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def index(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Index with tensors of integers along neighbouring dimensions, along which no channels may lie."""
-    places = op.given["indices"]
-    used = [d for d, place in enumerate(places) if place is not None]
-    plain = all(place is None or place.dtype == torch.long for place in places)
-    if not plain or set(used) & set(varying(first)) or used != list(range(used[0], used[-1] + 1)):
+    """Index neighbouring dimensions with integer tensors; fix channels that lie along one of them."""
+    indices = op.given["indices"]
+    used = [d for d, each in enumerate(indices) if each is not None]
+    integer = all(each is None or each.dtype == torch.long for each in indices)
+    if not integer or set(used) & set(varying(first)) or used != list(range(used[0], used[-1] + 1)):
         return labels.fix(first, f"{labels.where()} picks from it by position")
     narrowed = first
     for d in reversed(used):
         narrowed = narrowed.select(d, 0)
-    for _ in range(max(place.ndim for place in places if place is not None)):
+    for _ in range(max(each.ndim for each in indices if each is not None)):
         narrowed = narrowed.unsqueeze(used[0])
     return labels.put(op.output, narrowed)
 
 
 @first_operand
 def restride(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Change the layout in memory alone."""
+    """Pass labels on where only the memory layout changes: `as_strided` to the same shape."""
     if list(op.given["size"]) == list(op.operands[0].shape):
         labels.put(op.output, first)
     else:
@@ -140,7 +140,7 @@ def restride(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def pixel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Turn the channels of each square into pixels: they are removed together."""
+    """Shuffle pixels: tie the input channels that become the pixels of one output channel."""
     if varying(first) not in ([], [first.ndim - 3]):
         return labels.fix(first, f"{labels.where()} shuffles pixels of channels along another dimension")
     vector = vector_along(first, first.ndim - 3, op.operands[0].shape[-3])
@@ -152,7 +152,7 @@ def pixel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def channel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Interleave the channels of `groups` parts: every part keeps the same places."""
+    """Interleave the channels of `groups` parts, and tie the parts."""
     x = op.operands[0]
     if varying(first) not in ([], [1]):
         return labels.fix(first, f"{labels.where()} shuffles channels along another dimension")
@@ -164,7 +164,7 @@ def channel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def unfold_patches(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Unfold (F.unfold): every channel becomes as many rows as the kernel has places."""
+    """Unfold patches (F.unfold): every channel becomes one row per kernel position."""
     x = op.operands[0]
     if varying(first) not in ([], [1]) or x.ndim != 4:
         return labels.fix(first, f"{labels.where()} unfolds channels along another dimension")

@@ -20,8 +20,8 @@ class Operation:
 
     Attributes:
         func: torch's operator.
-        args, kwargs: what it was called with.
-        output: what it returned: a tensor, or several in a tuple or list.
+        args, kwargs: its arguments.
+        output: its result: a tensor, or a tuple or list of tensors.
     """
 
     func: OpOverload
@@ -54,7 +54,7 @@ class Operation:
 
 
 def operator_name(func: OpOverload) -> str:
-    """Return an operator's name as rules know it: `relu` for `aten::relu_`, `mine::blur` as it is."""
+    """Return the name under which rules are listed: `relu` for `aten::relu_`, `mine::blur` unchanged."""
     return func._schema.name.removeprefix("aten::").rstrip("_")
 
 
@@ -63,10 +63,10 @@ OperatorRule: TypeAlias = Callable[[Labels, Operation], None]
 
 
 def first_operand(rule: Callable[[Labels, Operation, Tensor], None]) -> OperatorRule:
-    """Return an operator's rule for a function that also takes the labels of the first operand.
+    """Decorate a function that also takes the labels of the first operand, and return an operator's rule.
 
-    Channels of the other operands are tied to those of the first where they lie in the same places (the
-    indices of an unpooling), and fixed elsewhere (a grid to sample at).
+    Channels of the other operands are tied to those of the first if they lie along the same dimension
+    with the same size (the indices of an unpooling), and fixed otherwise (a grid to sample at).
     """
 
     @functools.wraps(rule)

@@ -1,4 +1,4 @@
-"""The rules by which channel labels pass through operators, and the table of them.
+"""Rules that pass channel labels through operators, and the table of these rules.
 
 A rule takes the labels of the pass and one operation. It gives labels to the operation's outputs, or
 fixes channels with a reason. Operators without a rule fix the channels that reach them.
@@ -35,7 +35,7 @@ from pruning.tracing.operation import Operation, OperatorRule, first_operand
 
 
 def pointwise(labels: Labels, op: Operation) -> None:
-    """Tie what lies in the same place, for elementwise operators on one or several tensors."""
+    """Apply an elementwise operator: tie the channels at the same places of all operands."""
     if not isinstance(op.output, Tensor):
         return labels.fix_operands(op.name, op.operands)
     rank = op.output.ndim
@@ -50,34 +50,34 @@ def pointwise(labels: Labels, op: Operation) -> None:
     first = max(known, key=lambda i: (len(varying(aligned[i])), math.prod(shapes[i])))
     result = aligned[first]
     assert result is not None
-    lies = varying(result)
+    channel_dims = varying(result)
     combines = f"{labels.where()} combines it ({op.name})"
     for i, other in enumerate(aligned):
         if i == first:
             continue
-        wide = [d for d in lies if shapes[i][d] > 1]
+        wide = [d for d in channel_dims if shapes[i][d] > 1]
         expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
         uniform = other is None and labels.is_uniform(op.operands[i])
         if (expanded == wide or uniform) and not varying(other):
             # One value for all channels. The size that it was expanded to may be a constant in the code.
             if wide:
                 labels.note_sizes(result, result)
-            elif other is not None and not lies:
+            elif other is not None and not channel_dims:
                 labels.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
             labels.fix(result, f"{combines} with a tensor of fixed size")
-        elif set(varying(other)) <= set(lies) and wide == lies:
+        elif set(varying(other)) <= set(channel_dims) and wide == channel_dims:
             labels.tie(result, other, f"{combines} with a tensor of fixed size")
         else:
             for each in (result, other):
                 labels.fix(each, f"{combines} with channels along another dimension")
-    if len(lies) > 1:  # those of a parameter, which now may be tied along all its dimensions but one
+    if len(channel_dims) > 1:  # of a parameter: after the ties its channels may lie along one dimension
         result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
     return labels.put(op.output, result)
 
 
 def batched_product(labels: Labels, op: Operation) -> None:
-    """Pass on what a batched matrix product does not sum over; fix what it does."""
+    """Multiply batches of matrices: fix channels that are summed over, pass on the others."""
     left, right = map(labels.of, op.operands)
     passing = [x for x, summed in ((left, 2), (right, 1)) if varying(x) and summed not in varying(x)]
     result = passing[0] if len(passing) == 1 else None
@@ -90,7 +90,7 @@ def batched_product(labels: Labels, op: Operation) -> None:
 
 
 def join(labels: Labels, op: Operation) -> None:
-    """Concatenate or stack."""
+    """Concatenate or stack tensors."""
     rank = op.output.ndim
     dim = (op.given.get("dim") or 0) % rank
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
@@ -136,7 +136,7 @@ def unlabeled(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Reduce over dimensions, along which no channels may lie."""
+    """Reduce over dimensions; fix channels that lie along one of them."""
     rank = op.operands[0].ndim
     dims = op.given.get("dim")
     dims = list(range(rank)) if dims is None or dims == [] else dims
@@ -155,7 +155,7 @@ def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Normalise along a dimension, along which no channels may lie."""
+    """Apply softmax along a dimension; fix channels that lie along it."""
     if op.given["dim"] % first.ndim in varying(first):
         labels.fix(first, f"{labels.where()} takes {op.name.strip('_')} over its channels")
     labels.put(op.output, first)
@@ -163,7 +163,7 @@ def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Pool or resize: batch and channels stay, the dimensions behind them change."""
+    """Pool or resize the dimensions after the batch and the channels."""
     if any(d > 1 for d in varying(first)):
         return labels.fix(first, f"{labels.where()} pools or resizes over its channels ({op.name})")
     for leaf in pytree.tree_leaves(op.output):
@@ -173,7 +173,7 @@ def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def regions(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Pool regions: each becomes a map with the channels of its image."""
+    """Pool regions of interest: each output has the channels of its image."""
     if varying(first) not in ([], [1]):
         return labels.fix(first, f"{labels.where()} cuts regions out along its channels ({op.name})")
     for leaf in pytree.tree_leaves(op.output):
@@ -183,7 +183,7 @@ def regions(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def gated(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Apply GLU: a channel of the second half weighs one of the first."""
+    """Apply GLU: tie each channel of the first half to its gate in the second half."""
     dim = op.given["dim"] % first.ndim
     if dim in varying(first):
         first, gates = first.chunk(2, dim)
@@ -193,7 +193,7 @@ def gated(labels: Labels, op: Operation, first: Tensor) -> None:
 
 # --- the table ------------------------------------------------------------------------------
 
-#: How the names of pooling and resizing operators begin.
+#: Prefixes of the names of pooling and resizing operators.
 SPATIAL = (
     "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "reflection_pad",
     "replication_pad", "fractional_max_pool", "max_unpool", "grid_sampler",
@@ -245,20 +245,20 @@ _REGISTERED: OrderedDict[int, tuple[str, OperatorRule]] = OrderedDict()
 def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -> RemovableHandle:
     """Tell the toolkit how channels pass through an operator, such as a custom one of `torch.library`.
 
-    A rule that fits is often here already: `pointwise` (elementwise, any number of tensors), `same` (the
-    output has the channels of the first tensor in the same places), `spatial` (pooling, resizing),
-    `reduction`. A rule of your own takes the `Labels` of the pass and the `Operation`: it reads the labels
-    of operands (`labels.of`), then ties (`labels.tie`), fixes (`labels.fix`) or passes them on
-    (`labels.put`). `prune` compares its result with the masked model, so a wrong rule is found there.
+    An existing rule often fits: `pointwise` (elementwise, any number of tensors), `same` (the output has
+    the channels of the first tensor at the same places), `spatial` (pooling, resizing), `reduction`. A
+    rule of your own takes the `Labels` of the pass and the `Operation`: it reads the labels of operands
+    (`labels.of`), then ties them (`labels.tie`), fixes them (`labels.fix`) or passes them on
+    (`labels.put`). `prune` compares its result with the masked model, and so detects a wrong rule.
 
     Args:
-        name: the operator's name with its namespace, `mine::blur`; of torch's own (`aten`) without.
-        rule: called once for each time the operator runs on a tensor with channels.
-        replace: whether an operator may get another rule than it has.
+        name: the operator's name with its namespace, `mine::blur`; for torch's own (`aten`) without it.
+        rule: called each time the operator runs on a tensor with channels.
+        replace: whether to replace a rule that the operator already has.
 
-    Returns a handle: its method `remove`, or the end of a `with` block, takes the rule back.
-    Raises `PruningError` for a name that is none, for a rule that cannot be called, and for an operator
-    that has a rule.
+    Returns a handle: its method `remove`, or the end of a `with` block, removes the rule.
+    Raises `PruningError` for an invalid name, for a rule that is not callable, and for an operator that
+    already has a rule.
 
     >>> @torch.library.custom_op("pruning_example::halve", mutates_args=())
     ... def halve(x: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -
     {'first': 8}
     """
     if not isinstance(name, str) or not name.replace("::", "", 1).replace(".", "").isidentifier():
-        raise PruningError(f"{name!r} is no name of an operator; give one such as 'mine::blur'")
+        raise PruningError(f"{name!r} is not an operator name; give one such as 'mine::blur'")
     if not callable(rule):
         raise PruningError(
             f"the rule for {name} is a {type(rule).__name__}; give a function (labels, operation)"
@@ -307,7 +307,7 @@ def _rule_by_kind(name: str) -> OperatorRule | None:
 
 
 def _has_tag(name: str, tag: str) -> bool:
-    """Whether torch gives an operator, in any of its forms, a tag; older versions lack some."""
+    """Whether any overload of an operator has a tag in torch; older versions lack some tags."""
     packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
     return any(str(each) == f"Tag.{tag}" for overload in overloads for each in overload.tags)

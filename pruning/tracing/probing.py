@@ -1,10 +1,10 @@
-"""Find groups whose width the model's code is bound to, by running the model with a channel less.
+"""Find groups whose width is a constant in the model's code, by running narrowed copies of the model.
 
-The sizes of a view or a split may be computed from those of its input, or be constants: that shows when
-the model runs with a channel less. Where it then fails, an attribute of the module that ran may hold the
-size, and the model runs when the attribute follows. Where none does, the size is a constant in the code.
-Layers with code of their own (standardized weights, say) may run with a channel less and compute
-something else: that shows when outputs are compared.
+The code may compute the sizes of a view or a split from its input, or hold them as constants: with
+constants, a narrowed copy fails. If an attribute of the module that ran holds the size, the copy runs
+once the attribute is updated. Otherwise the size is a constant in the code, and the group is not pruned.
+A layer with code of its own (standardized weights, for example) may run in a narrowed copy and compute
+something else: a comparison of the outputs detects that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _CountedSize:
     """A size that an operation was given, and the channels that it counts.
 
     Attributes:
-        module: the module whose code ran. value: the size.
+        module: name of the module whose code ran. value: the size.
         owned: by group, how many positions each channel contributes to it, (channels,).
     """
 
@@ -50,21 +50,21 @@ _CURE = (
     "module that uses them, to let it be pruned"
 )
 
-#: How many sets of attributes are tried for one group.
+#: Largest number of attribute sets to try for one group.
 MOST_CANDIDATES = 16
 
-#: A set of attributes that failed in as many modules of a type, and held in none, is not tried in others.
+#: A set of attributes that failed in this many modules of a type, and worked in none, is tried no more.
 MOST_FAILURES = 2
 
 
 class WidthProbe:
-    """Runs of a model with narrower groups, which show what its code is bound to.
+    """Find groups that the code of the model, or of one of its layers, does not allow to be narrowed.
 
     Args:
-        model, inputs: as given to `trace`; left as they are.
-        found: by a pass over the model.
-        groups: those that can be pruned otherwise.
-        labels: of their channels, by group.
+        model, inputs: as given to `trace`; not changed.
+        found: the record of the traced forward pass.
+        groups: groups that nothing else excludes from pruning.
+        labels: by group, the labels of its channels.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class WidthProbe:
         self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
-        """Return groups that cannot lose a channel, with the reason, and attributes that follow the rest."""
+        """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
         found, groups, labels = self.found, self.groups, self.labels
         sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         suspect = [name for name in groups if np.isin(labels[name], sized).any()]
         at_fault = _at_fault(self.runs.error, suspect)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
-            # Sizes of what is not pruned may be computed from those of any other tensor.
+            # The sizes of tensors that are not pruned may be computed from those of any group.
             at_fault |= _at_fault(self.runs.error, [name for name in groups if name not in suspect])
         reasons = {
-            name: f"the model's code is tied to its width: with a channel less, {error}. {_CURE}"
+            name: f"the model's code is tied to its width: with fewer channels, {error}. {_CURE}"
             for name, error in at_fault.items()
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
@@ -99,7 +99,7 @@ class WidthProbe:
         return reasons, _merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return groups of which the code takes other channels by position once some are removed."""
+        """Return the groups of which a slice or split would select other channels after pruning."""
         why: dict[str, str] = {}
         for labels, reason in self.found.by_position:
             roots = self.found.ties.find(labels)
@@ -108,29 +108,29 @@ class WidthProbe:
                     why[name] = reason
 
         def mismatch_at_two_widths(some: list[str]) -> str:
-            """A bound that is computed from the input's width may be right by chance, but not twice."""
+            """Compare at two widths: a wrong bound of a slice may be right by chance at one of them."""
             return self.runs.mismatch(some, (), 1 / 3) or self.runs.mismatch(some, (), 2 / 3)
 
         changed = _at_fault(mismatch_at_two_widths, list(why))
         return {name: why[name] for name in changed}
 
     def mixing(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...]) -> dict[str, str]:
-        """Return those of the groups whose channels a layer's own code mixes, with the reason.
+        """Return the groups whose channels a layer's own code mixes, with the reason.
 
-        Outputs are compared, which takes two passes, only where there are layers with code of their own.
+        Only if there are layers with code of their own, outputs are compared, in two forward passes.
         """
         own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
         changed = _at_fault(lambda some: self.runs.mismatch(some, sizes), list(own))
         return {
-            name: f"{own[name]} has code of its own, and with a channel less the model does not compute what "
-            f"it should ({error}). Put a layer of torch in its place, with the weights that it computes "
-            "with, to let it be pruned"
+            name: f"{own[name]} has code of its own, and with fewer channels the model does not compute what "
+            f"the masked one does ({error}). Replace it by a layer of torch, with the weights that it "
+            "computes with, to let it be pruned"
             for name, error in changed.items()
         }
 
 
 def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, str]:
-    """Return those of the groups with which the model fails a test, found by halves, with the error."""
+    """Return the groups that fail a test, with the error; search by bisection."""
     error = test(names) if names else ""
     if not error or len(names) == 1:
         return {names[0]: error} if error else {}
@@ -139,7 +139,7 @@ def _at_fault(test: Callable[[list[str]], str], names: list[str]) -> dict[str, s
 
 
 def _own_code(model: nn.Module, group: Group) -> str:
-    """Return the first layer of a group, readers before makers, whose type is not torch's own; else ""."""
+    """Describe the first layer of a group, readers before makers, with code outside torch; else ""."""
     for member in (*group.side("in"), *group.side("out")):
         kind = type(model.get_submodule(member.layer))
         codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))
@@ -149,7 +149,7 @@ def _own_code(model: nn.Module, group: Group) -> str:
 
 
 class _NarrowedRuns:
-    """Runs of a model whose groups have lost channels."""
+    """Run narrowed copies of a model."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _NarrowedRuns:
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
         places = [found.ties.find(taken) for taken, _ in found.by_position]
-        #: Channels of each group, numbered by the pieces that the code slices it into.
+        #: By group, for each channel the number of the slice that it belongs to.
         self.pieces = (
             {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
             if places
@@ -172,31 +172,31 @@ class _NarrowedRuns:
         self.example = pytree.tree_map(to_meta, inputs) if self.on_meta else inputs
 
     def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
-        """Return why the model fails when these groups lose their last channels; empty if it does not."""
+        """Return the error of the model without the last channels of these groups; empty if it runs."""
         probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
         try:
             cut_channels(probe, *self._narrower(names, sizes))
             with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
                 got = [t.shape for t in tensors(call(probe.eval(), self.example))]
-        except Exception as error:  # of a model that no longer fits together
+        except Exception as error:  # whatever the narrowed copy raises
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         outputs = self.found.outputs
         return "" if got == outputs else f"its outputs change from {outputs} to {got}"
 
     def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
-        """Return how the outputs differ from the masked model's without these channels; else empty.
+        """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
 
         Args:
-            share: the least part of every such piece that is removed.
+            share: least share of the channels to remove from each slice.
         """
         traced, plan = self._narrower(names, sizes, share)
         small = apply(self.model, traced, plan)
         return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
 
     def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
-        """Whether the outputs are right when these groups lose channels and their attributes follow.
+        """Whether the outputs are right when these groups are narrowed and their attributes updated.
 
-        An attribute may also be a factor, say, or have its value by chance.
+        An attribute may equal a width by chance, or hold another quantity, such as a factor.
         """
         together = _merged(sizes.values())
         return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
@@ -204,9 +204,10 @@ class _NarrowedRuns:
     def _narrower(
         self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0
     ) -> tuple[Trace, Plan]:
-        """Plan to remove the last channel of each group; of every second two, so that sizes differ.
+        """Return a trace and a plan that remove the last channels of each slice of each group.
 
-        Groups that are bound to each other by the code might otherwise fit together by chance.
+        Every second group loses one channel more: groups whose widths the code compares would otherwise
+        fit together by chance.
         """
         keep = {}
         for i, name in enumerate(names):
@@ -219,7 +220,7 @@ class _NarrowedRuns:
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
-    """Return a number for each channel, the same for channels that have all marks in common."""
+    """Return a number for each channel; two channels have the same number if all their marks agree."""
     return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
 
 
@@ -229,7 +230,7 @@ def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
 def _following(
     model: nn.Module, runs: _NarrowedRuns, sizes: Mapping[str, list[_CountedSize]]
 ) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return groups that can lose channels when attributes follow, with these attributes."""
+    """Return the groups that can be narrowed if attributes are updated, with these attributes."""
     candidates = {
         name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
     }
@@ -290,7 +291,7 @@ def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[W
 
 
 def _merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
-    """Return the attributes of several sets; each attribute, or entry of one, once."""
+    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
     merged: list[WidthAttribute] = []
     taken: dict[tuple[str, str], set[int]] = {}
     for size in itertools.chain.from_iterable(sets):

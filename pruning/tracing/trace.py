@@ -1,7 +1,7 @@
 """Tracing: find the channel groups of a model, with the reason for every layer that has none.
 
-`pruning.tracing.tracer` follows the channels through a forward pass; here the tied labels become groups,
-and `pruning.tracing.probing` finds the groups whose width the model's code fixes.
+`pruning.tracing.tracer` follows the channels through a forward pass, `pruning.tracing.grouping` builds
+groups from the tied labels, and `pruning.tracing.probing` finds groups whose width the code fixes.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def trace(
         model: any module; neither it nor its mode is changed.
         inputs: example inputs with a batch dimension, on the model's device.
         ignored: layers whose outputs are not pruned: names, patterns, types or modules.
-        compare: for layers with code of their own, whether to compare the model's outputs with a channel
-            less, which shows whether that code mixes channels.
+        compare: whether to find layers whose own code mixes channels, by comparing the outputs of
+            narrowed copies of the model.
 
-    Returns the groups, and for every other layer that makes channels the reason why it is left.
+    Returns the groups, and for every other layer that makes channels the reason why it is skipped.
     Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
     layer, and when a registered rule does not describe a layer.
 
@@ -90,7 +90,7 @@ def trace(
 def _prunable(
     model: nn.Module, found: Flow, ignored_by: dict[str, str]
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
-    """Return the groups without an obstacle, the labels of their channels, and why other layers are left."""
+    """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     shared = _shared_parameters(model)
     groups: dict[str, Group] = {}
@@ -108,11 +108,11 @@ def _prunable(
 def _skipped(
     model: nn.Module, found: Flow, groups: dict[str, Group], reasons: dict[str, str]
 ) -> dict[str, str]:
-    """Return the layers that make channels and ran, but are in no group, and those that the pass missed."""
+    """Return the layers that make channels but belong to no group, with the reason."""
     pruned = {member.layer for group in groups.values() for member in group.side("out")}
     ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
-    left = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
-    return left | dict(_missed(model, found))
+    skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
+    return skipped | dict(_missed(model, found))
 
 
 def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
@@ -122,7 +122,7 @@ def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"{name} is TorchScript, which" if name else "TorchScript"
-            raise PruningError(f"{where} has no layers to narrow; give the nn.Module that it was made of")
+            raise PruningError(f"{where} has no layers to narrow; give the nn.Module that it was made from")
     empty = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if empty:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
@@ -132,7 +132,7 @@ def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
 
 
 def require_groups(model: nn.Module, traced: Trace) -> None:
-    """Raise `PruningError`, with the reasons, where no group of a model can be narrowed."""
+    """Raise `PruningError`, with the reasons, if no group of a model can be narrowed."""
     if not traced.groups:
         kind = type(model).__name__
         reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
@@ -140,7 +140,7 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
 
 
 def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
-    """Yield layers whose channels the pass did not show, each with the reason."""
+    """Yield layers whose channels the pass did not label, each with the reason."""
     shown = {name for name, _ in found.sides} | found.read_elsewhere
     holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
@@ -221,9 +221,9 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Return parameters that two layers hold: each full name with the other's.
+    """Return the parameters that two layers share: each full name, with that of the other.
 
-    A layer that has two names is one layer, and counts under the first.
+    A layer that has two names is one layer; its first name counts.
     """
     holders: dict[int, str] = {}
     shared: dict[str, str] = {}
@@ -237,7 +237,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
-    """Return layers whose output a BatchNorm alone reads, into which it can be folded, with its name."""
+    """Return the layers whose output only a BatchNorm reads and can be folded into: layer to norm."""
     pairs = {}
     shared = _shared_parameters(model)
     with eval_mode(model):

@@ -4,8 +4,8 @@ Each channel on each side of each layer gets a label. While the model runs (on t
 nothing is computed), the labels travel with the tensors: operations that move data are applied to the
 labels themselves, elementwise operations tie those of their operands (`pruning.tracing.operators`), a
 layer ties those of its inputs to its own and gives its outputs new ones (`pruning.tracing.layer_rules`).
-Channels whose labels are tied are pruned together. Channels that meet anything else are fixed, with the
-reason.
+Channels whose labels are tied are pruned together. Channels that reach any other operation are fixed,
+with the reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WEIGHTED_FUNCTIONS = frozenset(
     )
 )  # fmt: skip
 
-#: Operations that make a tensor of one value.
+#: Operations that create a uniform tensor.
 _FILLING = frozenset(
     f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 )
@@ -67,7 +67,7 @@ def _shares_memory(func: OpOverload) -> bool:
 def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
     """Follow the channels of a model through a forward pass in eval mode.
 
-    Where layers do not run in eval mode (auxiliary heads), a pass in training mode counts as well.
+    If some layers do not run in eval mode (auxiliary heads), a pass in training mode follows.
 
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
@@ -80,13 +80,13 @@ def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
         if _runs(model, run, inputs):
             raise PruningError(
                 f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
-                "is an error of a rule that was registered, or of the toolkit; please report the latter"
+                "is an error in a registered rule or in the toolkit; please report the latter"
             ) from error
         raise PruningError(f"{name} does not run on the example inputs: {said}") from error
 
 
 def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
-    """Whether the model runs without being followed."""
+    """Whether the model itself, untraced, runs on the inputs."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             run(copied(model).eval(), fresh(inputs))
@@ -107,11 +107,11 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
         found.outputs = [leaf.shape for leaf in tensors(output)]
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
-            # The ties of this pass count; costs and what can be folded are those of eval mode.
-            also = replace(found, calls=Counter(), uses={}, readers={})
+            # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
+            in_training = replace(found, calls=Counter(), uses={}, readers={})
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
-                _Tracer(probe.train(), also, batch) as tracer,
+                _Tracer(probe.train(), in_training, batch) as tracer,
                 tracer.functions,
             ):
                 tracer.finish(run(probe, inputs))
@@ -120,19 +120,19 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
 
 
 class _Tracer(TorchDispatchMode):
-    """Labels the tensors of one forward pass: hooks into layers, and sees every operation between them."""
+    """Label the tensors of one forward pass: hook the layers, and intercept all operations between them."""
 
     def __init__(self, probe: nn.Module, found: Flow, batch: int):
         super().__init__()
         self.probe, self.found, self.batch = probe, found, batch
-        #: The layer that made a tensor, where a BatchNorm behind it might be folded into it.
+        #: By output tensor, the layer that made it, if a BatchNorm could be folded into this layer.
         self.makers = WeakTensorKeyDictionary()
-        #: How many layers run inside each other whose operations are not followed.
-        self.inside = 0
+        #: Number of nested calls whose operations are not followed.
+        self.depth = 0
         self.handles: list[RemovableHandle] = []
-        # Keeps all tensors alive: they are known by identity, which one that a pass replaces would pass on.
+        # Keep all tensors alive: the `id` of one that the pass replaces could be given to a new tensor.
         self.alive = [*probe.parameters(), *probe.buffers()]
-        #: The layer that owns a parameter, by identity.
+        #: By `id` of a parameter, the layer that owns it.
         self.owners: dict[int, str] = {}
         self.functions = _Functions(self)
         owned: set[int] = set()
@@ -148,7 +148,7 @@ class _Tracer(TorchDispatchMode):
     # --- layers ------------------------------------------------------------------------
 
     def _hook(self, name: str, module: nn.Module) -> set[int]:
-        """Hook into a module; returns the identities of tensors that belong to a layer with a rule."""
+        """Hook a module; return the ids of its tensors if it is a layer with a rule."""
         own = dict(module.named_parameters(recurse=False))
         if not _is_known(module, own):
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
@@ -180,17 +180,17 @@ class _Tracer(TorchDispatchMode):
         norm = name if isinstance(module, nn.modules.batchnorm._BatchNorm) else ""
 
         def before(_: nn.Module, args: object, kwargs: object) -> None:
-            if not self.inside:
+            if not self.depth:
                 self._read((args, kwargs), norm)
-            self.inside += 1
+            self.depth += 1
 
         return before
 
     def _leave_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         def after(_: nn.Module, args: object, kwargs: object, output: object) -> None:
-            self.inside -= 1
+            self.depth -= 1
             inputs = tensors_among((args, kwargs))
-            if self.inside or not inputs:
+            if self.depth or not inputs:
                 return
             if isinstance(output, Tensor):
                 self.follow_layer(name, module, inputs, output)
@@ -229,7 +229,7 @@ class _Tracer(TorchDispatchMode):
         ):
             self.labels.mark_uniform(output)
             return output
-        if not self.inside:
+        if not self.depth:
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
                 self.found.other_macs += flops / 2 / self.batch
@@ -244,43 +244,43 @@ class _Tracer(TorchDispatchMode):
     def run_layer(
         self, name: str, module: nn.Module, inputs: list[Tensor], run: Callable[[], Tensor]
     ) -> Tensor:
-        """Run the function of a convolution or linear layer that is called by the layer's own code."""
+        """Run the function that a convolution or linear layer's own code calls, under the layer's rule."""
         output = self._run_whole(inputs[0], run)
-        if not self.inside:
+        if not self.depth:
             self.follow_layer(name, module, inputs, output)
         return output
 
     def run_channelwise(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Run a function that treats every channel alone and alike, whatever operations it consists of."""
+        """Run a function that treats all channels alone and in the same way, without following it."""
         labels = self.labels.of(x)
         if set(varying(labels)) - {1}:
             return run()
         output = self._run_whole(x, run)
-        if not self.inside:
+        if not self.depth:
             self.labels.put(output, labels)
         return output
 
     def _run_whole(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Run a function without following its operations."""
-        if not self.inside:
+        if not self.depth:
             self._read(x, "")
-        self.inside += 1
+        self.depth += 1
         try:
             return run()
         finally:
-            self.inside -= 1
+            self.depth -= 1
 
     def note_function(self, weight: int, function: str) -> None:
-        """Note that the model's code calls a function with a weight, of this identity, outside the layers."""
+        """Record that the code calls a function with a parameter outside the layers, given by its `id`."""
         name = self.labels.loose.get(weight)
-        if name is not None and not self.inside:
+        if name is not None and not self.depth:
             self.found.functional[name] = (
                 f"{self.labels.where()} calls {function} with it; put it in a layer of torch to let it be "
                 "pruned"
             )
 
     def _read(self, arguments: object, norm: str) -> None:
-        """Note who reads tensors: a BatchNorm of this name, or anything else."""
+        """Record who reads tensors: the BatchNorm of this name, or "" for anything else."""
         for leaf in tensors_among((arguments,)):
             if leaf in self.makers:
                 self.found.readers[self.makers[leaf]].append(norm)
@@ -288,7 +288,7 @@ class _Tracer(TorchDispatchMode):
                 self.found.read_elsewhere.add(self.owners[id(leaf)])
 
     def finish(self, output: object) -> None:
-        """Fix the channels of the model's outputs, and tie the slices that were taken."""
+        """Fix the channels of the model's outputs, and tie the slices that the pass recorded."""
         outputs = tensors(output)
         if not outputs:
             raise PruningError(
@@ -308,7 +308,7 @@ class _Tracer(TorchDispatchMode):
 
 
 def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
-    """Whether a module is followed by the rule of a layer: it has one that covers all of its parameters."""
+    """Whether a module is followed by a layer rule, which must cover all of its parameters."""
     rule = rule_for(module)
     if rule is None or is_registered(module) or is_recurrent(module):
         return layer_rule(module) is not None
@@ -316,12 +316,12 @@ def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees the functions of layers whose own code calls them: layers that do more than their type says."""
+    """Intercept the functions that the own code of convolutions and linear layers calls."""
 
     def __init__(self, tracer: _Tracer):
         super().__init__()
         self.tracer = tracer
-        #: By the identity of their weights.
+        #: By `id` of its weight, the name of a layer and the layer.
         self.layers: dict[int, tuple[str, nn.Module]] = {}
 
     def __torch_function__(
@@ -337,9 +337,9 @@ class _Functions(TorchFunctionMode):
             given = {**dict(zip(("input", "weight", "offset", "mask"), args, strict=False)), **kwargs}
             weight = id(given.get("weight"))
             if weight in self.layers:
-                # Without a mask torchvision passes one of another rank.
-                beside = [given[key] for key in ("offset", "mask")] if deforming else []
-                inputs = [given["input"], *(tensor for tensor in beside if tensor.ndim == 4)]
+                # Without a mask, torchvision passes an empty tensor of another rank.
+                others = [given[key] for key in ("offset", "mask")] if deforming else []
+                inputs = [given["input"], *(tensor for tensor in others if tensor.ndim == 4)]
                 return self.tracer.run_layer(*self.layers[weight], inputs, lambda: func(*args, **kwargs))
             self.tracer.note_function(weight, func.__name__)
         elif func is nn.functional.instance_norm and len(read := tensors_among((args, kwargs))) == 1:
