@@ -1,4 +1,4 @@
-"""Surgery: apply a plan to a model, which gives a smaller model."""
+"""Surgery: apply a plan to a model and return the smaller model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
 
-#: By layer, the value that each of its input channels is taken to have once it is removed, (channels,).
+#: By layer, the constant that replaces each input channel when it is removed, (input channels,).
 Constants = Mapping[str, Tensor]
 
 
@@ -27,11 +27,11 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     """Return a copy of a model that keeps only the channels of a plan.
 
     Args:
-        model: left as it is.
+        model: the traced model; it is not changed.
         trace: of this model.
-        plan: which channels each group keeps; a group that it does not name keeps all.
-        constants: values of input channels (see `channel_constants`). What the removed ones contribute
-            is added to the bias of the layer, or to the running mean of the BatchNorm behind it.
+        plan: the channels that each group keeps; a group that it does not name keeps all.
+        constants: values of input channels (see `channel_constants`). The contribution of the removed
+            channels is folded into the layer's bias, or into the running mean of the BatchNorm behind it.
 
     Returns a new model on the same device, in the same mode, without gradients.
     Raises `PruningError` for a plan that names a group or channel which the trace does not have.
@@ -43,7 +43,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     (torch.Size([3, 3, 3, 3]), 3, 3)
     """
     dropped = dropped_positions(trace, plan)
-    # Weights that are narrowed below are not copied whole before.
+    # Share weights that are narrowed below with the copy: copying them at full width would be wasted.
     narrowed = [
         weight
         for name, side in dropped
@@ -60,7 +60,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
 
 
 def _weight_along(layer: nn.Module, side: Side) -> Tensor | None:
-    """Return the weight of a layer if it holds the channels of a side."""
+    """Return the weight of a layer if it has a dimension for the channels of this side."""
     rule = rule_of(layer)
     return weight_of(layer) if rule.weight in (rule.out if side == "out" else rule.into) else None
 
@@ -71,11 +71,11 @@ def cut_channels(model: nn.Module, trace: Trace, plan: Plan) -> None:
 
 
 def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
-    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    # Rows first: what is left of them is then less to gather columns from.
+    dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    # Remove output channels first: fewer elements are then gathered for the input channels.
     for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
         if side == "self":
-            _narrow_tensor(model, name, lies[name, side], drop)
+            _narrow_tensor(model, name, dims[name, side], drop)
         else:
             layer = model.get_submodule(name)
             narrow(layer, side, kept_positions(layer_width(layer, side), drop))
@@ -131,9 +131,9 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
 
 
 def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
-    """Whether a removed channel may be a constant other than 0: its scale or all its weights are 0.
+    """Whether a removed channel may be a nonzero constant: its norm's scale or all its weights are 0.
 
-    Without such a channel `channel_constants(..., exact_only=True)` would find nothing.
+    Otherwise `channel_constants(..., exact_only=True)` finds no constant.
     """
     for (name, side), drop in dropped_positions(trace, plan).items():
         layer = model.get_submodule(name) if side == "out" else None
@@ -142,7 +142,7 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
             continue  # an input, or a norm without scales
         rows = output_rows(layer, rule_of(layer).weight, weight.detach())
         at = drop.to(rows.device)
-        at = at[rows[at, 0] == 0]  # the first weight rules most rows out
+        at = at[rows[at, 0] == 0]  # checking one weight excludes most rows
         if len(at) and (~rows[at].any(1)).any():
             return True
     return False
@@ -152,21 +152,20 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
 def channel_constants(
     model: nn.Module, trace: Trace, batches: Iterable[Inputs], *, exact_only: bool = False
 ) -> dict[str, Tensor]:
-    """Return the mean of each channel where a layer reads it, over calibration batches.
+    """Return the mean of each input channel of the layers that read prunable channels.
 
-    A channel with γ = 0 is constant: its mean is the constant that β leaves behind the activation, and
-    `apply` loses nothing when it folds it. For any other channel the mean is the constant that replaces it
-    with the least squared error.
+    A channel with γ = 0 is constant: its mean is the activation of β, and `apply` folds it without error.
+    For any other channel the mean is the constant with the least squared error.
 
     Args:
-        model: left as it is.
+        model: the traced model; it is not changed.
         trace: of this model.
-        batches: inputs, as `trace` takes them.
-        exact_only: give channels that vary the value 0, so that example inputs suffice; noise of their
-            shape is run besides, because a single example may not vary.
+        batches: calibration inputs, in the form that `trace` takes.
+        exact_only: return 0 for channels that are not constant. Example inputs then suffice: the model
+            also runs on noise of their shape, on which such channels vary.
 
-    Returns a tensor (input channels,) for each layer that reads pruned channels. Layers that pad with
-    zeros have none: near the border the constant would be missing.
+    Returns a tensor (input channels,) for each layer that reads prunable channels, except for layers that
+    pad with zeros: at the border, the padding takes the place of the constant.
 
     >>> from pruning import trace
     >>> model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.ones(2, 4)
@@ -191,7 +190,7 @@ def channel_constants(
 
 
 class _Statistics:
-    """Mean and range of each channel of a layer's input, which lie along dimension `dim`."""
+    """Mean and range of each channel of a layer's input; channels lie along dimension `dim`."""
 
     def __init__(self, dim: int):
         self.dim, self.count = dim, 0
@@ -207,14 +206,14 @@ class _Statistics:
         self.low, self.high = low, high
 
     def constants(self, exact_only: bool) -> Tensor:
-        """Return the means; 0 for channels that vary if only exact constants are wanted."""
+        """Return the means; with `exact_only`, 0 for channels that are not constant."""
         mean = self.total / self.count
         constant = self.high - self.low <= 1e-6 * self.high.abs()
         return torch.where(constant, mean, 0) if exact_only else mean
 
 
 def _noise_like(inputs: Inputs) -> list[Inputs]:
-    """Return two inputs in which noise, always the same, replaces every floating-point tensor."""
+    """Return two copies of the inputs with noise from a fixed seed in every floating-point tensor."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(leaf: object) -> object:
@@ -226,9 +225,9 @@ def _noise_like(inputs: Inputs) -> list[Inputs]:
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether a constant input channel does not add the same to every output position."""
+    """Whether a constant input channel may contribute differently to different output positions."""
     if isinstance(layer, (nn.modules.conv._ConvTransposeNd, DeformableConv)):
-        return True  # its output positions see different numbers of inputs
+        return True  # output positions depend on different numbers of inputs
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return False
     pads = layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
@@ -236,7 +235,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 
 
 def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
-    """Add the contribution of a layer's dropped inputs to its bias, or to the mean of the norm behind it."""
+    """Fold the constants of dropped input channels into a layer's bias, or into the norm behind it."""
     layer = model.get_submodule(name)
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
@@ -259,7 +258,7 @@ def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, con
 
 
 def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> dict[str, Tensor]:
-    """Return the constants that `apply` can fold: into a bias, or into a BatchNorm directly behind."""
+    """Return the constants of layers that have a bias or a foldable BatchNorm to fold them into."""
     return {
         name: value
         for name, value in constants.items()
@@ -269,7 +268,7 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a submodule, under each of the names that it may have, in place.
+    """Replace a submodule under all of its names, in place.
 
     >>> model = nn.Sequential(nn.ReLU())
     >>> replace_module(model, "0", nn.Identity())

@@ -27,14 +27,14 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None) -> nn.Module:
     """Return a copy in eval mode in which each BatchNorm that directly follows a layer is folded into it.
 
-    γ, β and the running statistics go into the layer's weight and bias, and `nn.Identity` replaces the
-    norm, which changes no output in eval mode. That is checked: norms for which the outputs differ (their
-    module's code does more than its type says) are not folded, with a warning that names them.
+    The layer's weight and bias absorb γ, β and the running statistics, and `nn.Identity` replaces the norm.
+    This changes no output in eval mode. The outputs are compared: norms that change them when folded
+    (because a module has code of its own) are not folded, and a warning names them.
 
     Args:
-        model: left as it is.
+        model: the traced model; it is not changed.
         trace: of this model.
-        inputs: example inputs to check with; by default those of the trace.
+        inputs: example inputs to compare on; by default those of the trace.
 
     Returns a new model. Raises `PruningError` when the model does not run on the inputs.
 
@@ -55,13 +55,13 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
             f"{type(model).__name__} does not run on the example inputs of its trace "
             f"({type(expected).__name__}: {expected}); give inputs that it runs on"
         ) from expected
-    #: The inputs and outputs in double precision, once they are needed.
+    #: The inputs and expected outputs in double precision, computed when first needed.
     precise: list[tuple[Inputs, list[Tensor] | Exception]] = []
 
     def differs(folded: nn.Module) -> bool:
         if not compare(expected, outputs_of(copied(folded), inputs))[0]:
             return False
-        # A deep network may amplify rounding, which double precision tells from an error.
+        # A deep network may amplify rounding errors; double precision distinguishes them from a fault.
         if not precise:
             wide, finer = doubled(given, inputs)
             precise.append((finer, outputs_of(wide, finer)))
@@ -75,14 +75,14 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     left = [norm for name, norm in pairs.items() if name not in right]
     warnings.warn(
         f"{', '.join(left)} cannot be folded: the outputs would change. Their parameters and MACs "
-        "come on top of what a plan counts",
+        "are not included in the cost of a plan",
         stacklevel=2,
     )
     return _folded(given, right)
 
 
 def _without_faults(pairs: dict[str, str], fails: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-    """Return the pairs of which a test does not fail, found by halves; it fails with all of them."""
+    """Return the pairs with which a test passes, by bisection; with all pairs it fails."""
     right: dict[str, str] = {}
     waiting = [list(pairs)]
     while waiting:
@@ -125,13 +125,13 @@ def _to_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
 def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
     """Recompute the running statistics of every BatchNorm, as means over the batches, in place.
 
-    After surgery they still are those of the wider network. Batches of one example have no variance and
-    are left out. Where there are no others, and for norms that are frozen, do not run or keep no
-    statistics, nothing changes.
+    After surgery, the statistics still are those of the wider network. Batches of one example have no
+    variance and are skipped. Norms that are frozen, do not run or have no running statistics are not
+    changed; nothing is changed if every batch is skipped.
 
     Args:
-        model: its weights stay as they are.
-        batches: inputs, as `trace` takes them.
+        model: its weights are not changed.
+        batches: calibration inputs, in the form that `trace` takes.
         keep: names of modules whose norms keep their statistics.
 
     Returns the model, in the mode it had.
@@ -176,26 +176,26 @@ def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
 
 
 def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
-    """Return a model that computes the same with γ² + β² = 1 in every BatchNorm channel, where possible.
+    """Return a copy with the same outputs and γ² + β² = 1 in every BatchNorm channel, where possible.
 
-    Stage 1 leaves small scales, and with them large weights in the layers that follow, which do not train
-    well at the learning rates of a fresh network. Where ReLU-like operations lie between
-    (f(sx) = s f(x) for s > 0), a channel's γ and β can be divided by a number and the weights that read
-    it multiplied by it (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
-    Correction, ICCV 2019, arXiv 1906.04721). A norm's output has mean β and variance γ², so √(γ² + β²)
-    gives every channel the mean square 1. (|γ| alone would make a nearly constant channel, with a small γ
-    and a larger β, huge, and training would diverge.)
+    Sparsity training leaves small γ, and large weights in the layers that follow, which do not train well
+    at the learning rates of a fresh network. If only positively homogeneous operations such as ReLU lie
+    between a norm and the layers that read it (f(sx) = s f(x) for s > 0), a channel's γ and β can be
+    divided by s and the weights that read it multiplied by s (Nagel et al., Data-Free Quantization
+    Through Weight Equalization and Bias Correction, ICCV 2019, arXiv 1906.04721). A norm's output has
+    mean β and variance γ², so s = √(γ² + β²) gives every channel the mean square 1. (s = |γ| would make
+    β huge in a nearly constant channel, with small γ and larger β, and training would diverge.)
 
-    A layer that reads small scales gets small weights. With a BatchNorm of its own behind it the size of
-    its weights does not matter to the output, but a training step changes small ones by a larger share
-    (van Laarhoven, arXiv 1706.05350): so they are scaled back to the norm that they had, and the
-    statistics of that BatchNorm with them.
+    A layer that reads channels of small scale gets small weights. If a BatchNorm follows it, the output
+    does not depend on the norm of its weights, but a training step changes small weights by a larger
+    share (van Laarhoven, arXiv 1706.05350). The weights are therefore rescaled to their previous norm,
+    and the statistics of that BatchNorm with them.
 
     Args:
-        model: left as it is.
+        model: the traced model; it is not changed.
         trace: of this model.
-        inputs: on which the outputs are compared. A group with which they differ is left as it is, and
-            so are channels without γ and β.
+        inputs: on which the outputs are compared. Groups whose change alters the outputs, and channels
+            without γ and β, are not changed.
 
     >>> from pruning import trace
     >>> images = torch.randn(2, 3, 9, 9)
@@ -228,7 +228,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
 
 
 def _equalize_group(model: nn.Module, group: Group, norm_member: Member) -> None:
-    """Divide γ and β of a group's norm by √(γ² + β²), and multiply the weights that read it, in place."""
+    """Divide γ and β of a group's norm by s = √(γ² + β²), and multiply the weights that read it by s."""
     norm = _batchnorm(model, norm_member.layer)
     size = torch.hypot(norm.weight, norm.bias)
     size = torch.where(size > 1e-4 * size.max(), size, torch.ones_like(size))
@@ -247,16 +247,16 @@ def _equalize_group(model: nn.Module, group: Group, norm_member: Member) -> None
 
 
 def _restore_size(layer: Layer, before: Layer, norm: nn.modules.batchnorm._BatchNorm) -> None:
-    """Scale the weights of a layer to the norm they had, in place; the BatchNorm behind it divides it out."""
+    """Rescale a layer's weights to their previous norm, and the statistics of the BatchNorm behind it."""
     weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
     ratio = before.get_parameter("weight").norm() / weight.norm()
-    if ratio.isfinite():  # else all weights are 0
+    if ratio.isfinite():  # not finite if all weights are 0
         weight.mul_(ratio)
         if bias is not None:
             bias.mul_(ratio)
         mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
         mean.mul_(ratio)
-        # variance + ε grows by the square, and what the norm divides by grows by the ratio.
+        # Multiply variance + ε by ratio², so that the norm divides by √(variance + ε) times the ratio.
         variance.add_(norm.eps).mul_(ratio.square()).sub_(norm.eps)
 
 
@@ -271,7 +271,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
-    """Whether a layer and the norm behind it, of a model in eval mode, compute what their types do."""
+    """Whether a norm can be folded into a layer: neither has code of its own; the model is in eval mode."""
     layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
     return (
         _is_plain(layer, _INTO)
@@ -283,7 +283,7 @@ def can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
 
 
 def _is_plain(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a layer computes what one of these types does: it has no code of its own, and no hooks."""
+    """Whether a layer is of one of these types, without code of its own and without hooks."""
     base = next((kind for kind in kinds if isinstance(layer, kind)), None)
     if base is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False

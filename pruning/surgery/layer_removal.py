@@ -1,8 +1,8 @@
-"""Remove whole layers: find which a model can do without, and make the model without them.
+"""Remove whole layers: find the layers that can be removed, and build the model without one.
 
-Two kinds can be removed: a hidden layer whose channels a single layer reads, which is refitted by least
-squares on calibration data to do the work of both (exact where nothing non-linear lies between the two);
-and a residual block whose input can take the place of its output. Training makes up for the rest.
+Two kinds can be removed. A hidden layer whose channels a single layer reads: that layer is refitted by
+least squares on calibration data to replace both (exact if the layers between them are linear). And a
+residual block whose input can replace its output. Training afterwards recovers accuracy.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pruning.utils.meta import Shapes, without_storage
 from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
 
-#: Added to the diagonal of the normal equations, relative to its mean: inputs that hardly vary in the
-#: calibration data get no weight.
+#: Ridge penalty: added to the diagonal of the normal equations, relative to its mean. It keeps the weights
+#: of inputs that hardly vary in the calibration data small.
 RIDGE = 1e-5
 
 #: Layers that can be refitted.
@@ -38,9 +38,9 @@ class Removable:
     """A layer that can be removed.
 
     Attributes:
-        name: of the hidden layer or the residual block.
-        bypassed: the modules that an identity replaces.
-        joined: the layer that is refitted; empty for a residual block.
+        name: name of the hidden layer or the residual block.
+        bypassed: names of the modules that `nn.Identity` replaces.
+        joined: name of the layer that is refitted; empty for a residual block.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Removable:
 
 
 def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Removable]:
-    """Return the layers that a model can do without, by name, in the order of the forward pass.
+    """Return the layers that can be removed from a model, by name, in the order of the forward pass.
 
     Args:
-        model: left as it is.
-        traced: the trace of this model. Layers that it ignores, and blocks with such layers, are no
-            candidates.
-        inputs: example inputs, as `trace` takes them.
+        model: the traced model; it is not changed.
+        traced: the trace of this model. Layers that it ignores, and blocks that contain such layers, are
+            not returned.
+        inputs: example inputs, in the form that `trace` takes.
 
     >>> from pruning import trace
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -76,7 +76,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             candidate = None if kept else Removable(name, (name,))
         if candidate is not None and _runs(probe, candidate, example, seen):
             found[name] = candidate
-    # Of nested blocks (a stage of blocks passes its input on, too) the innermost.
+    # Of nested blocks return the innermost (a stage of blocks may also return its input).
     blocks = [name for name, candidate in found.items() if not candidate.joined]
     return {
         name: candidate
@@ -91,12 +91,12 @@ def without_layer(
     """Return a copy of a model without a layer.
 
     Args:
-        model: left as it is.
+        model: the traced model; it is not changed.
         traced: the trace of this model.
-        layer: one of those that `removable` found.
+        layer: one of the layers that `removable` returns.
         batches: calibration inputs, to refit the joined layer.
 
-    Raises `PruningError` when a layer must be refitted and there is no calibration data.
+    Raises `PruningError` when a layer must be refitted and `batches` is empty.
 
     >>> from pruning import trace
     >>> model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(50, 4)
@@ -129,7 +129,7 @@ class _Use:
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
-    """Return every module's calls in a forward pass, in the order in which they begin."""
+    """Return the calls of every module in a forward pass, by name, in the order of their start."""
     seen: dict[str, list[_Use]] = {}
     handles = []
 
@@ -154,7 +154,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
 
 
 def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Removable | None:
-    """Return the layer that makes a group's channels, where one other layer alone reads all of them."""
+    """Return the layer that makes a group's channels if exactly one layer reads all of them, else None."""
     makers = [m.layer for m in group.side("out")]
     weighted = [m for m in makers if isinstance(model.get_submodule(m), WEIGHTED)]
     consumers = group.side("in")
@@ -208,10 +208,10 @@ def _input_of(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
 
 
 def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
-    """Return a copy with identities in place of the bypassed modules.
+    """Return a copy with identities in place of the bypassed modules, and without in-place activations.
 
-    The activation behind them then reads the tensor that they received. Other modules may read it, too,
-    so the activation must not write into it.
+    An activation behind a bypassed module reads that module's input. Other modules may read this tensor
+    as well, so the activation must not write to it.
     """
     smaller = copied(model)
     for name in layer.bypassed:
@@ -223,9 +223,9 @@ def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
 
 
 def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, list[_Use]]) -> bool:
-    """Whether the model still runs without the layer, and can be trained.
+    """Whether the model without the layer runs and can be trained.
 
-    One pass shows it: the joined layer gets its new width when its input arrives.
+    One pass suffices: a hook gives the joined layer its new width when its input arrives.
     """
     probe = _bypassed(model, layer)
     if layer.joined:
@@ -241,14 +241,14 @@ def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, li
 
 
 def _fittable(model: nn.Module, name: str) -> _Fittable:
-    """Return the layer of this name, one that can be refitted."""
+    """Return the layer of this name, which must be one that can be refitted."""
     layer = model.get_submodule(name)
     assert _is_fittable(layer)
     return layer
 
 
 def _take_width(joined: _Fittable, x: Tensor, before: torch.Size) -> None:
-    """Give a layer weights for an input that differs from the one before in its channels alone."""
+    """Replace a layer's weights by zeros for an input with another number of channels, in place."""
     linear = isinstance(joined, nn.Linear)
     if (x.shape[:-1] != before[:-1]) if linear else (x.shape[2:] != before[2:]):
         raise ValueError(f"{tuple(x.shape)} arrives in place of {tuple(before)}")
@@ -258,9 +258,9 @@ def _take_width(joined: _Fittable, x: Tensor, before: torch.Size) -> None:
 
 
 def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return the outputs of a forward pass, after a backward pass; raises RuntimeError where that fails.
+    """Run a forward and a backward pass, and return the outputs.
 
-    It fails, for one, where an operation writes into a tensor that the backward pass needs.
+    The backward pass raises RuntimeError if, for example, an operation overwrote a tensor that it needs.
     """
     with torch.enable_grad(), eval_mode(model):
         outputs = tensors(call(model, fresh(inputs)))
@@ -272,14 +272,17 @@ def _trainable_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def _refit(
     model: nn.Module, smaller: nn.Module, layer: Removable, batches: list[Inputs], norm: str | None
 ) -> None:
-    """Refit the joined layer, in place: map what it now receives to what it gave before.
+    """Refit the joined layer in place: map its new inputs to its previous outputs.
 
     Args:
-        model: with the layer. smaller: without it, whose joined layer is refitted.
-        norm: the BatchNorm directly behind the joined layer, if there is one.
+        model: the model with the layer. smaller: the model without it, in which to refit.
+        norm: name of the BatchNorm directly behind the joined layer, if there is one.
     """
     if not batches:
-        raise PruningError(f"calibration data is needed to join {layer.name} and {layer.joined}")
+        raise PruningError(
+            f"calibration data is needed to join {layer.name} and {layer.joined}, and there are no batches; "
+            "give some"
+        )
     joined, refitted = _fittable(model, layer.joined), _fittable(smaller, layer.joined)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -330,7 +333,7 @@ def _rows(joined: _Fittable, given: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
 
 
 def _replace_weights(layer: _Fittable, weight: Tensor) -> None:
-    """Give a layer weights (outputs, inputs × kernel) of another input width, in place."""
+    """Set a layer's weight, (outputs, inputs × kernel), which may have another input width, in place."""
     if isinstance(layer, nn.Conv2d):
         layer.in_channels = weight.shape[1] // math.prod(layer.kernel_size)
         weight = weight.reshape(len(weight), layer.in_channels, *layer.kernel_size)

@@ -1,4 +1,4 @@
-"""Check surgery by the equivalence law: the small model computes what the masked dense one does."""
+"""Verify surgery: the small model must compute the same as the masked dense model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def verify(
     inputs: Inputs,
     constants: Constants | None = None,
 ) -> float:
-    """Check that a small model computes what its plan says, and return the largest relative difference.
+    """Compare a small model with the masked dense model, and return the largest relative difference.
 
-    The dense model is run with every removed channel set to its constant (0 without one) wherever a layer
-    reads it; norms over several channels take their statistics over the kept ones. The outputs of the
-    small model must be the same, up to rounding.
+    In the masked model, every removed channel is set to its constant (0 without one) at the input of each
+    layer, and norms over several channels compute their statistics over the kept channels. Both models
+    must give the same outputs, up to rounding.
 
     Args:
-        model: the dense model; left as it is.
-        small: what `apply` made of it with the plan and the constants.
+        model: the dense model; it is not changed.
+        small: the result of `apply` for this model, plan and constants.
         trace: of the dense model.
         plan: the channels that each group keeps.
-        inputs: to run both models on.
+        inputs: example inputs for both models.
         constants: as given to `apply`.
 
     Returns the largest difference between two outputs, relative to the largest output.
-    Raises `PruningError` when the outputs differ in shape or value; it names the groups at fault.
+    Raises `PruningError` when the outputs differ in shape or value; the message names the groups at fault.
 
     >>> from pruning import trace
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
@@ -63,12 +63,13 @@ def verify(
 
 
 def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Return a copy of a model with random weights, under which the outputs depend on every layer.
+    """Return a copy of a model with random weights, so that the outputs depend on every layer.
 
-    At initial or zero weights (a residual branch scaled by 0, say) outputs may hardly depend on what
-    surgery touches, and `verify` would not see an error.
+    With initial or zero weights (a residual branch scaled by 0, for example) the outputs may hardly
+    depend on the pruned layers, and `verify` would miss an error.
 
     Args:
+        model: it is not changed.
         inputs: on which the statistics of BatchNorm layers are recalibrated.
     """
     randomized = copied(model).eval()
@@ -94,21 +95,21 @@ def compare_with_masked(
     inputs: Inputs,
     constants: Constants | None = None,
 ) -> tuple[str, float]:
-    """Return how the outputs of a small model differ from the masked model's: in words, and how far.
+    """Return a description of the difference from the masked model, and the largest relative difference.
 
-    The words are empty where they agree. See `verify` for the arguments.
+    The description is empty if the outputs agree. See `verify` for the arguments.
     """
     found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
     if not found[0] or not found[1] < float("inf"):
         return found
-    # A deep network may amplify rounding, or its signals vanish.
+    # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
     again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer))
     return found if again[0] else again
 
 
 def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
-    """Name the groups for which surgery alone is wrong, for a message."""
+    """Name the groups for which surgery of this group alone is wrong, for a message."""
     alone = {group: Plan({group: kept}) for group, kept in plan.keep.items()}
     culprits = [
         group
@@ -122,24 +123,24 @@ def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
 def _run_masked(
     model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs, constants: Constants
 ) -> list[Tensor] | Exception:
-    """Return the model's outputs with the dropped channels at their constants; the model is left as it is."""
+    """Return the outputs of the masked model; the given model is not changed."""
     constants = foldable_constants(trace, model, constants)
-    lies = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     handles: list[RemovableHandle] = []
     with hooked(handles):
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
             if side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
-                handles.append(on_input(layer, _replace_channels(lies[name, side], drop, value)))
+                handles.append(on_input(layer, _replace_channels(dims[name, side], drop, value)))
             elif layer is not None and (rule := rule_for(layer)) is not None and rule.kind == "norm":
-                hook = _norm_over_kept(layer, lies[name, side], drop)
+                hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         return outputs_of(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that gives channels a value."""
+    """Return a function that sets the dropped channels of a tensor to `value`, (dropped,)."""
 
     def replace(x: Tensor) -> Tensor:
         changed = x.movedim(dim, -1).clone()
@@ -152,7 +153,7 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
 def _norm_over_kept(
     layer: nn.Module, dim: int, drop: Tensor
 ) -> Callable[[nn.Module, tuple[object, ...], Mapping[str, object], Tensor], Tensor]:
-    """Return a hook that gives the output of a norm which sees the kept channels alone; others are 0."""
+    """Return a forward hook: the norm is computed over the kept channels, and the others are 0."""
     keep = kept_positions(layer_width(layer, "out"), drop)
     smaller = copy.deepcopy(layer)
     narrow(smaller, "out", keep)

@@ -1,7 +1,7 @@
 """Attributes of modules that follow the widths of layers.
 
-A module whose code runs `x.split(self.width, 1)` or `x.view(-1, self.features)` fits narrower layers only
-if the attribute follows. `pruning.tracing.probing` finds such attributes.
+A module whose code runs `x.split(self.width, 1)` or `x.view(-1, self.features)` works with narrower layers
+only if the attribute is updated. `pruning.tracing.probing` finds such attributes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 
-#: A longer list holds no widths.
+#: Longer lists are not searched for widths.
 MOST_ENTRIES = 64
 
-#: The attribute in which a module keeps the names of those that pruning has changed.
+#: The attribute that stores the names of a module's attributes that pruning has changed.
 CHANGED = "_pruned_sizes"
 
 
 def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
-    """Give the attributes of a trace their values under a plan, in place."""
+    """Set the width attributes of a trace to their values under a plan, in place."""
     for size in trace.sizes:
         removed = 0
         for name, kept in plan.keep.items():
@@ -43,7 +43,7 @@ def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
 
 
 def mark_changed(module: nn.Module, attributes: list[str]) -> None:
-    """Note that pruning changed attributes of a module, so that checkpoints keep their values."""
+    """Record that pruning changed attributes of a module, so that checkpoints store their values."""
     setattr(module, CHANGED, sorted({*getattr(module, CHANGED, ()), *attributes}))
 
 
@@ -56,7 +56,9 @@ def changed_attributes(module: nn.Module) -> dict[str, int | list[int]]:
 
 
 def attributes_with(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the attributes of a module that are a number, and those that hold it, with the entries.
+    """Yield the attributes of a module that equal a number, or are sequences with it, and the entries.
+
+    A sequence with several such entries is yielded with all of them, then with each alone.
 
     >>> module = nn.Module()
     >>> module.width, module.parts = 5, [3, 5, 5]
