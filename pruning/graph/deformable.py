@@ -11,9 +11,9 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 class DeformableConv(nn.Module, ABC):
-    """The type of torchvision's DeformConv2d and its subclasses.
+    """The abstract type of torchvision's DeformConv2d and its subclasses.
 
-    It also reads offsets, which move its kernel's positions, and optionally a mask, which scales them.
+    Besides its input, the layer reads offsets of the kernel positions, and optionally a mask of factors.
     """
 
     weight: Tensor
@@ -31,9 +31,9 @@ class DeformableConv(nn.Module, ABC):
 
 
 def count_deformable() -> None:
-    """Let PyTorch's flop counter know torchvision's deformable convolution, where that is loaded.
+    """Register torchvision's deformable convolution in PyTorch's flop counter, if torchvision is loaded.
 
-    It counts as a convolution; interpolation between pixels counts nothing.
+    It counts as a convolution, without the interpolation between pixels.
     """
     operation = getattr(torch.ops.torchvision, "deform_conv2d", None)
     if operation is not None and operation not in flop_registry:

@@ -1,4 +1,4 @@
-"""Channel groups: which slices of which layers must be removed together, as plain data."""
+"""Channel groups: the slices of layers that must be removed together, as plain data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Member:
 
     Attributes:
         layer: the name of the layer. On the side `self`, the full name of a parameter or buffer that the
-            model uses without a layer of `pruning.graph.layers.TABLE` around it.
-        side: which of the layer's channels these are.
+            model uses outside the layers of `pruning.graph.layers.TABLE`.
+        side: `out` or `in` for the layer's output or input channels, `self` for such a tensor.
         index: positions along that side of the layer, (positions,).
         channel: the channel of the group that owns each of these positions, (positions,). After a
-            flatten, several positions belong to one channel.
+            flatten, one channel owns several positions.
         dim: the dimension of the layer's input (side `in`) or output along which the positions lie,
             negative; on the side `self`, a dimension of the tensor.
     """
@@ -46,8 +46,8 @@ class Group:
     """Slices of layers that are kept or removed together.
 
     Attributes:
-        name: that of the first layer that makes the channels.
-        channels: how many there are; they count from 0.
+        name: the name of the first layer that makes the channels.
+        channels: the number of channels, which are numbered from 0.
         members: the sides of layers that hold the channels.
     """
 
@@ -62,12 +62,12 @@ class Group:
 
 @dataclass(frozen=True)
 class WidthAttribute:
-    """A module's attribute that its code views or splits channels by, and that follows their number.
+    """An attribute of a module that holds a number of channels, which its code uses in a view or split.
 
     Attributes:
-        module, attribute: where it is; an int, or a sequence of them.
-        entries: which entries of a sequence hold the number; empty for an int.
-        owned: by group, how many positions each channel contributes to the number, (channels,).
+        module: name of the module. attribute: name of the attribute, an int or a sequence of ints.
+        entries: indices of the entries of a sequence that hold the number; empty for an int.
+        owned: by group, the number of positions that each channel contributes, (channels,).
     """
 
     module: str
@@ -83,11 +83,11 @@ class WidthAttribute:
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How often a forward pass of one example uses the weight of a layer.
+    """How often a forward pass of one example uses the weight and the bias of a layer.
 
     Attributes:
-        uses: multiplications with each element; the layer costs `uses * weight.numel()` MACs.
-        positions: output positions, at each of which a bias is added.
+        uses: multiplications by each weight element; the layer costs `uses * weight.numel()` MACs.
+        positions: number of output positions, at each of which the bias is added.
         bias: whether the layer has a bias, or gets one when the BatchNorm behind it is folded.
     """
 
@@ -98,17 +98,17 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Trace:
-    """What tracing found out about a model.
+    """The result of tracing a model.
 
     Attributes:
         groups: the prunable groups, by the name of their first layer.
         skipped: layers whose outputs cannot be pruned, with the reason and the cure.
-        foldable: BatchNorm layers that directly follow a layer: layer name to norm name.
-        uses: for every convolution and linear layer, how often it is used.
-        ignored: the layers to leave unpruned, as asked, and those inside them.
+        foldable: BatchNorm layers that can be folded into the layer before: layer name to norm name.
+        uses: how often each convolution and linear layer is used.
+        ignored: names of the layers that the caller ignores, and of the layers inside them.
         other_macs: MACs of products outside such layers (attention), for one example.
-        inputs: the example inputs; whether folding changes nothing is checked on them.
-        sizes: attributes of modules that follow the widths of the groups.
+        inputs: the example inputs, on which folding and surgery are checked.
+        sizes: attributes of modules to update with the widths of the groups.
     """
 
     groups: dict[str, Group]

@@ -1,4 +1,4 @@
-"""The tensors of a layer by its channels: read, and narrowed in place."""
+"""Read and narrow the tensors of a layer by channel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Reader(NamedTuple):
     """A weight that the input channels of a layer are multiplied with.
 
     Attributes:
-        weight: between the channels.
-        bias: what is added to the product, (output channels,), if anything.
-        out_dim, in_dim: the dimensions of the weight along which channels lie.
+        weight: the weight.
+        bias: the bias that is added to the product, (output channels,), if there is one.
+        out_dim, in_dim: the dimensions of the weight along which output and input channels lie.
     """
 
     weight: nn.Parameter
@@ -38,7 +38,7 @@ def readers(layer: nn.Module) -> list[Reader]:
 
 
 def weight_size(layer: nn.Module) -> int:
-    """Return the number of elements of a layer's weights between input and output channels.
+    """Return the number of elements of the weights that have input and output channels.
 
     >>> weight_size(nn.Conv2d(3, 8, 5))
     600
@@ -49,10 +49,11 @@ def weight_size(layer: nn.Module) -> int:
 
 
 def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
-    """A tensor of a layer by output channels.
+    """Return a tensor of a layer as a matrix with one row for each output channel.
 
     Args:
-        name: of the tensor, one that the layer's rule says to hold output channels.
+        layer: a layer that has a rule.
+        name: name of a tensor that holds output channels according to the rule.
         values: the tensor, or another of its shape, such as its gradient.
 
     Returns a tensor (output channels, elements of each).
@@ -67,10 +68,12 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
 
 
 def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
-    """Keep only some channels of one side of a layer, in place.
+    """Keep only the given channels of one side of a layer, in place.
 
     Args:
-        keep: positions to keep, sorted; for a layer in several parts, as many in each.
+        layer: a layer that has a rule.
+        side: `out` or `in`.
+        keep: positions to keep, sorted; for a layer in several parts, the same number in each part.
 
     >>> layer = nn.Linear(4, 6)
     >>> narrow(layer, "out", torch.tensor([0, 2, 5]))
@@ -100,11 +103,11 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     if alone:
         setattr(layer, rule.parts, getattr(layer, rule.in_count) if depthwise else len(keep))
     if isinstance(layer, nn.RNNBase):
-        layer.flatten_parameters()  # on a GPU they lie in one piece
+        layer.flatten_parameters()  # cuDNN needs the weights in one contiguous block
 
 
 def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:
-    """A tensor with its channels last in memory where those of another one lie so."""
+    """Return the smaller tensor in the memory format (contiguous or channels last) of the other."""
     for layout, ndim in {torch.channels_last: 4, torch.channels_last_3d: 5}.items():
         if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
             return smaller.contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""Layer knowledge, in one table: which tensors of a layer hold which of its channels."""
+"""The table of layers: which tensors of a layer hold its output and input channels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 
-#: A side of a layer, or `self` for a tensor that a model uses without a layer of the table around it.
+#: A side of a layer, or `self` for a tensor that a model uses outside the layers of the table.
 Side = Literal["out", "in", "self"]
 
 #: How channels pass through a layer; see `Rule`.
@@ -26,17 +26,17 @@ class Rule:
 
     Args:
         out: names of the tensors that hold output channels, each with the dimension they lie along.
-            The channels of a norm or an activation, which are both, count as output channels.
-        into: names of the tensors that hold input channels, in the same way.
-        out_count, in_count: attributes with the number of channels; of a tuple the last entry counts.
-            Empty where the layer keeps no such number: the width is then that of its tensors.
-        parts: attribute with the number of equal parts that the channels are divided into.
+            A norm or an activation has one set of channels, which count as output channels.
+        into: names of the tensors that hold input channels, each with the dimension they lie along.
+        out_count, in_count: attributes that store the number of channels; in a tuple, the last entry.
+            If empty, the width is taken from the tensors.
+        parts: attribute that stores the number of equal parts into which the channels are divided.
         kind: `"weighted"`, every output channel is a sum over input channels (a convolution);
             `"embedding"`, output channels are looked up by index; `"channelwise"`, each channel is
             treated alone (BatchNorm, PReLU); `"norm"`, channels are scaled by statistics over several
             of them (LayerNorm); `"recurrent"`, input channels are read, the hidden size is kept.
         bias: the tensor that is added to the weighted sum, if the layer adds one and neither scales the
-            sum nor pads its input with zeros; `apply` adds the constants of removed channels to it.
+            sum nor pads its input with zeros; `apply` folds the constants of removed channels into it.
         dim: the dimension of the input and the output along which channels lie, from the end. The default
             is -1 for an embedding and for a weight of two dimensions, -3 for one of four (a convolution of
             images); for channelwise layers and norms it is dimension 1.
@@ -53,15 +53,15 @@ class Rule:
 
     @property
     def weight(self) -> str:
-        """The tensor between input and output channels, or else the first that holds output channels."""
+        """The name of the weight with input and output channels, or else of the first tensor in `out`."""
         return next((name for name in self.out if name in self.into), next(iter(self.out), ""))
 
     def count(self, side: Side) -> str:
-        """The attribute with the number of channels of one side; empty where there is none."""
+        """Return the attribute that stores the number of channels of one side; empty if there is none."""
         return self.out_count if side == "out" else self.in_count
 
     def width(self, layer: nn.Module, side: Side) -> int:
-        """The number of channels of one side of a layer."""
+        """Return the number of channels of one side of a layer."""
         if name := self.count(side):
             count = getattr(layer, name)
             return count[-1] if isinstance(count, tuple) else count
@@ -110,23 +110,23 @@ _REGISTERED: OrderedDict[int, tuple[type[nn.Module], Rule]] = OrderedDict()
 
 
 def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) -> RemovableHandle:
-    """Tell the toolkit where a type of layer keeps its channels, so that it can be pruned.
+    """Register a rule that says where a type of layer keeps its channels, so that it can be pruned.
 
-    The rule holds for the type and its subclasses wherever a layer of torch is known: in `trace`,
-    `apply`, scores, costs and checkpoints. Tensors that it does not name stay as they are. `trace`
-    compares the model's outputs with a channel less, and skips groups for which the rule is wrong. Each
-    weight counts one MAC per output position; layers of the other kinds count none, as norms do.
-    Checkpoints load without the registration, and without the toolkit.
+    The rule applies to the type and its subclasses in `trace`, `apply`, scores, costs and checkpoints.
+    Tensors that it does not name are not changed. `trace` compares the outputs of narrowed copies of the
+    model, and skips groups for which the rule is wrong. In a layer of kind `"weighted"` each weight counts
+    one MAC per output position; layers of the other kinds count none. Checkpoints load without the
+    registration, and without the toolkit.
 
     Args:
         kind: the type of the layer.
-        rule: which tensors and attributes hold its channels.
-        replace: whether a rule that there is for this very type may be replaced.
+        rule: the tensors and attributes that hold its channels.
+        replace: whether to replace a rule that this type already has.
 
-    Returns a handle: its method `remove`, or the end of a `with` block, takes the rule back.
-    Raises `PruningError` for what is no module type or no rule, for a rule that names too few tensors or is
-    of kind `"recurrent"`, and for a type that has a rule. `trace` raises it for a rule that names a tensor
-    or attribute which the layer does not have.
+    Returns a handle: its method `remove`, or the end of a `with` block, removes the rule.
+    Raises `PruningError` if `kind` is not a module type or `rule` not a `Rule`, for a rule that names too few
+    tensors or is of kind `"recurrent"`, and for a type that already has a rule. `trace` raises it for a rule
+    that names a tensor or attribute which the layer does not have.
 
     >>> import torch
     >>> class Scaled(nn.Module):
@@ -154,7 +154,7 @@ def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) 
 def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
     """Raise `PruningError` for a type or rule that cannot be registered."""
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise PruningError(f"{kind!r} is no type of layers; give a subclass of nn.Module")
+        raise PruningError(f"{kind!r} is not a type of layer; give a subclass of nn.Module")
     if not isinstance(rule, Rule):
         raise PruningError(f"the rule for {kind.__name__} is a {type(rule).__name__}; give a Rule")
     wrong = f"the rule for {kind.__name__} has"
@@ -181,7 +181,7 @@ def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
 
 
 def require_rules(model: nn.Module) -> None:
-    """Raise `PruningError` where a registered rule does not describe a layer of the model."""
+    """Raise `PruningError` if a registered rule does not fit a layer of the model."""
     for name, layer in model.named_modules() if _REGISTERED else ():
         rule = _registered_rule(type(layer))
         if rule is not None:
@@ -191,12 +191,13 @@ def require_rules(model: nn.Module) -> None:
 
 
 def _problems(layer: nn.Module, rule: Rule) -> Iterator[str]:
+    """Yield the reasons why a rule does not fit a layer, as the end of a message."""
     own = [name for name, _ in _tensors(layer)]
     for child, module in layer.named_children():
         if any(_tensors(module, recurse=True)):
             yield (
-                f"is for a layer that holds another, {child!r} ({type(module).__name__}); register what the "
-                "inner layers need instead"
+                f"is for a layer that holds another, {child!r} ({type(module).__name__}); register rules for "
+                "the inner layers instead"
             )
     for name in (*rule.out, *rule.into, *filter(None, [rule.bias])):
         if not hasattr(layer, name):
@@ -233,7 +234,7 @@ def _described(value: object) -> str:
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """The rule for a layer, registered or of `TABLE`; None where there is none."""
+    """Return the rule for a layer, registered or of `TABLE`; None if there is none."""
     return _registered_rule(type(layer)) or _table_rule(type(layer))
 
 
@@ -247,7 +248,7 @@ def _table_rule(kind: type) -> Rule | None:
 
 
 def rule_of(layer: nn.Module) -> Rule:
-    """The rule for a layer that is known to have one."""
+    """Return the rule for a layer that is known to have one."""
     rule = rule_for(layer)
     assert rule is not None, f"{type(layer).__name__} has no row in pruning.graph.layers.TABLE"
     return rule
@@ -259,40 +260,40 @@ def is_registered(layer: nn.Module) -> bool:
 
 
 def is_weighted(layer: nn.Module) -> bool:
-    """Whether a layer has a weight between input channels and output channels."""
+    """Whether a layer has a weight with input and output channels."""
     rule = rule_for(layer)
     return rule is not None and rule.kind == "weighted"
 
 
 def makes_channels(layer: nn.Module) -> bool:
-    """Whether the output channels of a layer are its own: not those that it reads, as a norm's are."""
+    """Whether a layer makes new channels: its output channels are not its input channels, as in a norm."""
     rule = rule_for(layer)
     return rule is not None and rule.kind in ("weighted", "embedding")
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
-    """The tensor of a layer between its input and output channels, or the scales of a norm."""
+    """Return the weight of a layer with input and output channels, or the scales of a norm."""
     rule = rule_for(layer)
     weight = getattr(layer, rule.weight, None) if rule is not None and rule.weight else None
     return weight if isinstance(weight, Tensor) else None
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """The tensor that a weighted layer adds to its sums."""
+    """Return the bias of a weighted layer; None if it has none."""
     rule = rule_for(layer)
     bias = getattr(layer, rule.bias, None) if rule is not None and rule.bias else None
     return bias if isinstance(bias, Tensor) else None
 
 
 def layer_width(layer: nn.Module, side: Side) -> int:
-    """The number of channels of one side of a layer that has a rule."""
+    """Return the number of channels of one side of a layer that has a rule."""
     return rule_of(layer).width(layer, side)
 
 
 def channels_stand_alone(layer: nn.Module) -> bool:
-    """Whether a layer in parts has one channel in each, as a depthwise convolution does.
+    """Whether each part of a layer has one channel, as in a depthwise convolution.
 
-    Such a layer may lose any of its channels: it loses the part with the channel.
+    Each channel of such a layer can be removed, together with its part.
     """
     rule = rule_of(layer)
     if rule.kind != "weighted" and rule.parts:
@@ -301,7 +302,7 @@ def channels_stand_alone(layer: nn.Module) -> bool:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension of a weighted layer's input along which its channels lie, from the end."""
+    """Return the dimension, counted from the end, along which a weighted layer's input channels lie."""
     dim, weight = rule_of(layer).dim, weight_of(layer)
     if dim is None and weight is not None and is_registered(layer):
         return 1 - weight.ndim
@@ -316,22 +317,25 @@ def is_depthwise(layer: nn.Module) -> bool:
     assert isinstance(layer, nn.modules.conv._ConvNd | DeformableConv)
     if not 1 < layer.groups == layer.in_channels:
         return False
-    # The weight of a transposed one that makes several holds them along two dimensions.
+    # A transposed one with several outputs per input holds its output channels along two dimensions.
     return rule is _CONV or layer.out_channels == layer.groups
 
 
 def holds_layers(layer: nn.Module) -> bool:
-    """Whether a convolution or linear layer holds others: the norm behind it, as in detectron2."""
+    """Whether a convolution or linear layer contains other layers, such as its norm in detectron2."""
     return isinstance(layer, WEIGHTED) and any(map(rule_for, layer.children()))
 
 
 def is_recurrent(layer: nn.Module) -> bool:
-    """Whether a layer is one of torch's own recurrent ones, which can be taken as a whole."""
+    """Whether a layer is of one of torch's own recurrent types, which are followed as a whole."""
     return isinstance(layer, RECURRENT) and type(layer).__module__ == nn.RNNBase.__module__
 
 
 def parts(layer: nn.Module) -> int:
-    """Into how many equal parts a layer divides its channels; each must lose as many."""
+    """Return the number of equal parts of a layer's channels; each part must lose the same number.
+
+    A layer whose channels stand alone counts as one part.
+    """
     rule = rule_for(layer)
     if rule is None or not rule.parts or channels_stand_alone(layer):
         return 1

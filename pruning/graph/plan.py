@@ -19,14 +19,14 @@ class PlanData(TypedDict):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which channels each group keeps; frozen, printable, and plain data in JSON.
+    """The channels that each group keeps: immutable, and convertible to JSON.
 
     Args:
         keep: by group, the channels that it keeps, in any order; a group that is not named keeps all.
-        removed: layers that were removed as a whole before (`pruning.surgery.layer_removal`); the
-            groups are those of the model without them.
+        removed: whole layers that were removed beforehand (`pruning.surgery.layer_removal`); the groups
+            are those of the model without these layers.
 
-    Raises `PruningError` for a group that would keep no channel, or one twice.
+    Raises `PruningError` for a group that would keep no channel, a negative one, or one twice.
 
     >>> plan = Plan(keep={"conv1": (0, 2, 5)})
     >>> plan.widths
@@ -56,13 +56,13 @@ class Plan:
         return {group: len(channels) for group, channels in self.keep.items()}
 
     def to_json(self) -> PlanData:
-        """The plan as plain data."""
+        """Return the plan as plain data."""
         keep = {group: list(channels) for group, channels in self.keep.items()}
         return {"keep": keep, "removed": list(self.removed)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan of what `to_json` returned."""
+        """Build the plan from what `to_json` returned."""
         keep = {group: tuple(channels) for group, channels in data["keep"].items()}
         return cls(keep, tuple(data.get("removed", ())))
 
