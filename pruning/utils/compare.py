@@ -1,4 +1,4 @@
-"""Tell whether two networks compute the same, up to rounding."""
+"""Compare the outputs of two networks, up to rounding."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
 from pruning.utils.tree import Inputs, fresh, tensors
 
-#: The largest difference, relative to the largest output, that rounding in float32 explains. Of
-#: coarser types it is 16 times their rounding step.
+#: Largest relative difference attributed to rounding in float32. For coarser types the tolerance is
+#: 16 times the machine epsilon.
 TOLERANCE = 1e-4
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
     """Return the output tensors of a model in eval mode, or the error of the forward pass.
 
-    The pass changes neither the inputs nor the model's buffers. Random numbers are the same in
-    every pass, for tensors of any shape.
+    The pass changes neither the inputs nor the model's buffers. Random numbers are replaced by a
+    constant, so that they do not depend on the shapes of tensors.
     """
     try:
         with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
@@ -32,7 +32,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
 
 
 def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """Return a copy of a model in double precision, with its inputs, to tell an error from rounding."""
+    """Return a copy of a model and its inputs in double precision, to distinguish faults from rounding."""
 
     def double(leaf: object) -> object:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -43,7 +43,7 @@ def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
 class _ConstantRandomNumbers(TorchDispatchMode):
     """Replace random numbers by a constant.
 
-    A seed is not enough: a narrower tensor draws other numbers than the wider one.
+    A fixed seed is not enough: a narrower tensor would draw different numbers.
     """
 
     #: Neither 0 nor 1, so that both a product with it and a comparison have an effect.
@@ -91,12 +91,12 @@ def compare(oracle: list[Tensor] | Exception, result: list[Tensor] | Exception) 
     """Compare the outputs of two networks, as `outputs_of` returns them.
 
     Args:
-        oracle: the expected outputs. result: those to compare with them.
+        oracle: the expected outputs. result: the outputs to compare with them.
 
     Returns:
-        What is wrong with the result (empty where nothing is), and the largest difference, relative
-        to the largest expected value of its tensor. Integers are not compared: an argmax may choose
-        either of two equal values.
+        A description of the difference (empty if the outputs agree), and the largest difference,
+        relative to the largest expected value of its tensor. Integers are not compared: an argmax
+        may choose either of two equal values.
 
     >>> compare([torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 3.0])])
     ('outputs differ by 0.25 of their largest value', 0.25)

@@ -1,8 +1,8 @@
-"""Training on several processes, as `torchrun` starts them: what the stages need besides DDP.
+"""Training on several processes started by `torchrun`: what the stages need besides DDP.
 
-Each process takes its part of every batch, DistributedDataParallel averages the gradients, and
-BatchNorm normalizes over the whole batch, so the trained network is the one that a single process
-trains with the same batches. The first process makes the plans and writes the files.
+Each process takes its shard of every batch, DistributedDataParallel averages the gradients, and
+BatchNorm normalizes over the whole batch, so the result is the same as that of a single process
+with the same batches. The first process computes the plans and writes the files.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 
 class Batches(Protocol):
-    """Batches that can be iterated many times and have a length."""
+    """A collection of batches with a length that can be iterated several times."""
 
     def __iter__(self) -> Iterator[object]: ...
     def __len__(self) -> int: ...
 
 
 def rank() -> int:
-    """Return the number of this process; 0 where there is only one."""
+    """Return the rank of this process; 0 if there is only one process."""
     return dist.get_rank() if _initialized() else 0
 
 
@@ -50,7 +50,7 @@ def _initialized() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun has started, if it has; yield the device of this one."""
+    """Join the process group if torchrun started several processes; yield the device of this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield device
         return
@@ -66,7 +66,7 @@ def process_group(device: str) -> Iterator[str]:
 
 
 def broadcast(value: T) -> T:
-    """Return the first process's value on every process. It must be plain data."""
+    """Return the first process's value, which must be plain data, on every process."""
     if size() == 1:
         return value
     box = [value]
@@ -75,7 +75,7 @@ def broadcast(value: T) -> T:
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, in place."""
+    """Copy the parameters and buffers of the first process to every process, in place."""
     if size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -91,7 +91,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 class Shards:
-    """This process's shard of every batch: every size()-th example, equally many on each process.
+    """This process's shard of every batch: every size()-th example, the same number on each process.
 
     Raises:
         PruningError: for a batch with fewer examples than there are processes.
@@ -113,7 +113,7 @@ class Shards:
             if not each:
                 raise PruningError(
                     f"a batch of {examples} examples cannot be shared by {size()} processes: "
-                    "give a larger batch size, or leave a small last batch out (drop_last=True)"
+                    "give a larger batch size, or drop a smaller last batch (drop_last=True)"
                 )
             take = slice(rank(), each * size(), size())
             yield pytree.tree_map(functools.partial(_sliced, take), batch)
@@ -130,10 +130,10 @@ def sharded(batches: Batches) -> Batches:
 
 @contextlib.contextmanager
 def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the module to call in training: gradients are averaged, BatchNorm sees whole batches.
+    """Yield the module to call in training: gradients are averaged, BatchNorm uses whole batches.
 
-    The model's own layers are synchronized, not replaced: afterwards it is of the classes, and has
-    the keys in its state dict, that it had before.
+    The model's layers are patched, not replaced: its classes and the keys of its state dict do not
+    change.
     """
     if size() == 1:
         yield model
@@ -141,7 +141,7 @@ def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
     broadcast_weights(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        # A partial, because a copy of the model (a moving average) then calls its own layer.
+        # A partial: in a copy of the model (a moving average) it then refers to the copied layer.
         norm.forward = functools.partial(_synchronized, norm)  # type: ignore[method-assign]
     device = device_of(model)
     try:
@@ -154,7 +154,7 @@ def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _synchronized(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """Call a BatchNorm layer's own forward, in training with the statistics of all processes."""
+    """Call a BatchNorm layer's own forward; in training mode use the statistics of all processes."""
     with _SyncBatchNorm() if norm.training else contextlib.nullcontext():
         return type(norm).forward(norm, x)
 
@@ -162,8 +162,8 @@ def _synchronized(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
 class _SyncBatchNorm(TorchFunctionMode):
     """Let `F.batch_norm` take the mean and variance over all processes.
 
-    `nn.SyncBatchNorm.convert_sync_batchnorm` would replace layers, and with them the code of
-    subclasses (an activation behind the norm, as in timm).
+    `nn.SyncBatchNorm.convert_sync_batchnorm` replaces layers, and so loses the code of subclasses
+    (timm's apply an activation after the norm).
     """
 
     def __torch_function__(
@@ -213,12 +213,12 @@ def _sync_batch_norm(
         return sync_batch_norm.apply(
             x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
         )
-    # nn.SyncBatchNorm refuses CPU tensors, and torch has its kernels (batch_norm_stats) for GPUs only.
+    # nn.SyncBatchNorm rejects CPU tensors: its kernels (batch_norm_stats) exist for GPUs only.
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
     sums = torch.stack([x.sum(dims), x.square().sum(dims)])
     average, square = _AllReduce.apply(sums) / count
-    # Of float32 sums; a variance below 0 can only be rounding.
+    # The sums are in float32: a negative variance can only be a rounding error.
     variance = (square - average.square()).clamp(min=0)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():

@@ -15,21 +15,21 @@ from pruning.errors import CheckpointError
 
 
 def read_plain(path: str | Path) -> Any:
-    """Read tensors and plain data from a file of `torch.save`; nothing in it is executed.
+    """Read tensors and plain data from a file of `torch.save`, without executing code from it.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged, or holds other objects.
+        CheckpointError: if the file is missing or damaged, or holds other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+        raise CheckpointError(f"{path}: there is no such file; check the path") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} was refused: it is damaged, or holds objects beyond tensors and plain data. Of a whole "
-            "model that was pickled, save model.state_dict()"
+            f"{path} was refused: it is damaged, or holds objects other than tensors and plain data. Instead "
+            "of a pickled model, save model.state_dict()"
         ) from error
     except Exception as error:  # reading a damaged file can fail in any way
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -37,14 +37,16 @@ def read_plain(path: str | Path) -> Any:
 
 
 def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
-    """Replace the content of a file atomically: after an error or a crash, the old file is there.
+    """Replace the content of a file atomically: after an error or a crash, the old file remains.
 
     Args:
-        check: called with the path of the written file before it takes its name; an error that it
-            raises leaves the old file.
+        path: of the file; missing folders are created.
+        content: the new content.
+        check: called with the path of the temporary file before it replaces the old one; if it
+            raises an error, the old file remains.
 
     Raises:
-        CheckpointError: where the file cannot be written.
+        CheckpointError: if the file cannot be written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "new" / "file.txt"
@@ -54,9 +56,9 @@ def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None]
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path} cannot be written: it is a folder, and a file is asked for")
+        raise CheckpointError(f"{path} cannot be written: it is a folder; give the path of a file")
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} cannot be written: it is a device or a pipe, and a file is asked for")
+        raise CheckpointError(f"{path} cannot be written: it is a device or a pipe; give the path of a file")
     path = path.resolve() if path.is_symlink() else path  # replace the file it points to
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

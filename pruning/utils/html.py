@@ -1,4 +1,4 @@
-"""HTML pages from template files: each page is one file, opens from disk and follows light or dark mode."""
+"""Render HTML pages from templates: each page is one file that opens from disk, in light or dark mode."""
 
 from __future__ import annotations
 

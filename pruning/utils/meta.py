@@ -1,4 +1,4 @@
-"""Run a model for its shapes alone: on the meta device nothing is stored or computed."""
+"""Compute the shapes of a forward pass on the meta device, which stores and computes no values."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ _SAME_SHAPE = frozenset(
 
 
 def without_computing(run: Callable[[nn.Module, Inputs], T], model: nn.Module, inputs: Inputs) -> T:
-    """Return `run(copy of the model, inputs)`, on the meta device where the model runs there.
+    """Return `run(copy of the model, inputs)`, computed on the meta device if the model runs there.
 
     A model that reads values (a data-dependent branch, `.item()`) runs on its own device; an error
-    there is raised.
+    on that device is raised.
 
     >>> without_computing(lambda model, x: model(x).shape, nn.Linear(4, 3), torch.rand(2, 4))
     torch.Size([2, 3])
     """
     try:
         return run(on_meta(model), pytree.tree_map(to_meta, inputs))
-    except Exception:  # of the user's model: the second run raises it if the model is at fault
+    except Exception:  # of any kind; an error of the model itself is raised again below
         return run(copied(model), fresh(inputs))
 
 
 def without_storage(
     model: nn.Module, run: Callable[[nn.Module, Inputs], object], inputs: Inputs
 ) -> tuple[nn.Module, Inputs]:
-    """Return a model and its inputs on the meta device if `run` works there, and else as they are."""
+    """Return a model and its inputs on the meta device if `run` works there, else unchanged."""
     probe, example = on_meta(model), pytree.tree_map(to_meta, inputs)
     try:
         with torch.no_grad():
             run(probe.eval(), example)
-    except Exception:  # of a model that reads values
+    except Exception:  # of any kind: the model reads values
         return model, inputs
     return probe, example
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device, with shapes and without values."""
+    """Return a copy of a model on the meta device."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = _empty(tensor)
@@ -68,7 +68,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def to_meta(leaf: object) -> object:
-    """Return a tensor of the same shape on the meta device; anything else as it is."""
+    """Return a tensor of the same shape on the meta device; return any other object unchanged."""
     return _empty(leaf) if isinstance(leaf, Tensor) else leaf
 
 
@@ -90,10 +90,10 @@ class Shapes(TorchDispatchMode):
 
 
 def run_operation(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, object]) -> Any:
-    """Run an operation; of the most common ones on the meta device compute only the shape.
+    """Run an operation, with shortcuts for the most common ones on the meta device.
 
-    torch decomposes BatchNorm, for example, into ten operations there, which would take most of
-    the time of a pass.
+    torch decomposes BatchNorm, for example, into ten operations on the meta device, which would take
+    most of the time of a pass.
     """
     x = args[0] if args else None
     if not (isinstance(x, Tensor) and x.is_meta and x.is_floating_point()):

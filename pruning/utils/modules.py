@@ -1,4 +1,4 @@
-"""Call modules, hook into them, change their mode for a while, copy them, and draw their weights anew."""
+"""Call modules, hook them, change their mode within a block, copy them, and reinitialize their weights."""
 
 from __future__ import annotations
 
@@ -24,28 +24,24 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def require_module(model: object) -> None:
-    """Check that a model is an instance of nn.Module.
-
-    Raises:
-        PruningError: where it is not.
-    """
+    """Raise `PruningError` if a model is not an instance of nn.Module."""
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise PruningError(f"the model is {kind}: an instance of nn.Module was expected")
+        raise PruningError(f"the model is {kind}: give an instance of nn.Module")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's tensors; the CPU for one without any, such as an exported file.
+    """Return the device of a model's tensors; the CPU if it has none, such as an exported file.
 
     Raises:
-        PruningError: where the model is not a module.
+        PruningError: if the model is not a module.
     """
     require_module(model)
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model with a tensor, a sequence of arguments, or keyword arguments."""
+    """Call a model with inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
@@ -56,19 +52,19 @@ class _Reached(Exception):
 
 
 def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Literal["in", "out"]) -> Any:
-    """Run a forward pass up to a layer; return the layer's first input (side `in`) or its output (`out`)."""
+    """Run a forward pass up to a layer, and return its first input (side `in`) or its output (`out`)."""
     found: list[object] = []
 
-    def receives(x: Tensor) -> None:
+    def stop_at_input(x: Tensor) -> None:
         found.append(x)
         raise _Reached
 
-    def returns(_: nn.Module, __: object, output: object) -> None:
+    def stop_at_output(_: nn.Module, __: object, output: object) -> None:
         found.append(output)
         raise _Reached
 
     module = model.get_submodule(layer)
-    handle = on_input(module, receives) if side == "in" else module.register_forward_hook(returns)
+    handle = on_input(module, stop_at_input) if side == "in" else module.register_forward_hook(stop_at_output)
     with hooked([handle]), eval_mode(model), contextlib.suppress(_Reached):
         call(model, fresh(inputs))
     return found[0]
@@ -78,7 +74,7 @@ def call_until(model: nn.Module, inputs: Inputs, layer: str, side: Literal["in",
 
 
 def on_input(layer: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Call a function with the first tensor that a layer receives; a tensor it returns replaces it."""
+    """Register a hook on a layer's first input tensor; a tensor that it returns replaces the input."""
 
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
@@ -108,7 +104,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode; then give every module the mode it had."""
+    """Put models into eval mode for the block; then restore the mode of every module."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -121,7 +117,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers that forward passes change (a counter, the vectors of spectral norm)."""
+    """Restore a model's buffers after the block: forward passes may change them (spectral norm)."""
     before = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
@@ -139,9 +135,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def buffers_unchanged(function: Function) -> Function:
-    """Decorate a function of a model: it leaves the model's buffers as they were.
+    """Decorate a function whose first argument is a model, to restore the model's buffers afterwards.
 
-    Even reading a weight with spectral norm changes buffers, in training mode.
+    In training mode, even reading a weight with spectral norm changes buffers.
     """
 
     @functools.wraps(function)
@@ -155,7 +151,7 @@ def buffers_unchanged(function: Function) -> Function:
 
 @contextlib.contextmanager
 def channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Lay out the weights of 2-d convolutions with their channels last in memory, if wanted."""
+    """Use the channels-last memory format for a model's weights within the block, if wanted."""
     if wanted:
         model.to(memory_format=torch.channels_last)
     try:
@@ -167,7 +163,7 @@ def channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def thread_count(threads: int) -> Iterator[None]:
-    """Run torch's CPU operations on a number of threads."""
+    """Set the number of threads of torch's CPU operations within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -178,7 +174,7 @@ def thread_count(threads: int) -> Iterator[None]:
 
 # ---- Copies
 
-#: The attributes of every module: its parameters, children and hooks, which can be copied.
+#: The attributes that every module has (parameters, children, hooks), which can be copied.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _PLAIN = {int, float, bool, str, type(None)}
@@ -192,19 +188,19 @@ def copied(
     """Return a deep copy of a model.
 
     A model may store tensors of its last pass (an activation, a weight that hooks compute), which
-    Python's deepcopy refuses because they have a gradient history; the copy has them without it.
+    Python's deepcopy rejects because they are part of an autograd graph; in the copy they are detached.
 
     Args:
         memo: objects of the copy by the id of the original, as deepcopy takes them.
-        convert: makes the copy's tensor from an original that has a gradient history.
+        convert: returns the copy of such a tensor, given the detached original.
 
     Raises:
-        PruningError: for a model that cannot be copied.
+        PruningError: if the model cannot be copied.
     """
     known = {} if memo is None else memo
     for module in model.modules():
-        # A module has a dozen containers, nearly all empty, on which deepcopy would spend most of its
-        # time; some store long lists of numbers, too.
+        # deepcopy would spend most of its time on a module's dozen containers, nearly all empty, and on
+        # long lists of numbers that some modules store.
         for name, value in vars(module).items():
             plain_list = type(value) is list and {*map(type, value)} <= _PLAIN
             if type(value) in _CONTAINERS and (not value or plain_list):
@@ -217,7 +213,7 @@ def copied(
         return copy.deepcopy(model, known)
     except RuntimeError as error:
         raise PruningError(
-            f"{type(model).__name__} cannot be copied, and pruning leaves the given model as it is: {error}"
+            f"{type(model).__name__} cannot be copied, and pruning works on a copy of the model: {error}"
         ) from error
 
 
@@ -228,12 +224,12 @@ def fresh_weights(model: nn.Module) -> nn.Module:
     """Return a copy of a model with newly initialized weights.
 
     Every layer draws them by its own `reset_parameters`, from torch's global generator, in the
-    order of `model.modules()`. Frozen parameters stay as they are. A small network can train better
-    from fresh weights than from those that pruning leaves (Liu et al., Rethinking the Value of
+    order of `model.modules()`. Frozen parameters keep their values. A small network can train better
+    from new weights than from those that pruning leaves (Liu et al., Rethinking the Value of
     Network Pruning, ICLR 2019, arXiv 1810.05270).
 
     Raises:
-        PruningError: for a parameter of a module that has no `reset_parameters`.
+        PruningError: if a module has parameters and no `reset_parameters`.
 
     >>> model = nn.Linear(4, 3)
     >>> fresh = fresh_weights(model)
@@ -249,9 +245,9 @@ def fresh_weights(model: nn.Module) -> nn.Module:
             continue
         initialized |= own
         if own and not any(p.requires_grad for p in module.parameters(recurse=False)):
-            continue  # the statistics of a frozen norm stay, too
+            continue  # this also keeps the statistics of a frozen norm
         reset()
-        if isinstance(module, nn.MultiheadAttention):  # it initializes its output projection, too
+        if isinstance(module, nn.MultiheadAttention):  # its reset also initializes the output projection
             initialized |= {id(p) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if name in frozen:

@@ -1,7 +1,7 @@
 """Settings: dataclass fields that carry their help text, unit and bounds.
 
-A field that is annotated with `Setting` is validated by `require_valid`, and the command line
-makes a flag and a key of configuration files from it:
+`require_valid` validates a field that is annotated with `Setting`, and the command line derives a
+flag and a key of configuration files from it:
 
 >>> @dataclass(frozen=True)
 ... class Sampling:
@@ -35,18 +35,18 @@ class Setting:
     """Describe a field of a dataclass: `epochs: Annotated[int, Setting("training epochs", least=0)]`.
 
     Attributes:
-        help: what the setting means, with its unit.
+        help: meaning of the setting, with its unit.
         name: name of the flag; by default that of the field.
-        metavar: what stands for the value in the help text, such as N or FOLDER.
+        metavar: placeholder for the value in the help text, such as N or FOLDER.
         least, most: inclusive bounds. above, below: exclusive bounds.
         choices: the only texts allowed.
-        none: text that stands for None on the command line.
-        parse: converts text to the value, in place of the field's type.
+        none: text that means None on the command line.
+        parse: function that converts text to the value, in place of the field's type.
         group: title under which the help text lists the flag; by default that of the dataclass.
-        stages: `each` stage has a flag of its own with the stage's name before it, one flag
-            holds for `all` stages, or the flag belongs to the `last` stage alone.
-        flag: whether the command line sets it at all.
-        positional: an argument without a name.
+        stages: `each`: every stage has its own flag, prefixed with the stage's name; `all`: one flag
+            applies to all stages; `last`: one flag, for the last stage only.
+        flag: whether the command line has a flag for it.
+        positional: whether it is a positional argument.
     """
 
     help: str
@@ -96,11 +96,11 @@ class Stage:
     """Describe a field that holds the settings of one stage, as a dataclass of its own.
 
     Attributes:
-        name: stands before the flags that each stage has: `--NAME-epochs`.
-        when: begins their help texts: "WHEN: training epochs".
+        name: prefix of the stage's own flags: `--NAME-epochs`.
+        when: prefix of their help texts: "WHEN: training epochs".
         group: title under which the help text lists them.
-        last: whether flags of the last stage belong here.
-        unset: fields whose flag has no default; the text says what holds instead.
+        last: whether this is the last stage, which has the flags of `stages="last"`.
+        unset: fields whose flag has no default, each with the text that the help shows instead.
     """
 
     name: str = ""
@@ -115,7 +115,7 @@ class Stage:
 
 
 class SettingField(NamedTuple):
-    """A field of a dataclass with its type, None and list removed, and its annotations."""
+    """A field of a dataclass: its type without None and list, its annotations and its default."""
 
     name: str
     kind: type
@@ -141,7 +141,7 @@ def fields_of(cls: type) -> Iterator[SettingField]:
         stage = next((note for note in notes if isinstance(note, Stage)), None)
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         optional = type(None) in kinds
-        # Of int | str the text is what a command line or a configuration file gives.
+        # int | str counts as text: that is what the command line and configuration files give.
         kind = str if str in kinds else next(kind for kind in kinds if kind is not type(None))
         several = get_origin(kind) in (tuple, list)
         if several:
@@ -154,7 +154,7 @@ def require_valid(config: object) -> None:
     """Check every field of a dataclass against its `Setting`.
 
     Raises:
-        PruningError: a value is out of bounds, not among the choices, or no finite number.
+        PruningError: if a value is out of bounds, not among the choices, or not a finite number.
     """
     for each in fields_of(type(config)):
         value = getattr(config, each.name)
@@ -167,5 +167,5 @@ def require_valid(config: object) -> None:
 
 
 def _plain(bound: float) -> str:
-    """A bound as it is read best: 9223372036854775807 and 0.001, not 9.2e+18 and 1e-3."""
+    """Format a bound for people: 9223372036854775807 and 0.001, not 9.2e+18 and 1e-3."""
     return str(int(bound)) if bound == int(bound) else f"{bound:g}"

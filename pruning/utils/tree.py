@@ -1,4 +1,4 @@
-"""Tensors in nested inputs and outputs."""
+"""Find and copy the tensors in nested inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
 
-#: What a model is called with: a tensor, a sequence of arguments, or keyword arguments.
+#: The inputs of a model: a tensor, a sequence of arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = Tensor | Sequence[object] | Mapping[str, object]
 
 
 def fresh(inputs: T) -> T:
-    """Copy the tensors of nested inputs: models may change theirs in place, or pop from them.
+    """Copy nested inputs and their tensors: models may change them in place.
 
     >>> import torch
     >>> inputs = {"x": torch.zeros(2)}
@@ -27,7 +27,7 @@ def fresh(inputs: T) -> T:
 
 
 def first_examples(inputs: T, count: int) -> T:
-    """Return the first examples of a batch of nested inputs.
+    """Return the first `count` examples of a batch of nested inputs.
 
     >>> import torch
     >>> first_examples((torch.zeros(8, 3), None), 2)[0].shape
@@ -39,7 +39,7 @@ def first_examples(inputs: T, count: int) -> T:
 def tensors_among(values: Iterable[object]) -> list[Tensor]:
     """Return the tensors among an operation's arguments, in order, including those in lists and dicts.
 
-    torch's pytree takes ten times as long.
+    It is ten times faster than torch's pytree.
     """
     found: list[Tensor] = []
     for value in values:
@@ -76,7 +76,7 @@ def _collect(output: object, found: list[Tensor], visited: set[int]) -> None:
 
 
 def _contents(leaf: object) -> list[object]:
-    """Return what an object that torch's pytree does not open holds; nothing for code and modules."""
+    """Return the objects inside a leaf of torch's pytree; nothing for code and modules."""
     if isinstance(leaf, type | nn.Module | ModuleType | FunctionType | MethodType | str | bytes):
         return []
     if isinstance(leaf, Mapping):  # of another type than dict, such as a UserDict
