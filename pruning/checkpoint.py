@@ -1,15 +1,15 @@
-"""Checkpoints: one plain dict, loaded with `weights_only=True`, that rebuilds its network.
+"""Checkpoints: one plain dict, loaded with `weights_only=True`, from which a network is rebuilt.
 
     {"format": 1, "class": "models.YourNet:YourNet", "arguments": {...},
      "layers": {"features.conv1": {"out_channels": 3, ...}, ...}, "folded": [...],
      "not_in_place": [...], "sizes": {"block1": {"width": 14}, ...}, "state_dict": {...},
      "buffers": {...}, "provenance": {...}}
 
-To load it, the class is called with the arguments, and every layer gets its channel counts from
-`layers`: a pruned network loads even where its class cannot build narrow widths. `sizes` are the
-attributes by which a module's own code views or splits channels. `buffers` are those with
-persistent=False, which a state dict leaves out: they hold channels, too. Loading needs torch and the
-class only (`pruning/load_pruned.py`).
+Loading calls the class with the arguments, and sets the channel counts of every layer from `layers`: a
+pruned network loads even if its class cannot build narrow layers. `folded` names the modules that are
+`nn.Identity`. `sizes` are the attributes by which a module's own code views or splits channels. `buffers`
+are those with persistent=False, which a state dict omits although they may hold channels. Loading needs
+only torch and the class (`pruning/load_pruned.py`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from pruning.utils.files import read_plain, replace_file
 
 FORMAT = 1
 
-#: Numbers that a module keeps in attributes, by attribute.
+#: Numbers that a module stores in attributes, by name of the attribute.
 Attributes = dict[str, int | list[int]]
 
-#: The type of each entry of a checkpoint that must be there. Later versions have added others.
+#: The required entries of a checkpoint, with their types. Later versions have added others.
 _ENTRIES: dict[str, type] = {
     "class": str,
     "folded": list,
@@ -60,15 +60,17 @@ def save(
 ) -> None:
     """Write a model so that `load` returns it with bit-identical outputs.
 
-    The file is replaced atomically: after an error or a crash, the old one is there.
+    The file is replaced atomically: after an error or a crash, the old file remains.
 
     Args:
+        path: of the file; missing folders are created.
+        model: it is not changed.
         arguments: plain data with which to call the model's class; by default the model's attribute
-            `config`, where that is a mapping that the class takes, and else no argument.
+            `config` if that is a mapping that the class takes, else no arguments.
         provenance: plain data on how the model was made (see `provenance`).
 
     Raises:
-        CheckpointError: when the file cannot be written, or the model holds other than plain data.
+        CheckpointError: if the file cannot be written, or the model's state is not plain data.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "net.pth"
@@ -103,15 +105,15 @@ def load(
 
     Args:
         path: of a file that `save` wrote.
-        factory: makes the unpruned network when called with the stored arguments, or with none
-            where it cannot take those. It is needed where the class cannot be imported, or cannot
-            be called with the stored arguments.
+        factory: function that returns the dense network, called with the stored arguments if it takes
+            them, else with none. Required if the class cannot be imported, or cannot be called with
+            the stored arguments.
         device: of the network.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged, foreign or from a newer version, for a
-            class that is not an importable `nn.Module`, and where the network that the class makes
-            differs in more than its channels.
+        CheckpointError: if the file is missing, damaged, no checkpoint or from a newer version, if the
+            class is not an importable `nn.Module`, and if the network differs from the stored one in
+            more than its channels.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "net.pth"
@@ -164,8 +166,8 @@ def read(path: str | Path) -> dict[str, Any]:
     content = read_plain(path)
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this toolkit: it has no format version. Weights alone need the "
-            "network they are of (--model)"
+            f"{path} is not a checkpoint of this toolkit: it has no format version. For a file of weights, "
+            "also name their network (--model)"
         )
     if not isinstance(content["format"], int) or content["format"] > FORMAT:
         raise CheckpointError(
@@ -186,14 +188,14 @@ def write(path: str | Path, content: object) -> None:
     """Write tensors and plain data to a file, atomically.
 
     Raises:
-        CheckpointError: where the file cannot be written, or the content is not plain data.
+        CheckpointError: if the file cannot be written, or the content is not plain data.
     """
     path = Path(path)
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer)
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
-    except (pickle.PickleError, AttributeError, TypeError) as error:  # pickling can fail with any of these
+    except (pickle.PickleError, AttributeError, TypeError) as error:  # of pickle
         raise CheckpointError(
             f"{path} was not written: only tensors and plain data can be stored ({error})"
         ) from error
@@ -202,7 +204,7 @@ def write(path: str | Path, content: object) -> None:
 
 def describe(model: nn.Module) -> dict[str, object]:
     """Return a model's channel counts, folded norms and weights, as plain data and tensors."""
-    # `get_extra_state` of a module may return any object; `write` refuses what is not plain data.
+    # `get_extra_state` of a module may return any object; `write` rejects all but plain data.
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
         for name, value in model.state_dict().items()
@@ -227,7 +229,7 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 
 def _channel_counts(model: nn.Module) -> dict[str, Attributes]:
-    """Return the channel counts of torch's layers; `sizes` holds those of registered layers."""
+    """Return the channel counts of torch's layers; those of registered layers are stored in `sizes`."""
     layers: dict[str, Attributes] = {}
     for name, layer in model.named_modules():
         rule = rule_for(layer)
@@ -245,25 +247,27 @@ def _find_class(path: str | Path, name: str) -> type[nn.Module]:
         found: object = importlib.import_module(module_name)
         for part in qualified.split("."):
             found = getattr(found, part)
-    except Exception as error:  # of the user's module
+    except Exception as error:  # whatever the user's module raises
         raise CheckpointError(
             f"{path}: its class {name!r} cannot be imported ({type(error).__name__}: {error}). "
-            "Run from where it can, or give a factory"
+            "Run from a folder where it can be imported, or give a factory"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise CheckpointError(f"{path} was refused: {name!r} is not a class of networks (nn.Module)")
+        raise CheckpointError(
+            f"{path} was refused: {name!r} is not a subclass of nn.Module; give a factory for its network"
+        )
     return found
 
 
 def write_loader(folder: str | Path) -> Path:
-    """Copy `load_pruned.py` into a folder: it loads checkpoints without this toolkit. Return its path."""
+    """Copy `load_pruned.py`, which loads checkpoints without this toolkit, into a folder; return its path."""
     path = Path(folder) / "load_pruned.py"
     replace_file(path, Path(__file__).with_name("load_pruned.py").read_bytes())
     return path
 
 
 def provenance(**facts: object) -> dict[str, object]:
-    """Return how a checkpoint was made: command, commit, versions, threads, and the given facts.
+    """Return a record of how a checkpoint was made: command, commit, versions, threads, given facts.
 
     >>> facts = provenance(seed=1)
     >>> sorted(facts)
@@ -283,14 +287,14 @@ def provenance(**facts: object) -> dict[str, object]:
 
 
 def _relative(argument: str) -> str:
-    """Return an absolute path below the current folder relative to it; anything else as it is."""
+    """Make an absolute path below the current folder relative to it; return other text unchanged."""
     path = Path(argument)
     below = path.is_absolute() and path.is_relative_to(Path.cwd())
     return path.relative_to(Path.cwd()).as_posix() if below else argument
 
 
 def _commit() -> str:
-    """Return the commit that is checked out, with -dirty where files differ from it; empty outside git."""
+    """Return the checked-out commit, with -dirty if tracked files are modified; empty outside git."""
     here = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(  # noqa: E731

@@ -2,19 +2,19 @@
 
 
 class UserError(ValueError):
-    """An error in what the user gave; a command that raises it ends with exit code 2."""
+    """An error in the user's input; the command line then ends with exit code 2."""
 
 
 class PruningError(UserError):
-    """A model, plan, budget or setting that the toolkit cannot work with. Nothing was changed."""
+    """An invalid model, plan, budget or setting. Nothing was changed."""
 
 
 class ExportError(PruningError):
-    """A network that cannot be exported or quantized, or an exported file that cannot be run."""
+    """A network that cannot be exported or quantized, or an exported file that does not run."""
 
 
 class CheckpointError(UserError):
-    """A file that is not a checkpoint that this version can load, or that cannot be written."""
+    """A file that this version cannot load as a checkpoint, or that cannot be written."""
 
 
 class TrainingDiverged(UserError):
