@@ -1,4 +1,4 @@
-"""Budgets: limits on the parameters, MACs and channels of the result, or on its latency."""
+"""Budgets: limits on the parameters, MACs and channels of a network, or on its latency."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pruning.planning.cost import Cost
 from pruning.utils.settings import Setting
 from pruning.utils.tree import Inputs, tensors
 
-#: What a budget can limit: the name in `Cost`, and the name in print.
+#: The costs that a budget can limit: name in `Cost` to name in messages.
 LABELS = {"params": "params", "macs": "MACs", "channels": "channels"}
 
-#: Where a network can be timed; `eager` is PyTorch itself.
+#: Runtimes in which a network can be timed; `eager` is PyTorch itself.
 PLACES = ("eager", *RUNTIMES.values())
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
@@ -29,18 +29,18 @@ InputTree = TypeVar("InputTree", bound=Inputs)
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on the cost of a network, BatchNorm folded; None sets no limit.
+    """Limits on the cost of a network with BatchNorm folded; None sets no limit.
 
-    A whole number is a count. Text is a count with an optional k, M or G, or a percentage of the
-    dense network's cost.
+    An integer is a count. Text is a count with an optional k, M or G, or a percentage of the dense
+    network's cost.
 
     Attributes:
-        params: number of parameters. macs: multiply-adds for one example.
-        channels: sum of the widths of all prunable groups.
+        params: largest number of parameters. macs: largest number of MACs (multiply-adds) per example.
+        channels: largest sum of the widths of all groups.
 
     Raises:
-        PruningError: without any limit, or for a limit that is no count or percentage, is not
-            positive, or is over 100 %.
+        PruningError: if no limit is set, or a limit is not a count or percentage, is not positive, or
+            is above 100 %.
 
     >>> Budget(params="25%", macs="50k").resolve(Cost(params=8000, macs=90000, macs_with_bias=0))
     Budget(params=2000, macs=50000, channels=None)
@@ -78,7 +78,7 @@ class Budget:
         )
 
     def limits(self) -> dict[str, int]:
-        """Return the limits that are set, as counts; the budget must be resolved.
+        """Return the limits that are set, as counts; call `resolve` before if there are percentages.
 
         >>> Budget(macs=50_000).limits()
         {'macs': 50000}
@@ -86,7 +86,7 @@ class Budget:
         return {what: limit for what, limit in self._given().items() if isinstance(limit, int)}
 
     def excess(self, cost: Cost) -> dict[str, int]:
-        """Return by how much a cost exceeds each limit that it breaks; empty when the budget is met.
+        """Return by how much a cost exceeds each limit; empty if the budget is met.
 
         >>> Budget(params=100, macs=50).excess(Cost(params=130, macs=50, macs_with_bias=0))
         {'params': 30}
@@ -95,11 +95,11 @@ class Budget:
         return {what: value for what, value in over.items() if value > 0}
 
     def share(self, start: Cost, step: int, steps: int) -> Budget:
-        """Return the budget of one of several steps from a cost to this budget, in equal ratios.
+        """Return the budget of one pruning step of several: each step reduces the cost by the same ratio.
 
         Args:
             start: cost before the first step.
-            step: number of the step, from 1 to `steps`; the last gives the budget itself.
+            step: number of the step, from 1 to `steps`; the last step has this budget itself.
             steps: number of steps.
 
         >>> Budget(params=100).share(Cost(params=400, macs=0, macs_with_bias=0), step=1, steps=2)
@@ -124,13 +124,13 @@ class LatencyBudget:
 
     Attributes:
         limit: `0.5x`, a multiple of the dense network's time, or `2ms`, milliseconds per example.
-        runtime: where the result will run: `eager`, `onnxruntime`, `torchscript` or `pt2`.
+        runtime: runtime of the pruned network: `eager`, `onnxruntime`, `torchscript` or `pt2`.
         threads: number of CPU threads of the runtime.
-        batch_size: examples in a pass; 0 takes as many as the example inputs have.
-        seconds: duration of each timing of a network beside the dense one.
+        batch_size: examples in a pass; 0 means the batch size of the example inputs.
+        seconds: duration of each comparison of a pruned with the dense network, in seconds.
 
     Raises:
-        PruningError: for an unknown runtime, or a limit in neither form.
+        PruningError: if the runtime is unknown, or the limit has neither form.
 
     >>> LatencyBudget("0.5x").target(dense=3.0)
     1.5
@@ -161,11 +161,11 @@ class LatencyBudget:
 
     def __post_init__(self) -> None:
         if self.runtime not in PLACES:
-            raise PruningError(f"runtime {self.runtime!r} is unknown; there are: {', '.join(PLACES)}")
+            raise PruningError(f"runtime {self.runtime!r} is unknown; choose one of: {', '.join(PLACES)}")
         self.target(1.0)
 
     def target(self, dense: float) -> float:
-        """Return the limit in milliseconds per example, given the dense network's."""
+        """Return the limit in milliseconds per example, given the dense network's time in the same unit."""
         text = str(self.limit).strip().lower()
         try:
             value = float(text[:-2] if text.endswith("ms") else text[:-1])
@@ -179,7 +179,7 @@ class LatencyBudget:
         return value if text.endswith("ms") else value * dense
 
     def batch_of(self, inputs: InputTree) -> InputTree:
-        """Repeat or cut example inputs to `batch_size` examples.
+        """Repeat or truncate example inputs to `batch_size` examples.
 
         >>> LatencyBudget("1x", batch_size=5).batch_of(torch.zeros(2, 3)).shape
         torch.Size([5, 3])
@@ -200,18 +200,18 @@ class LatencyBudget:
 def require_budget(budget: object) -> None:
     """Raise `PruningError` unless this is a `Budget` or a `LatencyBudget`."""
     if not isinstance(budget, Budget | LatencyBudget):
-        raise PruningError(f"budget {budget!r}: a Budget was expected, such as Budget(macs='50%')")
+        raise PruningError(f"budget {budget!r}: expected a Budget, such as Budget(macs='50%')")
 
 
 def _parse(what: str, limit: int | str, dense: int) -> int:
-    """Convert a limit to a count, given the same cost of the dense network."""
+    """Convert a limit to a count, given the dense network's cost of this kind."""
     text = str(limit).strip().lower().replace(",", "").replace("_", "")
     try:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
             if not 0 < share <= 1:
                 raise PruningError(f"{what} budget {limit!r}: a percentage is above 0 and at most 100")
-            # Round down: never more than asked. 1e-6 keeps whole numbers whole in floating point.
+            # Round down, so that the limit is never exceeded; 1e-6 compensates floating-point error.
             return max(1, math.floor(share * dense + 1e-6))
         factor = _SUFFIXES.get(text[-1:], 1)
         count = float(text[:-1] if text[-1:] in _SUFFIXES else text) * factor

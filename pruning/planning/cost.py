@@ -1,8 +1,8 @@
-"""The one place that counts parameters and MACs.
+"""Count parameters and MACs; no other file does.
 
-Convention: one multiply-add is one MAC, for one example. Convolutions, linear and recurrent layers
-count; biases, norms (folded when shipped), activations and pooling do not. The count with biases
-is given beside it, because some published figures include them.
+Convention: one multiply-add is one MAC; counts are for one example. MACs include convolutions, linear
+and recurrent layers, and exclude biases, norms (folded for deployment), activations and pooling. A
+second count includes biases, because some published figures do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _COUNTED = (*WEIGHTED, *RECURRENT)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs: parameters, MACs for one example, channels of its prunable groups.
+    """The cost of a network: parameters, MACs for one example, channels of its groups.
 
-    A `CostModel` knows the groups and gives `channels`; from `count` it is 0. Comparisons ignore it.
+    `CostModel` sets `channels`; `count`, which knows no groups, leaves it 0. Comparisons ignore it.
 
     >>> print(Cost(params=1485, macs=47398, macs_with_bias=50000))
     1,485 params, 47,398 MACs
@@ -47,14 +47,14 @@ class Cost:
 
 
 def count(model: nn.Module, inputs: Inputs) -> Cost:
-    """Count a model with thop as it stands; fold its BatchNorm first to count what ships.
+    """Count the parameters and MACs of a model with thop and PyTorch's flop counter.
 
-    thop sees layers, but not functional calls such as attention. PyTorch's flop counter sees both,
-    and the larger count is returned. A layer type that neither knows counts 0 (`uncounted` lists
-    these). Where the model runs on the meta device, nothing is computed.
+    thop counts layers, but not functional calls such as attention. PyTorch's flop counter counts both,
+    and the larger number of MACs is returned. A layer type that neither knows counts 0 (`uncounted`
+    lists such layers). If the model runs on the meta device, no values are computed.
 
     Args:
-        model: it is not changed.
+        model: it is not changed. Fold its BatchNorm first to get the cost of the deployed network.
         inputs: example inputs with a batch dimension; the MACs are divided by its size.
 
     Returns:
@@ -101,7 +101,7 @@ class _WithInputs(nn.Module):
 
 
 def _thop_rules(model: nn.Module) -> dict[type[nn.Module], Callable[..., None]]:
-    """The rules to give thop in place of its own, by layer type."""
+    """Return the rules that replace thop's own, by layer type."""
     rules: dict[type[nn.Module], Callable[..., None]] = {}
     for layer in model.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -109,9 +109,8 @@ def _thop_rules(model: nn.Module) -> dict[type[nn.Module], Callable[..., None]]:
         elif isinstance(layer, RECURRENT):
             rules[type(layer)] = _count_recurrent
         elif not isinstance(layer, _COUNTED) and not list(layer.children()):
-            rules[type(layer)] = (
-                _count_nothing  # of leaves only: thop skips the layers inside one with a rule
-            )
+            # Leaf modules only: thop skips the layers inside a module that has a rule.
+            rules[type(layer)] = _count_nothing
     return rules
 
 
@@ -122,7 +121,7 @@ def _count_nothing(layer: nn.Module, args: object, output: object) -> None:
 def _count_transposed(
     layer: nn.modules.conv._ConvTransposeNd, args: tuple[Tensor, ...], output: object
 ) -> None:
-    """Count each weight once per input position; thop's own rule takes the output positions."""
+    """Count each weight once per input position; thop's own rule uses the output positions."""
     layer.get_buffer("total_ops").add_(args[0].numel() * layer.weight[0].numel())
 
 
@@ -154,7 +153,7 @@ class _BiasCounter:
 
 
 def uncounted(model: nn.Module) -> dict[str, str]:
-    """List the layers with weights that the count of MACs leaves out: name to type.
+    """Return the layers with weights that the MACs do not include: name to type.
 
     >>> uncounted(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     {'0': 'Embedding'}
@@ -168,11 +167,11 @@ def uncounted(model: nn.Module) -> dict[str, str]:
 
 
 class CostModel:
-    """The cost of a traced model in closed form, at any widths of its groups.
+    """The cost of a traced model in closed form, for any widths of its groups.
 
-    Every weight has (output width) × (input width) × kernel elements, and each width is a fixed
-    part plus what the groups contribute, so the cost of a plan needs no surgery. BatchNorm counts
-    as folded wherever it can be.
+    Every weight has (output width) × (input width) × (kernel size) elements, and each width is a
+    constant plus a linear function of the group widths, so the cost of a plan needs no surgery.
+    BatchNorm that can be folded counts as folded.
 
     Widths are a vector in the order of `groups`, (groups,).
 
@@ -182,7 +181,7 @@ class CostModel:
 
     Attributes:
         groups: names of the groups. full: their full widths, (groups,).
-        layers: the layer of each row of the closed form; empty where no pass runs it on its own.
+        layers: the layer of each row of the closed form; empty for rows without a timed layer.
 
     >>> from pruning.tracing.trace import trace
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -209,7 +208,7 @@ class CostModel:
         self._bias, self._bias_macs = column("bias"), column("bias_macs")
 
     def __call__(self, widths: np.ndarray | Mapping[str, int]) -> Cost:
-        """Return the cost at the given widths; groups that a mapping does not name stay full."""
+        """Return the cost at the given widths; groups that a mapping does not name have full width."""
         if isinstance(widths, Mapping):
             widths = np.array([widths.get(g, n) for g, n in zip(self.groups, self.full, strict=True)], float)
         out, into = self._widths(widths)
@@ -220,9 +219,9 @@ class CostModel:
         return Cost(round(params), round(macs), round(with_bias), round(widths.sum()))
 
     def freed(self, widths: np.ndarray, channels: np.ndarray | float = 1.0) -> dict[str, np.ndarray]:
-        """Return what narrowing each group alone by `channels` frees of each cost, (groups,) each.
+        """Return, by kind of cost, the amount freed by narrowing each group alone by `channels`, (groups,).
 
-        Exact: a weight that loses channels on both sides is counted once.
+        The amounts are exact: a weight that loses channels on both sides is counted once.
         """
         out, into = self._widths(widths)
         lost_out, lost_in = self._out * channels, self._in * channels
@@ -237,7 +236,7 @@ class CostModel:
         """Return the output and input channels of every convolution and linear layer that runs.
 
         Args:
-            widths: of the groups, (groups,), or (groups, plans) for one value per plan.
+            widths: widths of the groups, (groups,), or of several plans, (groups, plans).
 
         Returns:
             By layer (output channels, input channels), () or (plans,) each. A depthwise convolution
@@ -251,5 +250,5 @@ class CostModel:
         return {name: (out[i], into[i]) for i, name in enumerate(self.layers) if name}
 
     def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Output and input width of every row."""
+        """Return the output and the input width of every row."""
         return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed

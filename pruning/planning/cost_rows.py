@@ -1,4 +1,4 @@
-"""The rows of the closed form of a cost: one for each layer whose widths can change."""
+"""Build the rows of the closed form of the cost: one row per layer or parameter."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pruning.utils.modules import eval_mode
 class Row(NamedTuple):
     """One term of the closed form.
 
-    Its output width is `out @ widths + out_fixed`, its input width `into @ widths + in_fixed`.
-    `params` and `macs` are per product of the two, `bias` and `bias_macs` per output channel.
+    The output width is `out @ widths + out_fixed`, the input width `into @ widths + in_fixed`. `params`
+    and `macs` are multiplied by both widths, `bias` and `bias_macs` by the output width.
     """
 
     layer: str
@@ -32,14 +32,14 @@ class Row(NamedTuple):
 
 
 class RowTable:
-    """The rows of the closed form, and the costs that no width changes."""
+    """The rows of the closed form, and the costs that do not depend on the widths."""
 
     def __init__(self, model: nn.Module, trace: Trace, full: np.ndarray):
         self.trace, self.full = trace, full
         self.owned = _owned_positions(trace)
         self.folded = set(trace.foldable.values())
         self.none = np.zeros(len(full))
-        #: The parameters left to count, by name; one that layers share is listed once.
+        #: Parameters that no row has counted yet, by name; a shared parameter is listed once.
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.rows: list[Row] = []
         self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
@@ -48,7 +48,7 @@ class RowTable:
             self._add_layer(name, layer)
 
     def _add_parameters(self) -> None:
-        """Add a row for each grouped parameter that the model uses outside the layers of the table."""
+        """Add a row for each parameter outside the layers of the table that belongs to a group."""
         dims = {m.layer: m.dim for group in self.trace.groups.values() for m in group.members}
         for (name, side), owned in self.owned.items():
             if side == "self" and name in self.parameters:
@@ -61,7 +61,7 @@ class RowTable:
         own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
         params = sum(self.parameters[key].numel() for key in own if key in self.parameters)
         rule, use = rule_for(layer), self.trace.uses.get(name)
-        if name in self.folded:  # a norm that ships folded into the layer before it
+        if name in self.folded:  # its cost is that of the layer it is folded into
             return
         if rule is None:
             self.fixed_params += params
@@ -71,7 +71,7 @@ class RowTable:
             return
         if is_registered(layer):
             params -= self._add_other_tensors(name, layer, rule)
-        if use is None:  # a norm, a PReLU, a layer that does not run: parameters per channel
+        if use is None:  # a norm, a PReLU, a layer that does not run: no MACs
             row = self._sides(name, layer, rule)
             self.rows.append(
                 row._replace(layer="", params=params / max(1.0, self._full_product(layer, rule, row)))
@@ -80,14 +80,14 @@ class RowTable:
             row = self._sides(name, layer, rule)
             with eval_mode(layer):  # reading a parametrized weight in training mode may change it
                 kernel = weight_size(layer) / self._full_product(layer, rule, row)
-            # A weight that another layer has already counted, or that is computed from others, is free.
+            # A weight shared with another row, or computed from other parameters, adds no parameters.
             own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in self.parameters else 0.0
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
 
     def _add_recurrent(self, name: str, layer: nn.Module, rule: Rule, params: int) -> None:
-        """Add the weights that read the input as a row; the rest keeps its size."""
+        """Add a row for the weights that read the input, and count the others as fixed."""
         into, in_fixed = self._input(name, layer, rule)
         use = self.trace.uses.get(name)
         steps = use.uses if use is not None else 0.0
@@ -99,7 +99,7 @@ class RowTable:
         self.fixed_macs += steps * (weights - reading)
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
-        """Add what a registered layer has beside its weight and bias; return how many parameters."""
+        """Add a registered layer's parameters besides weight and bias; return their number of elements."""
         sides, total = self._sides(name, layer, rule), 0
         for key, parameter in layer.named_parameters(recurse=False):
             if key == rule.bias or (key in rule.out and key in rule.into):
@@ -116,25 +116,25 @@ class RowTable:
         return total
 
     def _sides(self, name: str, layer: nn.Module, rule: Rule) -> Row:
-        """A row with the widths of a layer, and no costs yet."""
+        """Return a row with the widths of a layer, without costs."""
         out = self.owned.get((name, "out"), self.none)
         into, in_fixed = self._input(name, layer, rule)
         return Row(name, out, float(rule.width(layer, "out") - out @ self.full), into, in_fixed, params=0.0)
 
     def _input(self, name: str, layer: nn.Module, rule: Rule) -> tuple[np.ndarray, float]:
-        """What one channel of each group adds to a layer's input width, and the fixed part of it."""
+        """Return a layer's input width as a function of the group widths: coefficients and constant."""
         if not rule.into or is_depthwise(layer):
             return self.none, 1.0
         into = self.owned.get((name, "in"), self.none)
         return into, float(rule.width(layer, "in") - into @ self.full)
 
     def _full_product(self, layer: nn.Module, rule: Rule, row: Row) -> float:
-        """Output width times input width at the full widths."""
+        """Return output width times input width at full width."""
         return float(rule.width(layer, "out") * (row.in_fixed + row.into @ self.full))
 
 
 def _owned_positions(trace: Trace) -> dict[tuple[str, Side], np.ndarray]:
-    """How many positions of each side of a layer one channel of each group owns, (groups,)."""
+    """Return, by layer and side, the number of positions that a channel of each group owns, (groups,)."""
     owned: dict[tuple[str, Side], np.ndarray] = {}
     for i, group in enumerate(trace.groups.values()):
         for member in group.members:

@@ -1,4 +1,4 @@
-"""Sensitivity curves: loss against the width of one group, as plain data and as scores for a plan."""
+"""Sensitivity curves: the loss as a function of the width of one group, and scores from these curves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group
 from pruning.planning.cost import Cost
 
-#: When a small model is measured: after surgery, after recalibrating its BatchNorm statistics, and
-#: after a short fine-tuning.
+#: The stages at which a small model is measured: after surgery, after recalibration of its BatchNorm
+#: statistics, and after a short fine-tuning.
 STAGES = ("pruned", "recalibrated", "finetuned")
 
 
@@ -38,10 +38,10 @@ class SensitivityPoint:
     """One group at one width, all other groups at full width.
 
     Attributes:
-        params, macs: of the whole network at this point, BatchNorm folded.
-        readings: by stage, see `STAGES`.
-        milliseconds: sum over the network's layers, each timed alone, per example; None where
-            time was not measured.
+        params, macs: cost of the whole network at this width, BatchNorm folded.
+        readings: by stage (see `STAGES`), the measured loss and accuracy.
+        milliseconds: sum of the times of the network's layers, each timed alone, per example; None
+            if time was not measured.
     """
 
     group: str
@@ -58,11 +58,12 @@ class Sensitivity:
 
     Attributes:
         channels: full width of every group.
-        dense: reading of the unpruned model. dense_cost: its cost.
-        order: for every group its channels in ascending order of importance.
+        dense: reading of the dense model. dense_cost: its cost.
+        order: by group, its channels in ascending order of importance.
         skipped: layers whose channels cannot be removed, with the reason and the cure.
-        points: one per group and width, without the full width.
-        dense_milliseconds: of the unpruned model, measured like those of the points, in `runtime`.
+        points: one per group and width; the full width is not listed.
+        dense_milliseconds: time of the dense model, measured like those of the points.
+        runtime: runtime in which times were measured; None if they were not.
 
     >>> dense, narrow = Reading(0.1, 0, 1, 0.9, 0, 1), Reading(0.5, 0, 1, 0.8, 0, 1)
     >>> point = SensitivityPoint("conv", 1, 10, 90, {"recalibrated": narrow})
@@ -81,17 +82,17 @@ class Sensitivity:
     runtime: str | None = None
 
     def curve(self, group: str, stage: str = "recalibrated") -> list[tuple[int, Reading]]:
-        """Return (width, reading) of a group, from its least to its full width."""
+        """Return the pairs (width, reading) of a group, from the least measured width to the full width."""
         found = [(p.width, p.readings[stage]) for p in self.points if p.group == group if stage in p.readings]
         return [*sorted(found, key=lambda pair: pair[0]), (self.channels[group], self.dense)]
 
     def increases(self, group: str, stage: str = "recalibrated") -> np.ndarray:
-        """Return how much each further channel removed raises the loss, (channels,).
+        """Return the increase of the loss for each further channel removed, (channels,).
 
-        Channels are removed in their order; entry k is the rise from k to k + 1 removed. The last
-        entry is infinite, because a group is never emptied. The loss is interpolated between
-        measured widths. A curve that is not convex is replaced by the greatest convex curve below
-        its running maximum, so that a plan does not stop at a step of the curve that is noise.
+        Channels are removed in ascending order of importance; entry k is the increase from k to k + 1
+        removed channels. The last entry is infinite, because a group is never emptied. The loss is
+        interpolated between measured widths. The curve is replaced by the lower convex hull of its
+        running maximum, so that a plan does not stop at a step that is noise.
         """
         curve = self.curve(group, stage)
         total = self.channels[group]
@@ -115,10 +116,10 @@ class Sensitivity:
         """Score channels by the curves; pass this method to `prune` as its `score`.
 
         Returns:
-            Importance per group, (channels,), float64.
+            By group, the score of each channel, (channels,), float64.
 
         Raises:
-            PruningError: when the groups have other widths than those of the analysed model.
+            PruningError: if the groups differ from those of the analysed model.
         """
         found = {}
         for name, group in groups.items():
@@ -128,15 +129,15 @@ class Sensitivity:
                     f"with {self.channels.get(name, 'no such group')}: analyse this model"
                 )
             increases = self.increases(name)
-            increases[-1] = increases[:-1].max(initial=0.0)  # the last channel stays in any case
+            increases[-1] = increases[:-1].max(initial=0.0)  # the last channel is never removed
             score = torch.zeros(group.channels, dtype=torch.float64)
-            # A small slope keeps the order of channels where the curve is flat.
+            # A small slope breaks ties in the order of channels where the curve is flat.
             score[self.order[name]] = torch.from_numpy(increases + 1e-12 * np.arange(group.channels))
             found[name] = score
         return found
 
     def predicted_loss(self, widths: dict[str, int], stage: str = "recalibrated") -> float:
-        """Predict the loss of a plan as the dense loss plus the increase of each group alone."""
+        """Predict the loss at the given widths: the dense loss plus the increase of each group alone."""
         loss = self.dense.loss
         for group, width in widths.items():
             curve = self.curve(group, stage)
@@ -178,5 +179,5 @@ class Sensitivity:
 
 
 def _slope(x: np.ndarray, y: np.ndarray, i: int, j: int) -> float:
-    """Slope of the line through points i and j."""
+    """Return the slope of the line through points i and j."""
     return float((y[j] - y[i]) / (x[j] - x[i]))

@@ -1,9 +1,10 @@
-"""Plans within a limit on latency, by measuring on this machine.
+"""Plan within a latency budget, by timing networks on this machine.
 
-Fewer MACs do not always take less time: a runtime may pad channels, or spend its time elsewhere. So
-the convolutions and linear layers of a model are timed alone at several widths, in the runtime that
-will run them (`LatencyTable`). A path of widths then drops the channels with the lowest score for the
-time they free, and whole networks on that path are timed beside the dense one until one meets the limit.
+Fewer MACs do not always take less time: a runtime may pad channels, or spend its time elsewhere.
+Therefore the convolutions and linear layers of a model are timed alone at several widths, in the target
+runtime (`LatencyTable`). From these times follows a path of widths: each step drops the channels with
+the lowest score per time freed. Whole networks on that path are timed together with the dense one, to
+find the first that meets the limit.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from pruning.utils.tree import Inputs, tensors
 
 @dataclass(frozen=True)
 class LatencyFound:
-    """The times of the dense and the pruned network, measured side by side: medians, ms per example.
+    """The times of the dense and the pruned network, measured together: medians, ms per example.
 
-    `networks` counts the networks that were built and timed.
+    Attributes:
+        dense, pruned: the times. networks: number of pruned networks that were built and timed.
 
     >>> print(LatencyFound(dense=2.0, pruned=1.0, networks=5))
     1.0000 ms, dense 2.0000 ms (0.50x)
@@ -55,7 +57,7 @@ class LatencyFound:
 
 
 def even_scores(trace: Trace) -> dict[str, Tensor]:
-    """Return scores that rise from 1/n to 1 over the n channels of a group: all groups narrow alike."""
+    """Return scores from 1/n to 1 for the n channels of a group, so that all groups are pruned evenly."""
     return {
         name: torch.arange(1, group.channels + 1) / group.channels for name, group in trace.groups.items()
     }
@@ -72,22 +74,22 @@ def plan_latency(
     *,
     dense: nn.Module | None = None,
 ) -> tuple[Plan, LatencyFound]:
-    """Choose the channels to keep so that a forward pass meets a limit on its time.
+    """Choose the channels to keep so that a forward pass meets a latency budget.
 
     Args:
         model: the traced model; it is not changed.
         inputs: example inputs.
-        trace, cost_model: of the model. scores: importance per group, (channels,).
-        options: `floor`, `most` and `multiple` apply. Without a multiple the measured times decide
-            which widths pay.
+        trace, cost_model: of the model. scores: by group, the score of each channel, (channels,).
+        options: `floor`, `most` and `multiple` apply. With multiple 1 the measured times decide
+            which widths are worthwhile.
         dense: the network to compare with; by default the model itself.
 
     Returns:
         The plan, and the times measured for it.
 
     Raises:
-        PruningError: when no plan is fast enough (the message has the time of the narrowest network),
-            and for options that apply only to a budget of counts.
+        PruningError: if no plan is fast enough (the message names the time of the narrowest network),
+            and for options that apply only to a `Budget`.
     """
     _require_supported(options)
     inputs = budget.batch_of(inputs)
@@ -106,7 +108,7 @@ def plan_latency(
                 f"{dense_time:.4f} ms"
             )
         end = _first_fast_enough(timer, table, path)
-        if end:  # the last step may narrow further than needed
+        if end:  # the last step may narrow more than necessary: refine it
             path = _between(path[end - 1], path[end], options.multiple)
             end = _first_fast_enough(timer, table, path)
         dense_time, pruned = timer.run(path[end])
@@ -117,27 +119,25 @@ def plan_latency(
 def _require_supported(options: PlanOptions) -> None:
     unsupported = {"per_cost": not options.per_cost, "widths": options.widths is not None}
     if names := ", ".join(name for name, given in unsupported.items() if given):
-        raise PruningError(f"{names}: not kept under a budget of latency; give a budget of counts")
+        raise PruningError(f"{names}: not supported with a latency budget; give a Budget, or omit the option")
     if options.ranking != "global":
-        raise PruningError(
-            f"ranking {options.ranking!r}: a budget of latency is met by the global ranking alone"
-        )
+        raise PruningError(f"ranking {options.ranking!r}: a latency budget supports only ranking 'global'")
 
 
 def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[np.ndarray]) -> int:
-    """Find the first place on a path whose network meets the limit; the last place must meet it.
+    """Return the index of the first network on a path that meets the limit; the last one must meet it.
 
-    The table tells how the time of the layers falls along the path, and a timing of the whole network
-    where on it the limit lies.
+    The table predicts how the time of the layers decreases along the path; timings of whole networks
+    locate the limit on it.
     """
     layers = [float(table.milliseconds(widths)) for widths in path]
-    # (place, excess over the limit as a share of the dense time)
+    # (index on the path, excess over the limit as a share of the dense time)
     slow, fast = (0, timer.excess(path[0])), (len(path) - 1, timer.excess(path[-1]))
     if slow[1] <= 0:
         return 0
     halve = False
     while fast[0] - slow[0] > 1:
-        # Interpolate between the measured networks; every other time halve the interval.
+        # Interpolate between the measured networks, alternating with bisection.
         middle = (slow[0] + fast[0]) // 2
         if not halve:
             span = (layers[slow[0]] - layers[fast[0]]) / max(slow[1] - fast[1], 1e-9)
@@ -151,7 +151,7 @@ def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[
 
 
 def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarray]:
-    """Go from one to the other in at most `MAX_WIDTHS` steps, along the group in which they differ."""
+    """Return at most `MAX_WIDTHS` steps between widths that differ in one group, both ends included."""
     count = int(max(1, min(MAX_WIDTHS, (wide - slim).max() // multiple)))
     steps = [wide + (slim - wide) * k / count for k in range(count + 1)]
     rounded = [np.maximum(slim, np.round(widths / multiple) * multiple) for widths in steps[1:-1]]
@@ -159,7 +159,7 @@ def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarr
 
 
 class _SideBySideTimer:
-    """Time pruned networks beside the dense one as they ship: BatchNorm folded, in their runtime."""
+    """Time pruned networks together with the dense one as deployed: BatchNorm folded, in their runtime."""
 
     def __init__(
         self,
@@ -171,14 +171,14 @@ class _SideBySideTimer:
         dense: nn.Module | None,
     ):
         self.model, self.inputs, self.trace, self.order, self.budget = model, inputs, trace, order, budget
-        self.against = model if dense is None else dense
+        self.reference = model if dense is None else dense
         self.folder = tempfile.TemporaryDirectory()
-        #: (dense, pruned) in milliseconds per example, by widths.
+        #: By widths, the times (dense, pruned) in milliseconds per example.
         self.known: dict[tuple[float, ...], tuple[float, float]] = {}
 
     def __enter__(self) -> _SideBySideTimer:
-        traced = self.trace if self.against is self.model else find_groups(self.against, self.inputs)
-        self.dense = self._shipped(self.against, traced, "dense")
+        traced = self.trace if self.reference is self.model else find_groups(self.reference, self.inputs)
+        self.dense = self._deployed(self.reference, traced, "dense")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,7 +190,7 @@ class _SideBySideTimer:
         key = tuple(widths)
         if key not in self.known:
             plan = most_important(self.trace, self.order, widths)
-            pruned = self._shipped(apply(self.model, self.trace, plan), self.trace, "pruned")
+            pruned = self._deployed(apply(self.model, self.trace, plan), self.trace, "pruned")
             networks = {"dense": self.dense, "pruned": pruned}
             seconds, threads = self.budget.seconds, self.budget.threads
             times = time_forward(networks, self.inputs, seconds=seconds, threads=threads)
@@ -198,18 +198,21 @@ class _SideBySideTimer:
         return self.known[key]
 
     def excess(self, widths: np.ndarray) -> float:
-        """Return the time over the limit, as a share of the dense time of the same measurement."""
+        """Return the excess over the limit, as a share of the dense time of the same measurement."""
         dense, pruned = self.run(widths)
         return (pruned - self.budget.target(dense)) / dense
 
-    def _shipped(self, model: nn.Module, trace: Trace, name: str) -> nn.Module:
-        """The network as it ships: folded, and exported for its runtime."""
+    def _deployed(self, model: nn.Module, trace: Trace, name: str) -> nn.Module:
+        """Return the network as deployed: BatchNorm folded, exported for its runtime."""
         folded = fold_batchnorm(model, trace)
         if self.budget.runtime == "eager":
             return folded
         format = next(f for f, runtime in RUNTIMES.items() if runtime == self.budget.runtime)
         path = Path(self.folder.name) / f"{name}{SUFFIXES[format]}"
         if isinstance(self.inputs, Mapping):
-            raise PruningError(f"{self.budget.runtime} takes tensors by position, not by name")
+            raise PruningError(
+                f"the example inputs are passed by name; {self.budget.runtime} takes tensors by position: "
+                "give a tensor or a tuple"
+            )
         export(folded, path, tensors(self.inputs), format)
         return Exported(path, self.budget.runtime, self.budget.threads)

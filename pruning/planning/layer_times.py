@@ -22,7 +22,7 @@ from pruning.planning.search import Order
 from pruning.utils.modules import call, eval_mode, hooked, on_input, thread_count
 from pruning.utils.tree import Inputs
 
-#: Most widths of each side of a layer at which it is timed.
+#: Largest number of widths of each side of a layer at which it is timed.
 MAX_WIDTHS = 8
 
 #: Output widths (outputs,), input widths (inputs,), and milliseconds per example, (outputs, inputs).
@@ -30,21 +30,21 @@ _TimeGrid = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class LatencyTable:
-    """The time of the layers of a model at several widths, each measured alone on this machine.
+    """The times of a model's layers at several widths, each layer measured alone on this machine.
 
-    Times between measured widths are interpolated in the output and the input channels.
+    Times between measured widths are interpolated bilinearly in output and input channels.
 
     Args:
         model: the traced model; it is not changed.
-        inputs: example inputs, as many examples as one pass has.
+        inputs: example inputs with the batch size to time.
         cost_model: of this model.
-        budget: gives the runtime and its threads.
+        budget: names the runtime and its number of threads.
         lowest: least width of each group, (groups,).
         multiple: widths are multiples of this number of channels.
 
     Attributes:
-        candidates: for each group the widths that a plan may choose.
-        times: for each layer its grid of times.
+        candidates: by group, the widths that a plan may choose.
+        times: by layer, its output widths, input widths and grid of times.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class LatencyTable:
                 self.times[name] = outs, ins, known[kind]
 
     def milliseconds(self, widths: np.ndarray) -> np.ndarray:
-        """Return the time of all layers together, per example.
+        """Return the sum of the times of all layers, in milliseconds per example, () or (plans,).
 
         Args:
-            widths: of the groups, (groups,), or (groups, plans) for one value per plan.
+            widths: widths of the groups, (groups,), or of several plans, (groups, plans).
         """
         total = np.zeros(widths.shape[1:])
         for name, (out, into) in self.cost_model.sides(widths).items():
@@ -87,11 +87,10 @@ class LatencyTable:
         return total
 
     def path(self, order: Order) -> list[np.ndarray]:
-        """Return widths from the full ones on, (groups,) each, as the time of the layers falls.
+        """Return a sequence of widths, (groups,) each, from the full widths to ever faster networks.
 
-        Each step narrows the group, to one of its candidate widths, whose channels have the lowest
-        score for the time that this frees. A width that is no faster than a wider one frees nothing
-        and is passed over.
+        Each step narrows one group to one of its candidate widths: the step with the lowest score lost
+        per time freed. Widths that are no faster than a wider one are skipped.
         """
         groups = self.cost_model.groups
         dropped_score = {g: np.concatenate([[0.0], np.cumsum(scores)]) for g, (_, scores) in order.items()}
@@ -109,17 +108,17 @@ class LatencyTable:
                 losses[column] = total[int(self.full[i] - w)] - total[int(self.full[i] - widths[i])]
             freed = self.milliseconds(widths) - self.milliseconds(plans)
             value = np.where(freed > 0, losses / np.maximum(freed, 1e-12), np.inf)
-            # Of equal values take the shortest move: the path then has more places to stop.
+            # Of equal values take the move that frees the least time: the path then has more steps.
             best = min(range(len(moves)), key=lambda k: (value[k], freed[k]))
             if not np.isfinite(value[best]):
                 return path
             path.append(plans[:, best].copy())
 
     def _grid_sides(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For every layer the output and input channels to time it at."""
+        """Return by layer the output and input widths at which to time it."""
         narrowest = np.array([widths[0] for widths in self.candidates], dtype=np.float64)
         ends = self.cost_model.sides(np.stack([narrowest, self.full], 1))
-        alone = []  # the sides of all layers as one group alone takes each of its widths
+        alone = []  # by group, the sides of all layers at each width of this group alone
         for i, widths in enumerate(self.candidates):
             plans = np.repeat(self.full[:, None], len(widths), 1)
             plans[i] = widths
@@ -138,17 +137,17 @@ class LatencyTable:
 
 
 def _candidates(lowest: int, full: int, multiple: int) -> np.ndarray:
-    """Widths from the lowest to the full one: all of few, else `MAX_WIDTHS` evenly spaced."""
+    """Return all allowed widths if they are at most `MAX_WIDTHS`, else evenly spaced ones."""
     allowed = [w for w in range(lowest, full + 1) if w % multiple == 0 or w in (lowest, full)]
     if len(allowed) <= MAX_WIDTHS:
         return np.array(allowed, dtype=np.float64)
-    # Even shares of the full width: of 64 channels multiples of 8, which runtimes pad to.
+    # Equal shares of the full width: for 64 channels multiples of 8, to which runtimes pad.
     steps = [round(full * k / MAX_WIDTHS / multiple) * multiple for k in range(1, MAX_WIDTHS + 1)]
     return np.array(sorted({lowest, full, *(w for w in steps if lowest <= w <= full)}), dtype=np.float64)
 
 
 def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, list[torch.Size]]:
-    """The shapes that each layer receives in a forward pass, one for each time it runs."""
+    """Return by layer the shapes of its inputs in a forward pass, one per call."""
     shapes: dict[str, list[torch.Size]] = {}
 
     def watch(name: str) -> Callable[[Tensor], None]:
@@ -163,7 +162,7 @@ def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
 def _time_grid(
     layer: nn.Module, shapes: list[torch.Size], outs: np.ndarray, ins: np.ndarray, budget: LatencyBudget
 ) -> np.ndarray:
-    """Milliseconds per example of a layer at each of its widths, (outputs, inputs)."""
+    """Return the time of a layer at all pairs of widths, (outputs, inputs), in milliseconds per example."""
     found = np.empty((len(outs), len(ins)))
     for i, out in enumerate(outs):
         for j, into in enumerate(ins):
@@ -173,7 +172,7 @@ def _time_grid(
 
 
 def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
-    """A copy of a layer with these output and input channels, an equal number in each of its parts."""
+    """Return a copy of a layer with these widths, with the same number of channels in each of its parts."""
     small, several = copy.deepcopy(layer).eval(), parts(layer)
     wanted: dict[Side, int] = {"out": out, "in": into}
     if is_depthwise(layer):
@@ -187,14 +186,14 @@ def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
 
 
 def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) -> float:
-    """Time one layer alone, per example: the least of several repeats."""
+    """Return the time of one layer, in milliseconds per example: the minimum of several repeats."""
     weight, sizes = layer.get_parameter(rule_of(layer).weight), list(shape)
     sizes[channel_dim(layer)] = layer_width(layer, "in")
     x = torch.randn(sizes).to(weight)
     args = (x, _zero_offsets(layer, x)) if isinstance(layer, DeformableConv) else (x,)
     run: Callable[[], object] = partial(layer, *args)
     if holds_layers(layer) or isinstance(layer, DeformableConv):
-        # The layers inside it keep their widths, and its own code may compute the offsets: call torch's.
+        # Call torch's forward: layers inside keep their widths, and own code may compute the offsets.
         torchs = ("torch.nn.", "torchvision.ops.")
         base = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith(torchs))
         run = partial(base.forward, layer, *args)  # type: ignore[attr-defined]
@@ -209,7 +208,7 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
 
 
 def _zero_offsets(layer: DeformableConv, x: Tensor) -> Tensor:
-    """The offsets with which a deformable convolution is a plain one."""
+    """Return the zero offsets with which a deformable convolution equals a plain one."""
     names = ("padding", "dilation", "kernel_size", "stride")
     paddings, dilations, kernels, strides = (getattr(layer, name) for name in names)
     sizes = [
@@ -229,7 +228,10 @@ def _run_and_synchronize(run: Callable[[], object]) -> None:
 def _in_onnxruntime(
     layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, x: Tensor, threads: int
 ) -> Callable[[], object]:
-    """One layer in ONNX Runtime; exporting it with torch would take longer than all its timings."""
+    """Return a function that runs one layer in ONNX Runtime.
+
+    The graph is built by hand: an export with torch would take longer than all timings of the layer.
+    """
     onnx = require_package("onnx")
     held = {"w": layer.get_parameter("weight"), "b": getattr(layer, "bias", None)}
     initial = {name: t.detach().float().cpu() for name, t in held.items() if t is not None}
@@ -260,10 +262,10 @@ def _in_onnxruntime(
 def _interpolated(
     outs: np.ndarray, ins: np.ndarray, times: np.ndarray, out: np.ndarray, into: np.ndarray
 ) -> np.ndarray:
-    """Interpolate a grid of times bilinearly at (plans,) or single widths."""
+    """Interpolate a grid of times bilinearly at output and input widths, () or (plans,) each."""
 
     def place(grid: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Index of the grid point below, and the share of the way to the next."""
+        """Return the index of the grid point below, and the fraction of the way to the next point."""
         if len(grid) == 1:
             return np.zeros_like(at, dtype=int), np.zeros_like(at, dtype=float)
         index = np.clip(np.searchsorted(grid, at, side="right") - 1, 0, len(grid) - 2)

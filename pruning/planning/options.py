@@ -1,4 +1,4 @@
-"""Options of a plan: how channels are compared, and how narrow each group may get."""
+"""Options of a plan: how channels are compared, and the limits on the width of each group."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How `plan_within` chooses channels, and what every plan must keep.
+    """How `plan_within` compares channels, and the limits on the width of each group.
 
-    `floor`, `most` and `widths` may be set per group: a mapping from a group's name or a pattern
-    (`layer4.*`) to its value. The last pattern that matches a group counts; groups that no pattern
+    `floor`, `most` and `widths` may be set per group, as a mapping from a group's name or a pattern
+    (`layer4.*`) to a value. The last pattern that matches a group applies; groups that no pattern
     matches have the default.
 
     Attributes:
         ranking: `global` compares the scores of all groups; `group` keeps the same share of
-            every group, the largest share that meets the budget.
-        per_cost: divide the score of a channel by what it frees under the limits that are not
-            met yet, as a share of each excess; False compares the scores as they are.
+            channels in every group, the largest share that meets the budget.
+        per_cost: divide the score of a channel by the cost that its removal frees, as a share of
+            the excess over each limit that is not met yet; False compares the scores directly.
         floor: least number of channels that a group keeps.
         most: largest share of a group's channels that one plan drops, 0 to 1.
         multiple: widths are multiples of this number of channels, or the full width, or the floor.
         widths: exact widths of some groups: a count, or a percentage of the group's channels.
 
     Raises:
-        PruningError: for an unknown ranking, a floor or multiple that is not a whole number from 1,
-            or a share outside 0 to 1.
+        PruningError: if the ranking is unknown, a floor or multiple is not an integer from 1, or a
+            share is outside 0 to 1.
 
     >>> PlanOptions(floor={"layer4.*": 8}, multiple=4).per_cost
     True
@@ -50,19 +50,19 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.ranking not in RANKINGS:
-            raise PruningError(f"ranking {self.ranking!r}: one of {', '.join(RANKINGS)}")
+            raise PruningError(f"ranking {self.ranking!r}: expected one of {', '.join(RANKINGS)}")
         if not isinstance(self.multiple, int) or self.multiple < 1:
-            raise PruningError(f"multiple {self.multiple!r}: widths are multiples of a whole number from 1")
+            raise PruningError(f"multiple {self.multiple!r}: expected a whole number from 1")
         for where, floor in _by_pattern(self.floor):
             if not isinstance(floor, int) or floor < 1:
-                raise PruningError(f"floor {floor!r}{where}: a whole number of channels, at least 1")
+                raise PruningError(f"floor {floor!r}{where}: expected a whole number of channels, at least 1")
         for where, share in _by_pattern(self.most):
             if not 0 <= share <= 1:
-                raise PruningError(f"largest share dropped {share}{where}: from 0 to 1")
+                raise PruningError(f"largest share dropped {share}{where}: expected a number from 0 to 1")
 
 
 def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> dict[str, Value]:
-    """Resolve a setting to one value per group; groups that no pattern matches are left out.
+    """Resolve a setting to one value per group; groups that no pattern matches are omitted.
 
     Args:
         setting: one value for all groups, or a mapping from a name or pattern to its value.
@@ -81,14 +81,14 @@ def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> di
         matched = [g for g in groups if fnmatchcase(g, pattern)]
         if not matched:
             raise PruningError(
-                f"{pattern!r} is no group of this model; there are: {', '.join(groups) or 'none'}"
+                f"{pattern!r} matches no group of this model; its groups: {', '.join(groups) or 'none'}"
             )
         found.update(dict.fromkeys(matched, value))
     return found
 
 
 def _by_pattern(setting: Value | Mapping[str, Value]) -> list[tuple[str, Value]]:
-    """The values of a setting, each with the words that say which groups it is for."""
+    """Return the values of a setting, each with the end of a message that names its groups."""
     if isinstance(setting, Mapping):
         return [(f" of group {pattern!r}", value) for pattern, value in setting.items()]
     return [("", setting)]

@@ -1,4 +1,4 @@
-"""Cache what a model computes before the layers that change, for models that are evaluated many times."""
+"""Cache the outputs of the modules before a group's layers, for many evaluations of one group."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from pruning.utils.tree import Inputs, tensors
 
 
 class PrefixCache:
-    """Skip what a model computes before the layers of a group: it is the same at every width.
+    """Skip the modules that run before the layers of a group: their outputs do not depend on its width.
 
-    The modules that finish before the group's first layer begins return their input unchanged, and
-    the last of them returns its cached output. Whether the rest of the model needs nothing else is
-    tested on the first batch; where it does, an earlier module becomes the last, and after `TRIES`
-    modules nothing is skipped.
+    The modules that finish before the group's first layer starts return their input unchanged, and the
+    last of them returns its cached output. The first batch tests whether the model then still computes
+    the same. If not, an earlier module becomes the last one; after `TRIES` attempts nothing is skipped.
 
     Args:
         model: the whole model; it is not changed.
         trace: of this model.
         group: name of the group whose width will change.
-        batches: the inputs that the model will be evaluated on, in memory for as long as the cache.
+        batches: the inputs of all evaluations; they must stay in memory as long as the cache.
     """
 
     TRIES = 6
@@ -35,7 +34,7 @@ class PrefixCache:
         self.outputs: list[object] = []
         self.skipped: list[str] = []
         self.last = ""
-        #: The modules before the group: what they compute, their statistics included, does not change.
+        #: The modules before the group, whose outputs and BatchNorm statistics do not change.
         self.unchanged = modules_before(model, {m.layer for m in trace.groups[group].members}, batches[0])
         finished = self.unchanged
         for end in range(len(finished), max(0, len(finished) - self.TRIES), -1):
@@ -47,12 +46,12 @@ class PrefixCache:
         self.skipped, self.last, self.outputs = [], "", []
 
     def _output(self, model: nn.Module, batch: Inputs) -> object:
-        """The output of the last skipped module for a batch."""
+        """Return the output of the last skipped module for a batch."""
         with torch.inference_mode():
             return call_until(model, batch, self.last, "out")
 
     def _is_enough(self, model: nn.Module, batch: Inputs) -> bool:
-        """Whether the model computes the same with the cache."""
+        """Whether the model computes the same outputs with the cache."""
         with torch.inference_mode(), eval_mode(model):
             expected = call(model, batch)
             try:
@@ -63,7 +62,7 @@ class PrefixCache:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Use the cache in a model with the same modules, which must be called with the known batches."""
+        """Use the cache in a model with the same modules, which is called only with the known batches."""
         if not self.last:
             yield
             return
@@ -73,7 +72,7 @@ class PrefixCache:
             nonlocal current
             current = self.batches.get(id(tensors((args, kwargs))[0]), -1)
             if current < 0:
-                raise AssertionError("a prefix cache knows only the batches that it was made with")
+                raise AssertionError("a prefix cache supports only the batches that it was created with")
 
         def cached(*_: object, **__: object) -> object:
             output = self.outputs[current]
@@ -96,9 +95,9 @@ def _first_argument(x: object, *_: object, **__: object) -> object:
 
 
 def modules_before(model: nn.Module, layers: set[str], inputs: Inputs) -> list[str]:
-    """List the outermost modules that finish before the first of these layers begins, in order.
+    """Return the outermost modules that finish before the first of these layers starts, in order.
 
-    Empty where such a module runs more than once.
+    The list is empty if such a module runs more than once.
     """
     finished: list[str] = []
     reached = False

@@ -1,8 +1,8 @@
-"""Importance scores: functions that give each channel of a model a number; the higher is kept.
+"""Scores: functions that return the importance of each channel; channels with higher scores are kept.
 
-Every score has the signature `(model, trace, batches, loss)` and returns, by group name, a tensor
-(channels,). `BY_NAME` lists them. Scores that need no data ignore `batches` and `loss`. The model
-is not changed.
+Every score has the signature `(model, trace, batches, loss)` and returns, by group, a tensor
+(channels,). `BY_NAME` lists the scores. Those that need no data ignore `batches` and `loss`. No score
+changes the model.
 
 >>> from pruning.tracing.trace import trace
 >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,13 +41,13 @@ Groups = Mapping[str, Group]
 
 ScoreFunction = Callable[[nn.Module, Trace, Sequence[Batch], Loss], Scores]
 
-#: A name of `BY_NAME`, a function of that signature, or a function of (model, groups).
+#: A name in `BY_NAME`, a function (model, trace, batches, loss), or a function (model, groups).
 Score = str | ScoreFunction | Callable[[nn.Module, Groups], Scores]
 
-#: Widths of each group that the score `sensitivity` measures.
+#: Number of widths of each group that the score `sensitivity` measures.
 SENSITIVITY_WIDTHS = 12
 
-#: A parameter that makes channels: layer name, `weight` or `bias`.
+#: A parameter of a layer: layer name, parameter name.
 _Key = tuple[str, str]
 
 _NORM = nn.modules.batchnorm._NormBase
@@ -57,10 +57,10 @@ _NORM = nn.modules.batchnorm._NormBase
 def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
     """Score a channel by |γ| of its BatchNorm (Liu et al., Network Slimming, ICCV 2017).
 
-    Where several norms belong to a group, as across a residual sum, their mean.
+    In a group with several norms, as at a residual sum, the score is their mean.
 
     Raises:
-        PruningError: for a group without a norm that has scales.
+        PruningError: if a group has no norm with scales.
     """
     scores = {}
     for name, group in trace.groups.items():
@@ -77,32 +77,32 @@ def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Los
 
 @torch.no_grad()
 def l1(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Score a channel by the sum of the absolute weights that make it (Li et al., ICLR 2017)."""
+    """Score a channel by the L1 norm of the weights that make it (Li et al., ICLR 2017)."""
     return _weight_norm(model, trace.groups, 1)
 
 
 @torch.no_grad()
 def l2(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Score a channel by the Euclidean norm of the weights that make it."""
+    """Score a channel by the L2 norm of the weights that make it."""
     return _weight_norm(model, trace.groups, 2)
 
 
 @torch.no_grad()
 def random(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Draw scores uniformly from torch's global generator: the baseline of every comparison."""
+    """Draw scores uniformly from torch's global generator: a baseline for comparisons."""
     return {name: torch.rand(group.channels) for name, group in trace.groups.items()}
 
 
 def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
     """Score a channel by the squared first-order change of the loss when it is removed.
 
-    With a BatchNorm behind the channel (γ ∂L/∂γ + β ∂L/∂β)², else (Σ w ∂L/∂w)² over the weights and
-    bias that make it, averaged over the batches (Molchanov et al., Importance Estimation for Neural
-    Network Pruning, CVPR 2019). Terms of layers that lose the channel together are added before
-    squaring.
+    The score is (γ ∂L/∂γ + β ∂L/∂β)² if the group has a BatchNorm, else (Σ w ∂L/∂w)² over the weights
+    and bias that make the channel, averaged over the batches (Molchanov et al., Importance Estimation
+    for Neural Network Pruning, CVPR 2019). The terms of several layers that lose the channel together
+    are added before squaring.
 
     Raises:
-        PruningError: when there is no batch, or the loss is not finite.
+        PruningError: if there is no batch, or the loss is not finite.
     """
     groups = trace.groups
     scores = {name: torch.zeros(group.channels, dtype=torch.float32) for name, group in groups.items()}
@@ -124,7 +124,8 @@ def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss)
             value = loss(model, fresh(inputs), targets)
             if not torch.isfinite(value):
                 raise PruningError(
-                    f"the loss on calibration batch {count} is {value.item()}: no gradient to score by"
+                    f"the loss on calibration batch {count} is {value.item()}; taylor needs a finite one: "
+                    "check the weights and this batch"
                 )
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             gradients = dict(zip(parameters, found, strict=True))
@@ -140,11 +141,11 @@ def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss)
 def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
     """Score channels by measuring the loss of each group at several widths, on the given batches.
 
-    Within a group `taylor` orders the channels. The model must be a classifier: loss and order are
-    those of the cross entropy, whatever `loss` is.
+    Within a group, `taylor` orders the channels. The model must be a classifier: `loss` is ignored, and
+    cross entropy is measured.
 
     Raises:
-        PruningError: when there is no group, no batch, or a class is missing.
+        PruningError: if there is no group or no batch, or a class is missing.
     """
     device = device_of(model)
     labelled: list[LabelledBatch] = [to_device(batch, device) for batch in batches]
@@ -174,15 +175,15 @@ def score_channels(
     """Score every channel of a model.
 
     Args:
-        score: a name of `BY_NAME`, or a function. A function that requires four positional arguments
+        score: a name in `BY_NAME`, or a function. A function with four required positional arguments
             is called as (model, trace, batches, loss), any other as (model, groups).
-        batches: (inputs, targets), for scores that need data. loss: of these batches.
+        batches: pairs (inputs, targets), for scores that need data. loss: loss on these batches.
 
     Returns:
-        Importance per group, (channels,).
+        By group, the score of each channel, (channels,).
 
     Raises:
-        PruningError: for an unknown name.
+        PruningError: if the name is unknown.
 
     >>> from pruning.tracing.trace import trace
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -194,7 +195,7 @@ def score_channels(
     if not callable(score):
         if score not in BY_NAME:
             raise PruningError(
-                f"score {score!r} is unknown; there are: {', '.join(NAMES)}; or a function of "
+                f"score {score!r} is unknown; choose one of: {', '.join(NAMES)}; or give a function of "
                 "(model, trace, batches, loss)"
             )
         return BY_NAME[score](model, trace, batches, loss)
@@ -204,7 +205,7 @@ def score_channels(
 
 
 def _required_arguments(function: Callable[..., object]) -> int:
-    """The number of positional arguments without a default; 0 where Python cannot tell."""
+    """Return the number of positional arguments without a default; 0 if it is unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of some functions written in C
@@ -214,7 +215,7 @@ def _required_arguments(function: Callable[..., object]) -> int:
 
 
 def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Allow gradients through recurrent layers in eval mode, which cuDNN refuses."""
+    """Allow gradients through recurrent layers in eval mode, which cuDNN does not support."""
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
     return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
 
@@ -226,7 +227,7 @@ def _first_order_change(
     parameters: Mapping[_Key, Tensor],
     gradients: Mapping[_Key, Tensor | None],
 ) -> Tensor:
-    """The first-order change of the loss when each channel is removed, with the opposite sign."""
+    """Return the negative first-order change of the loss when each channel is removed, (channels,)."""
     change = torch.zeros(group.channels, dtype=torch.float32)
     for member in members:
         for kind in rule_of(model.get_submodule(member.layer)).out:
@@ -243,7 +244,7 @@ def _has_scale(layer: nn.Module) -> bool:
 
 
 def _scored_members(model: nn.Module, group: Group) -> list[Member]:
-    """The norms of a group, or where it has none the layers that make its channels."""
+    """Return the norms of a group that have scales, or else the layers that make its channels."""
     out = group.side("out")
     norms = [m for m in out if _has_scale(model.get_submodule(m.layer))]
     return norms or [m for m in out if makes_channels(model.get_submodule(m.layer))]
@@ -256,14 +257,14 @@ def _weight(model: nn.Module, member: Member) -> Tensor:
 
 
 def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
-    """Sum values per position of a layer's side into values per channel of the group."""
+    """Sum the values at a layer's positions to one value for each channel of the group."""
     return torch.zeros(group.channels, dtype=torch.float32).index_add_(
         0, member.channel, values.float().cpu()[member.index]
     )
 
 
 def _positions(group: Group, member: Member) -> Tensor:
-    """The number of positions of a layer's side that each channel owns, at least 1."""
+    """Return the number of positions of a layer's side that each channel owns, at least 1."""
     return torch.bincount(member.channel, minlength=group.channels).clamp(min=1)
 
 

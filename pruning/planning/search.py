@@ -1,4 +1,4 @@
-"""Choose the channels to keep within a budget: a greedy search over the widths of all groups."""
+"""Choose the channels to keep within a budget, by a greedy search over the widths of all groups."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pruning.planning.budget import LABELS, Budget
 from pruning.planning.cost import CostModel
 from pruning.planning.options import PlanOptions, per_group
 
-#: For each group its channels in ascending order of importance, and their scores in that order.
+#: By group, its channels in ascending order of importance, and their scores in that order.
 Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-#: Rounds of exchanges between groups, and the least share of a limit that an exchanged step frees:
-#: where steps are finer, the greedy search leaves nothing to gain.
+#: Largest number of exchange rounds, and the least share of a limit that a step must free to be exchanged:
+#: with finer steps, exchanges hardly improve the greedy result.
 EXCHANGE_ROUNDS, LEAST_EXCHANGE = 8, 2e-3
 
 DEFAULT_OPTIONS = PlanOptions()
@@ -35,24 +35,24 @@ def plan_within(
 ) -> Plan:
     """Choose the channels to keep so that the budget is met, dropping the least important.
 
-    A greedy search: each step narrows the group whose least important channels have the lowest
-    score for what they free. Once the budget is met, the last dropped channels come back wherever
-    they still fit, and groups exchange channels as long as that raises the total score kept.
+    Each step of a greedy search narrows the group whose least important channels have the lowest
+    score per cost freed. Once the budget is met, dropped channels are restored, the last dropped first,
+    if they still fit, and groups exchange channels as long as this raises the total score kept.
 
     Args:
         budget: limits as counts (`Budget.resolve`).
         trace: of the model. cost_model: of the same trace.
-        scores: importance per group, (channels,); a group without scores is kept whole. Of equal
-            scores the later channel is dropped first.
+        scores: by group, the score of each channel, (channels,); a group without scores keeps all
+            channels. Of equal scores the later channel is dropped first.
         options: see `PlanOptions`.
 
     Returns:
         The channels that each group keeps.
 
     Raises:
-        PruningError: when the floors put the budget out of reach (the message has the least
-            cost), for scores of the wrong shape or not finite, and for a width or group of
-            `options` that the model does not have.
+        PruningError: if the floors make the budget unreachable (the message names the least cost), if
+            scores have the wrong shape or are not finite, and if `options` names a width or group that
+            the model does not have.
 
     >>> from pruning.tracing.trace import trace
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -86,7 +86,7 @@ def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
 
 
 def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarray:
-    """Return the least width of each group in one plan, (groups,); a group without scores keeps its own."""
+    """Return the least width of each group, (groups,); a group without scores keeps all channels."""
     groups = list(trace.groups)
     floors, shares = per_group(options.floor, groups), per_group(options.most, groups)
 
@@ -100,7 +100,7 @@ def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarra
 
 
 def _width_range(trace: Trace, order: Order, options: PlanOptions) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest width of each group, (groups,) each; equal where an exact one is set."""
+    """Return the least and the greatest width of each group, (groups,) each; equal for exact widths."""
     lowest = lowest_widths(trace, order, options)
     highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
     exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
@@ -124,13 +124,13 @@ def _require_reachable(budget: Budget, cost_model: CostModel, lowest: np.ndarray
 def _equal_shares(
     budget: Budget, cost_model: CostModel, lowest: np.ndarray, highest: np.ndarray, multiple: int
 ) -> np.ndarray:
-    """The widths at the largest share of channels, the same for every group, that meets the budget."""
+    """Return the widths that keep the same share of each group, the largest that meets the budget."""
 
     def at(share: float) -> np.ndarray:
         rounded = np.floor(highest * share / multiple + 1e-9) * multiple
         return np.where(share >= 1, highest, np.clip(rounded, lowest, highest))
 
-    # Widths change only where the share of some group reaches another multiple.
+    # Widths change only at shares at which some group reaches another multiple.
     steps = {k * multiple / n for n in highest[highest > lowest] for k in range(int(n) // multiple + 1)}
     shares = np.array(sorted({0.0, 1.0, *steps}))
     low, high = 0, len(shares) - 1  # share 0 meets the budget: every group is at its floor
@@ -141,7 +141,7 @@ def _equal_shares(
 
 
 class _GreedySearch:
-    """Search widths within a budget, a step of one group at a time.
+    """Search widths within a budget; each step changes the width of one group.
 
     A step goes to the group's next multiple, or to its least or greatest width.
     """
@@ -173,11 +173,11 @@ class _GreedySearch:
     def _narrow(
         self, widths: np.ndarray, fixed: int | None = None
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Narrow groups until the budget is met, each step where the least score is lost.
+        """Narrow groups until the budget is met, each time by the step with the least score lost.
 
-        The group `fixed` is not narrowed; where the others alone cannot meet the budget, it is not met.
+        The group `fixed` is not narrowed; the result exceeds the budget if the others are not enough.
 
-        Returns the widths, and the steps taken: (group, channels).
+        Returns the widths, and the steps taken as (group, channels).
         """
         widths, history = widths.copy(), list[tuple[int, int]]()
         while over := self.budget.excess(self.cost_model(widths)):
@@ -199,8 +199,8 @@ class _GreedySearch:
         return widths, history
 
     def _undo_steps(self, widths: np.ndarray, steps: list[tuple[int, int]]) -> np.ndarray:
-        """Give dropped channels back, the last dropped first, wherever they fit the budget."""
-        full_groups: set[int] = set()  # groups whose last dropped channels did not fit
+        """Restore dropped channels, the last dropped first, as far as the budget allows."""
+        full_groups: set[int] = set()  # groups in which a step did not fit; earlier steps are not tried
         for group, step in reversed(steps):
             trial = widths.copy()
             trial[group] += step
@@ -211,11 +211,11 @@ class _GreedySearch:
         return widths
 
     def _exchange(self, widths: np.ndarray) -> np.ndarray:
-        """Exchange channels between groups as long as that raises the total score kept.
+        """Exchange channels between groups as long as this raises the total score kept.
 
-        One group takes a step, either way; what then exceeds the budget goes from the others, and
-        what fits comes back to them. The greedy search does not look ahead: it drops many channels
-        with low scores where one channel with a higher score would have freed as much.
+        One group takes a step down or up; then the other groups are narrowed until the budget is met,
+        and widened as far as it allows. This corrects the greedy search, which does not look ahead: it
+        drops many channels with low scores where one with a higher score would free as much.
         """
         limits = self.budget.limits()
         for _ in range(EXCHANGE_ROUNDS):
@@ -241,7 +241,7 @@ class _GreedySearch:
         return widths
 
     def _fill(self, widths: np.ndarray, fixed: int) -> np.ndarray:
-        """Widen groups other than `fixed` while channels fit, by score gained per share of the budget."""
+        """Widen groups other than `fixed` while steps fit, the most score per share of the budget first."""
         widths = widths.copy()
         limits = self.budget.limits()
         while True:
@@ -261,30 +261,30 @@ class _GreedySearch:
             widths[best] += steps[best]
 
     def _steps_down(self, widths: np.ndarray) -> np.ndarray:
-        """Channels that a step takes from each group, (groups,); 0 at its least width."""
+        """Return the channels that a step removes from each group, (groups,); 0 at its least width."""
         to_multiple = np.where(widths % self.multiple, widths % self.multiple, self.multiple)
         return np.minimum(to_multiple, widths - self.lowest)
 
     def _steps_up(self, widths: np.ndarray) -> np.ndarray:
-        """Channels that a step gives back to each group, (groups,); 0 at its greatest width."""
+        """Return the channels that a step restores to each group, (groups,); 0 at its greatest width."""
         return np.minimum(self.multiple - widths % self.multiple, self.highest - widths)
 
     def _score_gained(self, group: int, widths: np.ndarray, change: float) -> float:
-        """The change of the score kept when one group's width changes by `change` channels."""
+        """Return the change of the total score kept if a group's width changes by `change` channels."""
         dropped, total = int(self.cost_model.full[group] - widths[group]), self.dropped_score[group]
         return float(total[dropped] - total[dropped - int(change)])
 
     def _score_kept(self, widths: np.ndarray) -> float:
-        """The score of the channels that these widths keep, minus that of all channels."""
+        """Return the total score of the kept channels, minus that of all channels."""
         dropped = (self.cost_model.full - widths).astype(int)
         return -float(sum(total[k] for total, k in zip(self.dropped_score, dropped, strict=True)))
 
 
 def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Channels in ascending order of their scores, and the scores in that order."""
+    """Return a group's channels in ascending order of their scores, and the scores in that order."""
     values = torch.as_tensor(scores).detach().double().cpu().numpy()
     if values.shape != (channels,):
-        raise PruningError(f"scores of group {group!r} have shape {values.shape}, expected ({channels},)")
+        raise PruningError(f"scores of group {group!r} have shape {values.shape}: expected ({channels},)")
     if not np.isfinite(values).all():
         raise PruningError(f"scores of group {group!r} are not all finite numbers: {values}")
     order = np.lexsort((-np.arange(channels), values))
@@ -292,7 +292,7 @@ def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.n
 
 
 def _exact_width(group: str, wanted: int | str, channels: int) -> int:
-    """Resolve an exact width, a count or a percentage, to channels."""
+    """Convert an exact width, a count or a percentage, to a number of channels."""
     text = str(wanted).strip()
     try:
         width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)

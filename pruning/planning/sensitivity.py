@@ -1,7 +1,7 @@
-"""Sensitivity analysis: the accuracy lost when one group alone is narrowed, and the cost that frees.
+"""Sensitivity analysis: the accuracy lost and the cost freed when one group alone is narrowed.
 
-`curves` holds the result, `width_sweep` measures it; here are the analysis with its file, and the
-comparison of its prediction with a whole plan.
+`width_sweep` measures, and `curves` defines the result. This file runs the analysis, stores it in a
+file, and compares the predicted with the measured loss of a whole plan.
 """
 
 from __future__ import annotations
@@ -64,19 +64,20 @@ def sensitivity(
 
     Args:
         model: a classifier with logits along dimension 1; it is not changed.
-        example_inputs: to trace with. ignored: layers to leave alone, as `trace` takes them.
-        validation: (inputs, targets) batches to measure on.
+        example_inputs: inputs for `trace`. ignored: layers whose outputs are not pruned, as in `trace`.
+        validation: batches (inputs, targets) on which to measure.
         calibration: batches for the score, the channel constants and the BatchNorm statistics.
         widths: number of widths per group, evenly spaced; None measures every width.
-        score: decides which channels of a group go first, as in `prune`.
-        finetune: also train each small model on the calibration batches.
-        runtime: also time the layers in it (`eager`, `onnxruntime`), for one example on one thread.
+        score: determines the order in which channels of a group are removed, as in `prune`.
+        finetune: if given, also train each small model on the calibration batches.
+        runtime: if given, also time the layers in this runtime (`eager`, `onnxruntime`), for one
+            example on one thread.
         path: a JSON file that is rewritten after every point; an interrupted analysis resumes from it.
         label: text before the progress bar.
 
     Raises:
-        PruningError: for a model without a prunable group, an empty validation split or one in
-            which a class is missing, and for the file of another analysis.
+        PruningError: if the model has no prunable group, the validation split is empty or lacks a
+            class, or the file belongs to another analysis.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> found = sensitivity(net, torch.zeros(1, 3), [(torch.randn(8, 3), torch.arange(8) % 2)])
@@ -108,7 +109,7 @@ def sensitivity(
 
 
 def _with_times(result: Sensitivity, sweep: WidthSweep, timing: LatencyBudget) -> Sensitivity:
-    """The same result with the time of every point, all from one table of layer times."""
+    """Return the result with the time of every point, from one table of layer times."""
     full = sweep.trace.widths
     inputs = timing.batch_of(sweep.trace.inputs)
     table = LatencyTable(sweep.model, inputs, sweep.cost_model, timing, lowest=np.ones(len(full)))
@@ -122,7 +123,7 @@ def _with_times(result: Sensitivity, sweep: WidthSweep, timing: LatencyBudget) -
 
 @dataclass(frozen=True)
 class Joint:
-    """A plan for a budget, and its loss as the curves predict it and as it is measured.
+    """A plan for a budget, with its predicted and its measured loss.
 
     Attributes:
         predicted_loss: dense loss plus the increase of each group alone.
@@ -147,7 +148,10 @@ def joint(
 ) -> Joint:
     """Apply the plan that the curves give for a budget, and compare its loss with the prediction.
 
-    Args: as `sensitivity` and `prune` take them.
+    Args:
+        curves: result of `sensitivity` for this model.
+        model, example_inputs, validation, calibration, ignored: as in `sensitivity`.
+        budget: as in `prune`.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> inputs, batches = torch.zeros(1, 3), [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -169,21 +173,23 @@ def joint(
 
 
 class _ResultFile:
-    """The result of an analysis on disk, complete after every point; nothing where there is no path."""
+    """The file of an analysis, rewritten after every point; without a path, nothing is read or written."""
 
     def __init__(self, path: str | Path | None, fingerprint: str):
         self.path = None if path is None else Path(path)
         self.fingerprint = fingerprint
 
     def resume(self, result: Sensitivity) -> Sensitivity:
-        """Add what the file holds to a result without points."""
+        """Add the points and times stored in the file to a result without points."""
         if self.path is None or not self.path.exists():
             return result
         try:
             content = json.loads(self.path.read_text())
             known, found = content["fingerprint"], Sensitivity.from_json(content["sensitivity"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PruningError(f"{self.path} holds no sensitivity analysis: {error}") from error
+            raise PruningError(
+                f"{self.path} holds no sensitivity analysis: {error}; choose another file"
+            ) from error
         if known != self.fingerprint:
             raise PruningError(
                 f"{self.path} is the analysis of another model, data or settings: choose another file"
@@ -202,7 +208,7 @@ class _ResultFile:
 
 
 def _fingerprint(model: nn.Module, settings: list[object], validation: Sequence[LabelledBatch]) -> str:
-    """A hash of what determines an analysis: weights, settings, and the targets it is measured on."""
+    """Return a hash of the model's weights, the settings and the validation targets."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Measure a model with one group at a time narrowed: every point is real surgery, and an evaluation."""
+"""Measure a model with one group narrowed at a time: each point applies surgery and evaluates."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ RESAMPLES, INTERVAL = 400, 0.95
 
 
 class WidthSweep:
-    """Narrow one group of a model at a time, keep its most important channels, and measure.
+    """Narrow one group of a model at a time to its most important channels, and measure.
 
     Args:
         model: a classifier with logits along dimension 1; it is not changed.
         trace: of this model.
-        validation: batches to measure on. calibration: batches for the channel constants and the
-            statistics of BatchNorm. Both on the model's device.
+        validation: batches on which to measure, on the model's device.
+        calibration: batches for the channel constants and BatchNorm statistics, on the same device.
 
     Raises:
-        PruningError: for a model without a prunable group, an empty validation split, or one in
-            which a class is missing.
+        PruningError: if the model has no prunable group, or the validation split is empty or lacks a
+            class.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class WidthSweep:
         self.cost_model = CostModel(model, trace)
 
     def dense_result(self, order: dict[str, list[int]]) -> Sensitivity:
-        """Measure the whole model: a result without points.
+        """Measure the dense model, and return a result without points.
 
         Args:
-            order: for each group its channels in ascending order of importance.
+            order: by group, its channels in ascending order of importance.
         """
         return Sensitivity(
             channels=self.trace.widths,
@@ -83,10 +83,12 @@ class WidthSweep:
         points: Iterable[tuple[str, int]],
         finetune: TrainConfig | None = None,
     ) -> Iterator[SensitivityPoint]:
-        """Measure the model at each (group, width).
+        """Measure the model at each point, a pair (group, width).
 
         Args:
-            finetune: also train each small model on the calibration batches.
+            order: by group, its channels in ascending order of importance.
+            points: the pairs to measure.
+            finetune: if given, also train each small model on the calibration batches.
         """
         inputs = [batch[0] for batch in self.calibration]
         constants = calibrated_constants(self.model, self.trace, inputs)
@@ -118,7 +120,7 @@ class Evaluator:
     def __init__(self, model: nn.Module, validation: Sequence[LabelledBatch]):
         count = sum(int((targets != IGNORED).sum()) for _, targets in validation)
         if not count:
-            raise PruningError("the validation split is empty: there is nothing to measure sensitivity on")
+            raise PruningError("the validation split is empty: give at least one example to measure on")
         self.validation = validation
         self.inputs = [inputs for inputs, _ in validation]
         self._require_every_class(model, count)
@@ -134,8 +136,8 @@ class Evaluator:
         if missing and count >= (10 * classes if len(present) > 1 else 10):
             raise PruningError(
                 f"the validation split has {count:,} examples, and none of class "
-                f"{', '.join(map(str, missing))}: channels that only these need would look useless. "
-                "Give a split with all classes"
+                f"{', '.join(map(str, missing))}: channels that matter only to these classes would seem "
+                "unimportant. Give a split with all classes"
             )
 
     def read(self, model: nn.Module) -> Reading:
@@ -163,7 +165,7 @@ def points_to_measure(trace: Trace, count: int | None) -> list[tuple[str, int]]:
     """Return (group, width) for evenly spaced widths of every group, from the widest to 1.
 
     Args:
-        count: widths per group, without the full one; None takes every width.
+        count: number of widths per group, without the full one; None means every width.
     """
     return [(group, width) for group, full in trace.widths.items() for width in _widths(full, count)]
 
@@ -176,7 +178,7 @@ def _widths(full: int, count: int | None) -> list[int]:
 
 
 def calibrated_constants(model: nn.Module, trace: Trace, inputs: Sequence[Inputs]) -> dict[str, Tensor]:
-    """Return the channel constants on calibration inputs; without any, those exact on the example inputs."""
+    """Return the channel constants on calibration inputs; if there are none, only the exact constants."""
     if inputs:
         return channel_constants(model, trace, inputs)
     return channel_constants(model, trace, [trace.inputs], exact_only=True)

@@ -61,7 +61,7 @@ PICTURES = (
         (("slim", "--model", "mine:Net", *BUDGET), "data is needed"),
         (("prune", *NET, *BUDGET, "--max-latency", "0.5x"), "stands alone"),
         (("prune", *NET, "--max-latency", "quick"), "0.5x"),
-        (("prune", *NET, "--max-latency", "1ms", "--ranking", "group"), "global ranking alone"),
+        (("prune", *NET, "--max-latency", "1ms", "--ranking", "group"), "only ranking 'global'"),
         (("slim", *NET, "--resume", *BUDGET), "--resume needs --output"),
         (("slim", *NET, "--resume", "--output", "nowhere", *BUDGET), "no run to resume"),
         (("test", "--data", "mine:digits"), "a model is needed"),

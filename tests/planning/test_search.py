@@ -218,7 +218,7 @@ def test_unknown_rankings_and_invalid_shares_are_rejected():
 def test_options_for_unknown_groups_are_rejected():
     _, traced, cost_model = chain(8)
     for option in ({"floor": {"9": 2}}, {"most": {"9": 0.5}}, {"widths": {"9": 2}}):
-        with pytest.raises(PruningError, match="'9' is no group of this model; there are: 0"):
+        with pytest.raises(PruningError, match="'9' matches no group of this model; its groups: 0"):
             plan_within(Budget(params=30), traced, cost_model, {"0": torch.rand(8)}, PlanOptions(**option))
 
 

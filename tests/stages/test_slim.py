@@ -191,7 +191,7 @@ def test_invalid_arguments_are_rejected_before_training(given, said):
 
 @pytest.mark.parametrize("budget", ["50%", None, 100])
 def test_a_value_that_is_not_a_budget_is_rejected(budget):
-    with pytest.raises(PruningError, match=r"a Budget was expected, such as Budget\(macs='50%'\)"):
+    with pytest.raises(PruningError, match=r"expected a Budget, such as Budget\(macs='50%'\)"):
         prune(nets.make("lenet"), nets.images(), budget)
 
 
