@@ -1,9 +1,9 @@
-"""Load a pruned network with torch and the network's class alone.
+"""Load a pruned network without the toolkit: only torch and the network's class are needed.
 
     from load_pruned import load_pruned
     model = load_pruned("small.pth", lambda: torchvision.models.resnet18(num_classes=10))
 
-This file needs no toolkit. A checkpoint is a dict: class and arguments of the dense network, counts, weights.
+A checkpoint is a plain dict: class and arguments of the dense network, channel counts, weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, device: Any = "cpu") -> nn.Module:
     """Load the network of a checkpoint, in eval mode; raise ValueError if it does not fit.
 
-    `factory` makes the dense network, with the stored arguments if it takes them; by default the class does.
+    `factory` returns the dense network, called with the stored arguments if it takes them; default: the class.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     found: Any = factory
@@ -29,7 +29,7 @@ def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, devi
         module, _, name = content["class"].partition(":")
         found = operator.attrgetter(name)(importlib.import_module(module))
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(f"{content['class']!r} is not a class of networks; give a factory")
+            raise ValueError(f"{content['class']!r} is not a subclass of nn.Module; give a factory")
     model = found(**(content["arguments"] if factory is None or takes(factory, content["arguments"]) else {}))
     try:
         rebuild(model, content)
@@ -39,7 +39,7 @@ def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, devi
 
 
 def takes(factory: Callable[..., object], arguments: Mapping[str, object]) -> bool:
-    """Tell whether a factory can be called with these keyword arguments."""
+    """Return whether a factory can be called with these keyword arguments."""
     try:
         return inspect.signature(factory).bind(**arguments) is not None
     except (TypeError, ValueError):
@@ -47,19 +47,19 @@ def takes(factory: Callable[..., object], arguments: Mapping[str, object]) -> bo
 
 
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
-    """Give a dense network the channel counts and weights of a checkpoint, in place; no count may grow."""
-    passed_on = 0  # inputs of a removed layer: the layer behind it receives them instead of its own
+    """Set the channel counts and weights of a dense network to those of a checkpoint, in place."""
+    removed_inputs = 0  # most input channels of a removed layer, which the layer behind it receives instead
     for name in content["folded"]:  # norms that are folded, and removed layers
         removed, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")
-        passed_on = max(passed_on, getattr(removed, "in_channels", 0), getattr(removed, "in_features", 0))
+        removed_inputs = max(removed_inputs, *(getattr(removed, n, 0) for n in ("in_channels", "in_features")))
         setattr(model.get_submodule(owner), attribute, nn.Identity())
     for name in content.get("not_in_place", ()):
         setattr(model.get_submodule(name), "inplace", False)  # noqa: B010 - nn.Module declares none
-    sized = content.get("sizes", {})  # sizes that a module's own code views or splits channels by
+    sized = content.get("sizes", {})  # attributes by which a module's own code views or splits channels
     for name, counts in (*content["layers"].items(), *sized.items()):
         module = model.get_submodule(name)
         for attribute, count in counts.items():
-            made, limit = getattr(module, attribute), passed_on if attribute[:3] == "in_" else 0
+            made, limit = getattr(module, attribute), removed_inputs if attribute[:3] == "in_" else 0
             dense, given = ([n] if isinstance(n, int) else list(n) for n in (made, count))
             fits = (g == m or 0 < g <= max(m, limit) for g, m in zip(given, dense, strict=False))
             if len(dense) != len(given) or not all(fits):
@@ -69,9 +69,9 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
             setattr(module, "_pruned_sizes", sorted(counts))  # noqa: B010 - for `save`
     replaced: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
     for name, stored in content["state_dict"].items():
-        if isinstance(stored, Tensor):  # a module's `get_extra_state` may give other objects
+        if isinstance(stored, Tensor):  # `get_extra_state` may return other objects
             _resize(model, name, stored, name.rpartition(".")[0] in content["layers"], replaced)
-    versioned = model.state_dict()  # carries version numbers that some classes ask for
+    versioned = model.state_dict()  # has the version numbers that some classes check
     versioned.clear()
     versioned.update(content["state_dict"])
     model.load_state_dict(versioned)
@@ -81,7 +81,7 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
 
 
 def _resize(model: nn.Module, name: str, stored: Tensor, in_layer: bool, replaced: dict[Tensor, Any]) -> None:
-    """Give a tensor the shape and type of a stored one; tied tensors stay tied where the values are equal."""
+    """Give a tensor the shape and type of a stored one; tied tensors stay tied if the values are equal."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     made: Any = {**module._buffers, **module._parameters}.get(attribute)
@@ -98,13 +98,13 @@ def _resize(model: nn.Module, name: str, stored: Tensor, in_layer: bool, replace
         tensor = made if unchanged else torch.empty_like(stored)
     if attribute in module._parameters and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, made.requires_grad if made is not None else stored.is_floating_point())
-    if attribute in module._parameters or attribute in module._buffers:  # else `load_state_dict` refuses it
+    if attribute in module._parameters or attribute in module._buffers:  # else `load_state_dict` rejects it
         setattr(module, attribute, tensor)
     twins.append((stored, tensor))
 
 
 def _sizes(layer: Any, attribute: str) -> tuple[int, ...]:
-    """Return the first sizes of a layer's tensor that its channel counts determine; () where none."""
+    """Return the leading sizes of a layer's tensor that its channel counts determine; may be empty."""
     if attribute in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
         return (len(getattr(layer, attribute)), layer.input_size)
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
