@@ -21,7 +21,7 @@ from torch import Tensor, nn
 def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, device: Any = "cpu") -> nn.Module:
     """Load the network of a checkpoint, in eval mode; raise ValueError if it does not fit.
 
-    `factory` returns the dense network, called with the stored arguments if it takes them; default: the class.
+    `factory` returns the dense network, given the stored arguments if it takes them; by default the class.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     found: Any = factory
@@ -48,10 +48,10 @@ def takes(factory: Callable[..., object], arguments: Mapping[str, object]) -> bo
 
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     """Set the channel counts and weights of a dense network to those of a checkpoint, in place."""
-    removed_inputs = 0  # most input channels of a removed layer, which the layer behind it receives instead
+    inputs = 0  # most input channels of a removed layer; the layer behind it receives these instead
     for name in content["folded"]:  # norms that are folded, and removed layers
         removed, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")
-        removed_inputs = max(removed_inputs, *(getattr(removed, n, 0) for n in ("in_channels", "in_features")))
+        inputs = max(inputs, *(getattr(removed, n, 0) for n in ("in_channels", "in_features")))
         setattr(model.get_submodule(owner), attribute, nn.Identity())
     for name in content.get("not_in_place", ()):
         setattr(model.get_submodule(name), "inplace", False)  # noqa: B010 - nn.Module declares none
@@ -59,7 +59,7 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     for name, counts in (*content["layers"].items(), *sized.items()):
         module = model.get_submodule(name)
         for attribute, count in counts.items():
-            made, limit = getattr(module, attribute), removed_inputs if attribute[:3] == "in_" else 0
+            made, limit = getattr(module, attribute), inputs if attribute[:3] == "in_" else 0
             dense, given = ([n] if isinstance(n, int) else list(n) for n in (made, count))
             fits = (g == m or 0 < g <= max(m, limit) for g, m in zip(given, dense, strict=False))
             if len(dense) != len(given) or not all(fits):

@@ -135,7 +135,7 @@ def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None
     else:
         # A depthwise convolution may make several output channels per input channel.
         multiplier = len(own) // len(vector)
-        reason = f"the input of {call.name} has a fixed size in part"
+        reason = f"part of the input of {call.name} has a fixed size"
         labels.tie(vector.repeat_interleave(multiplier), own, reason)
         labels.put(call.output, spread(own, call.output.ndim, dim))
 
@@ -155,7 +155,7 @@ def _read(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) ->
     inner = labels.side(call.name, call.module, "in", dim)
     vector = _along(labels, call, arriving, dim)
     if vector is not None:
-        labels.tie(vector, inner, f"{call.name} also reads a tensor of fixed size beside its channels")
+        labels.tie(vector, inner, f"{call.name} also reads positions of fixed size, which hold no channels")
 
 
 def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> Tensor | None:
@@ -165,7 +165,7 @@ def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -
     x = call.inputs[0]
     index = dim + x.ndim
     if any(d != index for d in varying(arriving)):
-        reason = f"its channels lie along another dimension than the one that {call.name} reads"
+        reason = f"its channels do not lie along the dimension that {call.name} reads"
         labels.fix(arriving, reason)
         return None
     return vector_along(arriving, index, x.shape[index])

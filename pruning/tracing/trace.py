@@ -32,10 +32,10 @@ from pruning.tracing.tracer import flow
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.tree import Inputs, tensors
 
-_OTHER_CODE = "its own code computes with its weight in another way than its type does"
+_OTHER_CODE = "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
 
 _NOT_RUN = (
-    "it does not run on the example inputs: should it read channels that are pruned, it will no longer fit. "
+    "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
     "Give inputs that reach it, or ignore the layers before it"
 )
 
@@ -118,7 +118,7 @@ def _skipped(
 def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
     """Raise `PruningError` for a model or inputs that cannot be traced."""
     if torch.is_inference_mode_enabled():
-        raise PruningError("torch.inference_mode() is on: its tensors cannot be trained; leave it first")
+        raise PruningError("torch.inference_mode() is on, and its tensors cannot be trained; turn it off")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"{name} is TorchScript, which" if name else "TorchScript"
@@ -127,7 +127,7 @@ def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
     if empty:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")
     if any(x.ndim and not len(x) for x in tensors(inputs)[:1]):
-        raise PruningError("the example inputs are a batch of no examples; give at least one")
+        raise PruningError("the example inputs are a batch of no examples; give at least one example")
     require_rules(model)
 
 
@@ -152,7 +152,7 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
             continue
         weight = rule_of(layer).weight
         if weight not in own:
-            yield name, "its weight is computed from others; remove what does that to let it be pruned"
+            yield name, "its weight is computed from others; remove this parametrization to let it be pruned"
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
@@ -177,7 +177,7 @@ def _obstacle(
     if group.channels < 2:
         if all(len(member.index) == 1 for member in group.side("out")):
             return "it has one channel, and a group is never emptied"
-        return "its channels can only be removed all together (tied in parts), and a group is never emptied"
+        return "its channels are all tied to each other, and a group is never emptied"
     for member in group.members:
         owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
         if member.side != "in" and owner in ignored_by:
