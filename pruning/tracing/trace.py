@@ -32,7 +32,9 @@ from pruning.tracing.tracer import flow
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.tree import Inputs, tensors
 
-_OTHER_CODE = "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
+_OTHER_CODE = (
+    "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
+)
 
 _NOT_RUN = (
     "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
