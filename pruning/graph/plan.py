@@ -43,9 +43,9 @@ class Plan:
         for group, channels in self.keep.items():
             chosen = tuple(sorted(int(c) for c in channels))
             if not chosen:
-                raise PruningError(f"group {group!r} would keep no channel; a group is never emptied")
+                raise PruningError(f"group {group!r} would keep no channel; keep at least one")
             if chosen[0] < 0 or len(set(chosen)) != len(chosen):
-                raise PruningError(f"group {group!r} keeps {chosen}: channels count from 0, each once")
+                raise PruningError(f"group {group!r} keeps {chosen}: expected channels from 0, each once")
             keep[group] = chosen
         object.__setattr__(self, "keep", MappingProxyType(keep))
         object.__setattr__(self, "removed", tuple(self.removed))

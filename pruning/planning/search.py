@@ -286,7 +286,7 @@ def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.n
     if values.shape != (channels,):
         raise PruningError(f"scores of group {group!r} have shape {values.shape}: expected ({channels},)")
     if not np.isfinite(values).all():
-        raise PruningError(f"scores of group {group!r} are not all finite numbers: {values}")
+        raise PruningError(f"scores of group {group!r}: expected finite numbers, got {values}")
     order = np.lexsort((-np.arange(channels), values))
     return order, values[order]
 

@@ -115,11 +115,14 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
         group = trace.groups.get(name)
         if group is None:
             raise PruningError(
-                f"the plan names group {name!r}, which this model does not have; it has: "
+                f"the plan names group {name!r}, which this model does not have; give a plan of its groups: "
                 f"{', '.join(trace.groups) or 'none'}"
             )
         if kept[-1] >= group.channels:
-            raise PruningError(f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels}")
+            raise PruningError(
+                f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels} channels; give a "
+                "plan for this model"
+            )
         drop = torch.ones(group.channels, dtype=torch.bool)
         drop[list(kept)] = False
         if not drop.any():
