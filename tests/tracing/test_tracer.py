@@ -292,7 +292,7 @@ def test_parameters_of_functional_convolutions_are_skipped_with_the_reason():
             return self.centred(x)
 
     skipped = trace(Functional(), nets.images()).skipped
-    assert "calls conv2d" in skipped["kernel"] and "another way" in skipped["centred"]
+    assert "calls conv2d" in skipped["kernel"] and "differently from its type" in skipped["centred"]
     assert "calls deform_conv2d" in skipped["bent"]
 
 
