@@ -21,7 +21,7 @@ from pruning.planning import count
 
 #: Flags of a run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
-         "--finetune-epochs", "1", "--threads", "1",
+         "--finetune-epochs", "1", "--batch-size", "256", "--threads", "1",
          "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
