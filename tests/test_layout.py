@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import setuptools
 
+import pruning
 from pruning.cli.config_file import tomllib
 
 pytestmark = pytest.mark.quick
@@ -178,3 +179,13 @@ def requirements(lines):
     """Return requirements without comments and spaces, with double quotes."""
     plain = (line.split("#")[0].replace(" ", "").replace("'", '"') for line in lines)
     return {line for line in plain if line and not line.startswith("-r")}
+
+
+def test_the_public_face_is_small_and_earlier_names_still_work():
+    functions = {"doctor", "export", "finetune", "load", "prune", "save", "sensitivity", "slim", "trace"}
+    types = {"Budget", "LatencyBudget", "Plan", "PruningError", "SlimConfig", "Trace"}
+    assert set(pruning.__all__) == functions | types
+    for names in pruning._MOVED.values():
+        assert all(callable(getattr(pruning, name)) for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pruning.nothing  # noqa: B018
