@@ -72,10 +72,10 @@ PICTURES = (
         (("prune", "--model", "mine:Pair", "--data", "mine:digits", *BUDGET), "the network returns a tuple"),
         (
             ("slim", "--model", "mine:Says", "--data", "mine:digits", *BUDGET, "--output", "no"),
-            "gives a dict",
+            "returns a dict",
         ),
-        (("finetune", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
-        (("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "gives a dict"),
+        (("finetune", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "returns a dict"),
+        (("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "returns a dict"),
         (
             ("slim", "--model", "mine:Net", "--data", "mine:beyond", *BUDGET, "--output", "no"),
             "go from 5 to 7",

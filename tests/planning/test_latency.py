@@ -137,7 +137,7 @@ def test_a_limit_of_another_form_is_rejected(limit):
 
 
 def test_an_unknown_runtime_is_rejected():
-    with pytest.raises(PruningError, match="there are: eager, onnxruntime"):
+    with pytest.raises(PruningError, match="choose one of: eager, onnxruntime"):
         LatencyBudget("0.5x", "tensorflow")
 
 

@@ -167,7 +167,7 @@ def test_invalid_batches_and_validation_figures_are_rejected_by_slim():
         ({"validate": iter([])}, "batches that can be read after every epoch"),
         ({"validate": [(batches(1)[0][0], torch.zeros(16))]}, "the targets are torch.float32"),
         ({"teacher": nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)}, "teacher's outputs"),
-        ({"model": nets.LeNet5}, "the model is the class LeNet5: an instance"),
+        ({"model": nets.LeNet5}, "the model is the class LeNet5: give an instance"),
         ({"frozen": True}, "has no prunable group .*frozen"),
     ],
 )
