@@ -75,7 +75,10 @@ PICTURES = (
             "returns a dict",
         ),
         (("finetune", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "returns a dict"),
-        (("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"), "returns a dict"),
+        (
+            ("sensitivity", "--model", "mine:Says", "--data", "mine:digits", "--output", "no"),
+            "returns a dict",
+        ),
         (
             ("slim", "--model", "mine:Net", "--data", "mine:beyond", *BUDGET, "--output", "no"),
             "go from 5 to 7",

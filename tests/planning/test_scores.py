@@ -168,5 +168,7 @@ def test_a_score_function_takes_model_and_groups_or_all_four_arguments():
 def test_an_unknown_score_is_rejected_with_the_known_names():
     net = nets.make("plain")
     for score in ("l3", 2):
-        with pytest.raises(PruningError, match=r"choose one of: taylor, bn_scale, l1, l2, random, sensitivity"):
+        with pytest.raises(
+            PruningError, match=r"choose one of: taylor, bn_scale, l1, l2, random, sensitivity"
+        ):
             score_channels(net, trace(net, nets.images()), score, [], cross_entropy)
