@@ -6,7 +6,7 @@
 Both prune the same LeNet-5 with equal epochs per stage on the same batches (sides `ours` and `memory` of
 `benchmarks.pipeline`) and rank channels over all layers. Accuracy is the mean over seeds on the test
 split. Each network of torch-pruning is compared with the point of equal accuracy on our curve, which is
-interpolated between the two neighbouring budgets, linearly in the logarithm of the cost. Times are of
+interpolated between the two neighboring budgets, linearly in the logarithm of the cost. Times are of
 forward passes in eager PyTorch with BatchNorm folded; all networks are timed in turns.
 
 Writes benchmarks/equal_accuracy.json and benchmarks/equal_accuracy.md, and prints the latter.
@@ -92,7 +92,7 @@ def forward_times(runs: Sequence[dict[str, Any]], args: argparse.Namespace) -> l
 
 
 def summary(runs: Sequence[dict[str, Any]], side: str, budget: str) -> dict[str, Any]:
-    """Summarise the seeds of a side at a budget: all accuracies, and the means of the costs."""
+    """Summarize the seeds of a side at a budget: all accuracies, and the means of the costs."""
     chosen = [run for run in runs if (run["side"], run["budget"]) == (side, budget)]
     return {
         "budget": budget,

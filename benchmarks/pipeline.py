@@ -70,7 +70,7 @@ SETTINGS = (
     "batch_size",
     "threads",
 )
-#: The figures of a run that are summarised, and their column headings.
+#: The figures of a run that are summarized, and their column headings.
 COLUMNS = {"seconds": "s", "cpu seconds": "CPU s", "memory": "MB"}
 
 

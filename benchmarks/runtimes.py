@@ -386,7 +386,7 @@ def _halved_cells(row: dict[str, Any]) -> list[str]:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """Summarise the controls, int8 and the skipped runtimes in sentences."""
+    """Summarize the controls, int8 and the skipped runtimes in sentences."""
     spoiled = {
         (row["runtime"], f"batch {row['batch']}" if "batch" in row else row["network"]): row["control"][0]
         for row in (*result["times"], *result["torchvision"])

@@ -1,4 +1,4 @@
-"""Batches of normalised, augmented images, indexed from tensors that stay on their device."""
+"""Batches of normalized, augmented images, indexed from tensors that stay on their device."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Batches:
         images: (N, C, H, W) uint8. labels: (N,) int64.
         batch_size: images per batch; the last batch may be smaller unless `drop_last`.
         mean, std: mean and standard deviation of the training pixels scaled to [0, 1], by which
-            batches are normalised.
+            batches are normalized.
         shuffle: draw a new order for each iteration from torch's global generator, so that
             the seed determines it and a saved generator state resumes it.
         drop_last: drop a last batch that is not full (BatchNorm in training needs more than
             one image); a set smaller than one batch is kept.
-        augment: applied to each uint8 batch before it is normalised.
+        augment: applied to each uint8 batch before it is normalized.
 
     Yields images (B, C, H, W) float32 and labels (B,) int64 on the device of `images`. Batches made
     by `with_outputs` yield (labels, outputs) instead of labels.

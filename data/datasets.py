@@ -81,7 +81,7 @@ class Dataset:
     def batches(
         self, split: SplitName, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None
     ) -> Batches:
-        """Return normalised batches of a split; with `shuffle`, an incomplete last batch is dropped."""
+        """Return normalized batches of a split; with `shuffle`, an incomplete last batch is dropped."""
         images, labels = getattr(self, split)
         return Batches(
             images,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.common import average_head, initialise
+from models.common import average_head, initialize
 
 #: Channels of the first convolution, and dense blocks.
 STEM, BLOCKS = 16, 3
@@ -96,7 +96,7 @@ class DenseNet(nn.Module):
                 )
         self.blocks = nn.Sequential(blocks)
         self.head = average_head(channels, classes)
-        initialise(self, scale)
+        initialize(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common import initialise
+from models.common import initialize
 
 #: Channels of the first and the last convolution.
 STEM, LAST = 32, 1280
@@ -112,7 +112,7 @@ class MobileNetV2(nn.Module):
         self.head = nn.Sequential(
             OrderedDict(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(LAST, classes))
         )
-        initialise(self, scale)
+        initialize(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.last(self.stages(self.stem(images))))

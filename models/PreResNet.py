@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common import average_head, initialise
+from models.common import average_head, initialize
 
 #: Channels of the 3 x 3 convolutions of each stage.
 WIDTHS = (16, 32, 64)
@@ -115,7 +115,7 @@ class PreResNet(nn.Module):
             stages[f"stage{stage}"] = nn.Sequential(made)
         self.stages = nn.Sequential(stages)
         self.head = average_head(channels, classes)
-        initialise(self, scale)
+        initialize(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(images)))

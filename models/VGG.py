@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common import initialise
+from models.common import initialize
 
 #: Number of convolutions of each stage, by depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -74,7 +74,7 @@ class VGG(nn.Module):
                 average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, classes)
             )
         )
-        initialise(self, scale)
+        initialize(self, scale)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

@@ -1,4 +1,4 @@
-"""Weight initialisation and the classifier head that several networks share."""
+"""Weight initialization and the classifier head that several networks share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import OrderedDict
 from torch import nn
 
 
-def initialise(model: nn.Module, scale: float) -> None:
-    """Initialise the weights in place, and set every BatchNorm scale γ to `scale`.
+def initialize(model: nn.Module, scale: float) -> None:
+    """Initialize the weights in place, and set every BatchNorm scale γ to `scale`.
 
-    Convolutions use He's normal initialisation with the fan-in of one output: for a depthwise
+    Convolutions use He's normal initialization with the fan-in of one output: for a depthwise
     convolution these are the inputs of its own channel only.
     """
     for module in model.modules():

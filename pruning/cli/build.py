@@ -111,7 +111,7 @@ class ShapeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFlags(FactoryFlags):
-    """A checkpoint that a command reads on the CPU, and the normalisation of its images."""
+    """A checkpoint that a command reads on the CPU, and the normalization of its images."""
 
     GROUP: ClassVar[str] = "model"
 
@@ -287,7 +287,7 @@ def image_shape(
     return given or stored or tuple(tensors(_inputs(args, data))[0].shape[1:])
 
 
-def normalisation(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any] | None:
+def normalization(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `mean` and `std` by channel: from --mean and --std, or the content of a checkpoint."""
     mean, std = args.mean or [], args.std or []
     if len(mean) != len(std):

@@ -14,26 +14,26 @@ from torchvision.datasets.folder import default_loader
 from pruning.errors import PruningError
 
 #: Mean and standard deviation of each channel.
-Normalisation: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 #: Names of the splits' folders.
 SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
 def image_folder(
-    root: Path, size: int, normalisation: Normalisation
+    root: Path, size: int, normalization: Normalization
 ) -> tuple[dict[str, VisibleImageFolder], bool]:
     """Return the splits of an image folder, and whether validation has a folder of its own.
 
     Args:
         root: a folder with one subfolder per class, or with such a folder for each split.
         size: height and width to which images are cropped, in pixels.
-        normalisation: mean and standard deviation of the pixels.
+        normalization: mean and standard deviation of the pixels.
 
     Raises:
         PruningError: a folder holds no images, or there is no train among the splits.
     """
-    plain = [transforms.ToTensor(), transforms.Normalize(*normalisation)]
+    plain = [transforms.ToTensor(), transforms.Normalize(*normalization)]
     still = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), *plain]
     varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *plain]
     places = _split_folders(root)
@@ -60,7 +60,7 @@ def read_image(path: str) -> Image.Image:
     try:
         with open(path, "rb") as file:
             deep = Image.open(file)
-            if deep.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+            if deep.mode.startswith("I"):  # 16 bits of gray, which PIL would cut off at 255
                 return Image.fromarray((np.asarray(deep) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
         return default_loader(path)
     except Exception as error:  # what a damaged file raises depends on its format

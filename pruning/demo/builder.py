@@ -119,7 +119,7 @@ class Builder:
         return self.emit(Map(name, values), [source], source.shape)
 
     def rows(self, name: str, x: Operand, size: int, shape: Shape, eps: float | None = None) -> Value:
-        """Apply a function of `program.ROWS`, or `normalise`, to rows of `size` elements."""
+        """Apply a function of `program.ROWS`, or `normalize`, to rows of `size` elements."""
         return self.emit(Rows(name, size, eps), [x], shape)
 
     def linear(self, x: Value, weight: Value, bias: Operand | None) -> Value:

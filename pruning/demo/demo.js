@@ -4,7 +4,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
 const [channels, height, width] = page.input.shape;
-const coloured = channels === 3;
+const colored = channels === 3;
 const networks = page.networks.map((each) => ({
   ...each,
   ...makeNetwork(each.program, new Float32Array(bytes(each.weights).buffer)),
@@ -36,8 +36,8 @@ const pause = () => new Promise((resolve) => setTimeout(resolve));
 
 // --- pixels -------------------------------------------------------------------------
 
-/** Normalise pixels (channels, height, width) from 0 to 255 as in training. */
-function normalised(pixels) {
+/** Normalize pixels (channels, height, width) from 0 to 255 as in training. */
+function normalized(pixels) {
   const area = height * width, { mean, std } = page.input;
   return Float32Array.from(pixels, (pixel, i) => {
     const channel = Math.floor(i / area);
@@ -53,8 +53,8 @@ function canvasOf(wide, high) {
 function drawStrokes(context, scale, left, top, pen, ink) {
   context.lineCap = context.lineJoin = "round";
   context.lineWidth = pen;
-  for (const { points, colour } of drawing.strokes) {
-    context.strokeStyle = ink ?? colour;
+  for (const { points, color } of drawing.strokes) {
+    context.strokeStyle = ink ?? color;
     context.beginPath();
     points.forEach(([x, y], i) => context[i ? "lineTo" : "moveTo"](left + x * scale, top + y * scale));
     if (points.length === 1) context.lineTo(left + points[0][0] * scale + 0.01, top + points[0][1] * scale);
@@ -62,7 +62,7 @@ function drawStrokes(context, scale, left, top, pen, ink) {
   }
 }
 
-/** The drawing as MNIST prepares digits: scaled to 20 of 28 pixels, its centre of mass in the middle. */
+/** The drawing as MNIST prepares digits: scaled to 20 of 28 pixels, its center of mass in the middle. */
 function digit() {
   const points = drawing.strokes.flatMap((stroke) => stroke.points);
   const bounds = [0, 1].map((axis) => {
@@ -73,8 +73,8 @@ function digit() {
   const extent = Math.max(LEAST, ...bounds.map(([low, high]) => high - low));
   const scale = ((20 / 28) * side - pen) / extent;
   let [left, top] = bounds.map(([low, high], axis) => ([width, height][axis] - (low + high) * scale) / 2);
-  const [x, y] = centre(covered(scale, left, top, pen));
-  // MNIST's centres of mass lie in the middle of the pixel right of and below the middle.
+  const [x, y] = center(covered(scale, left, top, pen));
+  // MNIST's centers of mass lie in the middle of the pixel right of and below the middle.
   left += width / 2 + 0.5 - x;
   top += height / 2 + 0.5 - y;
   return Uint8Array.from(covered(scale, left, top, pen), (share) => Math.round(255 * share));
@@ -95,7 +95,7 @@ function covered(scale, left, top, pen) {
   return shares;
 }
 
-function centre(shares) {
+function center(shares) {
   let sum = 0, x = 0, y = 0;
   shares.forEach((share, i) => {
     sum += share;
@@ -105,7 +105,7 @@ function centre(shares) {
   return [x / sum, y / sum];
 }
 
-/** The whole paper as pixels, for networks that take colours. */
+/** The whole paper as pixels, for networks that take colors. */
 function painting() {
   const context = canvasOf(width, height);
   context.fillStyle = "#fff";
@@ -128,14 +128,14 @@ const blank = () => !drawing.picture && !drawing.strokes.length;
 /** The pixels that the networks get, or null if nothing is drawn. */
 function input() {
   if (blank()) return null;
-  return drawing.picture ?? (coloured ? painting() : digit());
+  return drawing.picture ?? (colored ? painting() : digit());
 }
 
 function show(canvas, pixels) {
   const area = width * height;
   const image = new ImageData(width, height);
   for (let i = 0; i < area; i++) {
-    for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels ? pixels[coloured ? c * area + i : i] : 0;
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels ? pixels[colored ? c * area + i : i] : 0;
     image.data[4 * i + 3] = pixels ? 255 : 0;
   }
   Object.assign(canvas, { width, height }).getContext("2d").putImageData(image, 0, 0);
@@ -166,7 +166,7 @@ function answer() {
   const start = performance.now(), pixels = input();
   show(find("seen"), pixels);
   if (!pixels) return showAnswers(null);
-  const ready = normalised(pixels);
+  const ready = normalized(pixels);
   showAnswers(networks.map((network) => probabilities(network, network.run(ready))));
   milliseconds = performance.now() - start;
 }
@@ -215,13 +215,13 @@ function style(name) {
 
 function drawPaper() {
   const context = paper.getContext("2d");
-  context.fillStyle = coloured ? "#fff" : style("--soft");
+  context.fillStyle = colored ? "#fff" : style("--soft");
   context.fillRect(0, 0, paper.width, paper.height);
   if (drawing.picture) {
     context.imageSmoothingEnabled = false;
     context.drawImage(find("seen"), 0, 0, paper.width, paper.height);
   }
-  drawStrokes(context, PAPER, 0, 0, PEN * PAPER, coloured ? null : style("--ink"));
+  drawStrokes(context, PAPER, 0, 0, PEN * PAPER, colored ? null : style("--ink"));
   if (!cursor.seen) return;
   context.strokeStyle = style("--accent");
   context.lineWidth = cursor.down ? 8 : 3;
@@ -252,7 +252,7 @@ function put(picture) {
 
 function startStroke(x, y) {
   drawing.picture = null;
-  drawing.strokes.push({ points: [[x, y]], colour: find("ink").value });
+  drawing.strokes.push({ points: [[x, y]], color: find("ink").value });
   update();
 }
 
@@ -329,7 +329,7 @@ function noise(count) {
 
 /** Check that the networks compute in this browser what they computed in PyTorch. */
 async function check() {
-  const inputs = [...noise(page.noise), ...examples.map((each) => each.pixels)].map(normalised);
+  const inputs = [...noise(page.noise), ...examples.map((each) => each.pixels)].map(normalized);
   let worst = 0;
   for (const { run, expected } of networks)
     for (const [i, ready] of inputs.entries()) {
@@ -358,11 +358,11 @@ function timed(network, ready, passes) {
 
 /** Measure the time per image: the networks take turns of about 20 ms; the median of each is shown. */
 async function measure() {
-  const button = find("again"), ready = normalised(noise(1)[0]);
+  const button = find("again"), ready = normalized(noise(1)[0]);
   button.disabled = true;
   const passes = [], times = networks.map(() => []);
   for (const network of networks) {
-    let count = 1; // doubled until a turn is long enough; this also gives the compiler time to optimise
+    let count = 1; // doubled until a turn is long enough; this also gives the compiler time to optimize
     while (timed(network, ready, count) * count < 20 && count < 1e5) count *= 2;
     passes.push(count);
     await pause();

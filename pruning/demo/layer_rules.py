@@ -139,7 +139,7 @@ def _layer_norm(
     b: Builder, shape: Shape, x: Operand, normalized_shape: Shape, weight: Operand | None,
     bias: Operand | None, eps: float,
 ) -> tuple[Value, None, None]:  # fmt: skip
-    rows = b.rows("normalise", x, math.prod(normalized_shape), shape, eps)
+    rows = b.rows("normalize", x, math.prod(normalized_shape), shape, eps)
     return _affine(b, rows, weight, bias, normalized_shape), None, None
 
 
@@ -147,7 +147,7 @@ def _group_norm(
     b: Builder, shape: Shape, x: Operand, weight: Operand | None, bias: Operand | None, n: int, channels: int,
     positions: int, groups: int, eps: float,
 ) -> tuple[Value, None, None]:  # fmt: skip
-    rows = b.rows("normalise", x, channels // groups * positions, shape, eps)
+    rows = b.rows("normalize", x, channels // groups * positions, shape, eps)
     return _affine(b, rows, weight, bias, _by_channel(channels, shape)), None, None
 
 
@@ -168,7 +168,7 @@ def _instance_norm(
     """Lower an InstanceNorm, which is exported as a BatchNorm that uses the statistics of its input."""
     if shape[0] != 1:
         raise UnsupportedOperation("norms over batches")
-    rows = b.rows("normalise", x, math.prod(shape[2:]), shape, eps)
+    rows = b.rows("normalize", x, math.prod(shape[2:]), shape, eps)
     return _affine(b, rows, weight, bias, _by_channel(shape[1], shape)), None, None
 
 

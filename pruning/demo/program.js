@@ -229,7 +229,7 @@ const ROWS = {
     const log = largest + Math.log(x.reduce((sum, value) => sum + Math.exp(value - largest), 0));
     for (let i = 0; i < x.length; i++) y[i] = x[i] - log;
   },
-  normalise(x, y, { eps }) {
+  normalize(x, y, { eps }) {
     const mean = total(x) / x.length;
     const variance = x.reduce((sum, value) => sum + (value - mean) ** 2, 0) / x.length;
     const factor = 1 / Math.sqrt(variance + eps);

@@ -169,7 +169,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Rows:
-    """A function of `ROWS`, or `normalise` with its `eps`, applied to rows of `size` elements."""
+    """A function of `ROWS`, or `normalize` with its `eps`, applied to rows of `size` elements."""
 
     kind: ClassVar = "rows"
     name: str

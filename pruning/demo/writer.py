@@ -73,7 +73,7 @@ class Images:
         >>> import torch
         >>> from pruning.demo.writer import Images
         >>> images = Images((1, 28, 28), mean=[0.5], std=[0.5])
-        >>> images.normalised(torch.full((1, 28, 28), 255, dtype=torch.uint8)).unique()
+        >>> images.normalized(torch.full((1, 28, 28), 255, dtype=torch.uint8)).unique()
         tensor([1.])
     """
 
@@ -94,8 +94,8 @@ class Images:
                 f"{list(self.mean)} and {list(self.std)}"
             )
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Return pixels (C, H, W) as a normalised batch (1, C, H, W), computed as in the page."""
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Return pixels (C, H, W) as a normalized batch (1, C, H, W), computed as in the page."""
         mean, std = (np.array(each, dtype=np.float64).reshape(-1, 1, 1) for each in (self.mean, self.std))
         return torch.from_numpy(((pixels.numpy() / 255 - mean) / std).astype(np.float32))[None]
 
@@ -162,7 +162,7 @@ def demo(
         ...     page.networks, page.path.stat().st_size == page.size
         (('tiny',), True)
     """
-    inputs = [images.normalised(pixels) for pixels in (*images.noise(), *(x for x, _ in images.examples))]
+    inputs = [images.normalized(pixels) for pixels in (*images.noise(), *(x for x, _ in images.examples))]
     converted = [_convert(name, model, inputs) for name, model in networks.items()]
     shown = [network for network, _ in converted]
     names = _class_names(shown, images, classes)
@@ -171,7 +171,7 @@ def demo(
         "title": title or " beside ".join(reversed(list(networks))),
         "digits": channels == 1 and names == [str(i) for i in range(10)],
         "several": len(shown) > 1,
-        "coloured": channels == 3,
+        "colored": channels == 3,
         "width": width,
         "height": height,
         "facts": [(name, json.dumps(fact, indent=2)) for name, fact in (facts or {}).items()],

@@ -146,8 +146,8 @@ def time_forward(
         raise PruningError("no model to time: give at least one, by name")
     first = tensors(inputs)[0]
     batch = first.shape[0]
-    synchronise = torch.cuda.synchronize if first.is_cuda else (lambda: None)
-    turns = {name: _timed(model, inputs, synchronise) for name, model in models.items()}
+    synchronize = torch.cuda.synchronize if first.is_cuda else (lambda: None)
+    turns = {name: _timed(model, inputs, synchronize) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
     with thread_count(threads), eval_mode(*models.values()), torch.inference_mode():
@@ -160,7 +160,7 @@ def time_forward(
             # disturbances. The median keeps one disturbance during warmup from reducing a model's turns to
             # a single pass, which measures too long a time.
             passes[name] = max(1, round(0.002 / statistics.median(each)))
-        # A model's time depends on the caches that the previous one left; a random order favours none.
+        # A model's time depends on the caches that the previous one left; a random order favors none.
         order = random.Random(0)
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline or len(times[names[0]]) < 20:
@@ -178,7 +178,7 @@ def _latency(times: np.ndarray, batch: int, threads: int) -> Latency:
     return Latency(median, p90, low, high, len(times), batch, threads, tuple(times.tolist()))
 
 
-def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) -> Callable[[int], float]:
+def _timed(model: nn.Module, inputs: Inputs, synchronize: Callable[[], None]) -> Callable[[int], float]:
     """Return a function that runs a given number of passes and returns the mean seconds per pass."""
     if isinstance(model, Exported):
         once = model.prepared(*tensors(inputs))
@@ -186,11 +186,11 @@ def _timed(model: nn.Module, inputs: Inputs, synchronise: Callable[[], None]) ->
         once = functools.partial(call, model, inputs)
 
     def run(passes: int) -> float:
-        synchronise()
+        synchronize()
         start = time.perf_counter()
         for _ in range(passes):
             once()
-        synchronise()
+        synchronize()
         return (time.perf_counter() - start) / passes
 
     return run

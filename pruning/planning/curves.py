@@ -119,14 +119,14 @@ class Sensitivity:
             By group, the score of each channel, (channels,), float64.
 
         Raises:
-            PruningError: if the groups differ from those of the analysed model.
+            PruningError: if the groups differ from those of the analyzed model.
         """
         found = {}
         for name, group in groups.items():
             if self.channels.get(name) != group.channels:
                 raise PruningError(
                     f"group {name!r} has {group.channels} channels, the sensitivity analysis is of a model "
-                    f"with {self.channels.get(name, 'no such group')}: analyse this model"
+                    f"with {self.channels.get(name, 'no such group')}: analyze this model"
                 )
             increases = self.increases(name)
             increases[-1] = increases[:-1].max(initial=0.0)  # the last channel is never removed

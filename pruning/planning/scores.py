@@ -29,7 +29,7 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
 from pruning.graph.layer_tensors import output_rows
 from pruning.graph.layers import makes_channels, rule_of, weight_of
-from pruning.planning.width_sweep import Batch, LabelledBatch, WidthSweep, channel_order, points_to_measure
+from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
 from pruning.utils.modules import device_of, eval_mode
@@ -148,9 +148,9 @@ def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: 
         PruningError: if there is no group or no batch, or a class is missing.
     """
     device = device_of(model)
-    labelled: list[LabelledBatch] = [to_device(batch, device) for batch in batches]
-    sweep = WidthSweep(model, trace, labelled, labelled)
-    curves = sweep.dense_result(channel_order(taylor(model, trace, labelled, cross_entropy)))
+    labeled: list[LabeledBatch] = [to_device(batch, device) for batch in batches]
+    sweep = WidthSweep(model, trace, labeled, labeled)
+    curves = sweep.dense_result(channel_order(taylor(model, trace, labeled, cross_entropy)))
     points = points_to_measure(trace, SENSITIVITY_WIDTHS)
     measured = sweep.measure(curves.order, points)
     curves.points.extend(tqdm(measured, "sensitivity", total=len(points), disable=None, leave=False))

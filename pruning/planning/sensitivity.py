@@ -29,7 +29,7 @@ from pruning.planning.search import plan_within
 from pruning.planning.width_sweep import (
     Batch,
     Evaluator,
-    LabelledBatch,
+    LabeledBatch,
     WidthSweep,
     calibrated_constants,
     channel_order,
@@ -49,7 +49,7 @@ from pruning.utils.tree import Inputs
 def sensitivity(
     model: nn.Module,
     example_inputs: Inputs,
-    validation: Sequence[LabelledBatch],
+    validation: Sequence[LabeledBatch],
     *,
     calibration: Sequence[Batch] = (),
     widths: int | None = None,
@@ -141,7 +141,7 @@ def joint(
     example_inputs: Inputs,
     budget: Budget,
     curves: Sensitivity,
-    validation: Sequence[LabelledBatch],
+    validation: Sequence[LabeledBatch],
     *,
     calibration: Sequence[Batch] = (),
     ignored: Iterable[Ignored] = (),
@@ -207,7 +207,7 @@ class _ResultFile:
             replace_file(self.path, (json.dumps(content) + "\n").encode())
 
 
-def _fingerprint(model: nn.Module, settings: list[object], validation: Sequence[LabelledBatch]) -> str:
+def _fingerprint(model: nn.Module, settings: list[object], validation: Sequence[LabeledBatch]) -> str:
     """Return a hash of the model's weights, the settings and the validation targets."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in model.state_dict().items():

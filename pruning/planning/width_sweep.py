@@ -27,7 +27,7 @@ from pruning.utils.tree import Inputs
 Batch = tuple[Inputs, object]
 
 #: A batch of a classifier: its targets are classes.
-LabelledBatch = tuple[Inputs, Tensor]
+LabeledBatch = tuple[Inputs, Tensor]
 
 #: Bootstrap samples, and the share of them inside an interval.
 RESAMPLES, INTERVAL = 400, 0.95
@@ -51,7 +51,7 @@ class WidthSweep:
         self,
         model: nn.Module,
         trace: Trace,
-        validation: Sequence[LabelledBatch],
+        validation: Sequence[LabeledBatch],
         calibration: Sequence[Batch],
     ):
         if not trace.groups:
@@ -117,7 +117,7 @@ class WidthSweep:
 class Evaluator:
     """Measure loss and accuracy on a validation split, with the same bootstrap samples each time."""
 
-    def __init__(self, model: nn.Module, validation: Sequence[LabelledBatch]):
+    def __init__(self, model: nn.Module, validation: Sequence[LabeledBatch]):
         count = sum(int((targets != IGNORED).sum()) for _, targets in validation)
         if not count:
             raise PruningError("the validation split is empty: give at least one example to measure on")

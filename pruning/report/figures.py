@@ -1,6 +1,6 @@
-"""Common colours, style and file formats of all figures. The only file that imports matplotlib.
+"""Common colors, style and file formats of all figures. The only file that imports matplotlib.
 
-The colours are those of Okabe and Ito, which are distinguishable with any colour vision. Markers and
+The colors are those of Okabe and Ito, which are distinguishable with any color vision. Markers and
 line styles differ as well, so the figures can be read in black and white.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     __all__ = ["Axes", "Figure", "Line2D"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 

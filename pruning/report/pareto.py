@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from pruning.report.figures import COLOURS, MARKERS, new_figure
+from pruning.report.figures import COLORS, MARKERS, new_figure
 
 if TYPE_CHECKING:
     from pruning.report.figures import Axes, Figure, Line2D
@@ -59,37 +59,37 @@ def pareto(
         'MACs (log scale)'
     """
     figure, (axes,) = new_figure(6.4, 4.4)
-    labelled: list[tuple[Point, str, Offsets]] = []
+    labeled: list[tuple[Point, str, Offsets]] = []
     lines: list[Line2D] = []
     for number, (name, points) in enumerate(series.items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         ordered = front(points)
         lines += axes.plot(
-            [p.cost for p in ordered], [100 * p.accuracy for p in ordered], color=colour, lw=1.2
+            [p.cost for p in ordered], [100 * p.accuracy for p in ordered], color=color, lw=1.2
         )
         axes.errorbar(
             [p.cost for p in points],
             [100 * p.accuracy for p in points],
             yerr=[100 * p.spread for p in points],
             fmt=marker,
-            color=colour,
+            color=color,
             ms=5,
             capsize=3,
             lw=1,
             label=name,
         )
-        labelled += [(point, colour, _LEFT + _RIGHT) for point in points]
+        labeled += [(point, color, _LEFT + _RIGHT) for point in points]
     if anchors:
         axes.scatter([p.cost for p in anchors], [100 * p.accuracy for p in anchors], marker="x",
                      color="#555555", label="published", zorder=3)  # fmt: skip
-        labelled += [(point, "#555555", _RIGHT + _LEFT) for point in anchors]
+        labeled += [(point, "#555555", _RIGHT + _LEFT) for point in anchors]
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_xlabel(f"{cost} (log scale)")
     axes.set_ylabel("accuracy, %")
     axes.legend(frameon=False, loc="lower right")
-    _label(figure, axes, labelled, lines)
+    _label(figure, axes, labeled, lines)
     return figure
 
 
@@ -112,7 +112,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 def _label(
     figure: Figure, axes: Axes, points: Sequence[tuple[Point, str, Offsets]], lines: Sequence[Line2D]
 ) -> None:
-    """Label points in their colours, each at the first of the offsets where the label covers the least."""
+    """Label points in their colors, each at the first of the offsets where the label covers the least."""
     figure.draw_without_rendering()  # positions in pixels are known only after this
     spreads = [
         (point.cost, 100 * (point.accuracy + share * point.spread))
@@ -122,7 +122,7 @@ def _label(
     marks = np.concatenate([axes.transData.transform(spreads), *(_pixels(axes, line) for line in lines)])
     legend = axes.get_legend()
     taken = [] if legend is None else [legend.get_window_extent()]
-    for point, colour, offsets in points:
+    for point, color, offsets in points:
         if not point.label:
             continue
         places = []
@@ -135,7 +135,7 @@ def _label(
                 ha="right" if x < 0 else "left",
                 va="center_baseline" if y == 0 else "baseline",
                 fontsize=8,
-                color=colour,
+                color=color,
             )
             box = text.get_window_extent()
             outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pruning.report.figures import COLOURS, MARKERS, new_figure, short
+from pruning.report.figures import COLORS, MARKERS, new_figure, short
 
 if TYPE_CHECKING:
     from pruning.report.figures import Figure
@@ -41,14 +41,14 @@ def scale_histograms(before: Mapping[str, Sequence[float]], after: Mapping[str, 
     for axes, name in zip(cells, names, strict=False):
         values = {"before": np.abs(before[name]), "after": np.abs(after[name])}
         top = max(float(v.max(initial=0)) for v in values.values()) or 1.0
-        for (label, sizes), colour, filled in zip(
-            values.items(), (COLOURS[1], COLOURS[0]), (False, True), strict=True
+        for (label, sizes), color, filled in zip(
+            values.items(), (COLORS[1], COLORS[0]), (False, True), strict=True
         ):
             axes.hist(
                 sizes,
                 bins=np.linspace(0, top, 21).tolist(),
                 histtype="stepfilled" if filled else "step",
-                color=colour,
+                color=color,
                 alpha=0.7 if filled else 1.0,
                 label=label,
             )
@@ -81,7 +81,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     figure, (axes,) = new_figure(6.4, 0.9 + 0.26 * max(4, len(names)))
     places = np.arange(len(names))
     axes.barh(places, [before[n] for n in names], color="#dddddd", edgecolor="#888888", label="before")
-    axes.barh(places, [after.get(n, 0) for n in names], height=0.5, color=COLOURS[0], label="after")
+    axes.barh(places, [after.get(n, 0) for n in names], height=0.5, color=COLORS[0], label="after")
     for place, name in zip(places, names, strict=True):
         left = after.get(name, 0)
         axes.annotate(
@@ -115,7 +115,7 @@ def history(events: Sequence[Event]) -> Figure:
     costs = [e for e in events if "params" in e and "macs" in e]
     figure, panels = new_figure(6.8, 5.0, 2, 1) if costs else new_figure(6.8, 2.6)
     upper = panels[0]
-    upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLOURS[0], lw=1.2)
+    upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLORS[0], lw=1.2)
     upper.set_ylabel("validation, %")
     if epochs:  # leave out the low scores right after a pruning step, which would flatten the others
         seen = np.array([100 * e["validation"] for e in epochs])
@@ -130,12 +130,12 @@ def history(events: Sequence[Event]) -> Figure:
     if not costs:
         return figure
     lower = panels[1]
-    for (key, label), colour, marker in zip(
-        (("params", "params"), ("macs", "MACs")), COLOURS, MARKERS, strict=False
+    for (key, label), color, marker in zip(
+        (("params", "params"), ("macs", "MACs")), COLORS, MARKERS, strict=False
     ):
         values = [e[key] for e in costs]
         if values and values[0]:
-            lower.plot([100 * v / values[0] for v in values], color=colour, marker=marker, ms=4, label=label)
+            lower.plot([100 * v / values[0] for v in values], color=color, marker=marker, ms=4, label=label)
     lower.set_yscale("log")
     lower.set_ylabel("% of the dense cost")
     lower.set_xlabel("dense network, after stage 1, after every pruning step")
@@ -159,7 +159,7 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
     """
     figure, (axes,) = new_figure(6.4, 0.9 + 0.4 * len(samples))
     for place, (name, (low, median, high, p90)) in enumerate(samples.items()):
-        axes.barh(place, median, color=COLOURS[place % len(COLOURS)], alpha=0.75)
+        axes.barh(place, median, color=COLORS[place % len(COLORS)], alpha=0.75)
         axes.errorbar(median, place, xerr=[[median - low], [high - median]], color="black", capsize=4, lw=1)
         axes.plot(p90, place, "|", color="black", ms=12)
         axes.annotate(f"{name}: {median:.4f} ms", (0, place), xytext=(4, 0), va="center",
@@ -171,7 +171,7 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
 
 
 def confusion(counts: ArrayLike, classes: Sequence[str]) -> Figure:
-    """Plot a confusion matrix; only the wrong predictions are coloured.
+    """Plot a confusion matrix; only the wrong predictions are colored.
 
     Args:
         counts: (classes, classes), true classes in rows and predicted classes in columns.

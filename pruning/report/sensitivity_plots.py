@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pruning.planning.budget import LABELS
-from pruning.report.figures import COLOURS, MARKERS, new_figure, short
+from pruning.report.figures import COLORS, MARKERS, new_figure, short
 
 if TYPE_CHECKING:
     from pruning.planning.curves import Sensitivity
@@ -48,11 +48,11 @@ def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figur
             widths,
             [100 * reading.accuracy_low for _, reading in curve],
             [100 * reading.accuracy_high for _, reading in curve],
-            color=COLOURS[5],
+            color=COLORS[5],
             alpha=0.35,
             lw=0,
         )
-        axes.plot(widths, [100 * reading.accuracy for _, reading in curve], color=COLOURS[0], lw=1.4)
+        axes.plot(widths, [100 * reading.accuracy for _, reading in curve], color=COLORS[0], lw=1.4)
         axes.set_title(short(name), fontsize=9)
         axes.margins(x=0.02)
     for axes in cells[len(names) :]:
@@ -109,9 +109,9 @@ def lost_per_cost(found: Sensitivity, cost: str = "macs", stage: str = "recalibr
         points.sort(key=lambda p: -getattr(p, cost))
         freed = [0.0, *(100 * (1 - getattr(p, cost) / whole) for p in points)]
         lost = [0.0, *(100 * (found.dense.accuracy - p.readings[stage].accuracy) for p in points)]
-        colour = COLOURS[number % len(COLOURS)]
-        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        axes.plot(freed, lost, style, color=colour, marker=MARKERS[number % len(MARKERS)], ms=3, lw=1.2,
+        color = COLORS[number % len(COLORS)]
+        style = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+        axes.plot(freed, lost, style, color=color, marker=MARKERS[number % len(MARKERS)], ms=3, lw=1.2,
                   markevery=max(1, len(freed) // 8), label=short(name))  # fmt: skip
     axes.set_xlabel(f"{LABELS[cost]} freed, % of the whole network")
     axes.set_ylabel("accuracy lost, points")

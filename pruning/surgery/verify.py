@@ -158,7 +158,7 @@ def _norm_over_kept(
     smaller = copy.deepcopy(layer)
     narrow(smaller, "out", keep)
 
-    def normalise(
+    def normalize(
         _: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Tensor
     ) -> Tensor:
         kept = keep.to(output.device)
@@ -166,4 +166,4 @@ def _norm_over_kept(
         values = smaller(x.index_select(dim, kept)).to(output.dtype)
         return torch.zeros_like(output).index_copy(dim, kept, values)
 
-    return normalise
+    return normalize

@@ -25,7 +25,7 @@ MOST_ELEMENTS = 1_000_000
 
 
 class Ties:
-    """Union-find over channel labels, vectorised."""
+    """Union-find over channel labels, vectorized."""
 
     def __init__(self) -> None:
         self._parent = np.arange(0)

@@ -106,7 +106,7 @@ def recurrent(labels: Labels, call: LayerCall) -> None:
 
 
 def layer_norm(labels: Labels, call: LayerCall) -> None:
-    """Follow LayerNorm or RMSNorm; fix channels that do not lie along its last normalised dimension."""
+    """Follow LayerNorm or RMSNorm; fix channels that do not lie along its last normalized dimension."""
     x, shape = call.inputs[0], call.module.normalized_shape
     assert isinstance(shape, tuple)
     arriving = labels.of(x)
@@ -114,7 +114,7 @@ def layer_norm(labels: Labels, call: LayerCall) -> None:
     index = channel_dims[0] if len(channel_dims) == 1 else x.ndim - 1
     dim = index - x.ndim
     if (len(shape) > 1 and dim != -1) or x.shape[index] != shape[-1]:
-        labels.fix(arriving, f"{call.name} normalises over other dimensions than its channels'")
+        labels.fix(arriving, f"{call.name} normalizes over other dimensions than its channels'")
         return labels.put(call.output, None)
     return channelwise(labels, call, dim)
 

@@ -115,7 +115,7 @@ def shift(labels: Labels, op: Operation, first: Tensor) -> None:
 
 @first_operand
 def index(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Index neighbouring dimensions with integer tensors; fix channels that lie along one of them."""
+    """Index neighboring dimensions with integer tensors; fix channels that lie along one of them."""
     indices = op.given["indices"]
     used = [d for d, each in enumerate(indices) if each is not None]
     integer = all(each is None or each.dtype == torch.long for each in indices)

@@ -170,8 +170,8 @@ def disc(row, column, size=28, radius=3.0):
     return (inside * 255).to(torch.uint8)
 
 
-def centre(image):
-    """Return the centre of gravity, (row, column)."""
+def center(image):
+    """Return the center of gravity, (row, column)."""
     total = image.sum()
     places = torch.arange(image.shape[-1], dtype=image.dtype)
     return float((image.sum(1) * places).sum() / total), float((image.sum(0) * places).sum() / total)
@@ -183,12 +183,12 @@ def test_random_affine_covers_its_stated_ranges():
     still = data.random_affine()(images)
     torch.testing.assert_close(still, images.float(), atol=1e-2, rtol=0)
 
-    moved = [centre(image[0]) for image in data.random_affine(pixels=3)(images)]
+    moved = [center(image[0]) for image in data.random_affine(pixels=3)(images)]
     rows, columns = (torch.tensor(axis) for axis in zip(*moved, strict=True))
     for offsets in (rows - 13.5, columns - 20.0):
         assert -3.05 < offsets.min() < -2.5 and 2.5 < offsets.max() < 3.05
 
-    turned = [centre(image[0]) for image in data.random_affine(degrees=30)(images)]
+    turned = [center(image[0]) for image in data.random_affine(degrees=30)(images)]
     angles = [math.degrees(math.atan2(row - 13.5, column - 13.5)) for row, column in turned]
     distances = [math.hypot(row - 13.5, column - 13.5) for row, column in turned]
     assert -31 < min(angles) < -25 and 25 < max(angles) < 31

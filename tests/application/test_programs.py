@@ -131,7 +131,7 @@ def test_the_networks_contain_every_operation(everything):
     )
     made = json.loads(written[1])["networks"]
     seen = {(op["kind"], op.get("name")) for each in made for op in each["program"]["ops"]}
-    tables = {"map": program.MAPS, "zip": program.ZIPS, "rows": [*program.ROWS, "normalise"]}
+    tables = {"map": program.MAPS, "zip": program.ZIPS, "rows": [*program.ROWS, "normalize"]}
     known = {(kind, name) for kind, names in tables.items() for name in names}
     assert seen == known | {
         ("conv", None),
@@ -159,7 +159,7 @@ def test_torchvision_networks_are_lowered_to_programs(name):
     made = program_of(folded(net.requires_grad_(False), [x]), x)
     with torch.no_grad():
         assert relative_difference(net(x).flatten(), made(x)) < TOLERANCE
-    assert not {"multiply", "normalise"} & {getattr(op.loop, "name", None) for op in made.ops}, (
+    assert not {"multiply", "normalize"} & {getattr(op.loop, "name", None) for op in made.ops}, (
         "norms are folded"
     )
 
@@ -177,6 +177,6 @@ def test_the_browser_computes_every_operation(everything, shown):
     names = browser("[...find('bars').tBodies[0].rows].map(row => row.cells[0].textContent)")
     assert names == ["</script>", "<b>&amp;", "c@data@", "d"]
     sums = browser(
-        "networks.map(n => probabilities(n, n.run(normalised(noise(1)[0]))).reduce((a, b) => a + b))"
+        "networks.map(n => probabilities(n, n.run(normalized(noise(1)[0]))).reduce((a, b) => a + b))"
     )
     assert sums == pytest.approx([1] * len(sums), abs=1e-5)

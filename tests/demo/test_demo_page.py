@@ -64,7 +64,7 @@ DRAW = """async (strokes) => {
   }
   await new Promise(requestAnimationFrame);
   await new Promise(requestAnimationFrame);
-  const ready = normalised(input());
+  const ready = normalized(input());
   return {said, heard: find("said").textContent, pixels: Array.from(input()),
           logits: networks.map((network) => Array.from(network.run(ready)))};
 }"""
@@ -112,7 +112,7 @@ def test_page_classifies_drawn_digits_as_pytorch_does(page, digits, shown):
 
 
 def assert_like_mnist(pixels):
-    """The bounding box of MNIST's digits, and the position of their centre of mass."""
+    """The bounding box of MNIST's digits, and the position of their center of mass."""
     rows, columns = (np.flatnonzero(pixels.sum(axis) > 40) for axis in (1, 0))
     assert 17 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
     across, down = np.meshgrid(np.arange(28), np.arange(28))
@@ -222,9 +222,9 @@ def test_colour_network_takes_image_files(tmp_path, shown):
     assert red.min() > 250 and green[0].min() == 255 and green[7, 7] < 100, "red on white"
     with torch.no_grad():
         expected = nets.make("residual")(
-            SMALL.normalised(torch.tensor(found, dtype=torch.uint8).view(3, 14, 14))
+            SMALL.normalized(torch.tensor(found, dtype=torch.uint8).view(3, 14, 14))
         )
-    got = browser("Array.from(networks[0].run(normalised(input())))")
+    got = browser("Array.from(networks[0].run(normalized(input())))")
     assert relative_difference(expected.flatten(), torch.tensor(got)) < TOLERANCE
 
 

@@ -178,7 +178,7 @@ def test_sensitivity_curves_work_as_scores():
     step = prune(net, nets.images(), budget, score=found.scores)
     assert step.plan.widths == {**traced.widths, "classifier.fc1": traced.widths["classifier.fc1"] - 4}
     assert step.plan.keep["classifier.fc1"][0] == 4, "channels are removed in their order"
-    with pytest.raises(PruningError, match="analyse this model"):
+    with pytest.raises(PruningError, match="analyze this model"):
         prune(step.model, nets.images(), Budget(params="50%"), score=found.scores)
 
 

@@ -58,7 +58,7 @@ class Folding(nn.Module):
 
 
 def lively(norm):
-    """Randomise the statistics, scales and shifts of norms, so that losing them changes the outputs."""
+    """Randomize the statistics, scales and shifts of norms, so that losing them changes the outputs."""
     for tensor in (norm.running_mean, norm.weight, norm.bias):
         nn.init.normal_(tensor)
     nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -79,7 +79,7 @@ class ConvAndActivation(nn.Conv2d):
         return torch.sigmoid(super().forward(x))
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight / weight.norm(), bias)
 
@@ -96,7 +96,7 @@ class ReadsOutput(Folding):
 
 
 class OverTime(nn.Module):
-    """BatchNorm1d normalises dimension 1; the channels of the linear layer lie along the last."""
+    """BatchNorm1d normalizes dimension 1; the channels of the linear layer lie along the last."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ def with_a_hook():
         lambda: Folding(norm=NormAndActivation),
         lambda: Folding(norm=BatchStatistics),
         lambda: Folding(conv=ConvAndActivation),
-        lambda: Folding(conv=Standardised),
+        lambda: Folding(conv=Standardized),
         lambda: Folding(conv=lambda *sizes: nn.utils.parametrizations.weight_norm(nn.Conv2d(*sizes))),
         ReadsWeight,
         ReadsOutput,

@@ -176,13 +176,13 @@ def test_a_registration_ends_with_its_block_and_applies_to_subclasses():
 
 
 def test_channels_of_a_layer_whose_rule_contradicts_its_code_are_not_pruned():
-    class Centred(Scaled):
+    class Centered(Scaled):
         def forward(self, x):
             return super().forward(x - x.mean(-1, keepdim=True))
 
-    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Centred(8, 3))
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Centered(8, 3))
     with register_layer(Scaled, RULES[Scaled]):
-        assert "2 (Centred) has code of its own" in trace(net, torch.randn(2, 5)).skipped["0"]
+        assert "2 (Centered) has code of its own" in trace(net, torch.randn(2, 5)).skipped["0"]
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_channels_are_followed_through_operators(middle):
     assert verify(net, apply(net, traced, plan), traced, plan, images) <= TOLERANCE
 
 
-class Centred(nets.WithNorm):
+class Centered(nets.WithNorm):
     """A layer whose code computes with another weight than the parameter."""
 
     def forward(self, x):
@@ -285,14 +285,14 @@ def test_parameters_of_functional_convolutions_are_skipped_with_the_reason():
             super().__init__()
             self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
             self.bent = nn.Parameter(torch.randn(4, 4, 3, 3))
-            self.centred = Centred(4, 4, nn.BatchNorm2d(4))
+            self.centered = Centered(4, 4, nn.BatchNorm2d(4))
 
         def forward(self, x):
             x = torchvision.ops.deform_conv2d(F.conv2d(x, self.kernel), torch.zeros(2, 18, 10, 10), self.bent)
-            return self.centred(x)
+            return self.centered(x)
 
     skipped = trace(Functional(), nets.images()).skipped
-    assert "calls conv2d" in skipped["kernel"] and "differently from its type" in skipped["centred"]
+    assert "calls conv2d" in skipped["kernel"] and "differently from its type" in skipped["centered"]
     assert "calls deform_conv2d" in skipped["bent"]
 
 

@@ -1,4 +1,4 @@
-"""Reinitialisation of pruned networks."""
+"""Reinitialization of pruned networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_fresh_weights_are_those_of_a_new_network_of_the_same_widths(make):
     before = nets.snapshot(used)
     torch.manual_seed(5)
     fresh = fresh_weights(used)
-    assert nets.same(fresh, new), "each layer is initialised by its own rule, in the same order"
+    assert nets.same(fresh, new), "each layer is initialized by its own rule, in the same order"
     assert all(torch.equal(before[key], value) for key, value in used.state_dict().items())
 
 

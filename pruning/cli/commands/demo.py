@@ -75,10 +75,10 @@ def execute(args: argparse.Namespace) -> None:
 def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> Images:
     """What the network takes, as flags, its checkpoint or the data say."""
     size = build.image_shape(args, content, data)
-    scales = build.normalisation(args, content) or _usual(content, data)
+    scales = build.normalization(args, content) or _usual(content, data)
     if scales is None:
         raise PruningError(
-            f"{args.checkpoint} does not say how its images were normalised: give --mean and --std "
+            f"{args.checkpoint} does not say how its images were normalized: give --mean and --std "
             "(0 and 1 for pixels as they are)"
         )
     images = Images(size, scales["mean"], scales["std"])
@@ -86,7 +86,7 @@ def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | N
 
 
 def _usual(content: Mapping[str, Any], data: Data | None) -> dict[str, Any] | None:
-    """The normalisation that `pruning.sources` gives the data which the checkpoint or --data names."""
+    """The normalization that `pruning.sources` gives the data which the checkpoint or --data names."""
     for name in (content["provenance"].get("dataset"), data.name if data is not None else None):
         if name in BUILT_IN:
             _, mean, std = BUILT_IN[name]

@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> None:
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
-    scales = build.normalisation(args, content)
+    scales = build.normalization(args, content)
     if scales is not None:
         metadata["normalisation"] = scales
     shape = build.image_shape(args, content)
