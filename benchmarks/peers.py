@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pruning import Budget, PruningError, SlimConfig, trace
-from pruning.planning import CostModel
+from pruning.graph.layers import layer_width
+from pruning.planning import Cost, CostModel
 from pruning.training import cross_entropy
 
 #: The pruners of torch-pruning; see `Peer`.
@@ -48,6 +49,7 @@ class Peer:
 
         self.kind, self.model, self.example = kind, model, example
         self.calibration = list(calibration)
+        self.cost_model = CostModel(model, trace(model, example))
         outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
         common: dict[str, Any] = {
             "global_pruning": ranking == "global",
@@ -65,10 +67,16 @@ class Peer:
             }
             self.pruner = tp.pruner.BasePruner(model, example, make[kind](), **common)
 
+    def cost(self) -> Cost:
+        """Return the cost of the model at its present widths, BatchNorm folded."""
+        return self.cost_model(
+            {name: layer_width(self.model.get_submodule(name), "out") for name in self.cost_model.groups}
+        )
+
     def reach(self, budget: Budget) -> None:
         """Take steps until the model meets the budget; raises `PruningError` if it never does."""
         for _ in range(STEPS):
-            if not budget.excess(cost(self.model, self.example)):
+            if not budget.excess(self.cost()):
                 return
             if self.kind == "taylor":
                 self.model.zero_grad()
@@ -77,14 +85,12 @@ class Peer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.pruner.step()
-        if budget.excess(cost(self.model, self.example)):
-            raise PruningError(
-                f"torch-pruning's {self.kind} pruner ends at {cost(self.model, self.example)}, over {budget}"
-            )
+        if budget.excess(self.cost()):
+            raise PruningError(f"torch-pruning's {self.kind} pruner ends at {self.cost()}, over {budget}")
 
     def iterate(self, config: SlimConfig, recover: Callable[[], Any]) -> None:
         """Reach the budget in the number of steps of a pipeline, and call `recover` after each."""
-        dense, steps = cost(self.model, self.example), config.prune.iterations
+        dense, steps = self.cost(), config.prune.iterations
         asked = config.counts.resolve(dense)
         for step in range(1, steps + 1):
             self.reach(asked.share(dense, step, steps))
@@ -101,7 +107,7 @@ def regularized(loss: Callable[..., Tensor], strength: float = REGULARIZATION) -
     return total
 
 
-def cost(model: nn.Module, example: Tensor) -> Any:
+def cost(model: nn.Module, example: Tensor) -> Cost:
     """Count params and MACs with BatchNorm folded."""
     cost_model = CostModel(model, trace(model, example))
     return cost_model(cost_model.full)

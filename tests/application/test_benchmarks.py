@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import ROOT, module
 
-from benchmarks import equal_accuracy, libraries, pipeline, results, runtimes, timing
+from benchmarks import equal_accuracy, libraries, pipeline, process, results, runtimes, timing
 from pruning import PruningError, load
 from pruning.errors import CheckpointError
 
@@ -39,6 +39,17 @@ def benchmark(name, *flags, check=True, **variables):
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Let benchmarks that run their parts in separate processes run them in this one."""
+
+    def run_module(name, flags, timeout=None):
+        return json.loads(module(f"benchmarks.{name}", *flags).stdout.splitlines()[-1])
+
+    monkeypatch.setattr(process, "run_module", run_module)
+    monkeypatch.setattr(pipeline, "run_module", run_module)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +139,7 @@ def in_runtimes(tmp_path_factory):
     chosen = [name for name in runtimes.RUNTIMES if name != runtimes.COMPILED]
     flags = ["--seconds", 0.05, "--warmup", 0.05, "--calibration", 100, "--runtimes", *chosen]
     flags += ["--models", "resnet18", "--image-size", 32, "--output", output]
-    printed = benchmark("runtimes", *flags).stdout
+    printed = module("benchmarks.runtimes", *flags).stdout
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.json", "out.md"]
     assert output.with_suffix(".md").read_text() == printed
     return json.loads(output.read_text()), printed
@@ -159,8 +170,8 @@ def test_the_speed_up_of_torchvision_networks_is_compared_with_their_macs(in_run
         macs, (_, low, high) = row["MACs"], row["to dense"]
         assert macs["pruned"] <= 0.5 * macs["dense"] and row["multiple"] == 16
         speed_up = row["dense"]["median ms"] / row["pruned"]["median ms"]
-        realised = speed_up / (macs["dense"] / macs["pruned"])
-        assert math.isclose(row["speed-up / reduction of MACs"], realised, rel_tol=2e-2)
+        realized = speed_up / (macs["dense"] / macs["pruned"])
+        assert math.isclose(row["speed-up / reduction of MACs"], realized, rel_tol=2e-2)
         assert row["slower than dense"] == ("no" if high <= 1 else "yes" if low > 1 else "undecided")
 
 
@@ -228,12 +239,12 @@ def test_costs_at_equal_accuracy_are_interpolated_between_budgets():
     assert equal_accuracy.at_equal_accuracy(point([0.90], 800), ours)["MACs"] is None
 
 
-def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path):
+def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path, one_process):
     pytest.importorskip("torch_pruning")
     flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
     flags += ["--repeats=1", "--threads=1", "--iterations=1", "--batch-size=128", "--seconds=0.1"]
-    printed = benchmark(
-        "equal_accuracy", *flags, "--budgets", "15%", "40%", f"--output={tmp_path}/out.json"
+    printed = module(
+        "benchmarks.equal_accuracy", *flags, "--budgets", "15%", "40%", f"--output={tmp_path}/out.json"
     ).stdout
     result = json.loads((tmp_path / "out.json").read_text())
     assert [point["budget"] for point in result["points"]["ours"]] == ["15%", "40%"]
@@ -244,22 +255,12 @@ def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path):
     assert (tmp_path / "out.md").read_text() == printed
 
 
-def test_the_pipeline_is_compared_with_torch_pruning(tmp_path):
+def test_the_pipeline_is_compared_with_torch_pruning(tmp_path, one_process):
     pytest.importorskip("torch_pruning")
-    flags = [
-        "--repeats",
-        2,
-        "--threads",
-        1,
-        "--iterations",
-        1,
-        "--batch-size",
-        128,
-        "--output",
-        tmp_path / "out.json",
-    ]
-    flags += [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
-    printed = benchmark("pipeline", *flags, "--sides", "ours", "loader 0").stdout
+    flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
+    flags += ["--repeats=2", "--threads=1", "--iterations=1", "--batch-size=128"]
+    flags += [f"--output={tmp_path}/out.json", "--sides", "ours", "loader 0"]
+    printed = module("benchmarks.pipeline", *flags).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
     assert (tmp_path / "out.md").read_text() == printed
     result = json.loads((tmp_path / "out.json").read_text())
@@ -280,6 +281,15 @@ def test_the_pipeline_is_compared_with_torch_pruning(tmp_path):
     assert (
         f"Ours takes {ratio:.2f} of the time of torch-pruning with the quicker loader (loader 0)." in printed
     )
+
+
+def test_a_part_of_a_benchmark_runs_in_its_own_process():
+    flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
+    flags += ["--threads=1", "--iterations=1", "--batch-size=256", "--side=ours"]
+    found = process.run_module("pipeline", flags)
+    assert found["memory"] > 100 and 0.1 < found["accuracy"] <= 1
+    with pytest.raises(PruningError, match="expected a whole number from 1"):
+        process.run_module("pipeline", [*flags, "--threads=0"])
 
 
 def test_data_loaders_and_tensors_in_memory_give_the_same_images():
