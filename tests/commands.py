@@ -8,7 +8,8 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,19 @@ def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subp
     return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
 
 
+def _timed_briefly(time_forward: Callable[..., Any], *args: Any, seconds: float, **options: Any) -> Any:
+    """Time networks as the scripts do, but for at most a fifth of a second and without a long warm-up."""
+    return time_forward(*args, seconds=min(seconds, 0.2), **{"warmup": 0.1, **options})
+
+
 def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project; its exit code must be 0 unless `check` is false."""
+    """Run a script of the project, with brief timings; its exit code must be 0 unless `check` is false."""
+    from eval import metrics
+
     path = str(ROOT / name)
-    done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "time_forward", partial(_timed_briefly, metrics.time_forward))
+        done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -61,6 +71,28 @@ def module(name: str, *flags: Any, check: bool = True, **options: Any) -> subpro
         )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@contextlib.contextmanager
+def children_in_process() -> Iterator[None]:
+    """Let `subprocess.run` run Python scripts and modules in this process, without a new interpreter."""
+    start = subprocess.run
+
+    def run(command: list[Any], *, check: bool = False, stdout: Any = None, **options: Any) -> Any:
+        if command[0] != sys.executable:
+            return start(command, check=check, stdout=stdout, **options)
+        first, *flags = map(str, command[1:])
+        if first == "-m":
+            done = module(*flags, check=check, cwd=options.get("cwd"))
+        else:
+            done = script(str(Path(first).relative_to(ROOT)), *flags, check=check, cwd=options.get("cwd"))
+        if hasattr(stdout, "write"):
+            stdout.write(done.stdout + done.stderr)
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
 
 
 def refused(name: str, *flags: Any, **options: Any) -> str:

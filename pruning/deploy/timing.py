@@ -64,6 +64,10 @@ class TimeRatio(NamedTuple):
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
+#: Largest number of values that `time_ratio` resamples at once.
+_RESAMPLED = 1 << 20
+
+
 def time_ratio(
     latency: Latency, to: Latency, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> TimeRatio:
@@ -102,11 +106,13 @@ def time_ratio(
         )
     block = math.ceil(math.sqrt(turns))
     generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    for i in range(resamples):
-        starts = generator.integers(0, turns, (math.ceil(turns / block), 1))
-        chosen = ((starts + np.arange(block)) % turns).ravel()[:turns]
-        ratios[i] = np.median(above[chosen]) / np.median(below[chosen])
+    at_once = max(1, _RESAMPLED // turns)
+    ratios = np.empty(0)
+    while len(ratios) < resamples:
+        count = min(at_once, resamples - len(ratios))
+        starts = generator.integers(0, turns, (count, math.ceil(turns / block), 1))
+        chosen = ((starts + np.arange(block)) % turns).reshape(count, -1)[:, :turns]
+        ratios = np.append(ratios, np.median(above[chosen], axis=1) / np.median(below[chosen], axis=1))
     low, high = np.percentile(ratios, (50 - 50 * confidence, 50 + 50 * confidence)).tolist()
     return TimeRatio(float(np.median(above) / np.median(below)), low, high)
 

@@ -25,6 +25,10 @@ SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--
          "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
+#: Without the search for whole layers, which takes most of a short run.
+BRIEF = [*SHORT, "--no-layers"]
+
+
 def program(name, *flags, **options):
     """Run a script in a separate process without a terminal; `commands.script` runs it in this one."""
     done = subprocess.run(
@@ -41,6 +45,14 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "first"
     done = program("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
     return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """A short run without the search for whole layers."""
+    folder = tmp_path_factory.mktemp("brief") / "first"
+    script("train_yournet.py", *BRIEF, "--output", folder, cwd=folder.parent)
+    return folder
 
 
 def test_train_yournet_saves_a_smaller_network_and_its_provenance(run):
@@ -60,12 +72,11 @@ def test_train_yournet_saves_a_smaller_network_and_its_provenance(run):
     assert facts["command"].startswith("python ") and 0 <= facts["validation_accuracy"] <= 1
 
 
-def test_the_seed_determines_the_trained_network(run, tmp_path):
-    folder, _ = run
-    script("train_yournet.py", *SHORT, "--output", tmp_path / "again", cwd=tmp_path)
-    script("train_yournet.py", *SHORT, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
+def test_the_seed_determines_the_trained_network(brief, tmp_path):
+    program("train_yournet.py", *BRIEF, "--output", tmp_path / "again", cwd=tmp_path)
+    script("train_yournet.py", *BRIEF, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
     first, again, other = (
-        load(path / "best.pth").state_dict() for path in (folder, tmp_path / "again", tmp_path / "other")
+        load(path / "best.pth").state_dict() for path in (brief, tmp_path / "again", tmp_path / "other")
     )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(
@@ -75,11 +86,10 @@ def test_the_seed_determines_the_trained_network(run, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_network(run, tmp_path, killer):
-    expected, _ = run
+def test_a_killed_run_resumes_to_the_same_network(brief, tmp_path, killer):
     folder = tmp_path / "runs" / "1"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train_yournet.py", *SHORT], cwd=tmp_path,
+        [sys.executable, ROOT / "train_yournet.py", *BRIEF], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # A shell disables Ctrl-C for processes in the background, as the tests may be.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -93,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_network(run, tmp_path, killer):
     assert "Traceback" not in said
     torch.load(folder / "state.pth", weights_only=True)  # the last complete state still loads
     script("train_yournet.py", "--resume", cwd=tmp_path)
-    one, other = load(expected / "best.pth").state_dict(), load(folder / "best.pth").state_dict()
+    one, other = load(brief / "best.pth").state_dict(), load(folder / "best.pth").state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -124,9 +134,9 @@ def test_test_yournet_prints_the_table_and_writes_the_figures(run, tmp_path):
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path):
-    done = program("test_yournet.py", "--data", "mnist5k", cwd=tmp_path)
+    done = script("test_yournet.py", "--data", "mnist5k", cwd=tmp_path)
     assert "YourNet" in done.stdout and "uncapped" in done.stdout
-    assert "LeNet-5" in program("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
+    assert "LeNet-5" in script("test_lenet5.py", "--data", "mnist5k", cwd=tmp_path).stdout
 
 
 def test_train_lenet5_saves_each_epoch_and_continues_from_a_checkpoint(tmp_path):
@@ -192,12 +202,12 @@ def test_a_missing_or_incompatible_teacher_is_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"seven.pth"}
 
 
-def test_distillation_changes_the_losses_of_stages_2_and_3(run, tmp_path):
+def test_distillation_changes_the_losses_of_stages_2_and_3(brief, tmp_path):
     teacher = ["--teacher", ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth", "--distill", 0.5]
-    flags = [*SHORT, *teacher, "--temperature", 1, "--output", tmp_path / "taught"]
+    flags = [*BRIEF, *teacher, "--temperature", 1, "--output", tmp_path / "taught"]
     script("train_yournet.py", *flags, cwd=tmp_path)
     losses = []
-    for folder in (run[0], tmp_path / "taught"):
+    for folder in (brief, tmp_path / "taught"):
         events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         losses.append([event["train_loss"] for event in events if "train_loss" in event])
     plain, taught = losses
@@ -212,8 +222,8 @@ def test_an_output_folder_inside_a_file_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_the_folder_of_another_run_is_not_overwritten(run, tmp_path):
-    folder, _ = run
+def test_the_folder_of_another_run_is_not_overwritten(brief, tmp_path):
+    folder = brief
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "already holds a run" in refused("train_yournet.py", *SHORT, "--output", folder, cwd=tmp_path)
     other = refused("train_yournet.py", "--resume", "--seed", 7, "--output", folder, cwd=tmp_path)
@@ -270,8 +280,8 @@ def test_the_committed_networks_have_the_accuracy_stated_in_the_readme(tmp_path)
 
 def test_a_latency_budget_replaces_the_limits_of_the_recipe(tmp_path):
     folder = tmp_path / "run"
-    done = script("train_yournet.py", *SHORT, "--max-latency", "0.8x", "--runtime-batch", 64, "--no-layers",
-                   "--output", folder, cwd=tmp_path)  # fmt: skip
+    done = script("train_yournet.py", *BRIEF, "--max-latency", "0.8x", "--runtime-batch", 64,
+                  "--output", folder, cwd=tmp_path)  # fmt: skip
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     timed = [event["latency"] for event in events if "latency" in event]
     assert len(timed) == 1 and timed[0]["pruned"] <= 0.8 * timed[0]["dense"], "only the last step is timed"
