@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from pruning import Budget, load, prune, save
 from pruning.planning import count
@@ -15,14 +16,43 @@ from pruning.utils.compare import TOLERANCE
 #: Height and width of the images for a network.
 FAMILIES = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 32,
-    "inception_v3": 75, "maxvit_t": 224, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32,
+    "inception_v3": 75, "maxvit": 32, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32,
     "regnet_y_400mf": 32, "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
-    "swin_v2_t": 224, "vgg11_bn": 32, "vit_b_32": 224,
+    "swin_v2": 32, "vgg_bn": 32, "vit": 32,
+}  # fmt: skip
+
+
+def vgg_bn():
+    """A VGG with four convolutions and a narrow classifier."""
+    features = torchvision.models.vgg.make_layers([16, "M", 32, "M", 64, "M", 512, "M"], batch_norm=True)
+    model = torchvision.models.VGG(features, num_classes=5)
+    for at, (into, out) in {0: (512 * 49, 48), 3: (48, 40), 6: (40, 5)}.items():
+        model.classifier[at] = nn.Linear(into, out)
+    return model
+
+
+#: Networks of torchvision's classes that are smaller than any that it names.
+SMALLER = {
+    "maxvit": lambda: torchvision.models.MaxVit(
+        (32, 32), stem_channels=16, partition_size=4, block_channels=[16, 32], block_layers=[1, 1],
+        head_dim=8, stochastic_depth_prob=0.1, num_classes=5,
+    ),
+    "swin_v2": lambda: torchvision.models.SwinTransformer(
+        [4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=5,
+        block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+    ),
+    "vgg_bn": vgg_bn,
+    "vit": lambda: torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=240, num_classes=5
+    ),
 }  # fmt: skip
 
 
 def make(name):
     warnings.simplefilter("ignore", FutureWarning)
+    if name in SMALLER:
+        return SMALLER[name]()
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, num_classes=5, **options)
 
