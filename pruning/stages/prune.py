@@ -20,6 +20,7 @@ from pruning.planning.width_sweep import Batch
 from pruning.surgery.apply import apply, channel_constants, may_leave_constants
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
+from pruning.surgery.refit import LayerFit, refit
 from pruning.surgery.verify import verify, with_random_weights
 from pruning.tracing.trace import require_groups, trace
 from pruning.training.batches import to_device
@@ -42,6 +43,7 @@ class Step:
         after: cost after pruning, BatchNorm folded.
         difference: largest relative difference of the outputs found by `verify`; NaN if not checked.
         latency: the measured times under a `LatencyBudget`, else None.
+        refits: what the refit did to each layer (see `pruning.surgery.refit.refit`).
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Step:
     after: Cost
     difference: float
     latency: LatencyFound | None = None
+    refits: tuple[LayerFit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class StepSettings:
     ignored: tuple[Ignored, ...] = ()
     options: PlanOptions = DEFAULT_OPTIONS
     check: bool = True
+    refit: bool = False
 
 
 def prune(
@@ -78,6 +82,7 @@ def prune(
     remove: Iterable[str] = (),
     towards: Budget | None = None,
     check: bool = True,
+    refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
     floor: int | Mapping[str, int] = 1,
@@ -103,6 +108,9 @@ def prune(
             that a plan for this budget keeps; otherwise it might remove channels to meet one limit
             that the final budget has room for.
         check: compare the outputs with those that the plan implies (see `verify`).
+        refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
+            squares on the calibration inputs (see `pruning.surgery.refit.refit`). This takes the place of
+            recalibrating BatchNorm, and of training where there is none. Targets may be None.
         ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
 
@@ -115,7 +123,7 @@ def prune(
     {'0': 4}
     """
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
-    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check)
+    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit)
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
     )
@@ -134,9 +142,12 @@ def prune_step(
 ) -> Step:
     """Prune as `prune` does, with settings that all steps of a run share.
 
-    The order is: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate.
+    The order is: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate or
+    refit.
     """
     require_budget(budget)
+    if settings.refit and not settings.calibration:
+        raise PruningError("refit=True needs calibration batches, and there are none; give a few")
     if dense is not None and isinstance(budget, Budget):
         raise PruningError("dense: only a LatencyBudget is relative to another network; leave dense out")
     traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
@@ -168,9 +179,13 @@ def prune_step(
     difference = float("nan")
     if settings.check:
         difference = _verified(model, small, traced, plan, example_inputs, constants)
-    recalibrate(small, map(fresh, batches))
+    refits: tuple[LayerFit, ...] = ()
+    if settings.refit:
+        refits = refit(small, model, traced, plan, batches)
+    else:
+        recalibrate(small, map(fresh, batches))
     distributed.broadcast_weights(small)
-    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency)
+    return Step(small, plan, traced, asked, before, cost_model(plan.widths), difference, latency, refits)
 
 
 def _without_layers(

@@ -1,6 +1,6 @@
 """Make a model smaller: apply a plan, verify it, fold BatchNorm, remove whole layers.
 
-`apply` and `verify` are in the files of these names.
+`apply`, `refit` and `verify` are in the files of these names.
 """
 
 from pruning.surgery.apply import channel_constants

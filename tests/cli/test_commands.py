@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
     assert small["params"] * 2 <= dense["params"] + 1 and small["accuracy"] > 0.5
     code, out, _ = run("report", "first")
     assert code == 0 and (tmp_path / "first" / "report.html").exists()
+
+
+def test_prune_refits_without_labels_being_needed(run):
+    code, out, _ = run("prune", *NET, "--max-macs", "40%", "--refit")
+    assert code == 0 and re.search(r"^refit: \d+ layers?; the largest relative error", out, re.MULTILINE)
+    code, _, err = run("prune", "--model", "mine:Net", "--input-shape", "1x10x10", "--score", "l2",
+                       "--max-macs", "40%", "--refit")  # fmt: skip
+    assert code == 2 and "--refit needs data" in err
 
 
 def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):

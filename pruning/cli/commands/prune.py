@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.stages.config import PruneConfig
 from pruning.stages.prune import prune
+from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.settings import Setting
 
@@ -24,6 +26,14 @@ SUMMARY = "remove channels in one step, without training"
 
 @dataclass(frozen=True)
 class PruneFlags:
+    refit: Annotated[
+        bool,
+        Setting(
+            "afterwards fit the layers that lost inputs to their former outputs, by least squares on the "
+            "calibration examples: without training, this keeps the most accuracy",
+            group="stage 2",
+        ),
+    ] = False
     output: Annotated[
         Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
     ] = Path("small.pth")
@@ -48,6 +58,8 @@ def execute(args: argparse.Namespace) -> None:
     calibration = data.calibration(args.calibration) if data is not None else []
     if not calibration and args.score in ("taylor", "sensitivity"):
         raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
+    if not calibration and args.refit:
+        raise PruningError("--refit needs data: add --data")
     step = prune(
         model,
         example,
@@ -55,6 +67,7 @@ def execute(args: argparse.Namespace) -> None:
         score=args.score,
         calibration=calibration,
         ignored=args.ignore,
+        refit=args.refit,
         ranking=args.ranking,
         floor=args.floor,
         most=args.most,
@@ -67,7 +80,20 @@ def execute(args: argparse.Namespace) -> None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
+    lines += [_refitted(step.refits)] if args.refit else []
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _refitted(fits: Sequence[LayerFit]) -> str:
+    """The line on the layers that were refitted, with the one whose outputs differ most."""
+    changed = [fit for fit in fits if fit.ridge is not None]
+    if not changed:
+        return "refit: no layer's outputs came closer to those of before"
+    worst = max(changed, key=lambda fit: fit.after)
+    return (
+        f"refit: {len(changed)} layers; the largest relative error of outputs that remains is "
+        f"{worst.after:.3f} ({worst.layer}, {worst.before:.3f} before the refit)"
+    )
 
 
 def _accuracies(before: nn.Module, after: nn.Module, data: Data) -> str:

@@ -1,0 +1,202 @@
+"""Refit: closed forms, exactness where the kept channels span the outputs, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv_transpose1d
+
+from pruning import Budget, Plan, PruningError, prune, trace
+from pruning.surgery.apply import apply
+from pruning.surgery.linear_form import weight_uses
+from pruning.surgery.refit import refit
+
+pytestmark = [pytest.mark.quick, pytest.mark.numerics]
+
+LAYERS = {
+    "linear on tokens": (lambda: nn.Linear(5, 7), (3, 4, 5)),
+    "linear on one row": (lambda: nn.Linear(5, 7, bias=False), (5,)),
+    "one dimension": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (2, 4, 11)),
+    "same": (lambda: nn.Conv2d(4, 6, (3, 5), padding="same", bias=False), (2, 4, 6, 5)),
+    "reflect": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4, padding_mode="reflect"), (2, 4, 6, 5)),
+    "circular": (
+        lambda: nn.Conv3d(4, 8, 2, padding=1, stride=(1, 2, 3), padding_mode="circular"),
+        (2, 4, 6, 5, 6),
+    ),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (2, 4, 6, 5),
+    ),
+    "transposed, dilated": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, padding=2, dilation=2), (2, 4, 6)),
+    "one example": (lambda: nn.Conv2d(4, 6, 3), (4, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_its_rows_times_its_matrix(name):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make().double(), torch.randn(shape, dtype=torch.double)
+    with torch.no_grad():
+        [use] = weight_uses(layer, x, {layer.weight})
+    rows, outputs = next(use.form.rows(use.input, use.output))
+    matrix = use.form.matrix(layer.weight)
+    bias = 0 if layer.bias is None else layer.bias.view(outputs.shape[1:])
+    torch.testing.assert_close(torch.einsum("rgi,gio->rgo", rows, matrix) + bias, outputs)
+    assert torch.equal(use.form.as_weight(matrix, layer.weight), layer.weight)
+
+
+def pruned(net, images, plan):
+    traced = trace(net, images)
+    return traced, plan, apply(net, traced, plan)
+
+
+def error(one, other, images):
+    with torch.no_grad():
+        wanted = other(images)
+        return float((one(images) - wanted).norm() / wanted.norm())
+
+
+def redundant(reader, made=8, rank=4):
+    """A network whose 8 inner channels are linear combinations of the first 4."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, made, 1), reader)
+    with torch.no_grad():
+        mix = torch.randn(made - rank, rank)
+        net[0].weight[rank:] = (mix @ net[0].weight[:rank].flatten(1)).view_as(net[0].weight[rank:])
+        net[0].bias[rank:] = mix @ net[0].bias[:rank]
+    return net.double().eval()
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        nn.Conv2d(8, 5, 3),
+        nn.Conv2d(8, 5, 3, padding=1, stride=2),
+        nn.ConvTranspose2d(8, 5, 2, stride=2),
+        nn.Sequential(nn.Conv2d(8, 5, 1, bias=False), nn.BatchNorm2d(5)),
+    ],
+    ids=["conv", "padded", "transposed", "norm behind"],
+)
+def test_channels_that_are_combinations_of_the_others_are_removed_without_error(reader):
+    net, images = redundant(copy.deepcopy(reader)), torch.randn(16, 3, 7, 7, dtype=torch.double)
+    traced, plan, small = pruned(net, images, Plan({"0": (0, 1, 2, 3)}))
+    assert error(small, net, images) > 0.1
+    [fit] = refit(small, net, traced, plan, [images])
+    assert error(small, net, torch.randn(4, 3, 7, 7, dtype=torch.double)) < 1e-3
+    assert fit.ridge is not None and fit.after < 1e-3 < fit.before
+
+
+def test_the_weights_are_those_of_ridge_regression():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    images = torch.randn(80, 6, dtype=torch.double)
+    traced, plan, small = pruned(net, images, Plan({"0": (1, 2, 4, 6, 7)}))
+    old = small[2].weight.detach().clone()
+    [fit] = refit(small, net, traced, plan, [images])
+    with torch.no_grad():
+        x = small[1](small[0](images))
+        wrong = net(images) - (x @ old.T + net[2].bias)
+        centered, target = x - x.mean(0), wrong - wrong.mean(0)
+        gram = centered.T @ centered
+        unit = gram.diagonal().mean() * torch.eye(5, dtype=torch.double)
+        change = torch.linalg.solve(gram + fit.ridge * unit, centered.T @ target)
+    torch.testing.assert_close(small[2].weight, old + change.T)
+    torch.testing.assert_close(small(images).mean(0), net(images).mean(0))
+
+
+@pytest.mark.parametrize(
+    "name", ["residual", "inverted", "shuffled", "up_and_down", "tokens", "grouped", "dense", "patches"]
+)
+def test_no_layer_gets_worse_and_the_network_comes_closer(name):
+    net = nets.make(name).eval()
+    images = nets.images(32)
+    step = prune(net, images[:2], Budget(macs="60%"), score="l2", ranking="group", check=False)
+    small = apply(net, step.trace, step.plan)
+    before = error(small, net, images)
+    fits = refit(small, net, step.trace, step.plan, list(images.split(8)))
+    assert error(small, net, images) < before
+    assert all(fit.after <= fit.before or fit.reason for fit in fits)
+
+
+def test_a_layer_is_left_as_it_was_where_refitting_does_not_help():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 200), nn.Tanh(), nn.Linear(200, 3))
+    images = torch.randn(8, 4)
+    images[6:] = 50 * torch.randn(2, 4)  # the rows held out have nothing in common with the others
+    traced, plan, small = pruned(net, images, Plan({"0": tuple(range(199))}))
+    before = copy.deepcopy(small.state_dict())
+    fits = refit(small, net, traced, plan, [images])
+    for fit in fits:
+        if fit.ridge is None:
+            assert fit.reason and torch.equal(small.state_dict()["2.weight"], before["2.weight"])
+        else:
+            assert fit.after < fit.before
+
+
+def test_prune_refits_after_the_check_and_reports_each_layer():
+    net, images = nets.make("residual").eval(), nets.images(32)
+    calibration = [(part, None) for part in images.split(8)]
+    options = {"score": "l2", "ranking": "group", "calibration": calibration}
+    plain = prune(net, images[:2], Budget(macs="60%"), **options)
+    step = prune(net, images[:2], Budget(macs="60%"), refit=True, **options)
+    assert step.plan == plain.plan and step.difference == plain.difference and plain.refits == ()
+    assert step.refits and error(step.model, net, images) < error(plain.model, net, images)
+    with pytest.raises(PruningError, match="needs calibration batches"):
+        prune(net, images[:2], Budget(macs="60%"), score="l2", refit=True)
+
+
+def test_inputs_that_cannot_be_used_are_rejected():
+    net, images = redundant(nn.Conv2d(8, 5, 3)), torch.randn(4, 3, 7, 7, dtype=torch.double)
+    traced, plan, small = pruned(net, images, Plan({"0": (0, 1, 2)}))
+    with pytest.raises(PruningError, match="there are none"):
+        refit(small, net, traced, plan, [])
+    for value in (float("nan"), float("inf")):
+        broken = images.clone()
+        broken[0, 0, 0, 0] = value
+        before = copy.deepcopy(small.state_dict())
+        with pytest.raises(PruningError, match="'1' has inputs or outputs that are not finite"):
+            refit(small, net, traced, plan, [broken])
+        assert all(torch.equal(small.state_dict()[key], kept) for key, kept in before.items())
+
+
+def test_a_layer_used_twice_is_fitted_to_both_uses():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.shared, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.shared(torch.relu(self.shared(torch.relu(self.into(x))))))
+
+    torch.manual_seed(0)
+    net, images = Twice(), torch.randn(64, 4)
+    traced = trace(net, images)
+    plan = Plan({name: tuple(range(group.channels - 2)) for name, group in traced.groups.items()})
+    small = apply(net, traced, plan)
+    before = error(small, net, images)
+    refit(small, net, traced, plan, [images])
+    assert error(small, net, images) < before
+
+
+def test_transposed_convolutions_of_torch_and_of_rows_agree_on_padding():
+    x, weight = torch.randn(2, 3, 9), torch.randn(3, 4, 5)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, x):
+            return conv_transpose1d(x, self.weight, None, 2, 3, 1)
+
+    net = Net()
+    with torch.no_grad():
+        [use] = weight_uses(net, x, {net.weight})
+    rows, outputs = next(use.form.rows(use.input, use.output))
+    found = torch.einsum("rgi,gio->rgo", rows, use.form.matrix(weight))
+    torch.testing.assert_close(found, outputs, atol=1e-4, rtol=1e-4)
