@@ -127,9 +127,9 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
         drop[list(kept)] = False
         if not drop.any():
             continue
-        channels = drop.nonzero().flatten()
         for member in group.members:
-            dropped.setdefault((member.layer, member.side), []).append(member.positions(channels))
+            positions = member.index[drop[member.channel]]
+            dropped.setdefault((member.layer, member.side), []).append(positions)
     return {side: torch.cat(positions).unique() for side, positions in dropped.items()}
 
 

@@ -141,6 +141,8 @@ def _run_masked(
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that sets the dropped channels of a tensor to `value`, (dropped,)."""
+    if not value.any():
+        return lambda x: x.index_fill(dim, drop.to(x.device), 0)
 
     def replace(x: Tensor) -> Tensor:
         changed = x.movedim(dim, -1).clone()

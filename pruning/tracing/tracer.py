@@ -204,7 +204,10 @@ class _Tracer(TorchDispatchMode):
 
     def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Apply the rule of a layer to one call of it."""
-        if follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch)):
+        # Operations on labels are not part of the pass, and would take most of its time if followed.
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch))
+        if is_foldable:
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
 
@@ -222,7 +225,12 @@ class _Tracer(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # `_Functions` has seen the call already
+            return self._follow_operation(func, args, kwargs or {})
+
+    def _follow_operation(
+        self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         output = run_operation(func, args, kwargs)
         if func._schema.name in _FILLING or (
             func._schema.name in _COPYING and any(map(self.labels.is_uniform, tensors_among(args)))

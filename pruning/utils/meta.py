@@ -102,13 +102,15 @@ def run_operation(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, obj
     if name in _SAME_SHAPE:
         other = args[1] if len(args) > 1 else None
         if not isinstance(other, Tensor) or (other.shape == x.shape and other.dtype == x.dtype):
-            return x if name.endswith("_") else torch.empty_like(x)
+            return x if name.endswith("_") else _like(x)
+    if name == "aten::convolution" and not kwargs and (shape := _convolved(*args)) is not None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     if (
         name == "aten::native_batch_norm"
         and x.ndim > 1
         and all(t is None or t.shape == x.shape[1:2] for t in args[1:5])
     ):
-        return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
     if name == "aten::native_batch_norm_backward" and x.shape == args[1].shape:
         channels = x.new_empty(x.shape[1])
         grads = (torch.empty_like(args[1]), channels, channels.clone())
@@ -123,3 +125,39 @@ def run_operation(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, obj
         if left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0] and x.shape == right.shape[1:]:
             return left.new_empty(left.shape[0], right.shape[1])
     return func(*args, **kwargs)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return an empty tensor of the same shape, type and layout."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if x.is_contiguous() else torch.empty_like(x)
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int] | None:
+    """Return the shape of a convolution's output; None where torch has to decide, or to raise an error."""
+    spatial = x.ndim - 2
+    if (
+        transposed
+        or x.ndim != weight.ndim
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+        or weight.dtype != x.dtype
+        or not (x.is_contiguous() and weight.is_contiguous())
+        or not (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
+        or not len(stride) == len(padding) == len(dilation) == spatial
+    ):
+        return None
+    sizes = [
+        (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
+        for d in range(spatial)
+    ]
+    return [x.shape[0], weight.shape[0], *sizes] if min((*sizes, *x.shape, *weight.shape)) > 0 else None
