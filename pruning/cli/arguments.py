@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-import torch
-
 from pruning.utils.settings import Setting, Stage, fields_of
 
 #: Groups of flags by the name that settings give them, in the order of the help text.
@@ -302,6 +300,10 @@ def folder(text: str) -> Path:
 
 def device(text: str) -> str:
     """Argument type: a device that torch can use here and that stores values."""
+    if text == "cpu":
+        return text
+    import torch  # not for the default
+
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:

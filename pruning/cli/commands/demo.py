@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import DemoFlags
 from pruning.cli.factories import require_runs
 from pruning.cli.sources import BUILT_IN, IMAGENET, Data
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.utils.modules import thread_count
-from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML page on which a network classifies drawings"
 #: Most test images to click on, and most batches that are searched for them.
 EXAMPLES, SEARCHED = 10, 20
-
-
-@dataclass(frozen=True)
-class DemoFlags:
-    against: Annotated[
-        Path | None, Setting("weights of the dense network, to show beside it", metavar="FILE")
-    ] = None
-    output: Annotated[
-        Path | None,
-        Setting(
-            "HTML file (default: the checkpoint's name with the suffix .html)",
-            metavar="FILE",
-            parse=arguments.new_file,
-        ),
-    ] = None
-    classes: Annotated[
-        list[str] | None, Setting("names of the classes, in their order (default: numbers)", metavar="NAME")
-    ] = None
-
-
-FLAGS = (DemoFlags, build.CheckpointFlags, build.DataFlags)
 
 
 def execute(args: argparse.Namespace) -> None:

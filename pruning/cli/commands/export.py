@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
 from pruning.checkpoint import provenance
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import ExportFlags
 from pruning.cli.factories import require_runs
-from pruning.deploy.export import SUFFIXES, export
+from pruning.deploy.export import export
+from pruning.deploy.formats import SUFFIXES
 from pruning.deploy.onnx_rewrite import optimize
 from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import Exported
 from pruning.errors import PruningError
 from pruning.training.losses import accuracy
 from pruning.utils.modules import thread_count
-from pruning.utils.settings import Setting
-
-SUMMARY = "write a network as ONNX, torch.export or TorchScript"
 
 #: Loss of accuracy (a share) from which training with the rounding is recommended.
 WORTH_TRAINING = 0.002
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportFlags:
-    to: Annotated[str, Setting("format of the file", choices=tuple(SUFFIXES))]
-    output: Annotated[
-        Path | None,
-        Setting(
-            "file to write (default: the checkpoint's name with the format's suffix)",
-            metavar="FILE",
-            parse=arguments.new_file,
-        ),
-    ] = None
-    optimize: Annotated[
-        bool, Setting("rewrite an ONNX file so that ONNX Runtime runs it fastest on this machine")
-    ] = False
-    int8: Annotated[
-        bool,
-        Setting("also write an int8 file beside an ONNX one, calibrated on the training batches of --data"),
-    ] = False
-    int8_faster: Annotated[
-        bool,
-        Setting("like --int8, but refuse an int8 file that is not faster than float32 on this machine"),
-    ] = False
-
-
-FLAGS = (ExportFlags, build.CheckpointFlags, build.DataFlags)
 
 
 def execute(args: argparse.Namespace) -> None:

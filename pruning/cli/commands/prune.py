@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 from torch import nn
 
-from pruning.cli import arguments, build
-from pruning.cli.arguments import FlagsOf
-from pruning.cli.commands.results import ResultFlags, save_network
+from pruning.cli import build
+from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
-from pruning.stages.config import PruneConfig
 from pruning.stages.prune import prune
 from pruning.training.losses import accuracy, why_not_classifier
-from pruning.utils.settings import Setting
-
-SUMMARY = "remove channels in one step, without training"
-
-
-@dataclass(frozen=True)
-class PruneFlags:
-    output: Annotated[
-        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
-    ] = Path("small.pth")
-
-
-FLAGS = (
-    build.ModelFlags,
-    build.DataFlags,
-    build.ShapeFlags,
-    *build.BUDGET,
-    FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
-    build.IgnoreFlags,
-    build.CalibrationFlags,
-    ResultFlags,
-    PruneFlags,
-)
 
 
 def execute(args: argparse.Namespace) -> None:

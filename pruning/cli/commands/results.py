@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 from torch import nn
 
@@ -20,7 +18,6 @@ from pruning.stages.run import Run
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
 from pruning.utils import distributed
-from pruning.utils.settings import Setting
 from pruning.utils.tree import Inputs
 
 #: Flags that the result does not depend on.
@@ -35,37 +32,6 @@ ELSEWHERE = {
     "tensorboard",
     "data_dir",
 }
-
-
-@dataclass(frozen=True)
-class RunFlags:
-    """The folder of a run."""
-
-    GROUP: ClassVar[str] = "run"
-
-    output: Annotated[
-        Path | None,
-        Setting(
-            "folder of this run alone (default: the next free runs/N)",
-            metavar="FOLDER",
-            parse=arguments.folder,
-        ),
-    ] = None
-    resume: Annotated[bool, Setting("continue the run in --output")] = False
-    tensorboard: Annotated[bool, Setting("also write the history for TensorBoard")] = False
-
-
-@dataclass(frozen=True)
-class ResultFlags:
-    """How a network is saved."""
-
-    GROUP: ClassVar[str] = "run"
-
-    fold: Annotated[bool, Setting("merge BatchNorm into the layers before it in the saved network")] = True
-    standalone: Annotated[
-        bool,
-        Setting("also write load_pruned.py, which loads the checkpoint without this toolkit"),
-    ] = False
 
 
 def start(args: argparse.Namespace) -> Run:

@@ -11,8 +11,7 @@ from torch import nn
 
 from pruning.checkpoint import provenance, save
 from pruning.cli import build
-from pruning.cli.arguments import FlagsOf
-from pruning.cli.commands.results import ResultFlags, RunFlags, finish, start
+from pruning.cli.commands.results import finish, start
 from pruning.errors import PruningError
 from pruning.planning.cost import count
 from pruning.report.predictions import differing_predictions
@@ -20,16 +19,6 @@ from pruning.stages.feasibility import feasible
 from pruning.stages.slim import slim
 from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
-
-SUMMARY = "train, prune and fine-tune a model under a budget"
-FLAGS = (
-    build.ModelFlags,
-    build.DataFlags,
-    *build.STAGES,
-    FlagsOf(build.CalibrationFlags, {"calibration": 2048}),
-    RunFlags,
-    ResultFlags,
-)
 
 
 def execute(args: argparse.Namespace) -> None:

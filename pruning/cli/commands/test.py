@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import TestFlags
 from pruning.cli.factories import require_runs
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
@@ -19,28 +17,7 @@ from pruning.planning.cost import count
 from pruning.training.batches import first_batch, to_device
 from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.files import replace_file
-from pruning.utils.settings import Setting
 from pruning.utils.tree import first_examples, tensors
-
-SUMMARY = "measure accuracy, cost and time of a network"
-
-
-@dataclass(frozen=True)
-class TestFlags:
-    against: Annotated[
-        Path | None, Setting("weights of the dense --model, to compare with", metavar="FILE")
-    ] = None
-    split: Annotated[str, Setting("split of the data to measure on", choices=("validation", "test"))] = "test"
-    seconds: Annotated[
-        float, Setting("seconds for which forward passes are timed", metavar="SECONDS", least=0.1)
-    ] = 3.0
-    json: Annotated[
-        Path | None,
-        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
-    ] = None
-
-
-FLAGS = (build.ModelFlags, build.DataFlags, TestFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
