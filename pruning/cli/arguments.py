@@ -282,6 +282,15 @@ def _within(kind: Callable[[str], Number], setting: Setting, text: str) -> Numbe
 seed = whole_number(0, 2**63 - 1)
 
 
+def existing_file(text: str) -> Path:
+    """Argument type: a file to read."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file; check the path")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """Argument type: a file to write, which is no folder."""
     if not text or Path(text).is_dir():

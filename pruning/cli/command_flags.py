@@ -45,7 +45,10 @@ class PruneFlags:
 class FinetuneFlags:
     GROUP = "training"
 
-    teacher: Annotated[Path | None, Setting("checkpoint of --model, for --distill", metavar="FILE")] = None
+    teacher: Annotated[
+        Path | None,
+        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=arguments.existing_file),
+    ] = None
     int8: Annotated[
         bool,
         Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
@@ -87,9 +90,18 @@ class SensitivityFlags:
 @dataclass(frozen=True)
 class TestFlags:
     against: Annotated[
-        Path | None, Setting("weights of the dense --model, to compare with", metavar="FILE")
+        Path | None,
+        Setting(
+            "weights of the dense --model, to compare with", metavar="FILE", parse=arguments.existing_file
+        ),
     ] = None
-    split: Annotated[str, Setting("split of the data to measure on", choices=("validation", "test"))] = "test"
+    split: Annotated[
+        str | None,
+        Setting(
+            "split of the data to measure on (default: test, or validation where there is no test split)",
+            choices=("validation", "test"),
+        ),
+    ] = None
     seconds: Annotated[
         float, Setting("seconds for which forward passes are timed", metavar="SECONDS", least=0.1)
     ] = 3.0
@@ -126,7 +138,10 @@ class ExportFlags:
 @dataclass(frozen=True)
 class DemoFlags:
     against: Annotated[
-        Path | None, Setting("weights of the dense network, to show beside it", metavar="FILE")
+        Path | None,
+        Setting(
+            "weights of the dense network, to show beside it", metavar="FILE", parse=arguments.existing_file
+        ),
     ] = None
     output: Annotated[
         Path | None,
@@ -137,7 +152,11 @@ class DemoFlags:
         ),
     ] = None
     classes: Annotated[
-        list[str] | None, Setting("names of the classes, in their order (default: numbers)", metavar="NAME")
+        list[str] | None,
+        Setting(
+            "names of the classes, in their order (default: as the checkpoint or data says, else numbers)",
+            metavar="NAME",
+        ),
     ] = None
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar
 
 from pruning.cli import arguments
 from pruning.cli.arguments import FlagsOf
+from pruning.cli.preprocessing import AUGMENTATIONS
 from pruning.planning.budget import Budget, LatencyBudget
 from pruning.stages.config import SlimConfig
 from pruning.utils.settings import Setting
@@ -46,7 +47,8 @@ class ModelFlags(FactoryFlags):
     """A network, its weights and where it runs."""
 
     weights: Annotated[
-        Path | None, Setting("state dict, or a checkpoint of this toolkit", metavar="FILE")
+        Path | None,
+        Setting("state dict, or a checkpoint of this toolkit", metavar="FILE", parse=arguments.existing_file),
     ] = None
     device: Annotated[str, Setting("cpu or cuda", metavar="DEVICE", parse=arguments.device)] = "cpu"
     threads: Annotated[int, Setting("most CPU threads", metavar="N", least=1)] = 2
@@ -75,8 +77,44 @@ class DataFlags:
     ] = Path("data")
     batch_size: Annotated[int, Setting("examples per batch", metavar="N", least=1)] = 64
     image_size: Annotated[
-        int, Setting("height and width of the images of a folder", metavar="PIXELS", least=1)
-    ] = 224
+        int | None, Setting("as --crop (default: 224, or as the checkpoint says)", metavar="PIXELS", least=1)
+    ] = None
+    resize: Annotated[
+        int | None,
+        Setting(
+            "images of a folder: length of the shorter side before the crop (default: 8/7 of the crop, or as "
+            "the checkpoint says)",
+            metavar="PIXELS",
+            least=1,
+        ),
+    ] = None
+    crop: Annotated[
+        int | None,
+        Setting(
+            "images of a folder: height and width of the inputs (default: 224, or as the checkpoint says)",
+            metavar="PIXELS",
+            least=1,
+        ),
+    ] = None
+    augment: Annotated[
+        str | None,
+        Setting(
+            "training images of a folder: crop (random crops of 8 to 100 % of the area, and flips), flip or "
+            "none (default: crop, or as the checkpoint says)",
+            choices=tuple(AUGMENTATIONS),
+        ),
+    ] = None
+    mean: Annotated[
+        list[float] | None,
+        Setting(
+            "what is subtracted from each channel of images (default: as the checkpoint or the named data "
+            "set says, else that of ImageNet); of a factory's data, it is recorded only",
+            metavar="X",
+        ),
+    ] = None
+    std: Annotated[
+        list[float] | None, Setting("what each channel of images is divided by", metavar="X", least=0)
+    ] = None
     workers: Annotated[int, Setting("processes that read images", metavar="N", least=0)] = 0
     seed: Annotated[
         int, Setting("seed of weights, order and splits", metavar="SEED", least=0, most=2**63 - 1)
@@ -100,28 +138,22 @@ class ShapeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFlags(FactoryFlags):
-    """A checkpoint that a command reads on the CPU, and the normalization of its images."""
+    """A checkpoint that a command reads on the CPU."""
 
     GROUP: ClassVar[str] = "model"
 
-    checkpoint: Annotated[Path, Setting("checkpoint of a network", metavar="CHECKPOINT", positional=True)]
+    checkpoint: Annotated[
+        Path,
+        Setting(
+            "checkpoint of a network", metavar="CHECKPOINT", positional=True, parse=arguments.existing_file
+        ),
+    ]
     input_shape: Annotated[
         str | None,
         Setting(
-            "shape of one input, such as 3x224x224 (default: the image_shape that the checkpoint stores)",
+            "shape of one input, such as 3x224x224 (default: as the checkpoint says)",
             metavar="CxHxW",
         ),
-    ] = None
-    mean: Annotated[
-        list[float] | None,
-        Setting(
-            "what was subtracted from each channel of the training images (default: as the checkpoint says)",
-            metavar="X",
-        ),
-    ] = None
-    std: Annotated[
-        list[float] | None,
-        Setting("what each channel of the training images was divided by", metavar="X", least=0),
     ] = None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.command_flags import ExportFlags
 from pruning.cli.factories import require_runs
+from pruning.cli.sources import Data
 from pruning.deploy.export import export
 from pruning.deploy.formats import SUFFIXES
 from pruning.deploy.onnx_rewrite import optimize
@@ -38,13 +41,11 @@ def execute(args: argparse.Namespace) -> None:
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
-    scales = build.normalization(args, content)
-    if scales is not None:
-        metadata["normalisation"] = scales
-    shape = build.image_shape(args, content)
-    examples = torch.zeros(2, *shape)
-    require_runs(model, examples, f"on inputs of shape {shape}")
     data = build.data_of(args)  # should it be refused, nothing has been written
+    metadata |= _facts(args, content, data)
+    shape = build.image_shape(args, content, data)
+    examples = torch.zeros(2, *shape, dtype=build.stored_dtype(content))
+    require_runs(model, examples, f"on inputs of shape {shape}")
     with thread_count(1):
         print(export(model, output, examples, flags.to, metadata=metadata))
         if flags.optimize:
@@ -60,3 +61,17 @@ def execute(args: argparse.Namespace) -> None:
         print(f"{small}: validation accuracy {rounded:.4f} (float32 {exact:.4f})")
         if exact - rounded > WORTH_TRAINING:
             print("python -m pruning finetune --int8 trains a network for this rounding")
+
+
+def _facts(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> dict[str, object]:
+    """What the exported file remembers of the images, the classes and the accuracy, as plain data."""
+    stored = content["provenance"]
+    classes = stored.get("classes") or (list(data.classes) if data is not None else None)
+    found = {
+        "normalisation": build.normalization(args, content),
+        "preprocessing": stored.get("preprocessing"),
+        "class_names": classes,
+        "validation_accuracy": stored.get("validation_accuracy"),
+        "given_accuracy": stored.get("given_accuracy"),
+    }
+    return {key: value for key, value in found.items() if value is not None}

@@ -49,5 +49,5 @@ def execute(args: argparse.Namespace) -> None:
         int8=args.int8,
     )
     after = validate(tuned)
-    written = finish(args, run, tuned, example, data, epochs=args.epochs, accuracy=after)
+    written = finish(args, run, tuned, example, data, epochs=args.epochs, accuracy=after, given=before)
     print(f"{written} ({before:.4f} before)")

@@ -33,7 +33,7 @@ def execute(args: argparse.Namespace) -> None:
         multiple=args.multiple,
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
-    save_network(args, args.output, step.model, example)
+    save_network(args, args.output, step.model, example, data)
     print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
     if step.latency is not None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")

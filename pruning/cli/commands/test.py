@@ -13,7 +13,7 @@ from pruning.cli.command_flags import TestFlags
 from pruning.cli.factories import require_runs
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
-from pruning.planning.cost import count
+from pruning.planning.cost import deployed_cost
 from pruning.training.batches import first_batch, to_device
 from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.files import replace_file
@@ -23,14 +23,17 @@ from pruning.utils.tree import first_examples, tensors
 def execute(args: argparse.Namespace) -> None:
     flags = read_flags(TestFlags, args)
     model, data = build.network(args), build.required_data(args)
-    batches = data.test if flags.split == "test" else data.validation
+    batches = data.validation if flags.split == "validation" else data.test
+    if batches is None and flags.split == "test":
+        raise PruningError(f"data {data.name!r} has no test split; try --split validation")
     if batches is None:
-        raise PruningError(f"data {data.name!r} has no {flags.split} split; try --split validation")
+        print(f"data {data.name!r} has no test split: measured on validation, by which networks are chosen")
+        batches = data.validation
     models = {"network": model.eval()}
     if args.weights is not None and (flags.against is not None or args.model is not None):
         models = {"dense": build.network_with(args, flags.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
-    require_runs(model, batch)
+    build.require_classes(args, require_runs(model, batch), data)
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
@@ -40,7 +43,7 @@ def execute(args: argparse.Namespace) -> None:
     reason = why_not_classifier(model, batches)
     rows = []
     for name, each in models.items():
-        cost = count(each, first_examples(batch, 1))
+        cost = deployed_cost(each, first_examples(batch, 1))
         trained = name == "network" or flags.against is not None
         rows.append(
             {
