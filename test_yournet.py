@@ -22,7 +22,7 @@ from eval.metrics import Indicators, details, exported, measure, table
 from eval.score import REFERENCE_ACCURACY, score
 from models import LeNet5, YourNet
 from pruning import PruningError, cli
-from pruning.deploy.runtimes import RUNTIMES
+from pruning.deploy.formats import RUNTIMES
 from pruning.utils.settings import Setting
 
 

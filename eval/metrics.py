@@ -13,7 +13,7 @@ from data import Dataset
 from data.datasets import SplitName
 from pruning import export
 from pruning.deploy import Exported, Latency, optimize, time_forward
-from pruning.deploy.runtimes import RUNTIMES
+from pruning.deploy.formats import RUNTIMES
 from pruning.planning import count
 from pruning.training import accuracy
 

@@ -13,8 +13,7 @@ import models
 from eval.cli import COMMITTED, ROOT, ScriptFlags, Seed, Threads
 from pruning import PruningError, SlimConfig, cli
 from pruning.cli import arguments as flags
-from pruning.cli.build import STAGES
-from pruning.cli.commands.results import RunFlags
+from pruning.cli.flags import STAGES, RunFlags
 from pruning.utils.settings import Setting
 
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"

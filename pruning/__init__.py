@@ -57,20 +57,24 @@ is reached through its package, such as `pruning.surgery.fold_batchnorm`.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from pruning.checkpoint import load, save
-from pruning.deploy.export import export
-from pruning.errors import PruningError
-from pruning.graph.groups import Trace
-from pruning.graph.plan import Plan
-from pruning.planning.budget import Budget, LatencyBudget
-from pruning.planning.sensitivity import sensitivity
-from pruning.report.diagnose import doctor
-from pruning.stages.config import SlimConfig
-from pruning.stages.finetune import finetune
-from pruning.stages.prune import prune
-from pruning.stages.slim import slim
-from pruning.tracing.trace import trace
+from pruning.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pruning.checkpoint import load, save
+    from pruning.deploy.export import export
+    from pruning.errors import PruningError
+    from pruning.graph.groups import Trace
+    from pruning.graph.plan import Plan
+    from pruning.planning.budget import Budget, LatencyBudget
+    from pruning.planning.sensitivity import sensitivity
+    from pruning.report.diagnose import doctor
+    from pruning.stages.config import SlimConfig
+    from pruning.stages.finetune import finetune
+    from pruning.stages.prune import prune
+    from pruning.stages.slim import slim
+    from pruning.tracing.trace import trace
 
 __all__ = [
     "Budget",
@@ -124,8 +128,11 @@ _MOVED = {
 }
 
 
+_exported = lazy_exports(__name__, __file__)
+
+
 def __getattr__(name: str) -> object:
     for module, names in _MOVED.items():
         if name in names:
             return getattr(import_module(f"pruning.{module}"), name)
-    raise AttributeError(f"module 'pruning' has no attribute {name!r}")
+    return _exported(name)

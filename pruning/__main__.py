@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from pruning.cli.main import parse, run
-from pruning.utils import distributed
 
 
-def main() -> None:
-    if os.getcwd() not in sys.path:  # the user's models and data are imported from the current folder
-        sys.path.insert(0, os.getcwd())
-    args, command = parse()
-    with distributed.process_group(getattr(args, "device", "cpu")) as device, silent(distributed.rank() > 0):
-        args.device = device
-        command(args)
+class _Call:
+    """One call of a command: what it was told is known once the command line is parsed."""
+
+    args: argparse.Namespace | None = None
+
+    def execute(self) -> None:
+        if os.getcwd() not in sys.path:  # the user's models and data are imported from the current folder
+            sys.path.insert(0, os.getcwd())
+        args, command = parse()
+        self.args = args
+        from pruning.utils import distributed  # torch, which help and errors of usage need not wait for
+
+        on = getattr(args, "device", "cpu")
+        with distributed.process_group(on) as device, _silent(distributed.rank() > 0):
+            args.device = device
+            command(args)
+
+    def advice(self) -> str:
+        """Return what to print after Ctrl-C: how to go on, where there is a run that can."""
+        run: Path | None = getattr(self.args, "output", None)
+        if self.args is None or run is None or not hasattr(self.args, "resume"):
+            return "interrupted"
+        if not (run / "config.json").exists():
+            return "interrupted"
+        return f"interrupted; go on with: python -m pruning {self.args.command} --resume --output {run}"
 
 
 @contextlib.contextmanager
-def silent(wanted: bool) -> Iterator[None]:
+def _silent(wanted: bool) -> Iterator[None]:
     """Print nothing in the block, if wanted: of several processes only the first prints."""
     if not wanted:
         yield
@@ -30,9 +49,15 @@ def silent(wanted: bool) -> Iterator[None]:
         yield
 
 
+def main() -> None:
+    """Execute the command line of this process."""
+    _Call().execute()
+
+
 def console() -> None:
     """Run a command; end with one line and an exit code when the user's input is at fault."""
-    run(main, interrupted="interrupted; slim and finetune go on with: --resume --output FOLDER")
+    call = _Call()
+    run(call.execute, interrupted=call.advice)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-import torch
-
 from pruning.utils.settings import Setting, Stage, fields_of
 
 #: Groups of flags by the name that settings give them, in the order of the help text.
@@ -284,6 +282,15 @@ def _within(kind: Callable[[str], Number], setting: Setting, text: str) -> Numbe
 seed = whole_number(0, 2**63 - 1)
 
 
+def existing_file(text: str) -> Path:
+    """Argument type: a file to read."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file; check the path")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """Argument type: a file to write, which is no folder."""
     if not text or Path(text).is_dir():
@@ -302,6 +309,10 @@ def folder(text: str) -> Path:
 
 def device(text: str) -> str:
     """Argument type: a device that torch can use here and that stores values."""
+    if text == "cpu":
+        return text
+    import torch  # not for the default
+
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:

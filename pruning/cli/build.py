@@ -5,163 +5,25 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.checkpoint import load, read
-from pruning.cli import arguments
-from pruning.cli.arguments import FlagsOf, read_flags
-from pruning.cli.factories import arguments_of, make_model, require_runs
-from pruning.cli.sources import Data, make_data
+from pruning.cli.arguments import read_flags
+from pruning.cli.factories import arguments_of, factory, make_model, parameters, require_finite, require_runs
+from pruning.cli.flags import DataFlags, FactoryFlags, ModelFlags
+from pruning.cli.preprocessing import Preprocessing
+from pruning.cli.sources import Data, make_data, number_of_classes
 from pruning.errors import CheckpointError, PruningError
 from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.stages.config import SlimConfig
 from pruning.training.batches import to_device
 from pruning.training.config import OPTIMIZERS
 from pruning.utils.files import read_plain
-from pruning.utils.settings import Setting
 from pruning.utils.tree import Inputs, tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactoryFlags:
-    """The factory of a network, and the file with flags."""
-
-    GROUP: ClassVar[str] = "model"
-
-    model: Annotated[
-        str | None,
-        Setting(
-            "package.module:factory, or one of torchvision's classifiers (resnet18); not needed for a "
-            "checkpoint of this toolkit whose class can be imported",
-            metavar="NAME",
-        ),
-    ] = None
-    model_arg: Annotated[list[str], Setting("arguments of the factory", metavar="KEY=VALUE")] = field(
-        default_factory=list
-    )
-    config: Annotated[
-        Path | None,
-        Setting(
-            "TOML file with flags of this command; those on the command line take precedence", metavar="FILE"
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags(FactoryFlags):
-    """A network, its weights and where it runs."""
-
-    weights: Annotated[
-        Path | None, Setting("state dict, or a checkpoint of this toolkit", metavar="FILE")
-    ] = None
-    device: Annotated[str, Setting("cpu or cuda", metavar="DEVICE", parse=arguments.device)] = "cpu"
-    threads: Annotated[int, Setting("most CPU threads", metavar="N", least=1)] = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFlags:
-    """Data, and how it is read."""
-
-    GROUP: ClassVar[str] = "data"
-
-    data: Annotated[
-        str | None,
-        Setting(
-            "mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with one subfolder per class "
-            "(or train, val and test, each of such); or module:factory that returns train, validation and "
-            "test batches",
-            metavar="NAME",
-        ),
-    ] = None
-    data_arg: Annotated[list[str], Setting("arguments of the factory", metavar="KEY=VALUE")] = field(
-        default_factory=list
-    )
-    data_dir: Annotated[
-        Path, Setting("folder in which named data sets are, or are downloaded to", metavar="FOLDER")
-    ] = Path("data")
-    batch_size: Annotated[int, Setting("examples per batch", metavar="N", least=1)] = 64
-    image_size: Annotated[
-        int, Setting("height and width of the images of a folder", metavar="PIXELS", least=1)
-    ] = 224
-    workers: Annotated[int, Setting("processes that read images", metavar="N", least=0)] = 0
-    seed: Annotated[
-        int, Setting("seed of weights, order and splits", metavar="SEED", least=0, most=2**63 - 1)
-    ] = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeFlags:
-    """The shape of the inputs where no data is given."""
-
-    GROUP: ClassVar[str] = "data"
-
-    input_shape: Annotated[
-        str | None,
-        Setting(
-            "shape of one example, such as 3x224x224: traces with random examples where no data is given",
-            metavar="CxHxW",
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFlags(FactoryFlags):
-    """A checkpoint that a command reads on the CPU, and the normalization of its images."""
-
-    GROUP: ClassVar[str] = "model"
-
-    checkpoint: Annotated[Path, Setting("checkpoint of a network", metavar="CHECKPOINT", positional=True)]
-    input_shape: Annotated[
-        str | None,
-        Setting(
-            "shape of one input, such as 3x224x224 (default: the image_shape that the checkpoint stores)",
-            metavar="CxHxW",
-        ),
-    ] = None
-    mean: Annotated[
-        list[float] | None,
-        Setting(
-            "what was subtracted from each channel of the training images (default: as the checkpoint says)",
-            metavar="X",
-        ),
-    ] = None
-    std: Annotated[
-        list[float] | None,
-        Setting("what each channel of the training images was divided by", metavar="X", least=0),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class IgnoreFlags:
-    """Layers that are left as they are."""
-
-    GROUP: ClassVar[str] = "stage 2"
-
-    ignore: Annotated[
-        list[str], Setting("layers that keep all their channels: layer4.*, conv1", metavar="PATTERN")
-    ] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationFlags:
-    """The examples that channels are scored on."""
-
-    GROUP: ClassVar[str] = "stage 2"
-
-    calibration: Annotated[
-        int, Setting("training examples on which channels are scored", metavar="N", least=1)
-    ] = 1024
-
-
-#: Flags of a budget, of counts or of latency, as `budget` reads them.
-BUDGET = (Budget, FlagsOf(LatencyBudget, {"limit": None, "batch_size": 1}))
-#: Flags of the three stages, as `slim_config` reads them.
-STAGES = (*BUDGET, SlimConfig, IgnoreFlags)
 
 
 def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
@@ -196,7 +58,34 @@ def network(args: argparse.Namespace) -> nn.Module:
 
 
 def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
-    """Return the model that flags name, with the weights of another file."""
+    """Return the model that flags name, with the weights of another file.
+
+    A classifier of torchvision has as many outputs as the data has classes, if no flag says otherwise.
+
+    Raises:
+        PruningError: no flag names a model, or its factory fails.
+        CheckpointError: the weights do not fit, or are not finite.
+    """
+    if args.model is not None:
+        args.model_arg = [*args.model_arg, *_head(args, weights)]
+    model = _network(args, weights)
+    if weights is not None:
+        require_finite(model, weights)
+    return model.to(args.device)
+
+
+def _head(args: argparse.Namespace, weights: Path | None) -> list[str]:
+    """The argument with which torchvision makes a classifier for the classes of the weights or the data."""
+    if ":" in args.model or any(text.partition("=")[0] == "num_classes" for text in args.model_arg):
+        return []
+    made = (_stored_factory(weights) if weights is not None else None) or {}
+    if made.get("name") == args.model:
+        return [f"{key}={value!r}" for key, value in made["arguments"].items() if key == "num_classes"]
+    classes = number_of_classes(args.data) if getattr(args, "data", None) is not None else None
+    return [] if classes is None else [f"num_classes={classes}"]
+
+
+def _network(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     flags = read_flags(FactoryFlags, args)
     if flags.model is not None:
         model = make_model(flags.model, arguments_of(flags.model_arg), weights)
@@ -208,7 +97,7 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
             model = _loaded(weights, made)
     else:
         raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
-    return model.to(args.device)
+    return model
 
 
 def described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -221,10 +110,15 @@ def described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def _stored_factory(path: Path) -> dict[str, Any] | None:
     """The factory that made the network of a checkpoint: its `name` and its `arguments`."""
-    content = read_plain(path)
-    facts = content.get("provenance") if isinstance(content, dict) else None
-    made = facts.get("model") if isinstance(facts, dict) else None
+    made = stored_facts(path).get("model")
     return made if isinstance(made, dict) and {"name", "arguments"} <= made.keys() else None
+
+
+def stored_facts(path: Path | None) -> dict[str, Any]:
+    """Return the provenance in a checkpoint; empty for no file and for one of weights alone."""
+    content = None if path is None else read_plain(path)
+    facts = content.get("provenance") if isinstance(content, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def _loaded(path: Path, made: dict[str, Any] | None) -> nn.Module:
@@ -251,15 +145,64 @@ def required_data(args: argparse.Namespace) -> Data:
     flags = read_flags(DataFlags, args)
     if flags.data is None:
         raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
-    return make_data(
+    stored = stored_facts(getattr(args, "weights", None) or getattr(args, "checkpoint", None))
+    data = make_data(
         flags.data,
         folder=flags.data_dir,
         batch_size=flags.batch_size,
-        image_size=flags.image_size,
+        preprocessing=_preprocessing(flags, stored) if Path(flags.data).is_dir() else None,
+        normalization=_normalization(flags.mean, flags.std),
         workers=flags.workers,
         seed=flags.seed,
         arguments=arguments_of(flags.data_arg),
     )
+    if data.preprocessing is not None:
+        print(f"data {data}", flush=True)
+        return data
+    for name in ("resize", "crop", "augment"):
+        if getattr(flags, name) is not None:
+            raise PruningError(f"--{name} is for images of a folder; --data {flags.data} is none")
+    return data
+
+
+def _preprocessing(flags: DataFlags, stored: Mapping[str, Any]) -> Preprocessing:
+    """How images of a folder become inputs: as flags say, or else the checkpoint."""
+    if flags.image_size is not None and flags.crop is not None and flags.image_size != flags.crop:
+        raise PruningError("--image-size and --crop are the same setting: give one of them")
+    _normalization(flags.mean, flags.std)
+    given = {key: getattr(flags, key) for key in ("resize", "mean", "std", "augment")}
+    crop = flags.crop if flags.crop is not None else flags.image_size
+    if flags.mean is None and "preprocessing" not in stored and "normalisation" in stored:
+        given |= {key: stored["normalisation"][key] for key in ("mean", "std")}
+    return Preprocessing.chosen({**given, "crop": crop}, stored.get("preprocessing"))
+
+
+def require_classes(args: argparse.Namespace, outputs: object, data: Data) -> None:
+    """Check that a network has as many outputs as named data, or an image folder, has classes.
+
+    Args:
+        outputs: of the network. data: data that was made from flags.
+
+    Raises:
+        PruningError: it has another number of outputs; the message names the argument that sets it.
+    """
+    classes = len(data.classes)
+    if ":" in data.name or not classes or not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        return
+    if outputs.shape[1] != classes:
+        raise PruningError(
+            f"the network has {outputs.shape[1]:,} outputs, data {data.name!r} has {classes:,} classes: give "
+            f"--model-arg {_classes_argument(args)}={classes}, and weights trained for these classes"
+        )
+
+
+def _classes_argument(args: argparse.Namespace) -> str:
+    """What the factory of the network calls its number of classes."""
+    names = ("num_classes", "classes", "n_classes", "nclasses", "num_labels", "num_outputs", "outputs")
+    if args.model is None or ":" not in args.model:
+        return names[0]
+    taken = parameters(factory(args.model))
+    return next((name for name in names if name in taken), names[0])
 
 
 def input_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
@@ -277,6 +220,8 @@ def image_shape(
 ) -> tuple[int, ...]:
     """Return the shape of one input: from --input-shape, the content of `args.checkpoint`, or the data."""
     given, stored = input_shape(args), tuple(content["arguments"].get("image_shape", ()))
+    if not stored and len(inputs := content["provenance"].get("inputs", ())) == 1:
+        stored = tuple(inputs[0]["shape"])
     if given and stored and given != stored:
         asked, known = ("x".join(map(str, size)) for size in (given, stored))
         raise PruningError(f"--input-shape {asked}: {args.checkpoint} takes {known}")
@@ -287,16 +232,33 @@ def image_shape(
     return given or stored or tuple(tensors(_inputs(args, data))[0].shape[1:])
 
 
+def stored_dtype(content: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of the inputs that a checkpoint stores, or float32."""
+    inputs = content["provenance"].get("inputs") or [{}]
+    found = getattr(torch, str(inputs[0].get("dtype", "float32")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def normalization(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `mean` and `std` by channel: from --mean and --std, or the content of a checkpoint."""
-    mean, std = args.mean or [], args.std or []
-    if len(mean) != len(std):
-        raise PruningError("--mean and --std go together: as many numbers for both")
-    if 0 in std:
-        raise PruningError("--std 0: expected numbers above 0, by which each channel was divided")
-    if mean:
-        return {"mean": mean, "std": std}
+    given = _normalization(args.mean, args.std)
+    if given is not None:
+        return dict(zip(("mean", "std"), given, strict=True))
+    stored = content["provenance"].get("preprocessing")
+    if stored is not None:
+        return {key: stored[key] for key in ("mean", "std")}
     return content["provenance"].get("normalisation")
+
+
+def _normalization(
+    mean: list[float] | None, std: list[float] | None
+) -> tuple[list[float], list[float]] | None:
+    """The mean and standard deviation of each channel, if flags give them."""
+    if len(mean or []) != len(std or []):
+        raise PruningError("--mean and --std go together: as many numbers for both")
+    if 0 in (std or []):
+        raise PruningError("--std 0: expected numbers above 0, by which each channel is divided")
+    return (mean, std) if mean and std else None
 
 
 def examples(
@@ -311,10 +273,23 @@ def examples(
         trains: run it in training mode, too; BatchNorm then needs at least two examples.
     """
     inputs = _inputs(args, data)
-    require_runs(model, inputs)
+    try:
+        outputs = require_runs(model, inputs)
+    except PruningError as error:
+        raise PruningError(f"{error}{_other_order(args)}") from error
+    if data is not None:
+        require_classes(args, outputs, data)
     if trains and all(len(x) > 1 for x in tensors(inputs)):
         require_runs(model, inputs, "in training mode", training=True)
     return inputs
+
+
+def _other_order(args: argparse.Namespace) -> str:
+    """A hint where --input-shape seems to have the channels last."""
+    shape = input_shape(args) or ()
+    if len(shape) == 3 and shape[2] <= 4 < min(shape[:2]):
+        return f". Shapes are CxHxW: did you mean {shape[2]}x{shape[0]}x{shape[1]}?"
+    return ""
 
 
 def _inputs(args: argparse.Namespace, data: Data | None) -> Inputs:

@@ -52,6 +52,11 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
             raise PruningError(
                 f"{path}: a recipe cannot name another one ({name} = {value!r}); give it its flags"
             )
+        if isinstance(value, dict):
+            raise PruningError(
+                f"{path}: [{name}] is a table, a plain value was expected: write its keys at the top of "
+                "the file; they are flags of one command, without the hyphens before them"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise PruningError(
@@ -59,7 +64,9 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
             )
         if isinstance(value, bool):
             if f"no-{name}" not in known:
-                raise PruningError(f"{path}: {name} is a bool, a number or a text was expected")
+                raise PruningError(
+                    f"{path}: {name} = {str(value).lower()} is a bool, a number or a text was expected"
+                )
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
             flags += [f"--{name}", *map(str, value)]

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,8 +118,10 @@ def make_model(name: str, arguments: Mapping[str, object], weights: str | Path |
 
 def require_runs(
     model: nn.Module, inputs: Inputs, how: str = "on the example inputs", *, training: bool = False
-) -> None:
-    """Run a bare model on inputs. It and the random numbers that follow are as without this.
+) -> object:
+    """Run a bare model on inputs, and return its outputs.
+
+    The model and the random numbers that follow are as without this.
 
     Args:
         model: a network of the user.
@@ -136,7 +139,7 @@ def require_runs(
         torch.set_grad_enabled(training),
         users_code(f"{type(model).__name__} does not run {how}"),
     ):
-        call(probe, fresh(inputs))
+        return call(probe, fresh(inputs))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -160,10 +163,46 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def made_by(name: str, make: Callable[..., object], arguments: Mapping[str, object]) -> object:
-    """Return what a factory of the user's returns."""
+    """Return what a factory of the user's returns.
+
+    Raises:
+        PruningError: the factory fails, or takes no such argument; the message names what is similar.
+    """
+    taken = parameters(make)
+    for key in arguments if taken else ():
+        if key not in taken:
+            near = similar(key, taken) or f"; it takes {', '.join(taken)}"
+            raise PruningError(f"{name} takes no argument {key!r}{near}")
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     with users_code(f"{name}({given}) failed"):
         return make(**arguments)
+
+
+def parameters(make: Callable[..., object]) -> list[str]:
+    """Return the names of the arguments that a factory takes; none where it takes any, or does not say."""
+    try:
+        found = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [] if any(p.kind is p.VAR_KEYWORD for p in found) else [p.name for p in found]
+
+
+def require_finite(model: nn.Module, path: Path) -> None:
+    """Check the weights that a model has from a file.
+
+    Raises:
+        CheckpointError: a parameter is NaN or infinite, or a buffer is NaN; the message names it.
+    """
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            if not tensor.is_floating_point() or tensor.is_meta:
+                continue
+            wrong = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()
+            if count := int(wrong.sum()):
+                raise CheckpointError(
+                    f"{path}: {count:,} of {tensor.numel():,} values of the {kind} {name} are not finite "
+                    f"({tensor[wrong].flatten()[0].item()}); training had diverged: give weights from before"
+                )
 
 
 def arguments_of(texts: Iterable[str]) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -11,40 +10,46 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from pruning.cli.preprocessing import Preprocessing
 from pruning.errors import PruningError
-
-#: Mean and standard deviation of each channel.
-Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 #: Names of the splits' folders.
 SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
-def image_folder(
-    root: Path, size: int, normalization: Normalization
-) -> tuple[dict[str, VisibleImageFolder], bool]:
+def image_folder(root: Path, preprocessing: Preprocessing) -> tuple[dict[str, VisibleImageFolder], bool]:
     """Return the splits of an image folder, and whether validation has a folder of its own.
 
     Args:
         root: a folder with one subfolder per class, or with such a folder for each split.
-        size: height and width to which images are cropped, in pixels.
-        normalization: mean and standard deviation of the pixels.
+        preprocessing: how its images become inputs.
 
     Raises:
         PruningError: a folder holds no images, or there is no train among the splits.
     """
-    plain = [transforms.ToTensor(), transforms.Normalize(*normalization)]
-    still = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), *plain]
-    varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *plain]
+    plain = [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+    sized = [transforms.Resize(preprocessing.resize), transforms.CenterCrop(preprocessing.crop)]
+    flip = transforms.RandomHorizontalFlip()
+    varied = {
+        "crop": [transforms.RandomResizedCrop(preprocessing.crop), flip],
+        "flip": [*sized, flip],
+        "none": sized,
+    }[preprocessing.augment]
     places = _split_folders(root)
     sets = {}
     for split, place in places.items():
-        transform = transforms.Compose(varied if split == "train" else still)
+        transform = transforms.Compose([*(varied if split == "train" else sized), *plain])
         try:
             sets[split] = VisibleImageFolder(str(place), transform, loader=read_image)
         except FileNotFoundError as error:
             raise PruningError(f"{place} is no image folder: {error}") from error
     return sets, places["validation"] != places["train"]
+
+
+def class_names(root: Path) -> list[str]:
+    """Return the classes of an image folder: the names of the folders in its train folder, sorted."""
+    place = _split_folders(root)["train"]
+    return sorted(each.name for each in place.iterdir() if each.is_dir() and each.name[0] != ".")
 
 
 class VisibleImageFolder(ImageFolder):

@@ -3,37 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 from pruning.cli.arguments import HelpFormatter, Parser, add_flags
-from pruning.cli.commands import demo, doctor, export, finetune, prune, report, sensitivity, slim, test
+from pruning.cli.command_flags import COMMANDS
 from pruning.cli.config_file import read_recipe
 from pruning.errors import UserError
 
-COMMANDS = {
-    "doctor": doctor,
-    "prune": prune,
-    "slim": slim,
-    "finetune": finetune,
-    "sensitivity": sensitivity,
-    "test": test,
-    "export": export,
-    "demo": demo,
-    "report": report,
-}
 #: Exit codes: bad usage or input, and Ctrl-C.
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+def run(main: Callable[[], None], interrupted: str | Callable[[], str] = "interrupted") -> None:
     """Call `main`; end with one line and exit code 2 when the input is at fault.
 
-    Any other error keeps its traceback. `interrupted` is printed after Ctrl-C.
+    Any other error keeps its traceback. `interrupted`, or what it returns, is printed after Ctrl-C.
     """
+    with noting_interrupts() as interrupts:
+        try:
+            _run(main)
+        except BaseException as error:
+            # A library that is interrupted while it loads may raise another error.
+            if not isinstance(error, KeyboardInterrupt) and not interrupts:
+                raise
+            print(f"\n{interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt at the first Ctrl-C, ignore those that follow, and list the first."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not interrupts:
+            interrupts.append(number)
+            raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread, which alone receives signals
+        yield interrupts
+        return
+    try:
+        yield interrupts
+    finally:
+        # While the process ends, another Ctrl-C would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if interrupts else before)
+
+
+def _run(main: Callable[[], None]) -> None:
+    """Call `main`; turn an error of the input into one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks γ or ≤ shows a ? for it
             stream.reconfigure(errors="replace")
@@ -47,9 +75,6 @@ def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
         # In one line, whatever the user's code or a library put into its own message.
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 def parse(
@@ -81,13 +106,17 @@ def parse(
     args.parser = commands[args.command]
     if unknown:
         args.parser.refuse(unknown)
-    return args, COMMANDS[args.command].execute
+
+    def execute(args: argparse.Namespace) -> None:
+        import_module(f"pruning.cli.commands.{args.command}").execute(args)
+
+    return args, execute
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and those of the commands."""
     width = max(map(len, COMMANDS))
-    listed = [f"  {name:<{width}}  {command.SUMMARY}" for name, command in COMMANDS.items()]
+    listed = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     parser = Parser(
         prog="python -m pruning",
         description="\n".join(["Structured pruning of PyTorch models.", "", "commands:", *listed]),
@@ -101,8 +130,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     for name, command in COMMANDS.items():
         made[name] = commands.add_parser(
             name,
-            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             formatter_class=HelpFormatter,
         )
-        add_flags(made[name], *command.FLAGS)
+        add_flags(made[name], *command.flags)
     return parser, made

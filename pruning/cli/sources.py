@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruning.cli.factories import factory, made_by, similar, torchvision_module, users_code
+from pruning.cli.preprocessing import Preprocessing
 from pruning.errors import PruningError
 from pruning.training.batches import BatchSource, first_batch, length
 from pruning.utils.tree import Inputs, first_examples, tensors
@@ -29,9 +30,11 @@ BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
-#: Mean and standard deviation of the pixels of other images, as torchvision's pretrained networks
-#: expect them.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Number of classes of `BUILT_IN`, where it is not 10.
+CLASSES = {"cifar100": 100}
+
+#: Most names of classes in a line.
+SHOWN = 10
 
 #: From this many examples on, all of one class, the batches are taken to be sorted by class.
 FEW = 64
@@ -44,13 +47,27 @@ SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "te
 class Data:
     """Batches of (inputs, targets): to train on, to choose by, and to report on.
 
-    `test` is None where there is no test split.
+    `test` is None where there is no test split, `preprocessing` where these are no images of a folder.
+    `classes` are the names of the classes where the data says them.
     """
 
     name: str
     train: BatchSource
     validation: BatchSource
     test: BatchSource | None = None
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        sizes = [
+            f"{len(cast(Sized, b.dataset)):,} {split}"
+            for split, b in splits.items()
+            if isinstance(b, _Loader)
+        ]
+        shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
+        classes = f"{len(self.classes)} classes ({shown})"
+        return f"{self.name}: {classes}, {', '.join(sizes)} images; {self.preprocessing}"
 
     @property
     def examples(self) -> Inputs:
@@ -82,6 +99,8 @@ def make_data(
     folder: str | Path = "data",
     batch_size: int = 64,
     image_size: int = 224,
+    preprocessing: Preprocessing | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     workers: int = 0,
     seed: int = 0,
     arguments: Mapping[str, object] | None = None,
@@ -97,6 +116,9 @@ def make_data(
         folder: where data sets are, or are downloaded to.
         batch_size: examples per batch, of named data sets and folders.
         image_size: height and width to which a folder's images are cropped, in pixels.
+        preprocessing: of a folder's images; by default that of `image_size`.
+        normalization: mean and standard deviation of the pixels of named data sets, by channel; by
+            default those of `BUILT_IN`.
         workers: processes that read images.
         seed: seed of the validation split, where one is made.
         arguments: keyword arguments of the factory.
@@ -111,12 +133,13 @@ def make_data(
             given.setdefault("batch_size", batch_size)
         return _from_factory(name, made_by(name, make, given))
     if name in BUILT_IN:
-        sets, separate = _built_in(name, folder), False
+        sets, separate, chosen = _built_in(name, folder, normalization), False, None
     elif Path(name).is_dir():
         torchvision_module()
         from pruning.cli.image_folder import image_folder  # which needs torchvision
 
-        found, separate = image_folder(Path(name), image_size, IMAGENET)
+        chosen = preprocessing or Preprocessing.of_size(image_size)
+        found, separate = image_folder(Path(name), chosen)
         sets = dict(found)
     else:
         raise PruningError(
@@ -124,11 +147,33 @@ def make_data(
             f"{similar(name, list(BUILT_IN))}"
         )
     _require_classes(name, sets)
+    classes = shown_classes(sets["train"])
     if not separate:
         _hold_out_validation(sets, seed)
-    return Data(
-        name, **{split: _loader(split, images, batch_size, workers) for split, images in sets.items()}
-    )
+    loaders = {split: _loader(split, images, batch_size, workers) for split, images in sets.items()}
+    return Data(name, **loaders, preprocessing=chosen, classes=classes)
+
+
+def shown_classes(images: object) -> tuple[str, ...]:
+    """Return the names of the classes of a data set, if it has any; MNIST calls them "0 - zero"."""
+    while not hasattr(images, "classes") and hasattr(images, "dataset"):
+        images = images.dataset
+    names = getattr(images, "classes", None)
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        return ()
+    return tuple(str(i) if str(name).startswith(f"{i} - ") else str(name) for i, name in enumerate(names))
+
+
+def number_of_classes(name: str) -> int | None:
+    """Return how many classes named data has, or an image folder, without reading it; None for others."""
+    if name in BUILT_IN:
+        return CLASSES.get(name, 10)
+    if ":" in name or not Path(name).is_dir():
+        return None
+    torchvision_module()
+    from pruning.cli.image_folder import class_names  # which needs torchvision
+
+    return len(class_names(Path(name)))
 
 
 def _hold_out_validation(sets: dict[str, Dataset[Batch]], seed: int) -> None:
@@ -150,10 +195,15 @@ def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int) -
     )
 
 
-def _built_in(name: str, folder: str | Path) -> dict[str, Dataset[Batch]]:
+def _built_in(
+    name: str, folder: str | Path, normalization: tuple[Sequence[float], Sequence[float]] | None
+) -> dict[str, Dataset[Batch]]:
     """The splits of one of torchvision's data sets; validation has the training images."""
     transforms = torchvision_module().transforms
-    kind, mean, std = BUILT_IN[name]
+    kind, *usual = BUILT_IN[name]
+    mean, std = normalization or usual
+    if {len(mean), len(std)} != {len(usual[0])}:
+        raise PruningError(f"--mean and --std of {name} have {len(usual[0])} numbers each: one for a channel")
     plain = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     moved = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     varied = moved if name.startswith("cifar") else []
@@ -244,10 +294,17 @@ def _require_classes(name: str, sets: Mapping[str, Dataset[Batch]]) -> None:
     for split, images in sets.items():
         others: list[str] = getattr(images, "classes", classes)
         if others != classes:
+            lacks = f"it lacks {_listed(set(classes) - set(others))}" if set(classes) - set(others) else ""
+            more = f"train lacks {_listed(set(others) - set(classes))}" if set(others) - set(classes) else ""
             raise PruningError(
-                f"data {name!r}: the classes of {split} differ from those of train "
-                f"({len(others)} and {len(classes)})"
+                f"data {name!r}: the classes of {split} differ from those of train ({len(others)} and "
+                f"{len(classes)}): {' and '.join(filter(None, (lacks, more)))}. Each split needs a "
+                "folder with images for every class"
             )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _from_factory(name: str, made: object) -> Data:
@@ -272,4 +329,4 @@ def _from_factory(name: str, made: object) -> Data:
             )
     train, validation, *rest = (None if each is None else _UsersBatches(name, each) for each in made)
     assert train is not None and validation is not None
-    return Data(name, train, validation, *rest)
+    return Data(name, train, validation, rest[0] if rest else None, classes=shown_classes(made[0]))

@@ -3,11 +3,16 @@
 `export` and `quantize` are defined in the files of the same names.
 """
 
-from pruning.deploy.export import Export
-from pruning.deploy.onnx_rewrite import Optimized, optimize
-from pruning.deploy.quantize import Quantized
-from pruning.deploy.runtimes import Exported
-from pruning.deploy.timing import Latency, TimeRatio, time_forward, time_ratio
+from typing import TYPE_CHECKING
+
+from pruning.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pruning.deploy.export import Export
+    from pruning.deploy.onnx_rewrite import Optimized, optimize
+    from pruning.deploy.quantize import Quantized
+    from pruning.deploy.runtimes import Exported
+    from pruning.deploy.timing import Latency, TimeRatio, time_forward, time_ratio
 
 __all__ = [
     "Export",
@@ -20,3 +25,5 @@ __all__ = [
     "time_forward",
     "time_ratio",
 ]
+
+__getattr__ = lazy_exports(__name__, __file__)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from pruning.deploy.formats import RUNTIMES
 from pruning.deploy.runtimes import (
     METADATA,
-    RUNTIMES,
     Exported,
     first_line,
     quiet,
@@ -35,9 +35,6 @@ from pruning.utils.tree import tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto
-
-#: The file name extension of each format.
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}
 
 #: Largest allowed difference between the outputs of file and model, relative to the model's largest output.
 TOLERANCE = 1e-5

@@ -24,9 +24,6 @@ from pruning.errors import ExportError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-#: The runtime of each export format; pt2 and TorchScript run in torch itself.
-RUNTIMES = {"onnx": "onnxruntime", "pt2": "pt2", "torchscript": "torchscript"}
-
 #: Name of the file inside a pt2 or TorchScript archive that holds the metadata.
 METADATA = "metadata.json"
 

@@ -3,14 +3,19 @@
 `sensitivity` is in the file of this name; `scores.BY_NAME` lists the scores.
 """
 
-from pruning.planning.budget import Budget, LatencyBudget
-from pruning.planning.cost import Cost, CostModel, count, uncounted
-from pruning.planning.curves import Sensitivity
-from pruning.planning.layer_times import LatencyTable
-from pruning.planning.options import PlanOptions
-from pruning.planning.scores import score_channels
-from pruning.planning.search import plan_within
-from pruning.planning.sensitivity import Joint, joint
+from typing import TYPE_CHECKING
+
+from pruning.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pruning.planning.budget import Budget, LatencyBudget
+    from pruning.planning.cost import Cost, CostModel, count, uncounted
+    from pruning.planning.curves import Sensitivity
+    from pruning.planning.layer_times import LatencyTable
+    from pruning.planning.options import PlanOptions
+    from pruning.planning.scores import score_channels
+    from pruning.planning.search import plan_within
+    from pruning.planning.sensitivity import Joint, joint
 
 __all__ = [
     "Budget",
@@ -27,3 +32,5 @@ __all__ = [
     "score_channels",
     "uncounted",
 ]
+
+__getattr__ = lazy_exports(__name__, __file__)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from pruning.deploy.runtimes import RUNTIMES
+from pruning.deploy.formats import RUNTIMES
 from pruning.errors import PruningError
-from pruning.planning.cost import Cost
 from pruning.utils.settings import Setting
-from pruning.utils.tree import Inputs, tensors
+
+if TYPE_CHECKING:  # the flags of the command line are read without torch
+    from pruning.planning.cost import Cost
+    from pruning.utils.tree import Inputs
 
 #: The costs that a budget can limit: name in `Cost` to name in messages.
 LABELS = {"params": "params", "macs": "MACs", "channels": "channels"}
@@ -24,7 +22,7 @@ PLACES = ("eager", *RUNTIMES.values())
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
-InputTree = TypeVar("InputTree", bound=Inputs)
+InputTree = TypeVar("InputTree", bound="Inputs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Budget:
         PruningError: if no limit is set, or a limit is not a count or percentage, is not positive, or
             is above 100 %.
 
+    >>> from pruning.planning.cost import Cost
     >>> Budget(params="25%", macs="50k").resolve(Cost(params=8000, macs=90000, macs_with_bias=0))
     Budget(params=2000, macs=50000, channels=None)
     """
@@ -88,6 +87,7 @@ class Budget:
     def excess(self, cost: Cost) -> dict[str, int]:
         """Return by how much a cost exceeds each limit; empty if the budget is met.
 
+        >>> from pruning.planning.cost import Cost
         >>> Budget(params=100, macs=50).excess(Cost(params=130, macs=50, macs_with_bias=0))
         {'params': 30}
         """
@@ -102,6 +102,7 @@ class Budget:
             step: number of the step, from 1 to `steps`; the last step has this budget itself.
             steps: number of steps.
 
+        >>> from pruning.planning.cost import Cost
         >>> Budget(params=100).share(Cost(params=400, macs=0, macs_with_bias=0), step=1, steps=2)
         Budget(params=200, macs=None, channels=None)
         """
@@ -181,13 +182,19 @@ class LatencyBudget:
     def batch_of(self, inputs: InputTree) -> InputTree:
         """Repeat or truncate example inputs to `batch_size` examples.
 
+        >>> import torch
         >>> LatencyBudget("1x", batch_size=5).batch_of(torch.zeros(2, 3)).shape
         torch.Size([5, 3])
         """
+        import torch
+        from torch.utils import _pytree as pytree
+
+        from pruning.utils.tree import tensors
+
         size = self.batch_size or len(tensors(inputs)[0])
 
         def resized(leaf: object) -> object:
-            if not (isinstance(leaf, Tensor) and leaf.ndim):
+            if not (isinstance(leaf, torch.Tensor) and leaf.ndim):
                 return leaf
             return torch.cat([leaf] * -(-size // len(leaf)))[:size]
 
@@ -215,6 +222,11 @@ def _parse(what: str, limit: int | str, dense: int) -> int:
             return max(1, math.floor(share * dense + 1e-6))
         factor = _SUFFIXES.get(text[-1:], 1)
         count = float(text[:-1] if text[-1:] in _SUFFIXES else text) * factor
+        if 0 < count < 1:
+            raise PruningError(
+                f"{what} budget {limit!r}: a count is a whole number from 1; did you mean "
+                f"{100 * count:g}% of the dense network?"
+            )
         if count < 1 or count != round(count):
             raise PruningError(f"{what} budget {limit!r}: a count is a whole number from 1")
         return round(count)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruning.errors import PruningError
 from pruning.graph.deformable import count_deformable
 from pruning.graph.groups import Trace
 from pruning.graph.layers import RECURRENT, WEIGHTED, bias_of, is_weighted, rule_for
 from pruning.planning.cost_rows import RowTable
+from pruning.tracing.trace import trace
 from pruning.utils.meta import Shapes, without_computing
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, tensors
@@ -64,6 +66,22 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
     Cost(params=16, macs=12, macs_with_bias=16, channels=0)
     """
     return without_computing(_counted, model, inputs)
+
+
+def deployed_cost(model: nn.Module, inputs: Inputs) -> Cost:
+    """Return the cost of a network as it would be deployed: BatchNorm that can be folded counts as folded.
+
+    These are the figures of budgets and plans, whether BatchNorm is folded in the given model or not. A
+    model that cannot be traced is counted as it is (`count`).
+
+    >>> norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    >>> deployed_cost(norm, torch.zeros(2, 3)).params, count(norm, torch.zeros(2, 3)).params
+    (16, 24)
+    """
+    try:
+        return CostModel(model, trace(model, inputs))({})
+    except PruningError:
+        return count(model, inputs)
 
 
 def _counted(probe: nn.Module, inputs: Inputs) -> Cost:

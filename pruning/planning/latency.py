@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.deploy.export import SUFFIXES, export
-from pruning.deploy.runtimes import RUNTIMES, Exported
+from pruning.deploy.export import export
+from pruning.deploy.formats import RUNTIMES, SUFFIXES
+from pruning.deploy.runtimes import Exported
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace

@@ -12,6 +12,9 @@ from pruning.errors import PruningError
 #: How channels of different groups are compared.
 RANKINGS = ("global", "group")
 
+#: Names of the scores by which channels are ranked; `scores.BY_NAME` defines them.
+SCORES = ("taylor", "bn_scale", "l1", "l2", "random", "sensitivity")
+
 Value = TypeVar("Value")
 
 

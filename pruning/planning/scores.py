@@ -29,6 +29,7 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
 from pruning.graph.layer_tensors import output_rows
 from pruning.graph.layers import makes_channels, rule_of, weight_of
+from pruning.planning.options import SCORES
 from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
@@ -166,7 +167,7 @@ BY_NAME: dict[str, ScoreFunction] = {
     "sensitivity": sensitivity,
 }
 
-NAMES = tuple(BY_NAME)
+NAMES = SCORES
 
 
 def score_channels(

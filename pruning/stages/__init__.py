@@ -3,14 +3,19 @@
 `sparsify`, `prune`, `finetune` and `slim` are defined in the files of the same names.
 """
 
-from pruning.stages.config import PruneConfig, SlimConfig
-from pruning.stages.feasibility import feasible, reachable
-from pruning.stages.finetune import tune
-from pruning.stages.prune import Step
-from pruning.stages.run import Run
-from pruning.stages.scales import ChannelScales
-from pruning.stages.slim import Slimmed
-from pruning.stages.sparsify import ScalePull
+from typing import TYPE_CHECKING
+
+from pruning.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pruning.stages.config import PruneConfig, SlimConfig
+    from pruning.stages.feasibility import feasible, reachable
+    from pruning.stages.finetune import tune
+    from pruning.stages.prune import Step
+    from pruning.stages.run import Run
+    from pruning.stages.scales import ChannelScales
+    from pruning.stages.slim import Slimmed
+    from pruning.stages.sparsify import ScalePull
 
 __all__ = [
     "ChannelScales",
@@ -24,3 +29,5 @@ __all__ = [
     "reachable",
     "tune",
 ]
+
+__getattr__ = lazy_exports(__name__, __file__)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
-from pruning.planning.options import RANKINGS, PlanOptions
-from pruning.planning.scores import NAMES
+from pruning.planning.options import RANKINGS, SCORES, PlanOptions
 from pruning.training.config import OPTIMIZERS, TrainConfig
 from pruning.utils.settings import Setting, Stage, require_valid
 
@@ -26,7 +25,7 @@ class PruneConfig:
         Setting("pruning steps, each of which reduces the cost by the same ratio", metavar="N", least=1),
     ]
     recover: Annotated[TrainConfig, Stage("recover", when="after each pruning step")]
-    score: Annotated[str, Setting("importance of a channel", choices=NAMES)] = "taylor"
+    score: Annotated[str, Setting("importance of a channel", choices=SCORES)] = "taylor"
     layers: Annotated[
         bool,
         Setting("also remove whole layers, if a trial without them scores higher at the same budget"),

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pruning.errors import CheckpointError
 
 
@@ -20,6 +18,8 @@ def read_plain(path: str | Path) -> Any:
     Raises:
         CheckpointError: if the file is missing or damaged, or holds other objects.
     """
+    import torch  # not for writing a file, nor for one that is missing
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -250,7 +250,7 @@ def test_without_a_command_all_commands_are_listed(toolkit):
     lines = err.splitlines()
     assert code == 2 and out == ""
     for name, command in COMMANDS.items():
-        assert sum(line.split() == [name, *command.SUMMARY.split()] for line in lines) == 1
+        assert sum(line.split() == [name, *command.summary.split()] for line in lines) == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from models import YourNet
 from pruning import Budget, PruningError, export, load, prune, save
 from pruning.checkpoint import read
 from pruning.deploy import Exported, time_forward
-from pruning.deploy.export import SUFFIXES, TOLERANCE
+from pruning.deploy.export import TOLERANCE
+from pruning.deploy.formats import RUNTIMES, SUFFIXES
 from pruning.deploy.quantize import quantize
-from pruning.deploy.runtimes import RUNTIMES, relative_difference
+from pruning.deploy.runtimes import relative_difference
 from pruning.deploy.timing import Latency
 from pruning.errors import ExportError
 from pruning.training import accuracy

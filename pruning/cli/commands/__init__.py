@@ -1,4 +1,4 @@
 """The toolkit's commands: `python -m pruning COMMAND --help`.
 
-Each is a module with a `SUMMARY`, the dataclasses whose settings are its `FLAGS`, and `execute`.
+Each is a module with a function `execute`; `cli/command_flags.py` lists their flags.
 """

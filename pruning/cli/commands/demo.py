@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import DemoFlags
 from pruning.cli.factories import require_runs
-from pruning.cli.sources import BUILT_IN, IMAGENET, Data
+from pruning.cli.sources import BUILT_IN, Data
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.utils.modules import thread_count
-from pruning.utils.settings import Setting
 
-SUMMARY = "make one HTML page on which a network classifies drawings"
 #: Most test images to click on, and most batches that are searched for them.
 EXAMPLES, SEARCHED = 10, 20
-
-
-@dataclass(frozen=True)
-class DemoFlags:
-    against: Annotated[
-        Path | None, Setting("weights of the dense network, to show beside it", metavar="FILE")
-    ] = None
-    output: Annotated[
-        Path | None,
-        Setting(
-            "HTML file (default: the checkpoint's name with the suffix .html)",
-            metavar="FILE",
-            parse=arguments.new_file,
-        ),
-    ] = None
-    classes: Annotated[
-        list[str] | None, Setting("names of the classes, in their order (default: numbers)", metavar="NAME")
-    ] = None
-
-
-FLAGS = (DemoFlags, build.CheckpointFlags, build.DataFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -66,7 +43,9 @@ def execute(args: argparse.Namespace) -> None:
         title = f"{name}, pruned and dense" if other == name else f"{name} beside {other}"
         models = dict(zip(names, (against, network), strict=True))
         facts = dict(zip(names, (stored["provenance"], content["provenance"]), strict=True))
-    classes = flags.classes or content["provenance"].get("classes") or _class_names(data)
+    classes = flags.classes or content["provenance"].get("classes")
+    if not classes and data is not None:
+        classes = list(data.classes) or None
     with thread_count(1):
         made = {name: each for name, each in facts.items() if each}
         print(demo(models, output, images, title=title, classes=classes, facts=made))
@@ -86,25 +65,14 @@ def _images(args: argparse.Namespace, content: Mapping[str, Any], data: Data | N
 
 
 def _usual(content: Mapping[str, Any], data: Data | None) -> dict[str, Any] | None:
-    """The normalization that `pruning.sources` gives the data which the checkpoint or --data names."""
+    """The normalization of the data which the checkpoint or --data names."""
     for name in (content["provenance"].get("dataset"), data.name if data is not None else None):
         if name in BUILT_IN:
             _, mean, std = BUILT_IN[name]
             return {"mean": mean, "std": std}
-    if data is not None and Path(data.name).is_dir():
-        return dict(zip(("mean", "std"), IMAGENET, strict=True))
+    if data is not None and data.preprocessing is not None:
+        return {"mean": data.preprocessing.mean, "std": data.preprocessing.std}
     return None
-
-
-def _class_names(data: Data | None) -> list[str] | None:
-    """What torchvision's data sets call their classes; MNIST calls them "0 - zero"."""
-    found: Any = getattr(data, "validation", None)
-    while hasattr(found, "dataset"):
-        found = found.dataset
-    names = getattr(found, "classes", None)
-    if names is None:
-        return None
-    return [str(i) if str(name).startswith(f"{i} - ") else str(name) for i, name in enumerate(names)]
 
 
 def _name(args: argparse.Namespace, content: Mapping[str, Any], model: nn.Module) -> str:

@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.report.diagnose import doctor
 from pruning.utils.files import replace_file
-from pruning.utils.settings import Setting
-
-SUMMARY = "report what pruning would do to a model, without changing it"
-
-
-@dataclass(frozen=True)
-class DoctorFlags:
-    json: Annotated[
-        Path | None,
-        Setting("also write the report to this file, as JSON", metavar="FILE", parse=arguments.new_file),
-    ] = None
-
-
-FLAGS = (build.ModelFlags, build.DataFlags, build.ShapeFlags, build.IgnoreFlags, DoctorFlags)
 
 
 def execute(args: argparse.Namespace) -> None:

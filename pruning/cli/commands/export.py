@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
 
 from pruning.checkpoint import provenance
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import ExportFlags
 from pruning.cli.factories import require_runs
-from pruning.deploy.export import SUFFIXES, export
+from pruning.cli.sources import Data
+from pruning.deploy.export import export
+from pruning.deploy.formats import SUFFIXES
 from pruning.deploy.onnx_rewrite import optimize
 from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import Exported
 from pruning.errors import PruningError
 from pruning.training.losses import accuracy
 from pruning.utils.modules import thread_count
-from pruning.utils.settings import Setting
-
-SUMMARY = "write a network as ONNX, torch.export or TorchScript"
 
 #: Loss of accuracy (a share) from which training with the rounding is recommended.
 WORTH_TRAINING = 0.002
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportFlags:
-    to: Annotated[str, Setting("format of the file", choices=tuple(SUFFIXES))]
-    output: Annotated[
-        Path | None,
-        Setting(
-            "file to write (default: the checkpoint's name with the format's suffix)",
-            metavar="FILE",
-            parse=arguments.new_file,
-        ),
-    ] = None
-    optimize: Annotated[
-        bool, Setting("rewrite an ONNX file so that ONNX Runtime runs it fastest on this machine")
-    ] = False
-    int8: Annotated[
-        bool,
-        Setting("also write an int8 file beside an ONNX one, calibrated on the training batches of --data"),
-    ] = False
-    int8_faster: Annotated[
-        bool,
-        Setting("like --int8, but refuse an int8 file that is not faster than float32 on this machine"),
-    ] = False
-
-
-FLAGS = (ExportFlags, build.CheckpointFlags, build.DataFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -68,13 +41,11 @@ def execute(args: argparse.Namespace) -> None:
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
-    scales = build.normalization(args, content)
-    if scales is not None:
-        metadata["normalisation"] = scales
-    shape = build.image_shape(args, content)
-    examples = torch.zeros(2, *shape)
-    require_runs(model, examples, f"on inputs of shape {shape}")
     data = build.data_of(args)  # should it be refused, nothing has been written
+    metadata |= _facts(args, content, data)
+    shape = build.image_shape(args, content, data)
+    examples = torch.zeros(2, *shape, dtype=build.stored_dtype(content))
+    require_runs(model, examples, f"on inputs of shape {shape}")
     with thread_count(1):
         print(export(model, output, examples, flags.to, metadata=metadata))
         if flags.optimize:
@@ -90,3 +61,17 @@ def execute(args: argparse.Namespace) -> None:
         print(f"{small}: validation accuracy {rounded:.4f} (float32 {exact:.4f})")
         if exact - rounded > WORTH_TRAINING:
             print("python -m pruning finetune --int8 trains a network for this rounding")
+
+
+def _facts(args: argparse.Namespace, content: Mapping[str, Any], data: Data | None) -> dict[str, object]:
+    """What the exported file remembers of the images, the classes and the accuracy, as plain data."""
+    stored = content["provenance"]
+    classes = stored.get("classes") or (list(data.classes) if data is not None else None)
+    found = {
+        "normalisation": build.normalization(args, content),
+        "preprocessing": stored.get("preprocessing"),
+        "class_names": classes,
+        "validation_accuracy": stored.get("validation_accuracy"),
+        "given_accuracy": stored.get("given_accuracy"),
+    }
+    return {key: value for key, value in found.items() if value is not None}

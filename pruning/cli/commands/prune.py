@@ -4,52 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 from torch import nn
 
-from pruning.cli import arguments, build
-from pruning.cli.arguments import FlagsOf
-from pruning.cli.commands.results import ResultFlags, save_network
+from pruning.cli import build
+from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
-from pruning.stages.config import PruneConfig
 from pruning.stages.prune import prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
-from pruning.utils.settings import Setting
-
-SUMMARY = "remove channels in one step, without training"
-
-
-@dataclass(frozen=True)
-class PruneFlags:
-    refit: Annotated[
-        bool,
-        Setting(
-            "afterwards fit the layers that lost inputs to their former outputs, by least squares on the "
-            "calibration examples: without training, this keeps the most accuracy",
-            group="stage 2",
-        ),
-    ] = False
-    output: Annotated[
-        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
-    ] = Path("small.pth")
-
-
-FLAGS = (
-    build.ModelFlags,
-    build.DataFlags,
-    build.ShapeFlags,
-    *build.BUDGET,
-    FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
-    build.IgnoreFlags,
-    build.CalibrationFlags,
-    ResultFlags,
-    PruneFlags,
-)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -74,7 +38,7 @@ def execute(args: argparse.Namespace) -> None:
         multiple=args.multiple,
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
-    save_network(args, args.output, step.model, example)
+    save_network(args, args.output, step.model, example, data)
     print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
     if step.latency is not None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")

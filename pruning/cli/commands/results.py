@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 from torch import nn
 
 from pruning.checkpoint import provenance, save, write_loader
-from pruning.cli import arguments, config_file
+from pruning.cli import arguments, build, config_file
 from pruning.cli.factories import arguments_of
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
-from pruning.planning.cost import count
+from pruning.planning.cost import deployed_cost
 from pruning.report.tensorboard import TensorBoardWriter
 from pruning.stages.run import Run
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
 from pruning.utils import distributed
-from pruning.utils.settings import Setting
-from pruning.utils.tree import Inputs
+from pruning.utils.tree import Inputs, tensors
 
 #: Flags that the result does not depend on.
 ELSEWHERE = {
@@ -37,35 +34,8 @@ ELSEWHERE = {
 }
 
 
-@dataclass(frozen=True)
-class RunFlags:
-    """The folder of a run."""
-
-    GROUP: ClassVar[str] = "run"
-
-    output: Annotated[
-        Path | None,
-        Setting(
-            "folder of this run alone (default: the next free runs/N)",
-            metavar="FOLDER",
-            parse=arguments.folder,
-        ),
-    ] = None
-    resume: Annotated[bool, Setting("continue the run in --output")] = False
-    tensorboard: Annotated[bool, Setting("also write the history for TensorBoard")] = False
-
-
-@dataclass(frozen=True)
-class ResultFlags:
-    """How a network is saved."""
-
-    GROUP: ClassVar[str] = "run"
-
-    fold: Annotated[bool, Setting("merge BatchNorm into the layers before it in the saved network")] = True
-    standalone: Annotated[
-        bool,
-        Setting("also write load_pruned.py, which loads the checkpoint without this toolkit"),
-    ] = False
+#: Facts of the checkpoint from which the weights came that still hold.
+KEPT = ("preprocessing", "normalisation", "classes", "dataset", "given_accuracy")
 
 
 def start(args: argparse.Namespace) -> Run:
@@ -100,24 +70,69 @@ def finish(
     *,
     epochs: int,
     accuracy: float,
+    given: float | None = None,
 ) -> str:
-    """Write the network of a run; return a line that describes it. `accuracy` is on the validation split."""
+    """Write the network of a run; return a line that describes it.
+
+    Args:
+        accuracy, given: on the validation split, of the network and of the trained one it was made from.
+    """
     path = run.folder / "best.pth"
-    facts = {"seed": args.seed, "dataset": data.name, "epochs": epochs, "validation_accuracy": accuracy}
-    net = save_network(args, path, model, example, **facts)
-    return f"{path}: {count(net, example)}, validation {accuracy:.4f}"
+    facts: dict[str, object] = {"epochs": epochs, "validation_accuracy": accuracy}
+    if given is not None:
+        facts["given_accuracy"] = given
+    net = save_network(args, path, model, example, data, **facts)
+    return f"{path}: {deployed_cost(net, example)}, validation {accuracy:.4f}"
+
+
+def facts_of(args: argparse.Namespace, example: Inputs, data: Data | None) -> dict[str, object]:
+    """Return what a checkpoint remembers, as plain data.
+
+    That is the seed, the factory of the network, the shape and type of one example, the data, how its
+    images became inputs, and the names of its classes. What flags do not say is as in the checkpoint
+    from which the weights came.
+    """
+    made = {"name": args.model, "arguments": arguments_of(args.model_arg)} if args.model else None
+    before = build.stored_facts(args.weights)
+    inputs = [
+        {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for x in tensors(example)
+    ]
+    facts: dict[str, object] = {
+        **{key: before[key] for key in KEPT if key in before},
+        "seed": args.seed,
+        "model": made or before.get("model"),
+        "inputs": inputs,
+    }
+    if data is None:
+        return facts
+    facts["dataset"] = data.name
+    if data.classes:
+        facts["classes"] = list(data.classes)
+    if data.preprocessing is not None:
+        facts["preprocessing"] = data.preprocessing.to_json()
+    elif args.mean:
+        facts["normalisation"] = {"mean": args.mean, "std": args.std}
+    return facts
 
 
 def save_network(
-    args: argparse.Namespace, path: Path, model: nn.Module, example: Inputs, **facts: object
+    args: argparse.Namespace,
+    path: Path,
+    model: nn.Module,
+    example: Inputs,
+    data: Data | None,
+    **facts: object,
 ) -> nn.Module:
     """Write a network, by one process alone; return it as it was written."""
     if args.fold:
         model = fold_batchnorm(model, trace(model, example))
     if distributed.rank():
         return model
-    made = {"name": args.model, "arguments": arguments_of(args.model_arg)} if args.model else None
-    save(path, model, provenance=provenance(model=made, **facts))
+    # The class can be called with these arguments when the file is loaded, if --model names the class.
+    own = args.model == f"{type(model).__module__}:{type(model).__qualname__}"
+    given = arguments_of(args.model_arg) if own and args.model_arg else None
+    remembered = {**facts_of(args, example, data), **facts}
+    save(path, model, arguments=given, provenance=provenance(**remembered))
     if args.standalone:
         write_loader(path.parent)
     return model

@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
-from pruning.planning.budget import PLACES
-from pruning.planning.scores import NAMES as SCORES
+from pruning.cli.command_flags import SensitivityFlags
 from pruning.planning.sensitivity import sensitivity
 from pruning.report.figures import require_matplotlib, save
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
 from pruning.utils.files import replace_file
-from pruning.utils.settings import Setting
 from pruning.utils.tree import first_examples
-
-SUMMARY = "narrow each group alone, and draw what accuracy is lost"
-
-
-@dataclass(frozen=True)
-class SensitivityFlags:
-    score: Annotated[
-        str,
-        Setting(
-            "importance of a channel: the least important are removed first",
-            choices=tuple(name for name in SCORES if name != "sensitivity"),
-        ),
-    ] = "taylor"
-    widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
-    examples: Annotated[
-        int | None,
-        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
-    ] = None
-    finetune_epochs: Annotated[
-        int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)
-    ] = 0
-    runtime: Annotated[
-        str,
-        Setting("runtime in which layers are timed, one example at a time on one thread", choices=PLACES),
-    ] = "eager"
-    output: Annotated[
-        Path,
-        Setting(
-            "folder for curves.json (from which an interrupted analysis goes on), curves.csv and the figures",
-            metavar="FOLDER",
-            parse=arguments.folder,
-            group="run",
-        ),
-    ] = Path("sensitivity")
-
-
-FLAGS = (build.ModelFlags, build.DataFlags, SensitivityFlags, build.IgnoreFlags, build.CalibrationFlags)
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -11,25 +11,14 @@ from torch import nn
 
 from pruning.checkpoint import provenance, save
 from pruning.cli import build
-from pruning.cli.arguments import FlagsOf
-from pruning.cli.commands.results import ResultFlags, RunFlags, finish, start
+from pruning.cli.commands.results import facts_of, finish, start
 from pruning.errors import PruningError
-from pruning.planning.cost import count
+from pruning.planning.cost import deployed_cost
 from pruning.report.predictions import differing_predictions
 from pruning.stages.feasibility import feasible
 from pruning.stages.slim import slim
 from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
-
-SUMMARY = "train, prune and fine-tune a model under a budget"
-FLAGS = (
-    build.ModelFlags,
-    build.DataFlags,
-    *build.STAGES,
-    FlagsOf(build.CalibrationFlags, {"calibration": 2048}),
-    RunFlags,
-    ResultFlags,
-)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -40,7 +29,10 @@ def execute(args: argparse.Namespace) -> None:
     target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
     require_classifier(model, data.train, data.validation)
     run = start(args)
-    print(f"{run.folder}: {args.model or args.weights} on {data.name}, {count(model, example)}", flush=True)
+    print(
+        f"{run.folder}: {args.model or args.weights} on {data.name}, {deployed_cost(model, example)}",
+        flush=True,
+    )
     torch.manual_seed(args.seed)
     calibration = data.calibration(args.calibration)
 
@@ -62,7 +54,7 @@ def execute(args: argparse.Namespace) -> None:
     best = validate(result.model)
     written = finish(args, run, result.model, example, data, epochs=result.epochs, accuracy=best)
     if run.writes:
-        save(run.folder / "dense.pth", result.dense, provenance=provenance(seed=args.seed, dataset=data.name))
+        save(run.folder / "dense.pth", result.dense, provenance=provenance(**facts_of(args, example, data)))
         with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
             compared = differing_predictions(result.dense, result.model, data.validation)
             replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())

@@ -4,56 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
 
-from pruning.cli import arguments, build
+from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import TestFlags
 from pruning.cli.factories import require_runs
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
-from pruning.planning.cost import count
+from pruning.planning.cost import deployed_cost
 from pruning.training.batches import first_batch, to_device
 from pruning.training.losses import accuracy, why_not_classifier
 from pruning.utils.files import replace_file
-from pruning.utils.settings import Setting
 from pruning.utils.tree import first_examples, tensors
-
-SUMMARY = "measure accuracy, cost and time of a network"
-
-
-@dataclass(frozen=True)
-class TestFlags:
-    against: Annotated[
-        Path | None, Setting("weights of the dense --model, to compare with", metavar="FILE")
-    ] = None
-    split: Annotated[str, Setting("split of the data to measure on", choices=("validation", "test"))] = "test"
-    seconds: Annotated[
-        float, Setting("seconds for which forward passes are timed", metavar="SECONDS", least=0.1)
-    ] = 3.0
-    json: Annotated[
-        Path | None,
-        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
-    ] = None
-
-
-FLAGS = (build.ModelFlags, build.DataFlags, TestFlags)
 
 
 def execute(args: argparse.Namespace) -> None:
     flags = read_flags(TestFlags, args)
     model, data = build.network(args), build.required_data(args)
-    batches = data.test if flags.split == "test" else data.validation
+    batches = data.validation if flags.split == "validation" else data.test
+    if batches is None and flags.split == "test":
+        raise PruningError(f"data {data.name!r} has no test split; try --split validation")
     if batches is None:
-        raise PruningError(f"data {data.name!r} has no {flags.split} split; try --split validation")
+        print(f"data {data.name!r} has no test split: measured on validation, by which networks are chosen")
+        batches = data.validation
     models = {"network": model.eval()}
     if args.weights is not None and (flags.against is not None or args.model is not None):
         models = {"dense": build.network_with(args, flags.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
-    require_runs(model, batch)
+    build.require_classes(args, require_runs(model, batch), data)
     size = min(args.batch_size, len(tensors(batch)[0]))
     timed = {n: first_examples(batch, n) for n in sorted({1, size})}
     times = {
@@ -63,7 +43,7 @@ def execute(args: argparse.Namespace) -> None:
     reason = why_not_classifier(model, batches)
     rows = []
     for name, each in models.items():
-        cost = count(each, first_examples(batch, 1))
+        cost = deployed_cost(each, first_examples(batch, 1))
         trained = name == "network" or flags.against is not None
         rows.append(
             {

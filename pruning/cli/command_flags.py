@@ -1,0 +1,238 @@
+"""The commands: what each does in one line, and its flags. `commands/NAME.py` executes them.
+
+Neither this file nor what it imports needs torch, so that help and errors of usage come at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pruning.cli import arguments, flags
+from pruning.cli.arguments import FlagsOf
+from pruning.deploy.formats import SUFFIXES
+from pruning.planning.budget import PLACES
+from pruning.planning.options import SCORES
+from pruning.stages.config import PruneConfig, SlimConfig
+from pruning.training.config import TrainConfig
+from pruning.utils.settings import Setting
+
+
+class Command(NamedTuple):
+    """A command: its line in the help text, and dataclasses whose settings are its flags."""
+
+    summary: str
+    flags: tuple[FlagsOf | type, ...]
+
+
+@dataclass(frozen=True)
+class DoctorFlags:
+    json: Annotated[
+        Path | None,
+        Setting("also write the report to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PruneFlags:
+    refit: Annotated[
+        bool,
+        Setting(
+            "afterwards fit the layers that lost inputs to their former outputs, by least squares on the "
+            "calibration examples: without training, this keeps the most accuracy",
+            group="stage 2",
+        ),
+    ] = False
+    output: Annotated[
+        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
+    ] = Path("small.pth")
+
+
+@dataclass(frozen=True)
+class FinetuneFlags:
+    GROUP = "training"
+
+    teacher: Annotated[
+        Path | None,
+        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=arguments.existing_file),
+    ] = None
+    int8: Annotated[
+        bool,
+        Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
+    ] = False
+
+
+@dataclass(frozen=True)
+class SensitivityFlags:
+    score: Annotated[
+        str,
+        Setting(
+            "importance of a channel: the least important are removed first",
+            choices=tuple(name for name in SCORES if name != "sensitivity"),
+        ),
+    ] = "taylor"
+    widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
+    examples: Annotated[
+        int | None,
+        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
+    ] = None
+    finetune_epochs: Annotated[
+        int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)
+    ] = 0
+    runtime: Annotated[
+        str,
+        Setting("runtime in which layers are timed, one example at a time on one thread", choices=PLACES),
+    ] = "eager"
+    output: Annotated[
+        Path,
+        Setting(
+            "folder for curves.json (from which an interrupted analysis goes on), curves.csv and the figures",
+            metavar="FOLDER",
+            parse=arguments.folder,
+            group="run",
+        ),
+    ] = Path("sensitivity")
+
+
+@dataclass(frozen=True)
+class TestFlags:
+    against: Annotated[
+        Path | None,
+        Setting(
+            "weights of the dense --model, to compare with", metavar="FILE", parse=arguments.existing_file
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        Setting(
+            "split of the data to measure on (default: test, or validation where there is no test split)",
+            choices=("validation", "test"),
+        ),
+    ] = None
+    seconds: Annotated[
+        float, Setting("seconds for which forward passes are timed", metavar="SECONDS", least=0.1)
+    ] = 3.0
+    json: Annotated[
+        Path | None,
+        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    to: Annotated[str, Setting("format of the file", choices=tuple(SUFFIXES))]
+    output: Annotated[
+        Path | None,
+        Setting(
+            "file to write (default: the checkpoint's name with the format's suffix)",
+            metavar="FILE",
+            parse=arguments.new_file,
+        ),
+    ] = None
+    optimize: Annotated[
+        bool, Setting("rewrite an ONNX file so that ONNX Runtime runs it fastest on this machine")
+    ] = False
+    int8: Annotated[
+        bool,
+        Setting("also write an int8 file beside an ONNX one, calibrated on the training batches of --data"),
+    ] = False
+    int8_faster: Annotated[
+        bool,
+        Setting("like --int8, but refuse an int8 file that is not faster than float32 on this machine"),
+    ] = False
+
+
+@dataclass(frozen=True)
+class DemoFlags:
+    against: Annotated[
+        Path | None,
+        Setting(
+            "weights of the dense network, to show beside it", metavar="FILE", parse=arguments.existing_file
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        Setting(
+            "HTML file (default: the checkpoint's name with the suffix .html)",
+            metavar="FILE",
+            parse=arguments.new_file,
+        ),
+    ] = None
+    classes: Annotated[
+        list[str] | None,
+        Setting(
+            "names of the classes, in their order (default: as the checkpoint or data says, else numbers)",
+            metavar="NAME",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    run: Annotated[Path, Setting("folder of the run", metavar="RUN", positional=True)]
+    output: Annotated[
+        Path | None,
+        Setting("HTML file (default: report.html in that folder)", metavar="FILE", parse=arguments.new_file),
+    ] = None
+
+
+COMMANDS: dict[str, Command] = {
+    "doctor": Command(
+        "report what pruning would do to a model, without changing it",
+        (flags.ModelFlags, flags.DataFlags, flags.ShapeFlags, flags.IgnoreFlags, DoctorFlags),
+    ),
+    "prune": Command(
+        "remove channels in one step, without training",
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            flags.ShapeFlags,
+            *flags.BUDGET,
+            FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
+            flags.IgnoreFlags,
+            flags.CalibrationFlags,
+            flags.ResultFlags,
+            PruneFlags,
+        ),
+    ),
+    "slim": Command(
+        "train, prune and fine-tune a model under a budget",
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            *flags.STAGES,
+            FlagsOf(flags.CalibrationFlags, {"calibration": 2048}),
+            flags.RunFlags,
+            flags.ResultFlags,
+        ),
+    ),
+    "finetune": Command(
+        "train a pruned network further",
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            FlagsOf(TrainConfig, {"epochs": 20, "lr": 0.05, "weight_decay": 1e-3}),
+            FlagsOf(SlimConfig, only=("distill", "temperature")),
+            FinetuneFlags,
+            flags.RunFlags,
+            flags.ResultFlags,
+        ),
+    ),
+    "sensitivity": Command(
+        "narrow each group alone, and draw what accuracy is lost",
+        (flags.ModelFlags, flags.DataFlags, SensitivityFlags, flags.IgnoreFlags, flags.CalibrationFlags),
+    ),
+    "test": Command(
+        "measure accuracy, cost and time of a network", (flags.ModelFlags, flags.DataFlags, TestFlags)
+    ),
+    "export": Command(
+        "write a network as ONNX, torch.export or TorchScript",
+        (ExportFlags, flags.CheckpointFlags, flags.DataFlags),
+    ),
+    "demo": Command(
+        "make one HTML page on which a network classifies drawings",
+        (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
+    ),
+    "report": Command("make one HTML page that shows a run", (ReportFlags,)),
+}
