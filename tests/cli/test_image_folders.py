@@ -25,7 +25,8 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, width=6, classes=3):
         super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(width, classes)
+        self.conv, self.norm = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)
+        self.out = nn.Linear(width, classes)
     def forward(self, x):
         return self.out(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 """
