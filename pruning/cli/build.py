@@ -74,7 +74,7 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
         if not head:
             raise
         raise CheckpointError(
-            f"{error}. The network was made with {head[0]}, as the data has classes"
+            f"{error}. The network has {head[0]}: as many as {getattr(args, 'data', None) or weights} has classes"
         ) from error
     if weights is not None:
         require_finite(model, weights)
