@@ -73,8 +73,9 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     except CheckpointError as error:
         if not head:
             raise
+        source = getattr(args, "data", None) or weights
         raise CheckpointError(
-            f"{error}. The network has {head[0]}: as many as {getattr(args, 'data', None) or weights} has classes"
+            f"{error}. The network has {head[0]}: as many as {source} has classes"
         ) from error
     if weights is not None:
         require_finite(model, weights)
