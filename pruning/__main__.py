@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pruning.cli.main import parse, run
+from pruning.utils.interrupts import INTERRUPTED, noting_interrupts
 
 
 class _Call:
@@ -20,6 +20,8 @@ class _Call:
     def execute(self) -> None:
         if os.getcwd() not in sys.path:  # the user's models and data are imported from the current folder
             sys.path.insert(0, os.getcwd())
+        from pruning.cli.main import parse
+
         args, command = parse()
         self.args = args
         from pruning.utils import distributed  # torch, which help and errors of usage need not wait for
@@ -56,8 +58,22 @@ def main() -> None:
 
 def console() -> None:
     """Run a command; end with one line and an exit code when the user's input is at fault."""
+    with noting_interrupts():
+        try:
+            from pruning.cli.main import run  # under way, Ctrl-C is heeded already
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
     call = _Call()
-    run(call.execute, interrupted=call.advice)
+    try:
+        run(call.execute, interrupted=call.advice)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # Python would end by the signal, not by the code, if Ctrl-C has interrupted generated code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
 
 
 if __name__ == "__main__":

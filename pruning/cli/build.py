@@ -66,9 +66,17 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
         PruningError: no flag names a model, or its factory fails.
         CheckpointError: the weights do not fit, or are not finite.
     """
-    if args.model is not None:
-        args.model_arg = [*args.model_arg, *_head(args, weights)]
-    model = _network(args, weights)
+    head = [] if args.model is None else _head(args, weights)
+    args.model_arg = [*args.model_arg, *head]
+    try:
+        model = _network(args, weights)
+    except CheckpointError as error:
+        if not head:
+            raise
+        source = getattr(args, "data", None) or weights
+        raise CheckpointError(
+            f"{error}. The network has {head[0]}: as many as {source} has classes"
+        ) from error
     if weights is not None:
         require_finite(model, weights)
     return model.to(args.device)

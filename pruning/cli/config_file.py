@@ -65,7 +65,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         if isinstance(value, bool):
             if f"no-{name}" not in known:
                 raise PruningError(
-                    f"{path}: {name} = {str(value).lower()} is a bool, a number or a text was expected"
+                    f"{path}: {name} is a bool ({str(value).lower()}), a number or a text was expected"
                 )
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):

@@ -159,7 +159,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(next((s for s in without.values() if s.keys() == known), without["module."]))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(f"{path} does not fit {kind}: {' '.join(lines[1:3])[:300]}") from error
+        raise CheckpointError(
+            f"{path} does not fit {kind}: {_sizes_that_differ(model, content) or ' '.join(lines[1:3])[:300]}"
+        ) from error
+
+
+def _sizes_that_differ(model: nn.Module, content: Mapping[str, Tensor]) -> str:
+    """The first two tensors of a state dict that have other shapes in the model; empty if none has."""
+    known = model.state_dict()
+    wrong = [
+        f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(known[name].shape)} in the network"
+        for name, tensor in content.items()
+        if name in known and known[name].shape != tensor.shape
+    ]
+    return "; ".join(wrong[:2])
 
 
 def made_by(name: str, make: Callable[..., object], arguments: Mapping[str, object]) -> object:

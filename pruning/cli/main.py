@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 
 from pruning.cli.arguments import HelpFormatter, Parser, add_flags
 from pruning.cli.command_flags import COMMANDS
 from pruning.cli.config_file import read_recipe
 from pruning.errors import UserError
+from pruning.utils.interrupts import INTERRUPTED, noting_interrupts
 
-#: Exit codes: bad usage or input, and Ctrl-C.
-BAD_INPUT, INTERRUPTED = 2, 130
+#: Exit code of bad usage or input.
+BAD_INPUT = 2
 
 
 def run(main: Callable[[], None], interrupted: str | Callable[[], str] = "interrupted") -> None:
@@ -34,30 +32,9 @@ def run(main: Callable[[], None], interrupted: str | Callable[[], str] = "interr
             # A library that is interrupted while it loads may raise another error.
             if not isinstance(error, KeyboardInterrupt) and not interrupts:
                 raise
-            print(f"\n{interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+            line = interrupted if isinstance(interrupted, str) else interrupted()
+            print(f"\n{line}", file=sys.stderr)
             sys.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def noting_interrupts() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt at the first Ctrl-C, ignore those that follow, and list the first."""
-    interrupts: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if not interrupts:
-            interrupts.append(number)
-            raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, which alone receives signals
-        yield interrupts
-        return
-    try:
-        yield interrupts
-    finally:
-        # While the process ends, another Ctrl-C would print a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN if interrupts else before)
 
 
 def _run(main: Callable[[], None]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,72 @@ def read_plain(path: str | Path) -> Any:
     import torch  # not for writing a file, nor for one that is missing
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of files that it does not load, too
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; check the path") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was refused: it is damaged, or holds objects other than tensors and plain data. Instead "
-            "of a pickled model, save model.state_dict()"
-        ) from error
     except Exception as error:  # reading a damaged file can fail in any way
+        kind = _foreign_kind(Path(path))
+        if kind is not None:
+            raise CheckpointError(
+                f"{path} is not a checkpoint: it is {kind}; expected a file that torch.save wrote"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path} was refused: it is damaged, or holds objects other than tensors and plain data. "
+                "Instead of a pickled model, save model.state_dict()"
+            ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+
+
+#: Kinds of files by their first bytes.
+_SIGNATURES = {
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x1f\x8b": "a file compressed by gzip",
+    b"%PDF": "a PDF document",
+    b"ustar": "a tar archive",
+}
+
+
+def _foreign_kind(path: Path) -> str | None:
+    """What a file is that torch.save has not written; None if that cannot be told."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(512)
+        if not start:
+            return "empty"
+        if zipfile.is_zipfile(path):
+            return _archive_kind(path)
+        for signature, kind in _SIGNATURES.items():
+            if start.startswith(signature):
+                return kind
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+            return "a safetensors file (torch.save(safetensors.torch.load_file(FILE), NEW) converts it)"
+        if start[:1] == b"\x08" and (b"pytorch" in start or b"onnx" in start or path.suffix == ".onnx"):
+            return "an ONNX file, from which no network can be pruned"
+        if start[:1] != b"\x80" and start.isascii():
+            return "a text file"
+    return None
+
+
+def _archive_kind(path: Path) -> str | None:
+    """What kind of zip archive it is; None for one that torch.save may have written."""
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        names = [name.rpartition("/")[2] for name in archive.namelist()]
+        if "constants.pkl" in names:
+            return "a TorchScript archive (torch.save(torch.jit.load(FILE).state_dict(), NEW) converts it)"
+        if any(name.endswith((".npy", ".npz")) for name in names):
+            return "an archive of NumPy arrays"
+        if "data.pkl" not in names:
+            return "a zip archive of something else (torch.export's, if it ends in .pt2)"
+    return None
 
 
 def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 
 def lazy_exports(package: str, file: str) -> Callable[[str], object]:
@@ -43,8 +41,12 @@ def lazy_exports(package: str, file: str) -> Callable[[str], object]:
 
 def _guarded_imports(file: str) -> dict[str, str]:
     """The names that a source file imports under `if TYPE_CHECKING:`, with their modules."""
+    import ast  # only where a name is used: a command starts without it
+
     found = {}
-    for block in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+    with open(file, encoding="utf-8") as source:
+        blocks = ast.parse(source.read()).body
+    for block in blocks:
         if isinstance(block, ast.If) and isinstance(block.test, ast.Name):
             for node in block.body:
                 if isinstance(node, ast.ImportFrom) and node.module is not None:
