@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.layers import Side, channels_stand_alone, is_depthwise, parts, rule_of
+from pruning.graph.layers import channels_stand_alone, is_depthwise, parts, rule_of
+from pruning.graph.rule import Side
 
 
 class Reader(NamedTuple):

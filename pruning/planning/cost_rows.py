@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import readers, weight_size
-from pruning.graph.layers import RECURRENT, Rule, Side, is_depthwise, is_registered, rule_for
+from pruning.graph.layers import RECURRENT, is_depthwise, is_inferred, is_registered, rule_for
+from pruning.graph.rule import Rule, Side
 from pruning.utils.modules import eval_mode
 
 
@@ -69,7 +70,7 @@ class RowTable:
         if isinstance(layer, RECURRENT):
             self._add_recurrent(name, layer, rule, params)
             return
-        if is_registered(layer):
+        if is_registered(layer) or is_inferred(layer):
             params -= self._add_other_tensors(name, layer, rule)
         if use is None:  # a norm, a PReLU, a layer that does not run: no MACs
             row = self._sides(name, layer, rule)
@@ -84,6 +85,8 @@ class RowTable:
             own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in self.parameters else 0.0
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
+            if is_inferred(layer):
+                row = row._replace(layer="")  # its biases have rows of their own, and its code is not timed
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
 
     def _add_recurrent(self, name: str, layer: nn.Module, rule: Rule, params: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow
-from pruning.graph.layers import layer_width, rule_for
+from pruning.graph.layers import is_inferred, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, kept_positions
 from pruning.surgery.batchnorm import recalibrate
+from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import copied, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors_among
@@ -127,16 +129,20 @@ def _run_masked(
     constants = foldable_constants(trace, model, constants)
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     handles: list[RemovableHandle] = []
-    with hooked(handles):
+    with hooked(handles), contextlib.ExitStack() as stack:
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
-            if side == "in" and layer is not None:
+            if layer is not None and is_inferred(layer):
+                if side == "in":
+                    stack.enter_context(_without_inputs(layer, drop))
+            elif side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
                 handles.append(on_input(layer, _replace_channels(dims[name, side], drop, value)))
             elif layer is not None and (rule := rule_for(layer)) is not None and rule.kind == "norm":
                 hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        return outputs_of(model, inputs)
+        with StatisticsOverKept(model, trace, plan):
+            return outputs_of(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
@@ -148,6 +154,24 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
         return changed.movedim(-1, dim)
 
     return replace
+
+
+@contextlib.contextmanager
+def _without_inputs(layer: nn.Module, drop: Tensor) -> Iterator[None]:
+    """Let a layer ignore the dropped input channels for the block: its weights for them are 0.
+
+    Its code may change the input before it multiplies, so the input itself is not changed.
+    """
+    own = dict(layer._parameters)
+    try:
+        for name, dim in rule_of(layer).into.items():
+            weight = own[name]
+            if weight is not None:
+                masked = weight.detach().index_fill(dim, drop.to(weight.device), 0)
+                layer._parameters[name] = nn.Parameter(masked, requires_grad=weight.requires_grad)
+        yield
+    finally:
+        layer._parameters.update(own)
 
 
 def _norm_over_kept(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layers import (
-    Kind,
     channel_dim,
     is_depthwise,
     is_registered,
@@ -23,7 +22,9 @@ from pruning.graph.layers import (
     layer_width,
     rule_for,
 )
-from pruning.tracing.labels import FIXED_SIZE, Labels, spread, varying, vector_along
+from pruning.graph.rule import Kind
+from pruning.tracing.labels import FIXED_SIZE, Labels
+from pruning.tracing.ties import spread, varying, vector_along
 
 
 @dataclass(frozen=True)

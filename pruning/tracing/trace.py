@@ -158,7 +158,10 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
-    yield from found.functional.items()
+    followed = {name for name, side in found.sides if side == "out"}
+    for name, why in found.functional.items():
+        if name.rpartition(".")[0] not in followed:
+            yield name, why
 
 
 def _obstacle(
