@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.inferred import inferred_rule
+from pruning.graph.recurrent import has_hidden_channels
 from pruning.graph.rule import Rule, Side
 
 _ROWS = {"weight": 0, "bias": 0}
@@ -27,9 +28,6 @@ _STATISTICS = {**_ROWS, "running_mean": 0, "running_var": 0}
 
 #: torch's own convolutions and linear layers, and torchvision's deformable ones.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, DeformableConv)
-
-#: torch's recurrent layers, which read channels and keep their hidden size.
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _RNN = Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size", kind="recurrent")
 
@@ -217,7 +215,7 @@ def is_weighted(layer: nn.Module) -> bool:
 def makes_channels(layer: nn.Module) -> bool:
     """Whether a layer makes new channels: its output channels are not its input channels, as in a norm."""
     rule = rule_for(layer)
-    return rule is not None and rule.kind in ("weighted", "embedding")
+    return (rule is not None and rule.kind in ("weighted", "embedding")) or has_hidden_channels(layer)
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
@@ -273,11 +271,6 @@ def is_depthwise(layer: nn.Module) -> bool:
 def holds_layers(layer: nn.Module) -> bool:
     """Whether a convolution or linear layer contains other layers, such as its norm in detectron2."""
     return isinstance(layer, WEIGHTED) and any(map(rule_for, layer.children()))
-
-
-def is_recurrent(layer: nn.Module) -> bool:
-    """Whether a layer is of one of torch's own recurrent types, which are followed as a whole."""
-    return isinstance(layer, RECURRENT) and type(layer).__module__ == nn.RNNBase.__module__
 
 
 def parts(layer: nn.Module) -> int:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import readers, weight_size
-from pruning.graph.layers import RECURRENT, is_depthwise, is_inferred, is_registered, rule_for
+from pruning.graph.layers import is_depthwise, is_inferred, is_registered, layer_width, rule_for
+from pruning.graph.recurrent import (
+    RECURRENT,
+    gate_tensors,
+    gates,
+    has_hidden_channels,
+    hidden_readers,
+)
 from pruning.graph.rule import Rule, Side
 from pruning.utils.modules import eval_mode
 
@@ -94,12 +101,30 @@ class RowTable:
         into, in_fixed = self._input(name, layer, rule)
         use = self.trace.uses.get(name)
         steps = use.uses if use is not None else 0.0
+        if has_hidden_channels(layer):
+            self._add_gates(name, layer, into, in_fixed, steps)
+            return
         reading = sum(reader.weight.numel() for reader in readers(layer))
         weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
         per_channel = reading / rule.width(layer, "in")
         self.rows.append(Row("", self.none, 1.0, into, in_fixed, per_channel, per_channel * steps))
         self.fixed_params += params - reading
         self.fixed_macs += steps * (weights - reading)
+
+    def _add_gates(
+        self, name: str, layer: nn.Module, into: np.ndarray, in_fixed: float, steps: float
+    ) -> None:
+        """Add a row for each tensor of a recurrent layer whose rows are gates of hidden units."""
+        units, times = float(layer_width(layer, "out")), dict(hidden_readers(layer))
+        out = self.owned.get((name, "out"), self.none)
+        fixed, each = units - float(out @ self.full), float(gates(layer))
+        for key in gate_tensors(layer):
+            row = Row("", out, fixed, self.none, 1.0, each)
+            if key in times:
+                row = row._replace(into=out * times[key], in_fixed=fixed * times[key], macs=each * steps)
+            elif key.startswith("weight"):
+                row = row._replace(into=into, in_fixed=in_fixed, macs=each * steps)
+            self.rows.append(row)
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
         """Add a registered layer's parameters besides weight and bias; return their number of elements."""

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
-from pruning.graph.layer_tensors import output_rows
-from pruning.graph.layers import makes_channels, rule_of, weight_of
+from pruning.graph.layer_tensors import output_rows, output_tensors, output_weights
+from pruning.graph.layers import makes_channels, weight_of
 from pruning.planning.width_sweep import Batch, LabelledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
@@ -113,7 +113,7 @@ def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss)
         (member.layer, kind): parameter
         for scored in members.values()
         for member in scored
-        for kind in rule_of(model.get_submodule(member.layer)).out
+        for kind in output_tensors(model.get_submodule(member.layer))
         if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
     }
     count = 0
@@ -230,7 +230,7 @@ def _first_order_change(
     """Return the negative first-order change of the loss when each channel is removed, (channels,)."""
     change = torch.zeros(group.channels, dtype=torch.float32)
     for member in members:
-        for kind in rule_of(model.get_submodule(member.layer)).out:
+        for kind in output_tensors(model.get_submodule(member.layer)):
             gradient = gradients.get((member.layer, kind))
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
@@ -275,8 +275,9 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
             if makes_channels(layer):
-                rows = output_rows(layer, rule_of(layer).weight, _weight(model, member))
-                norms = torch.linalg.vector_norm(rows, order, dim=1)
-                total += _per_channel(group, member, norms**order)
+                for weight in output_weights(layer):
+                    rows = output_rows(layer, weight, getattr(layer, weight).detach())
+                    norms = torch.linalg.vector_norm(rows, order, dim=1)
+                    total += _per_channel(group, member, norms**order)
         scores[name] = total ** (1 / order)
     return scores

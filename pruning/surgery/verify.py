@@ -15,6 +15,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow
 from pruning.graph.layers import is_inferred, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
+from pruning.graph.recurrent import columns, has_hidden_channels, hidden_readers
 from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, kept_positions
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.statistics import StatisticsOverKept
@@ -132,9 +133,12 @@ def _run_masked(
     with hooked(handles), contextlib.ExitStack() as stack:
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
-            if layer is not None and is_inferred(layer):
+            if layer is not None and side == "out" and has_hidden_channels(layer):
+                stack.enter_context(_with_zeros(layer, _hidden_columns(layer, drop)))
+            elif layer is not None and is_inferred(layer):
                 if side == "in":
-                    stack.enter_context(_without_inputs(layer, drop))
+                    into = {weight: (d, drop) for weight, d in rule_of(layer).into.items()}
+                    stack.enter_context(_with_zeros(layer, into))
             elif side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
                 handles.append(on_input(layer, _replace_channels(dims[name, side], drop, value)))
@@ -157,21 +161,27 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
 
 
 @contextlib.contextmanager
-def _without_inputs(layer: nn.Module, drop: Tensor) -> Iterator[None]:
-    """Let a layer ignore the dropped input channels for the block: its weights for them are 0.
+def _with_zeros(layer: nn.Module, zeros: Mapping[str, tuple[int, Tensor]]) -> Iterator[None]:
+    """Let a layer ignore channels that its code reads for the block: its weights for them are 0.
 
-    Its code may change the input before it multiplies, so the input itself is not changed.
+    Args:
+        zeros: by name of a weight, the dimension and the positions that are 0.
     """
-    own = dict(layer._parameters)
+    own = {name: layer.get_parameter(name) for name in zeros}
     try:
-        for name, dim in rule_of(layer).into.items():
-            weight = own[name]
-            if weight is not None:
-                masked = weight.detach().index_fill(dim, drop.to(weight.device), 0)
-                layer._parameters[name] = nn.Parameter(masked, requires_grad=weight.requires_grad)
+        for name, (dim, drop) in zeros.items():
+            masked = own[name].detach().index_fill(dim, drop.to(own[name].device), 0)
+            setattr(layer, name, nn.Parameter(masked, requires_grad=own[name].requires_grad))
         yield
     finally:
-        layer._parameters.update(own)
+        for name, weight in own.items():
+            setattr(layer, name, weight)
+
+
+def _hidden_columns(layer: nn.Module, drop: Tensor) -> dict[str, tuple[int, Tensor]]:
+    """Return the columns of a recurrent layer's weights that read the dropped hidden units."""
+    width = layer_width(layer, "out")
+    return {name: (1, columns(width, drop, times)) for name, times in hidden_readers(layer)}
 
 
 def _norm_over_kept(

@@ -19,6 +19,10 @@ _WEIGHTED_FUNCTIONS = frozenset(
 )  # fmt: skip
 
 
+#: Functions that pack sequences of different lengths; each channel stays along the last dimension.
+_PACKING = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
+
+
 class FunctionFollower(Protocol):
     """What `Functions` tells of the functions that it intercepts."""
 
@@ -27,6 +31,8 @@ class FunctionFollower(Protocol):
     ) -> Tensor: ...
 
     def run_channelwise(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor: ...
+
+    def run_packing(self, x: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]: ...
 
     def note_function(self, weight: int, function: str) -> None: ...
 
@@ -62,6 +68,8 @@ class Functions(TorchFunctionMode):
             self.tracer.note_function(weight, func.__name__)
         elif func is nn.functional.instance_norm and len(read := tensors_among((args, kwargs))) == 1:
             return self.tracer.run_channelwise(read[0], lambda: func(*args, **kwargs))
+        elif getattr(func, "__name__", "") in _PACKING:
+            return self.tracer.run_packing(args[0], lambda: func(*args, **kwargs))
         elif func is nn.functional.rms_norm:
             self.tracer.note_normalized(tensors_among((args, kwargs))[0])
         return func(*args, **kwargs)

@@ -16,7 +16,6 @@ from torch import nn
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Ignored, LayerUse, Trace
 from pruning.graph.layers import (
-    RECURRENT,
     bias_of,
     layer_width,
     makes_channels,
@@ -24,6 +23,7 @@ from pruning.graph.layers import (
     require_rules,
     rule_of,
 )
+from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
 from pruning.tracing.grouping import channel_groups
 from pruning.tracing.labels import Flow
@@ -35,6 +35,13 @@ from pruning.utils.tree import Inputs, tensors
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
 )
+
+_PROJECTION = (
+    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
+    "layer behind it to let it be pruned"
+)
+
+_OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
 
 _NOT_RUN = (
     "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
@@ -147,13 +154,13 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, RECURRENT):
-            yield name, "recurrent layers keep their hidden size"
+        if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
+            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
             continue
         if not own or name in shown or not makes_channels(layer):
             continue
         weight = rule_of(layer).weight
-        if weight not in own:
+        if weight and weight not in own:
             yield name, "its weight is computed from others; remove this parametrization to let it be pruned"
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())

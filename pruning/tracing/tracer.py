@@ -15,6 +15,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
 from pruning.graph.deformable import count_deformable
-from pruning.graph.layers import holds_layers, is_inferred, is_recurrent, is_registered, rule_for
+from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
+from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
@@ -36,7 +38,7 @@ from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
 from pruning.tracing.operation import Operation
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
-from pruning.tracing.ties import varying, vector_along
+from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation, without_computing
 from pruning.utils.modules import copied
@@ -49,6 +51,8 @@ _FILLING = frozenset(
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
 
+Result = TypeVar("Result")
+
 #: Runs a model on inputs.
 Run = Callable[[nn.Module, Inputs], object]
 
@@ -57,6 +61,12 @@ Run = Callable[[nn.Module, Inputs], object]
 def _shares_memory(func: OpOverload) -> bool:
     """Whether an operation writes to an argument, or returns a view of one."""
     return any(argument.alias_info for argument in func._schema.arguments)
+
+
+@functools.cache
+def _writes(func: OpOverload) -> bool:
+    """Whether an operation writes to an argument."""
+    return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
 
 
 def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
@@ -188,19 +198,18 @@ class _Tracer(TorchDispatchMode):
             inputs = tensors_among((args, kwargs))
             if self.depth or not inputs:
                 return
-            if isinstance(output, Tensor):
-                self.follow_layer(name, module, inputs, output)
-            elif is_recurrent(module):
-                self.follow_layer(name, module, inputs, tensors_among((output,))[0])
+            if isinstance(output, Tensor) or is_recurrent(module):
+                self.follow_layer(name, module, inputs, *tensors_among((output,)))
             else:
                 for x in inputs:
                     self.labels.fix(self.labels.of(x), f"{name} returns a {type(output).__name__}, no tensor")
 
         return after
 
-    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
+    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], *outputs: Tensor) -> None:
         """Apply the rule of a layer to one call of it."""
-        if follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch)):
+        output = outputs[0]
+        if follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch, outputs)):
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
 
@@ -236,7 +245,7 @@ class _Tracer(TorchDispatchMode):
             self.labels.fix_positions(operation.operands)
             if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
-        if _shares_memory(func):
+        if _writes(func) or (not self.depth and _shares_memory(func)):
             self.labels.unmark_uniform(tensors_among((args, kwargs)))
         return output
 
@@ -259,7 +268,19 @@ class _Tracer(TorchDispatchMode):
             self.labels.put(output, labels)
         return output
 
-    def _run_whole(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    def run_packing(self, x: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run a function that packs sequences or undoes it, without following it."""
+        labels = self.labels.of(x)
+        packed, sizes = self._run_whole(x, run)
+        if labels is not None and not self.depth:
+            if varying(labels) == [x.ndim - 1]:
+                vector = vector_along(labels, x.ndim - 1, x.shape[-1])
+                self.labels.put(packed, spread(vector, packed.ndim, -1))
+            else:
+                self.labels.fix(labels, f"{self.labels.where()} packs channels along another dimension")
+        return packed, sizes
+
+    def _run_whole(self, x: Tensor, run: Callable[[], Result]) -> Result:
         """Run a function without following its operations."""
         if not self.depth:
             self._read(x, "")
