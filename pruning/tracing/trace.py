@@ -21,6 +21,7 @@ from pruning.graph.layers import (
     makes_channels,
     parts,
     require_rules,
+    rule_for,
     rule_of,
 )
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
@@ -165,9 +166,10 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
-    followed = {name for name, side in found.sides if side == "out"}
     for name, why in found.functional.items():
-        if name.rpartition(".")[0] not in followed:
+        owner, _, attribute = name.rpartition(".")
+        rule = rule_for(model.get_submodule(owner))
+        if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
             yield name, why
 
 

@@ -27,7 +27,12 @@ def product(labels: Labels, op: Operation) -> None:
         dim = 1 if weight is right else 0
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return
-    labels.fix_operands(op.name, op.operands)
+    reason = (
+        f"{labels.where()} multiplies it by a matrix ({op.name}) that is no weight of a layer alone; put the "
+        "weight into a layer of torch to let it be pruned"
+    )
+    for operand in op.operands:
+        labels.fix(labels.of(operand), reason)
 
 
 def convolution(labels: Labels, op: Operation) -> None:
@@ -41,8 +46,8 @@ def convolution(labels: Labels, op: Operation) -> None:
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
     reason = (
-        f"{labels.where()} convolves it with a weight that is no parameter of the module, or in groups; use "
-        "nn.Conv2d (or the like) to let it be pruned"
+        f"{labels.where()} convolves it with a weight that is no parameter of a layer alone, or in groups; "
+        "put the weight into nn.Conv2d (or the like) to let it be pruned"
     )
     for operand in op.operands:
         labels.fix(labels.of(operand), reason)
@@ -85,7 +90,7 @@ def _weighted(
     """
     x, weight, bias = tensors
     place = labels.weights.find(weight)
-    if place is None:
+    if place is None or not place.module:  # the model as a whole is no layer
         return False
     read, made = (place.dims.get(d) for d in dims)
     module = labels.weights.modules[place.module]

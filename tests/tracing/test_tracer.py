@@ -178,7 +178,7 @@ def functional(self, x):
         (rolled, "by position"),
         (hard_split, "tied to its width"),
         (gram, "over its channels"),
-        (functional, "convolution"),
+        (functional, "convolves it"),
     ],
 )
 def test_channels_that_cannot_be_pruned_are_skipped_with_the_reason(middle, reason):
