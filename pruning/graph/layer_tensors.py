@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pruning.graph.computed import is_computed, set_computed
 from pruning.graph.layers import channels_stand_alone, is_depthwise, parts, rule_of
 from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
 from pruning.graph.rule import Side
@@ -111,6 +112,9 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
         if isinstance(tensor, nn.Parameter):
             setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        elif is_computed(layer, name):
+            with torch.no_grad():
+                set_computed(layer, name, kept)
         else:
             setattr(layer, name, kept)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from pruning.graph.computed import sources
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import readers, weight_size
 from pruning.graph.layers import is_depthwise, is_inferred, is_registered, layer_width, rule_for
@@ -90,11 +91,32 @@ class RowTable:
                 kernel = weight_size(layer) / self._full_product(layer, rule, row)
             # A weight shared with another row, or computed from other parameters, adds no parameters.
             own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in self.parameters else 0.0
+            own_weight += self._add_sources(name, layer, rule, row) * kernel
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
             if is_inferred(layer):
                 row = row._replace(layer="")  # its biases have rows of their own, and its code is not timed
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
+
+    def _add_sources(self, name: str, layer: nn.Module, rule: Rule, row: Row) -> int:
+        """Add rows for scales from which a layer computes its weight; return the number of full weights."""
+        weights = 0
+        for key, parameter in sources(layer, rule.weight).items():
+            full = f"{name}.{key}".lstrip(".")
+            if self.parameters.pop(full, None) is None:
+                continue
+            wide = [d for d, size in enumerate(parameter.shape) if size > 1]
+            if parameter.numel() == weight_size(layer):
+                weights += 1
+            elif wide == [rule.out[rule.weight]]:
+                each = len(parameter.flatten()) / rule.width(layer, "out")
+                self.rows.append(row._replace(layer="", into=self.none, in_fixed=1.0, params=each))
+            elif wide == [rule.into.get(rule.weight)] and not is_depthwise(layer):
+                each = len(parameter.flatten()) / rule.width(layer, "in")
+                self.rows.append(row._replace(layer="", out=self.none, out_fixed=1.0, params=each))
+            else:
+                self.fixed_params += parameter.numel()
+        return weights
 
     def _add_recurrent(self, name: str, layer: nn.Module, rule: Rule, params: int) -> None:
         """Add a row for the weights that read the input, and count the others as fixed."""

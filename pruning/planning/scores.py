@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
@@ -109,30 +110,25 @@ def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss)
     if not scores:
         return scores
     members = {name: _scored_members(model, group) for name, group in groups.items()}
-    parameters: dict[_Key, Tensor] = {
-        (member.layer, kind): parameter
-        for scored in members.values()
-        for member in scored
-        for kind in output_tensors(model.get_submodule(member.layer))
-        if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
-    }
     count = 0
     loss, device = loss_of(loss), device_of(model)
     with eval_mode(model), torch.enable_grad(), _differentiable(model):
         for batch in batches:
-            inputs, targets = to_device(batch, device)
-            value = loss(model, fresh(inputs), targets)
-            if not torch.isfinite(value):
-                raise PruningError(
-                    f"the loss on calibration batch {count} is {value.item()}; taylor needs a finite one: "
-                    "check the weights and this batch"
-                )
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            gradients = dict(zip(parameters, found, strict=True))
-            count += 1
-            for name, group in groups.items():
-                change = _first_order_change(model, group, members[name], parameters, gradients)
-                scores[name] += change.square()
+            with parametrize.cached():  # the weights that parametrizations compute are those of the pass
+                inputs, targets = to_device(batch, device)
+                value = loss(model, fresh(inputs), targets)
+                if not torch.isfinite(value):
+                    raise PruningError(
+                        f"the loss on calibration batch {count} is {value.item()}; taylor needs a finite "
+                        "one: check the weights and this batch"
+                    )
+                parameters = _output_parameters(model, members.values())
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                gradients = dict(zip(parameters, found, strict=True))
+                count += 1
+                for name, group in groups.items():
+                    change = _first_order_change(model, group, members[name], parameters, gradients)
+                    scores[name] += change.square()
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")
     return {name: score / count for name, score in scores.items()}
@@ -218,6 +214,17 @@ def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]
     """Allow gradients through recurrent layers in eval mode, which cuDNN does not support."""
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
     return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+
+
+def _output_parameters(model: nn.Module, members: Iterable[list[Member]]) -> dict[_Key, Tensor]:
+    """Return the tensors that make the channels of members, after a forward pass that computed them."""
+    layers = {member.layer: model.get_submodule(member.layer) for scored in members for member in scored}
+    return {
+        (name, kind): tensor
+        for name, layer in layers.items()
+        for kind in output_tensors(layer)
+        if isinstance(tensor := getattr(layer, kind, None), Tensor) and tensor.requires_grad
+    }
 
 
 def _first_order_change(

@@ -267,7 +267,7 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
         name: value
         for name, value in constants.items()
         if name in trace.foldable
-        or all(reader.bias is not None for reader in readers(model.get_submodule(name)))
+        or ((read := readers(model.get_submodule(name))) and all(each.bias is not None for each in read))
     }
 
 

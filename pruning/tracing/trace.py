@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
+from pruning.graph.computed import can_be_narrowed
 from pruning.graph.groups import Group, Ignored, LayerUse, Trace
 from pruning.graph.layers import (
     bias_of,
@@ -162,7 +163,11 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
             continue
         weight = rule_of(layer).weight
         if weight and weight not in own:
-            yield name, "its weight is computed from others; remove this parametrization to let it be pruned"
+            yield (
+                name,
+                "its weight is computed from others, by code or hooks; remove them "
+                "(remove_spectral_norm), prune, and add them again",
+            )
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
@@ -205,8 +210,20 @@ def _obstacle(
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared:
                 return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
-        if nn.utils.parametrize.is_parametrized(model.get_submodule(owner)):
-            return f"{owner} is parametrized; remove the parametrization to let it be pruned"
+        if problem := _computed(owner, model.get_submodule(owner)):
+            return problem
+    return ""
+
+
+def _computed(name: str, layer: nn.Module) -> str:
+    """Return why a layer whose tensors are computed from others cannot be pruned; empty when it can."""
+    rule = rule_for(layer)
+    held = [] if rule is None else [*rule.out, *rule.into]
+    if nn.utils.parametrize.is_parametrized(layer) and not can_be_narrowed(layer, held):
+        return (
+            f"{name} is parametrized, and a part of its weight cannot be computed in the same way; remove "
+            "the parametrization, prune, and add it again"
+        )
     return ""
 
 

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
+from pruning.graph.computed import sources
 from pruning.graph.deformable import count_deformable
 from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
 from pruning.graph.recurrent import is_recurrent
@@ -342,4 +343,5 @@ def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
         return False
     if is_registered(module) or is_recurrent(module):
         return layer_rule(module) is not None
-    return own.keys() <= {*rule.out, *rule.into}
+    held = {*rule.out, *rule.into}
+    return own.keys() <= held.union(*(sources(module, name) for name in held))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pruning import Budget, Plan, PruningError, load, prune, save, trace
+from pruning.graph.layers import layer_width
 from pruning.planning import count
 from pruning.surgery import channel_constants
 from pruning.surgery.apply import apply
