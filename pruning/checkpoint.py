@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
-from pruning.graph.layers import is_registered, rule_for
+from pruning.graph.layers import is_inferred, is_registered, rule_for
 from pruning.load_pruned import rebuild, takes
 from pruning.surgery.width_attributes import changed_attributes
 from pruning.utils.files import read_plain, replace_file
@@ -233,7 +233,7 @@ def _channel_counts(model: nn.Module) -> dict[str, Attributes]:
     layers: dict[str, Attributes] = {}
     for name, layer in model.named_modules():
         rule = rule_for(layer)
-        if rule is not None and not is_registered(layer):
+        if rule is not None and not is_registered(layer) and not is_inferred(layer):
             attributes = filter(None, (rule.out_count, rule.in_count, rule.parts))
             counts = {attribute: getattr(layer, attribute) for attribute in attributes}
             layers[name] = {key: list(n) if isinstance(n, tuple) else n for key, n in counts.items()}

@@ -106,7 +106,9 @@ def _resize(model: nn.Module, name: str, stored: Tensor, in_layer: bool, replace
 def _sizes(layer: Any, attribute: str) -> tuple[int, ...]:
     """Return the leading sizes of a layer's tensor that its channel counts determine; may be empty."""
     if attribute in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
-        return (len(getattr(layer, attribute)), layer.input_size)
+        gates = 4 if isinstance(layer, (nn.LSTM, nn.LSTMCell)) else 3
+        gates = gates if isinstance(layer, (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)) else 1
+        return (gates * layer.hidden_size, layer.input_size)
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
         return ()
     if hasattr(layer, "num_embeddings") or hasattr(layer, "normalized_shape"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.layers import Side
+from pruning.graph.rule import Side
 from pruning.utils.tree import Inputs
 
 #: A layer to leave unpruned: a name or pattern (`features.*`), a type, or the module itself.
@@ -42,6 +42,33 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """An operator that computes a statistic over channels, such as the mean square in an RMSNorm.
+
+    Attributes:
+        module: name of the module whose code calls the operator. operator: its name.
+        call: the number of this call, among those of this operator by this module, from 0.
+        index, channel, dim: the positions along the operand's dimension `dim`, as in `Member`.
+    """
+
+    module: str
+    operator: str
+    call: int
+    index: Tensor
+    channel: Tensor
+    dim: int
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """The module, the operator and the number of the call."""
+        return self.module, self.operator, self.call
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """The positions that the given channels of the group own."""
+        return self.index[torch.isin(self.channel, channels)]
+
+
+@dataclass(frozen=True)
 class Group:
     """Slices of layers that are kept or removed together.
 
@@ -49,11 +76,13 @@ class Group:
         name: the name of the first layer that makes the channels.
         channels: the number of channels, which are numbered from 0.
         members: the sides of layers that hold the channels.
+        reductions: statistics over these channels, which after pruning are those of the kept channels.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
+    reductions: tuple[Reduction, ...] = ()
 
     def side(self, side: Side) -> tuple[Member, ...]:
         """The members on one side of their layers."""

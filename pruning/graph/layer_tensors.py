@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.layers import Side, channels_stand_alone, is_depthwise, parts, rule_of
+from pruning.graph.computed import is_computed, set_computed
+from pruning.graph.layers import channels_stand_alone, is_depthwise, parts, rule_of
+from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
+from pruning.graph.rule import Side
 
 
 class Reader(NamedTuple):
@@ -48,6 +51,18 @@ def weight_size(layer: nn.Module) -> int:
     return sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
 
 
+def output_tensors(layer: nn.Module) -> list[str]:
+    """Return the names of the tensors of a layer that hold its output channels, weights first."""
+    return gate_tensors(layer) if has_hidden_channels(layer) else list(rule_of(layer).out)
+
+
+def output_weights(layer: nn.Module) -> list[str]:
+    """Return the names of the weights of a layer that make its output channels."""
+    if has_hidden_channels(layer):
+        return [name for name in gate_tensors(layer) if name.startswith("weight")]
+    return [rule_of(layer).weight]
+
+
 def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     """Return a tensor of a layer as a matrix with one row for each output channel.
 
@@ -61,6 +76,8 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     >>> output_rows(nn.Conv2d(3, 8, 5), "weight", torch.zeros(8, 3, 5, 5)).shape
     torch.Size([8, 75])
     """
+    if has_hidden_channels(layer):  # rows are gates × hidden units
+        return values.unflatten(0, (gates(layer), -1)).transpose(0, 1).flatten(1)
     dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
     if dim == 1 and parts(layer) > 1:  # a transposed convolution: this dimension counts within one part
         values, dim = values.unflatten(0, (parts(layer), -1)).transpose(1, 2).flatten(0, 1), 0
@@ -80,6 +97,9 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     >>> layer
     Linear(in_features=4, out_features=3, bias=True)
     """
+    if side == "out" and has_hidden_channels(layer):
+        narrow_hidden(layer, keep)
+        return
     rule, depthwise, alone = rule_of(layer), is_depthwise(layer), channels_stand_alone(layer)
     size = rule.width(layer, side) // parts(layer)
     for name, dim in (rule.out if side == "out" else rule.into).items():
@@ -92,6 +112,9 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
         if isinstance(tensor, nn.Parameter):
             setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        elif is_computed(layer, name):
+            with torch.no_grad():
+                set_computed(layer, name, kept)
         else:
             setattr(layer, name, kept)
 

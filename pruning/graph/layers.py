@@ -4,71 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
-
-#: A side of a layer, or `self` for a tensor that a model uses outside the layers of the table.
-Side = Literal["out", "in", "self"]
-
-#: How channels pass through a layer; see `Rule`.
-Kind = Literal["weighted", "embedding", "channelwise", "norm", "recurrent"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Where a type of layer keeps its channels, and how they pass through it.
-
-    Args:
-        out: names of the tensors that hold output channels, each with the dimension they lie along.
-            A norm or an activation has one set of channels, which count as output channels.
-        into: names of the tensors that hold input channels, each with the dimension they lie along.
-        out_count, in_count: attributes that store the number of channels; in a tuple, the last entry.
-            If empty, the width is taken from the tensors.
-        parts: attribute that stores the number of equal parts into which the channels are divided.
-        kind: `"weighted"`, every output channel is a sum over input channels (a convolution);
-            `"embedding"`, output channels are looked up by index; `"channelwise"`, each channel is
-            treated alone (BatchNorm, PReLU); `"norm"`, channels are scaled by statistics over several
-            of them (LayerNorm); `"recurrent"`, input channels are read, the hidden size is kept.
-        bias: the tensor that is added to the weighted sum, if the layer adds one and neither scales the
-            sum nor pads its input with zeros; `apply` folds the constants of removed channels into it.
-        dim: the dimension of the input and the output along which channels lie, from the end. The default
-            is -1 for an embedding and for a weight of two dimensions, -3 for one of four (a convolution of
-            images); for channelwise layers and norms it is dimension 1.
-    """
-
-    out: Mapping[str, int]
-    into: Mapping[str, int] = field(default_factory=dict)
-    out_count: str = ""
-    in_count: str = ""
-    parts: str = ""
-    kind: Kind = "weighted"
-    bias: str = ""
-    dim: int | None = None
-
-    @property
-    def weight(self) -> str:
-        """The name of the weight with input and output channels, or else of the first tensor in `out`."""
-        return next((name for name in self.out if name in self.into), next(iter(self.out), ""))
-
-    def count(self, side: Side) -> str:
-        """Return the attribute that stores the number of channels of one side; empty if there is none."""
-        return self.out_count if side == "out" else self.in_count
-
-    def width(self, layer: nn.Module, side: Side) -> int:
-        """Return the number of channels of one side of a layer."""
-        if name := self.count(side):
-            count = getattr(layer, name)
-            return count[-1] if isinstance(count, tuple) else count
-        held = self.out if side == "out" else self.into
-        shapes = ((getattr(layer, name, None), dim) for name, dim in held.items())
-        return next((tensor.shape[dim] for tensor, dim in shapes if isinstance(tensor, Tensor)), 0)
-
+from pruning.graph.inferred import inferred_rule
+from pruning.graph.recurrent import has_hidden_channels
+from pruning.graph.rule import Rule, Side
 
 _ROWS = {"weight": 0, "bias": 0}
 
@@ -84,9 +28,6 @@ _STATISTICS = {**_ROWS, "running_mean": 0, "running_var": 0}
 
 #: torch's own convolutions and linear layers, and torchvision's deformable ones.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, DeformableConv)
-
-#: torch's recurrent layers, which read channels and keep their hidden size.
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _RNN = Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size", kind="recurrent")
 
@@ -234,8 +175,9 @@ def _described(value: object) -> str:
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """Return the rule for a layer, registered or of `TABLE`; None if there is none."""
-    return _registered_rule(type(layer)) or _table_rule(type(layer))
+    """Return the rule for a layer, registered, of `TABLE` or inferred; None if there is none."""
+    kind = type(layer)
+    return _registered_rule(kind) or _table_rule(kind) or inferred_rule(kind)
 
 
 def _registered_rule(kind: type) -> Rule | None:
@@ -259,6 +201,11 @@ def is_registered(layer: nn.Module) -> bool:
     return _registered_rule(type(layer)) is not None
 
 
+def is_inferred(layer: nn.Module) -> bool:
+    """Whether the rule for a layer was inferred from its code, which is followed operator by operator."""
+    return inferred_rule(type(layer)) is not None and rule_for(layer) is inferred_rule(type(layer))
+
+
 def is_weighted(layer: nn.Module) -> bool:
     """Whether a layer has a weight with input and output channels."""
     rule = rule_for(layer)
@@ -268,7 +215,7 @@ def is_weighted(layer: nn.Module) -> bool:
 def makes_channels(layer: nn.Module) -> bool:
     """Whether a layer makes new channels: its output channels are not its input channels, as in a norm."""
     rule = rule_for(layer)
-    return rule is not None and rule.kind in ("weighted", "embedding")
+    return (rule is not None and rule.kind in ("weighted", "embedding")) or has_hidden_channels(layer)
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
@@ -324,11 +271,6 @@ def is_depthwise(layer: nn.Module) -> bool:
 def holds_layers(layer: nn.Module) -> bool:
     """Whether a convolution or linear layer contains other layers, such as its norm in detectron2."""
     return isinstance(layer, WEIGHTED) and any(map(rule_for, layer.children()))
-
-
-def is_recurrent(layer: nn.Module) -> bool:
-    """Whether a layer is of one of torch's own recurrent types, which are followed as a whole."""
-    return isinstance(layer, RECURRENT) and type(layer).__module__ == nn.RNNBase.__module__
 
 
 def parts(layer: nn.Module) -> int:

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruning.errors import PruningError
 from pruning.graph.deformable import count_deformable
 from pruning.graph.groups import Trace
-from pruning.graph.layers import RECURRENT, WEIGHTED, bias_of, is_weighted, rule_for
+from pruning.graph.layers import WEIGHTED, bias_of, is_weighted, rule_for
+from pruning.graph.recurrent import RECURRENT
 from pruning.planning.cost_rows import RowTable
 from pruning.tracing.trace import trace
 from pruning.utils.meta import Shapes, without_computing

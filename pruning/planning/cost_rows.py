@@ -7,9 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from pruning.graph.computed import sources
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import readers, weight_size
-from pruning.graph.layers import RECURRENT, Rule, Side, is_depthwise, is_registered, rule_for
+from pruning.graph.layers import is_depthwise, is_inferred, is_registered, layer_width, rule_for
+from pruning.graph.recurrent import (
+    RECURRENT,
+    gate_tensors,
+    gates,
+    has_hidden_channels,
+    hidden_readers,
+)
+from pruning.graph.rule import Rule, Side
 from pruning.utils.modules import eval_mode
 
 
@@ -69,7 +78,7 @@ class RowTable:
         if isinstance(layer, RECURRENT):
             self._add_recurrent(name, layer, rule, params)
             return
-        if is_registered(layer):
+        if is_registered(layer) or is_inferred(layer):
             params -= self._add_other_tensors(name, layer, rule)
         if use is None:  # a norm, a PReLU, a layer that does not run: no MACs
             row = self._sides(name, layer, rule)
@@ -82,21 +91,62 @@ class RowTable:
                 kernel = weight_size(layer) / self._full_product(layer, rule, row)
             # A weight shared with another row, or computed from other parameters, adds no parameters.
             own_weight = kernel if f"{name}.{rule.weight}".lstrip(".") in self.parameters else 0.0
+            own_weight += self._add_sources(name, layer, rule, row) * kernel
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
+            if is_inferred(layer):
+                row = row._replace(layer="")  # its biases have rows of their own, and its code is not timed
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
+
+    def _add_sources(self, name: str, layer: nn.Module, rule: Rule, row: Row) -> int:
+        """Add rows for scales from which a layer computes its weight; return the number of full weights."""
+        weights = 0
+        for key, parameter in sources(layer, rule.weight).items():
+            full = f"{name}.{key}".lstrip(".")
+            if self.parameters.pop(full, None) is None:
+                continue
+            wide = [d for d, size in enumerate(parameter.shape) if size > 1]
+            if parameter.numel() == weight_size(layer):
+                weights += 1
+            elif wide == [rule.out[rule.weight]]:
+                each = len(parameter.flatten()) / rule.width(layer, "out")
+                self.rows.append(row._replace(layer="", into=self.none, in_fixed=1.0, params=each))
+            elif wide == [rule.into.get(rule.weight)] and not is_depthwise(layer):
+                each = len(parameter.flatten()) / rule.width(layer, "in")
+                self.rows.append(row._replace(layer="", out=self.none, out_fixed=1.0, params=each))
+            else:
+                self.fixed_params += parameter.numel()
+        return weights
 
     def _add_recurrent(self, name: str, layer: nn.Module, rule: Rule, params: int) -> None:
         """Add a row for the weights that read the input, and count the others as fixed."""
         into, in_fixed = self._input(name, layer, rule)
         use = self.trace.uses.get(name)
         steps = use.uses if use is not None else 0.0
+        if has_hidden_channels(layer):
+            self._add_gates(name, layer, into, in_fixed, steps)
+            return
         reading = sum(reader.weight.numel() for reader in readers(layer))
         weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
         per_channel = reading / rule.width(layer, "in")
         self.rows.append(Row("", self.none, 1.0, into, in_fixed, per_channel, per_channel * steps))
         self.fixed_params += params - reading
         self.fixed_macs += steps * (weights - reading)
+
+    def _add_gates(
+        self, name: str, layer: nn.Module, into: np.ndarray, in_fixed: float, steps: float
+    ) -> None:
+        """Add a row for each tensor of a recurrent layer whose rows are gates of hidden units."""
+        units, times = float(layer_width(layer, "out")), dict(hidden_readers(layer))
+        out = self.owned.get((name, "out"), self.none)
+        fixed, each = units - float(out @ self.full), float(gates(layer))
+        for key in gate_tensors(layer):
+            row = Row("", out, fixed, self.none, 1.0, each)
+            if key in times:
+                row = row._replace(into=out * times[key], in_fixed=fixed * times[key], macs=each * steps)
+            elif key.startswith("weight"):
+                row = row._replace(into=into, in_fixed=in_fixed, macs=each * steps)
+            self.rows.append(row)
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
         """Add a registered layer's parameters besides weight and bias; return their number of elements."""

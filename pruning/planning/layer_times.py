@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pruning.deploy.runtimes import onnx_session, require_package
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layer_tensors import narrow
-from pruning.graph.layers import Side, channel_dim, holds_layers, is_depthwise, layer_width, parts, rule_of
+from pruning.graph.layers import channel_dim, holds_layers, is_depthwise, layer_width, parts, rule_of
+from pruning.graph.rule import Side
 from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.search import Order

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
-from pruning.graph.layer_tensors import output_rows
-from pruning.graph.layers import makes_channels, rule_of, weight_of
+from pruning.graph.layer_tensors import output_rows, output_tensors, output_weights
+from pruning.graph.layers import makes_channels, weight_of
 from pruning.planning.options import SCORES
 from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
@@ -110,30 +111,25 @@ def taylor(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss)
     if not scores:
         return scores
     members = {name: _scored_members(model, group) for name, group in groups.items()}
-    parameters: dict[_Key, Tensor] = {
-        (member.layer, kind): parameter
-        for scored in members.values()
-        for member in scored
-        for kind in rule_of(model.get_submodule(member.layer)).out
-        if isinstance(parameter := getattr(model.get_submodule(member.layer), kind, None), nn.Parameter)
-    }
     count = 0
     loss, device = loss_of(loss), device_of(model)
     with eval_mode(model), torch.enable_grad(), _differentiable(model):
         for batch in batches:
-            inputs, targets = to_device(batch, device)
-            value = loss(model, fresh(inputs), targets)
-            if not torch.isfinite(value):
-                raise PruningError(
-                    f"the loss on calibration batch {count} is {value.item()}; taylor needs a finite one: "
-                    "check the weights and this batch"
-                )
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            gradients = dict(zip(parameters, found, strict=True))
-            count += 1
-            for name, group in groups.items():
-                change = _first_order_change(model, group, members[name], parameters, gradients)
-                scores[name] += change.square()
+            with parametrize.cached():  # the weights that parametrizations compute are those of the pass
+                inputs, targets = to_device(batch, device)
+                value = loss(model, fresh(inputs), targets)
+                if not torch.isfinite(value):
+                    raise PruningError(
+                        f"the loss on calibration batch {count} is {value.item()}; taylor needs a finite "
+                        "one: check the weights and this batch"
+                    )
+                parameters = _output_parameters(model, members.values())
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                gradients = dict(zip(parameters, found, strict=True))
+                count += 1
+                for name, group in groups.items():
+                    change = _first_order_change(model, group, members[name], parameters, gradients)
+                    scores[name] += change.square()
     if not count:
         raise PruningError("taylor needs at least one calibration batch; the given data has none")
     return {name: score / count for name, score in scores.items()}
@@ -221,6 +217,17 @@ def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]
     return torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
 
 
+def _output_parameters(model: nn.Module, members: Iterable[list[Member]]) -> dict[_Key, Tensor]:
+    """Return the tensors that make the channels of members, after a forward pass that computed them."""
+    layers = {member.layer: model.get_submodule(member.layer) for scored in members for member in scored}
+    return {
+        (name, kind): tensor
+        for name, layer in layers.items()
+        for kind in output_tensors(layer)
+        if isinstance(tensor := getattr(layer, kind, None), Tensor) and tensor.requires_grad
+    }
+
+
 def _first_order_change(
     model: nn.Module,
     group: Group,
@@ -231,7 +238,7 @@ def _first_order_change(
     """Return the negative first-order change of the loss when each channel is removed, (channels,)."""
     change = torch.zeros(group.channels, dtype=torch.float32)
     for member in members:
-        for kind in rule_of(model.get_submodule(member.layer)).out:
+        for kind in output_tensors(model.get_submodule(member.layer)):
             gradient = gradients.get((member.layer, kind))
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
@@ -276,8 +283,9 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
         for member in group.side("out"):
             layer = model.get_submodule(member.layer)
             if makes_channels(layer):
-                rows = output_rows(layer, rule_of(layer).weight, _weight(model, member))
-                norms = torch.linalg.vector_norm(rows, order, dim=1)
-                total += _per_channel(group, member, norms**order)
+                for weight in output_weights(layer):
+                    rows = output_rows(layer, weight, getattr(layer, weight).detach())
+                    norms = torch.linalg.vector_norm(rows, order, dim=1)
+                    total += _per_channel(group, member, norms**order)
         scores[name] = total ** (1 / order)
     return scores

@@ -13,8 +13,9 @@ from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow, output_rows, readers
-from pruning.graph.layers import Side, is_registered, layer_width, parts, rule_of, weight_of
+from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
+from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
@@ -182,7 +183,7 @@ def channel_constants(
         for group in trace.groups.values():
             for member in group.side("in"):
                 layer = model.get_submodule(member.layer)
-                if _pads_with_zeros(layer) or member.layer in seen:
+                if _pads_with_zeros(layer) or is_inferred(layer) or member.layer in seen:
                     continue
                 seen[member.layer] = _Statistics(member.dim)
                 handles.append(on_input(layer, seen[member.layer].observe))
@@ -266,7 +267,7 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
         name: value
         for name, value in constants.items()
         if name in trace.foldable
-        or all(reader.bias is not None for reader in readers(model.get_submodule(name)))
+        or ((read := readers(model.get_submodule(name))) and all(each.bias is not None for each in read))
     }
 
 

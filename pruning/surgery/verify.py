@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import narrow
-from pruning.graph.layers import layer_width, rule_for
+from pruning.graph.layers import is_inferred, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
+from pruning.graph.recurrent import columns, has_hidden_channels, hidden_readers
 from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, kept_positions
 from pruning.surgery.batchnorm import recalibrate
+from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import copied, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors_among
@@ -127,16 +130,23 @@ def _run_masked(
     constants = foldable_constants(trace, model, constants)
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     handles: list[RemovableHandle] = []
-    with hooked(handles):
+    with hooked(handles), contextlib.ExitStack() as stack:
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = model.get_submodule(name) if side != "self" else None
-            if side == "in" and layer is not None:
+            if layer is not None and side == "out" and has_hidden_channels(layer):
+                stack.enter_context(_with_zeros(layer, _hidden_columns(layer, drop)))
+            elif layer is not None and is_inferred(layer):
+                if side == "in":
+                    into = {weight: (d, drop) for weight, d in rule_of(layer).into.items()}
+                    stack.enter_context(_with_zeros(layer, into))
+            elif side == "in" and layer is not None:
                 value = constants.get(name, torch.zeros(int(drop.max()) + 1))[drop]
                 handles.append(on_input(layer, _replace_channels(dims[name, side], drop, value)))
             elif layer is not None and (rule := rule_for(layer)) is not None and rule.kind == "norm":
                 hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        return outputs_of(model, inputs)
+        with StatisticsOverKept(model, trace, plan):
+            return outputs_of(model, inputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
@@ -150,6 +160,30 @@ def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor
         return changed.movedim(-1, dim)
 
     return replace
+
+
+@contextlib.contextmanager
+def _with_zeros(layer: nn.Module, zeros: Mapping[str, tuple[int, Tensor]]) -> Iterator[None]:
+    """Let a layer ignore channels that its code reads for the block: its weights for them are 0.
+
+    Args:
+        zeros: by name of a weight, the dimension and the positions that are 0.
+    """
+    own = {name: layer.get_parameter(name) for name in zeros}
+    try:
+        for name, (dim, drop) in zeros.items():
+            masked = own[name].detach().index_fill(dim, drop.to(own[name].device), 0)
+            setattr(layer, name, nn.Parameter(masked, requires_grad=own[name].requires_grad))
+        yield
+    finally:
+        for name, weight in own.items():
+            setattr(layer, name, weight)
+
+
+def _hidden_columns(layer: nn.Module, drop: Tensor) -> dict[str, tuple[int, Tensor]]:
+    """Return the columns of a recurrent layer's weights that read the dropped hidden units."""
+    width = layer_width(layer, "out")
+    return {name: (1, columns(width, drop, times)) for name, times in hidden_readers(layer)}
 
 
 def _norm_over_kept(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Member
-from pruning.graph.layers import Side, makes_channels
-from pruning.tracing.labels import Flow, SideUse, Ties
+from pruning.graph.groups import Group, Member, Reduction
+from pruning.graph.layers import makes_channels
+from pruning.graph.rule import Side
+from pruning.tracing.labels import Flow, SideUse
+from pruning.tracing.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,25 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
     all channels of a group cost the same. Fixed channels form groups of their own.
     """
     sides, reasons = _final_sides(found)
+    reductions = _reductions(found)
     for root, parts_of in _components(model, sides):
-        yield from _split(root, sides[root, "out"].labels, parts_of, reasons)
+        for group, channels, reason in _split(root, sides[root, "out"].labels, parts_of, reasons):
+            yield replace(group, reductions=tuple(_over(channels, reductions))), channels, reason
+
+
+def _reductions(found: Flow) -> dict[tuple[str, str, int], SideUse]:
+    """Return the statistics over channels, with each label replaced by the smallest one tied to it."""
+    return {place: SideUse(found.ties.find(use.labels), use.dim) for place, use in found.reductions.items()}
+
+
+def _over(channels: np.ndarray, reductions: dict[tuple[str, str, int], SideUse]) -> Iterator[Reduction]:
+    """Yield the statistics over channels of one group, given by their labels."""
+    order = np.argsort(channels)
+    for place, use in reductions.items():
+        index = np.flatnonzero(np.isin(use.labels, channels))
+        if len(index):
+            owner = order[np.searchsorted(channels, use.labels[index], sorter=order)]
+            yield Reduction(*place, torch.from_numpy(index), torch.from_numpy(owner), use.dim)
 
 
 def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int, str]]:

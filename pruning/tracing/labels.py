@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pruning.graph.layers import Side, layer_width, parts
-
-#: The label of a position that belongs to no channel.
-NONE = -1
+from pruning.graph.layers import layer_width, parts
+from pruning.graph.rule import Side
+from pruning.tracing.parameter_views import Weights
+from pruning.tracing.ties import NONE, Ties, spread, varying, vector_along
 
 #: The reason for fixing channels that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
@@ -22,48 +22,6 @@ FIXED_SIZE = "it is joined with a tensor of fixed size"
 #: Tensors outside the layers of the table (a layer scale, a position embedding) with more elements
 #: than this get no labels; channels that are combined with them are fixed.
 MOST_ELEMENTS = 1_000_000
-
-
-class Ties:
-    """Union-find over channel labels, vectorized."""
-
-    def __init__(self) -> None:
-        self._parent = np.arange(0)
-        self._size = 0
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def new(self, count: int) -> np.ndarray:
-        """Return `count` new labels, tied to no other label."""
-        self._size += count
-        return np.arange(self._size - count, self._size)
-
-    def union(self, left: np.ndarray, right: np.ndarray) -> None:
-        """Tie two vectors of labels element by element."""
-        self._pending.append((left, right))
-
-    def find(self, labels: np.ndarray) -> np.ndarray:
-        """Return for each label the smallest label tied to it; `NONE` stays `NONE`."""
-        self._merge_pending()
-        return np.where(labels == NONE, NONE, self._parent[labels])
-
-    def _merge_pending(self) -> None:
-        if len(self._parent) < self._size:
-            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), self._size)])
-        if not self._pending:
-            return
-        left, right = (np.concatenate(side) for side in zip(*self._pending, strict=True))
-        self._pending = []
-        parent = self._parent
-        while True:
-            left, right = parent[left], parent[right]
-            differ = left != right
-            if not differ.any():
-                break
-            left, right = left[differ], right[differ]
-            np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
-            while not np.array_equal(parent[parent], parent):
-                parent = parent[parent]
-        self._parent = parent
 
 
 @dataclass(frozen=True)
@@ -100,6 +58,8 @@ class Flow:
     Attributes:
         ties: which labels belong to the same channel.
         sides: the labels of each layer (or tensor) by name and side.
+        reductions: by module, operator and number of the call, the channels over which a statistic is
+            computed.
         fixed: labels that cannot be pruned, each vector with the reason.
         sized: labels that reached an operation whose sizes may be constants in the code.
         extents: these sizes.
@@ -119,6 +79,7 @@ class Flow:
 
     ties: Ties = field(default_factory=Ties)
     sides: dict[tuple[str, Side], SideUse] = field(default_factory=dict)
+    reductions: dict[tuple[str, str, int], SideUse] = field(default_factory=dict)
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     sized: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
@@ -143,14 +104,19 @@ class Labels:
         found: receives ties, fixed labels and the sides of layers.
         loose: names of parameters and buffers outside the layers of the table, by `id`; each gets one
             label per element at its first use.
+        batch: number of examples in the pass.
+        weights: finds the parameters that tensors are views of.
     """
 
-    def __init__(self, found: Flow, loose: dict[int, str]):
-        self.found, self.loose = found, loose
+    def __init__(self, found: Flow, loose: dict[int, str], batch: int, weights: Weights):
+        self.found, self.loose, self.batch, self.weights = found, loose, batch, weights
         #: Stack of the running modules: (name, description for messages).
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
         self._uniform = WeakTensorKeyDictionary()
+        self._positions = WeakTensorKeyDictionary()
+        #: The place of the running operator, if it computes statistics and outputs are compared.
+        self.place: tuple[str, str, int] | None = None
         self._slices: dict[tuple[str, bytes], tuple[Tensor, int, set[tuple[int, int]]]] = {}
 
     # --- labels of tensors and layers ----------------------------------------------------
@@ -220,6 +186,43 @@ class Labels:
             self.put(tensor, labels)
             self.note_sizes(labels, labels)
         return labels
+
+    def note_weighted(self, name: str, positions: float, elements: int) -> None:
+        """Record that code multiplied by the weight of an inferred layer at so many output positions.
+
+        The operator's MACs were counted as those of no layer, which this corrects.
+        """
+        before = self.found.uses.get(name, (0.0, 0.0))
+        each = positions / self.batch
+        self.found.uses[name] = before[0] + each, before[1] + each
+        self.found.other_macs -= each * elements
+        self.found.calls[name] += 1
+
+    # --- statistics over channels ----------------------------------------------------------
+
+    def note_statistic(self, operand: Tensor, labels: Tensor) -> bool:
+        """Record that the running operator computes a statistic over channels; return whether it may.
+
+        Channels of a parameter may lie along several dimensions; statistics over these are not followed.
+        """
+        channel_dims = varying(labels)
+        if len(channel_dims) > 1 or id(operand) in self.loose:
+            return False
+        if self.place is not None:
+            dim = channel_dims[0]
+            vector = vector_along(labels, dim, operand.shape[dim])
+            self.found.reductions[self.place] = SideUse(vector.numpy(), dim)
+        return True
+
+    def mark_positions(self, tensor: Tensor, labels: Tensor) -> None:
+        """Record that a tensor holds positions among channels, such as that of the maximum."""
+        self._positions[tensor] = labels
+
+    def fix_positions(self, tensors: Iterable[Tensor]) -> None:
+        """Fix the channels among which tensors hold positions, because the model reads these."""
+        for tensor in tensors:
+            if tensor in self._positions:
+                self.fix(self._positions[tensor], f"{self.where()} reads positions of its channels")
 
     # --- tied and fixed channels ----------------------------------------------------------
 
@@ -298,40 +301,3 @@ class Labels:
             held = any(holds(module, n) for n in bounds if 0 < n < labels.shape[dim])
             if aligned and (len({length for _, length in taken}) == 1 or not held):
                 self.tie_equal_parts(labels, dim, length)
-
-
-def varying(labels: Tensor | None) -> list[int]:
-    """Return the dimensions along which channels lie.
-
-    >>> varying(torch.arange(4).reshape(1, 4, 1))
-    [1]
-    """
-    return [] if labels is None else [d for d, size in enumerate(labels.shape) if size > 1]
-
-
-def vector_along(labels: Tensor, dim: int, size: int) -> Tensor:
-    """Return labels that vary along no dimension but `dim` as a vector, (size,)."""
-    for d in reversed(range(labels.ndim)):
-        if d != dim:
-            labels = labels.select(d, 0)
-    return labels.expand(size)
-
-
-def spread(vector: Tensor, rank: int, dim: int) -> Tensor:
-    """Return a vector of labels as a tensor of this rank that varies along `dim`."""
-    return vector.reshape([-1 if d == dim % rank else 1 for d in range(rank)])
-
-
-def compact(full: Tensor) -> Tensor:
-    """Return labels with size 1 along every dimension on which they do not depend.
-
-    >>> compact(torch.arange(4).reshape(1, 4, 1).expand(2, 4, 7)).shape
-    torch.Size([1, 4, 1])
-    """
-    for d in range(full.ndim):
-        if full.shape[d] < 2:
-            continue
-        first = full.narrow(d, 0, 1)
-        if full.stride(d) == 0 or torch.equal(full, first.expand(full.shape)):
-            full = first
-    return full

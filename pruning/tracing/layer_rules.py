@@ -7,7 +7,7 @@ ties the labels of its inputs to its input side, and gives its output the labels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layers import (
-    Kind,
     channel_dim,
     is_depthwise,
     is_registered,
@@ -23,7 +22,10 @@ from pruning.graph.layers import (
     layer_width,
     rule_for,
 )
-from pruning.tracing.labels import FIXED_SIZE, Labels, spread, varying, vector_along
+from pruning.graph.recurrent import has_hidden_channels
+from pruning.graph.rule import Kind
+from pruning.tracing.labels import FIXED_SIZE, Labels
+from pruning.tracing.ties import spread, varying, vector_along
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class LayerCall:
         inputs: all tensors among its arguments, at least one.
         output: its output; of several tensors, the first.
         batch: number of examples in the pass.
+        outputs: all tensors among its outputs.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LayerCall:
     inputs: list[Tensor]
     output: Tensor
     batch: int
+    outputs: Sequence[Tensor] = ()
 
 
 #: Ties the labels of a layer's inputs to the layer's sides, and gives its output labels.
@@ -95,14 +99,37 @@ def embedding(labels: Labels, call: LayerCall) -> None:
 
 
 def recurrent(labels: Labels, call: LayerCall) -> None:
-    """Follow a recurrent layer, which reads channels at every time step and keeps its hidden size."""
-    x, *states = call.inputs
+    """Follow a recurrent layer: it reads channels at every time step, and makes those of its hidden units.
+
+    All states and outputs have the hidden units along the last dimension, for each direction once.
+    """
+    x, *states = [t for t in call.inputs if t.is_floating_point()]  # packed sequences also have integers
     steps = x.numel() / layer_width(call.module, "in") / call.batch
     _count_uses(labels, call, steps, steps)
-    for state in states:
-        labels.fix(labels.of(state), f"{call.name} starts from it, and keeps its hidden size")
+    _make_hidden(labels, call, states)
     if _along(labels, call, labels.of(x), -1) is not None:
         _read(labels, call, labels.of(x), -1)
+
+
+def _make_hidden(labels: Labels, call: LayerCall, states: list[Tensor]) -> None:
+    """Tie the initial states of a recurrent layer to its hidden units, which are its outputs."""
+    if not has_hidden_channels(call.module):
+        for state in states:
+            labels.fix(labels.of(state), f"{call.name} starts from it, and keeps its hidden size")
+        return
+    units = labels.side(call.name, call.module, "out", -1)
+    for state in states:
+        found = labels.of_or_uniform(state, -1)
+        if found is None or set(varying(found)) - {state.ndim - 1}:
+            reason = "leave out the initial state, or make it by torch.zeros, to let it be pruned"
+            for each in (units, found):
+                labels.fix(each, f"{call.name} starts from a state of fixed size; {reason}")
+        else:
+            vector = vector_along(found, state.ndim - 1, state.shape[-1])
+            labels.tie(vector, units, f"{call.name} starts from it beside positions of fixed size")
+    for output in call.outputs:
+        if output.is_floating_point():
+            labels.put(output, spread(units.repeat(output.shape[-1] // len(units)), output.ndim, -1))
 
 
 def layer_norm(labels: Labels, call: LayerCall) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pruning.tracing.labels import FIXED_SIZE, NONE, Labels, compact, spread, varying, vector_along
+from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation, first_operand
+from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 
 
 @first_operand

@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch._ops import OpOverload
 
-from pruning.tracing.labels import Labels, varying
+from pruning.surgery.statistics import operator_name
+from pruning.tracing.labels import Labels
+from pruning.tracing.ties import varying
 from pruning.utils.tree import tensors_among
 
 
@@ -51,11 +53,6 @@ class Operation:
             elif argument.has_default_value():
                 given[argument.name] = argument.default_value
         return given
-
-
-def operator_name(func: OpOverload) -> str:
-    """Return the name under which rules are listed: `relu` for `aten::relu_`, `mine::blur` unchanged."""
-    return func._schema.name.removeprefix("aten::").rstrip("_")
 
 
 #: Gives the outputs of an operation their labels, or fixes those of its operands.

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
-from pruning.tracing.labels import FIXED_SIZE, NONE, Labels, compact, spread, varying, vector_along
+from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.movement import (
     channel_shuffle,
     index,
@@ -30,6 +30,9 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
+from pruning.tracing.statistics import layer_norm, reduction, softmax
+from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
+from pruning.tracing.weights import convolution, product
 
 # --- several tensors ------------------------------------------------------------------------
 
@@ -135,33 +138,6 @@ def unlabeled(labels: Labels, op: Operation, first: Tensor) -> None:
 
 
 @first_operand
-def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Reduce over dimensions; fix channels that lie along one of them."""
-    rank = op.operands[0].ndim
-    dims = op.given.get("dim")
-    dims = list(range(rank)) if dims is None or dims == [] else dims
-    dims = sorted({d % max(1, rank) for d in ([dims] if isinstance(dims, int) else dims)})
-    if any(d in dims for d in varying(first)):
-        return labels.fix(first, f"{labels.where()} reduces over its channels ({op.name})")
-    for leaf in pytree.tree_leaves(op.output):
-        kept = first
-        for d in reversed(dims):
-            kept = kept.narrow(d, 0, 1)
-            if leaf.ndim < rank:
-                kept = kept.squeeze(d)
-        labels.put(leaf, kept)
-    return None
-
-
-@first_operand
-def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Apply softmax along a dimension; fix channels that lie along it."""
-    if op.given["dim"] % first.ndim in varying(first):
-        labels.fix(first, f"{labels.where()} takes {op.name.strip('_')} over its channels")
-    labels.put(op.output, first)
-
-
-@first_operand
 def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
     """Pool or resize the dimensions after the batch and the channels."""
     if any(d > 1 for d in varying(first)):
@@ -207,6 +183,8 @@ RULES: dict[str, OperatorRule] = {
     ),
     **dict.fromkeys(("cat", "stack", "concat"), join),
     "bmm": batched_product,
+    **dict.fromkeys(("mm", "addmm"), product),
+    "convolution": convolution,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
     **dict.fromkeys(
         ("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "repeat", "unfold", "flip",
@@ -228,6 +206,7 @@ RULES: dict[str, OperatorRule] = {
     ),
     **dict.fromkeys(("new_empty", "new_empty_strided"), unlabeled),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
     "constant_pad_nd": pad,
     "index": index,
     "as_strided": restride,

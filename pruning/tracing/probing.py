@@ -26,7 +26,8 @@ from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
 from pruning.surgery.width_attributes import attributes_with
-from pruning.tracing.labels import NONE, Flow
+from pruning.tracing.labels import Flow
+from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.tree import Inputs, tensors
@@ -203,6 +204,9 @@ def _structure(model: nn.Module, found: Flow, group: Group) -> _Structure:
 
 def _own_code(model: nn.Module, group: Group) -> str:
     """Describe the first layer of a group, readers before makers, with code outside torch; else ""."""
+    if group.reductions:
+        where = group.reductions[0].module
+        return f"{where} ({type(model.get_submodule(where)).__name__})".lstrip()
     for member in (*group.side("in"), *group.side("out")):
         kind = type(model.get_submodule(member.layer))
         codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
+from pruning.graph.computed import can_be_narrowed
 from pruning.graph.groups import Group, Ignored, LayerUse, Trace
 from pruning.graph.layers import (
-    RECURRENT,
     bias_of,
     layer_width,
     makes_channels,
     parts,
     require_rules,
+    rule_for,
     rule_of,
 )
+from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
 from pruning.tracing.grouping import channel_groups
 from pruning.tracing.labels import Flow
@@ -35,6 +37,13 @@ from pruning.utils.tree import Inputs, tensors
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
 )
+
+_PROJECTION = (
+    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
+    "layer behind it to let it be pruned"
+)
+
+_OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
 
 _NOT_RUN = (
     "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
@@ -147,18 +156,26 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, RECURRENT):
-            yield name, "recurrent layers keep their hidden size"
+        if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
+            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
             continue
         if not own or name in shown or not makes_channels(layer):
             continue
         weight = rule_of(layer).weight
-        if weight not in own:
-            yield name, "its weight is computed from others; remove this parametrization to let it be pruned"
+        if weight and weight not in own:
+            yield (
+                name,
+                "its weight is computed from others, by code or hooks; remove them "
+                "(remove_spectral_norm), prune, and add them again",
+            )
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
-    yield from found.functional.items()
+    for name, why in found.functional.items():
+        owner, _, attribute = name.rpartition(".")
+        rule = rule_for(model.get_submodule(owner))
+        if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
+            yield name, why
 
 
 def _obstacle(
@@ -193,8 +210,20 @@ def _obstacle(
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared:
                 return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
-        if nn.utils.parametrize.is_parametrized(model.get_submodule(owner)):
-            return f"{owner} is parametrized; remove the parametrization to let it be pruned"
+        if problem := _computed(owner, model.get_submodule(owner)):
+            return problem
+    return ""
+
+
+def _computed(name: str, layer: nn.Module) -> str:
+    """Return why a layer whose tensors are computed from others cannot be pruned; empty when it can."""
+    rule = rule_for(layer)
+    held = [] if rule is None else [*rule.out, *rule.into]
+    if nn.utils.parametrize.is_parametrized(layer) and not can_be_narrowed(layer, held):
+        return (
+            f"{name} is parametrized, and a part of its weight cannot be computed in the same way; remove "
+            "the parametrization, prune, and add it again"
+        )
     return ""
 
 

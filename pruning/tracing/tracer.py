@@ -15,12 +15,11 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -28,24 +27,23 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
+from pruning.graph.computed import sources
 from pruning.graph.deformable import count_deformable
-from pruning.graph.layers import holds_layers, is_recurrent, is_registered, rule_for
+from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
+from pruning.graph.recurrent import is_recurrent
+from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
-from pruning.tracing.labels import Flow, Labels, varying
+from pruning.tracing.functions import Functions
+from pruning.tracing.labels import Flow, Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
 from pruning.tracing.operation import Operation
 from pruning.tracing.operators import follow
+from pruning.tracing.parameter_views import Weights
+from pruning.tracing.ties import spread, varying, vector_along
+from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation, without_computing
 from pruning.utils.modules import copied
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
-
-#: The functions that convolutions and linear layers call, as (input, weight, bias, …).
-_WEIGHTED_FUNCTIONS = frozenset(
-    getattr(nn.functional, name)
-    for name in (
-        "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
-    )
-)  # fmt: skip
 
 #: Operations that create a uniform tensor.
 _FILLING = frozenset(
@@ -53,6 +51,8 @@ _FILLING = frozenset(
 )
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
+
+Result = TypeVar("Result")
 
 #: Runs a model on inputs.
 Run = Callable[[nn.Module, Inputs], object]
@@ -62,6 +62,12 @@ Run = Callable[[nn.Module, Inputs], object]
 def _shares_memory(func: OpOverload) -> bool:
     """Whether an operation writes to an argument, or returns a view of one."""
     return any(argument.alias_info for argument in func._schema.arguments)
+
+
+@functools.cache
+def _writes(func: OpOverload) -> bool:
+    """Whether an operation writes to an argument."""
+    return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
 
 
 def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
@@ -127,6 +133,7 @@ class _Tracer(TorchDispatchMode):
         self.probe, self.found, self.batch = probe, found, batch
         #: By output tensor, the layer that made it, if a BatchNorm could be folded into this layer.
         self.makers = WeakTensorKeyDictionary()
+        self.calls = CallCounter()
         #: Number of nested calls whose operations are not followed.
         self.depth = 0
         self.handles: list[RemovableHandle] = []
@@ -134,7 +141,7 @@ class _Tracer(TorchDispatchMode):
         self.alive = [*probe.parameters(), *probe.buffers()]
         #: By `id` of a parameter, the layer that owns it.
         self.owners: dict[int, str] = {}
-        self.functions = _Functions(self)
+        self.functions = Functions(self)
         owned: set[int] = set()
         for name, module in probe.named_modules():
             owned.update(self._hook(name, module))
@@ -143,7 +150,7 @@ class _Tracer(TorchDispatchMode):
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
             if id(tensor) not in owned and tensor.is_floating_point() and tensor.numel()
         }
-        self.labels = Labels(found, loose)
+        self.labels = Labels(found, loose, batch, Weights(probe))
 
     # --- layers ------------------------------------------------------------------------
 
@@ -192,21 +199,22 @@ class _Tracer(TorchDispatchMode):
             inputs = tensors_among((args, kwargs))
             if self.depth or not inputs:
                 return
-            if isinstance(output, Tensor):
-                self.follow_layer(name, module, inputs, output)
-            elif is_recurrent(module):
-                self.follow_layer(name, module, inputs, tensors_among((output,))[0])
+            if isinstance(output, Tensor) or is_recurrent(module):
+                self.follow_layer(name, module, inputs, *tensors_among((output,)))
             else:
                 for x in inputs:
                     self.labels.fix(self.labels.of(x), f"{name} returns a {type(output).__name__}, no tensor")
 
         return after
 
-    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
+    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], *outputs: Tensor) -> None:
         """Apply the rule of a layer to one call of it."""
+        output = outputs[0]
         # Operations on labels are not part of the pass, and would take most of its time if followed.
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch))
+            is_foldable = follow_layer(
+                self.labels, LayerCall(name, module, inputs, output, self.batch, outputs)
+            )
         if is_foldable:
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
@@ -243,9 +251,12 @@ class _Tracer(TorchDispatchMode):
                 self.found.other_macs += flops / 2 / self.batch
             self._read((args, kwargs), "")
             operation = Operation(func, args, kwargs, output)
-            if any(self.labels.of(t) is not None for t in operation.operands):
+            place = self.calls.place(self.labels.path[-1][0], func)
+            self.labels.place = None if self.probe.training else place  # outputs are compared in eval mode
+            self.labels.fix_positions(operation.operands)
+            if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
-        if _shares_memory(func):
+        if _writes(func) or (not self.depth and _shares_memory(func)):
             self.labels.unmark_uniform(tensors_among((args, kwargs)))
         return output
 
@@ -268,7 +279,19 @@ class _Tracer(TorchDispatchMode):
             self.labels.put(output, labels)
         return output
 
-    def _run_whole(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    def run_packing(self, x: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run a function that packs sequences or undoes it, without following it."""
+        labels = self.labels.of(x)
+        packed, sizes = self._run_whole(x, run)
+        if labels is not None and not self.depth:
+            if varying(labels) == [x.ndim - 1]:
+                vector = vector_along(labels, x.ndim - 1, x.shape[-1])
+                self.labels.put(packed, spread(vector, packed.ndim, -1))
+            else:
+                self.labels.fix(labels, f"{self.labels.where()} packs channels along another dimension")
+        return packed, sizes
+
+    def _run_whole(self, x: Tensor, run: Callable[[], Result]) -> Result:
         """Run a function without following its operations."""
         if not self.depth:
             self._read(x, "")
@@ -287,6 +310,13 @@ class _Tracer(TorchDispatchMode):
                 "pruned"
             )
 
+    def note_normalized(self, x: Tensor) -> None:
+        """Record that the code normalizes over a given size, which on the meta device may be wrong."""
+        labels = self.labels.of(x)
+        if labels is not None and not self.depth and varying(labels) == [x.ndim - 1]:
+            why = f"{self.labels.where()} normalizes over a size that does not follow its width"
+            self.labels.note_positions([vector_along(labels, x.ndim - 1, x.shape[-1])], why)
+
     def _read(self, arguments: object, norm: str) -> None:
         """Record who reads tensors: the BatchNorm of this name, or "" for anything else."""
         for leaf in tensors_among((arguments,)):
@@ -304,6 +334,7 @@ class _Tracer(TorchDispatchMode):
                 "smaller one computes the same cannot be checked; let it return tensors, in any container"
             )
         self._read(outputs, "")
+        self.labels.fix_positions(outputs)
         for leaf in outputs:
             self.labels.fix(self.labels.of(leaf), "its channels are the model's output, whose size is kept")
         for (name, _), use in self.found.sides.items():
@@ -318,38 +349,9 @@ class _Tracer(TorchDispatchMode):
 def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
     """Whether a module is followed by a layer rule, which must cover all of its parameters."""
     rule = rule_for(module)
-    if rule is None or is_registered(module) or is_recurrent(module):
+    if rule is None or is_inferred(module):
+        return False
+    if is_registered(module) or is_recurrent(module):
         return layer_rule(module) is not None
-    return own.keys() <= {*rule.out, *rule.into}
-
-
-class _Functions(TorchFunctionMode):
-    """Intercept the functions that the own code of convolutions and linear layers calls."""
-
-    def __init__(self, tracer: _Tracer):
-        super().__init__()
-        self.tracer = tracer
-        #: By `id` of its weight, the name of a layer and the layer.
-        self.layers: dict[int, tuple[str, nn.Module]] = {}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        deforming = getattr(func, "_qualified_op_name", "") == "torchvision::deform_conv2d"
-        if func in _WEIGHTED_FUNCTIONS or deforming:
-            given = {**dict(zip(("input", "weight", "offset", "mask"), args, strict=False)), **kwargs}
-            weight = id(given.get("weight"))
-            if weight in self.layers:
-                # Without a mask, torchvision passes an empty tensor of another rank.
-                others = [given[key] for key in ("offset", "mask")] if deforming else []
-                inputs = [given["input"], *(tensor for tensor in others if tensor.ndim == 4)]
-                return self.tracer.run_layer(*self.layers[weight], inputs, lambda: func(*args, **kwargs))
-            self.tracer.note_function(weight, func.__name__)
-        elif func is nn.functional.instance_norm and len(read := tensors_among((args, kwargs))) == 1:
-            return self.tracer.run_channelwise(read[0], lambda: func(*args, **kwargs))
-        return func(*args, **kwargs)
+    held = {*rule.out, *rule.into}
+    return own.keys() <= held.union(*(sources(module, name) for name in held))

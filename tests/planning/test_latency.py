@@ -13,7 +13,7 @@ from torch import nn
 
 from pruning import Budget, LatencyBudget, PruningError, prune, slim, trace
 from pruning.deploy.timing import time_forward
-from pruning.graph.layers import is_recurrent
+from pruning.graph.recurrent import is_recurrent
 from pruning.planning.cost import CostModel
 from pruning.planning.latency import _between, even_scores
 from pruning.planning.layer_times import LatencyTable, _interpolated

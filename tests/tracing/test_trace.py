@@ -120,17 +120,16 @@ def test_a_model_that_does_not_run_on_the_inputs_is_refused():
         trace(nets.make("lenet"), torch.randn(2, 1, 14, 14))
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_layer_whose_weight_hooks_compute_is_skipped():
-    normed = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
+    normed = nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))
     net = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
     step = prune(net, nets.images(), Budget(params="70%"), score="l2")
     assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
 
 
-def test_recurrent_layers_lose_input_channels_and_keep_their_hidden_size():
+def test_recurrent_layers_lose_input_channels_and_share_units_with_the_layer_of_their_initial_state():
     class Starts(nn.Module):
-        """Layers that compute an initial state or feed a custom RNN cannot be narrowed."""
+        """A layer that computes an initial state can be narrowed, one that feeds a custom RNN cannot."""
 
         def __init__(self):
             super().__init__()
@@ -148,9 +147,9 @@ def test_recurrent_layers_lose_input_channels_and_keep_their_hidden_size():
 
     traced = trace(Starts(), nets.images())
     assert {(m.layer, m.side) for m in traced.groups["first"].members} == {("first", "out"), ("read", "in")}
-    assert "read starts from it" in traced.skipped["state"] and "state" not in traced.groups
-    assert "hidden size" in traced.skipped["read"]
-    step = prune(Starts(), nets.images(), Budget(channels=3), score="l2", ignored=["second"])
+    assert {m.layer for m in traced.groups["state"].members} == {"state", "read", "second"}
+    assert "code of its own" in traced.skipped["last"]
+    step = prune(Starts(), nets.images(), Budget(channels=3), score="l2", ignored=["second", "state"])
     assert step.model.read.input_size == 3 and step.model.read.weight_ih_l0.shape == (15, 3)
 
 
@@ -188,7 +187,7 @@ def test_layers_that_do_not_run_are_skipped_with_the_reason():
 
     skipped = trace(Heads(), (nets.images(), 1)).skipped
     assert "does not run on the example inputs" in skipped["heads.0"]
-    assert "output" in skipped["heads.1"] and "recurrent" in skipped["memory"]
+    assert "output" in skipped["heads.1"] and "does not run" in skipped["memory"]
     assert not [
         why for why in trace(nets.make("attention"), nets.images()).skipped.values() if "not run" in why
     ]

@@ -17,7 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.planning import count
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify
-from pruning.tracing.labels import Ties
+from pruning.tracing.ties import Ties
 from pruning.tracing.tracer import flow
 from pruning.utils import meta
 from pruning.utils.compare import TOLERANCE
@@ -142,7 +142,7 @@ def written(self, x):
 
 
 def over_channels(self, x):
-    return self.extra(x / x.norm(dim=1, keepdim=True))
+    return self.extra(x.softmax(1))
 
 
 def by_position(self, x):
@@ -178,7 +178,7 @@ def functional(self, x):
         (rolled, "by position"),
         (hard_split, "tied to its width"),
         (gram, "over its channels"),
-        (functional, "convolution"),
+        (functional, "convolves it"),
     ],
 )
 def test_channels_that_cannot_be_pruned_are_skipped_with_the_reason(middle, reason):

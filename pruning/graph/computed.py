@@ -1,0 +1,82 @@
+"""Weights that a layer computes from other parameters: parametrizations and the older weight norm.
+
+Such a weight is narrowed by computing it, narrowing the result, and choosing parameters that give it. For
+weight norm (Salimans and Kingma, arXiv 1602.07868), w = g v / ‖v‖, these are v = w and g = ‖w‖.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def _weight_norm(layer: nn.Module, name: str) -> WeightNorm | None:
+    """Return the hook of `torch.nn.utils.weight_norm` that computes a tensor of a layer."""
+    hooks = (hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+    return next((hook for hook in hooks if hook.name == name), None)
+
+
+def is_computed(layer: nn.Module, name: str) -> bool:
+    """Whether a layer computes one of its tensors in a way that can be inverted or tried.
+
+    >>> is_computed(nn.Linear(3, 4), "weight")
+    False
+    """
+    return parametrize.is_parametrized(layer, name) or _weight_norm(layer, name) is not None
+
+
+def sources(layer: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the parameters, by their names within the layer, from which it computes a tensor."""
+    if parametrize.is_parametrized(layer, name):
+        prefix = f"parametrizations.{name}."
+    elif _weight_norm(layer, name) is not None:
+        prefix = f"{name}_"
+    else:
+        return {}
+    return {key: value for key, value in layer.named_parameters() if key.startswith(prefix)}
+
+
+def set_computed(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Let a layer compute this tensor, of any shape, in place.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    >>> narrower = layer.weight.detach()[:2]
+    >>> set_computed(layer, "weight", narrower)
+    >>> torch.allclose(layer.weight, narrower)
+    True
+    """
+    hook = _weight_norm(layer, name)
+    if hook is None:
+        setattr(layer, name, value)
+        return
+    norm = torch.norm_except_dim(value, 2, hook.dim)
+    for suffix, tensor in {"_g": norm, "_v": torch.where(norm == 0, 1.0, value)}.items():
+        old = layer.get_parameter(name + suffix)
+        setattr(layer, name + suffix, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    setattr(layer, name, value)
+
+
+def can_be_narrowed(layer: nn.Module, names: list[str]) -> bool:
+    """Whether a layer can compute the given ones of its tensors without a slice along each dimension."""
+    for name in filter(lambda name: is_computed(layer, name), names):
+        trial = copy.deepcopy(layer).eval() if _weight_norm(layer, name) is None else None
+        if trial is None:
+            continue  # weight norm is exact
+        try:
+            with torch.no_grad():
+                value = getattr(trial, name).detach().clone()
+                for dim, size in enumerate(value.shape):
+                    value = value.narrow(dim, 0, max(1, size - 1))
+                value = value.contiguous()
+                set_computed(trial, name, value)
+                again = getattr(trial, name)
+            exact = again.shape == value.shape and torch.allclose(again, value, rtol=1e-4, atol=1e-6)
+        except Exception:  # of a parametrization without an inverse, whatever it raises
+            exact = False
+        if not exact:
+            return False
+    return True

@@ -1,0 +1,34 @@
+"""Rules of layers that the tracer infers: modules that multiply by a weight of their own.
+
+`torch.addmm(self.bias, x, self.weight)` in a module's code, for example, makes it a weighted layer. A rule
+belongs to a type of module, as in the table of layers.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from pruning.graph.rule import Rule
+
+_INFERRED: WeakKeyDictionary[type[nn.Module], Rule] = WeakKeyDictionary()
+
+
+def infer_rule(kind: type[nn.Module], rule: Rule) -> bool:
+    """Give a type of module a rule; return whether it has this rule now.
+
+    A type whose code uses two weights, or one weight in two ways, keeps the first rule.
+    """
+    known = _INFERRED.setdefault(kind, rule)
+    if known.into == rule.into and known.weight == rule.weight:
+        merged = {**known.out, **rule.out}
+        if merged != known.out:  # another instance of the type has a bias
+            _INFERRED[kind] = Rule(merged, known.into, kind="weighted")
+        return known.out[known.weight] == rule.out[rule.weight]
+    return False
+
+
+def inferred_rule(kind: type[nn.Module]) -> Rule | None:
+    """Return the rule that was inferred for a type of module; None if there is none."""
+    return _INFERRED.get(kind)

@@ -1,0 +1,65 @@
+"""The form of a rule that says where a type of layer keeps its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+#: A side of a layer, or `self` for a tensor that a model uses outside the layers of the table.
+Side = Literal["out", "in", "self"]
+
+#: How channels pass through a layer; see `Rule`.
+Kind = Literal["weighted", "embedding", "channelwise", "norm", "recurrent"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a type of layer keeps its channels, and how they pass through it.
+
+    Args:
+        out: names of the tensors that hold output channels, each with the dimension they lie along.
+            A norm or an activation has one set of channels, which count as output channels.
+        into: names of the tensors that hold input channels, each with the dimension they lie along.
+        out_count, in_count: attributes that store the number of channels; in a tuple, the last entry.
+            If empty, the width is taken from the tensors.
+        parts: attribute that stores the number of equal parts into which the channels are divided.
+        kind: `"weighted"`, every output channel is a sum over input channels (a convolution);
+            `"embedding"`, output channels are looked up by index; `"channelwise"`, each channel is
+            treated alone (BatchNorm, PReLU); `"norm"`, channels are scaled by statistics over several
+            of them (LayerNorm); `"recurrent"`, input channels are read, the hidden size is kept.
+        bias: the tensor that is added to the weighted sum, if the layer adds one and neither scales the
+            sum nor pads its input with zeros; `apply` folds the constants of removed channels into it.
+        dim: the dimension of the input and the output along which channels lie, from the end. The default
+            is -1 for an embedding and for a weight of two dimensions, -3 for one of four (a convolution of
+            images); for channelwise layers and norms it is dimension 1.
+    """
+
+    out: Mapping[str, int]
+    into: Mapping[str, int] = field(default_factory=dict)
+    out_count: str = ""
+    in_count: str = ""
+    parts: str = ""
+    kind: Kind = "weighted"
+    bias: str = ""
+    dim: int | None = None
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight with input and output channels, or else of the first tensor in `out`."""
+        return next((name for name in self.out if name in self.into), next(iter(self.out), ""))
+
+    def count(self, side: Side) -> str:
+        """Return the attribute that stores the number of channels of one side; empty if there is none."""
+        return self.out_count if side == "out" else self.in_count
+
+    def width(self, layer: nn.Module, side: Side) -> int:
+        """Return the number of channels of one side of a layer."""
+        if name := self.count(side):
+            count = getattr(layer, name)
+            return count[-1] if isinstance(count, tuple) else count
+        held = self.out if side == "out" else self.into
+        shapes = ((getattr(layer, name, None), dim) for name, dim in held.items())
+        return next((tensor.shape[dim] for tensor, dim in shapes if isinstance(tensor, Tensor)), 0)

@@ -1,0 +1,79 @@
+"""Rules for operators that compute statistics over dimensions: reductions, softmax, functional norms.
+
+A statistic over channels is computed over the kept channels after pruning, as in LayerNorm; the masked
+model computes it in the same way (`pruning.surgery.statistics`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pruning.surgery.statistics import REDUCTIONS
+from pruning.tracing.labels import FIXED_SIZE, Labels
+from pruning.tracing.operation import Operation, first_operand
+from pruning.tracing.ties import spread, varying, vector_along
+
+
+@first_operand
+def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Reduce over dimensions; a statistic over channels is recorded, and has no channels itself."""
+    rank = op.operands[0].ndim
+    dims = op.given.get("dim")
+    dims = list(range(rank)) if dims is None or dims == [] else dims
+    dims = sorted({d % max(1, rank) for d in ([dims] if isinstance(dims, int) else dims)})
+    leaves = pytree.tree_leaves(op.output)
+    if any(d in dims for d in varying(first)):
+        if op.name not in REDUCTIONS or not labels.note_statistic(op.operands[0], first):
+            return labels.fix(
+                first,
+                f"{labels.where()} reduces over its channels ({op.name}); only statistics such as the mean "
+                "over activations are followed",
+            )
+        for positions in leaves[1:] if op.name in ("max", "min") else ():
+            labels.mark_positions(positions, first)
+        return None
+    for leaf in leaves:
+        kept = first
+        for d in reversed(dims):
+            kept = kept.narrow(d, 0, 1)
+            if leaf.ndim < rank:
+                kept = kept.squeeze(d)
+        labels.put(leaf, kept)
+    return None
+
+
+@first_operand
+def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Apply softmax along a dimension; fix channels that lie along it."""
+    if op.given["dim"] % first.ndim in varying(first):
+        labels.fix(first, f"{labels.where()} takes {op.name.strip('_')} over its channels")
+    labels.put(op.output, first)
+
+
+def layer_norm(labels: Labels, op: Operation) -> None:
+    """Normalize over the last dimensions (F.layer_norm, F.rms_norm); tie the scales to the channels."""
+    x, output = op.operands[0], op.output[0]
+    first, shape = labels.of(x), list(op.given["normalized_shape"])
+    own = [t for key in ("weight", "bias") if isinstance(t := op.given.get(key), Tensor)]
+    within = f"{labels.where()} normalizes it ({op.name})"
+    if first is None:
+        for tensor in own:
+            labels.fix(labels.of(tensor), f"{within} beside a tensor of fixed size")
+        return None
+    if varying(first) and varying(first) != [x.ndim - 1]:
+        if varying(first)[-1] >= x.ndim - len(shape):
+            return labels.fix(first, f"{within} over several dimensions; normalize over channels alone")
+        return labels.put(output, first)
+    vector = vector_along(first, x.ndim - 1, x.shape[-1])
+    if not varying(first) or len(shape) > 1:
+        return labels.fix(first, f"{within} over several dimensions; normalize over channels alone")
+    labels.note_statistic(x, first)
+    labels.note_sizes(first, first)
+    for tensor in own:
+        scales = labels.of(tensor)
+        if scales is None:
+            labels.fix(first, f"{within} beside a tensor of fixed size")
+        else:
+            labels.tie(vector, scales, FIXED_SIZE)
+    return labels.put(output, spread(vector, x.ndim, -1))

@@ -1,0 +1,103 @@
+"""Weights that layers compute from other parameters: weight norm in both forms, other parametrizations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import pruning
+from pruning import Plan, trace
+from pruning.load_pruned import load_pruned
+from pruning.planning.cost import CostModel
+from pruning.planning.scores import taylor
+from pruning.surgery.apply import apply
+from pruning.surgery.verify import verify
+from pruning.training.losses import cross_entropy
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")]
+
+
+class Doubled(nn.Module):
+    """A parametrization with an inverse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+KINDS = {
+    "hook": nn.utils.weight_norm,
+    "parametrization": parametrizations.weight_norm,
+    "columns": lambda layer: nn.utils.weight_norm(layer, dim=1),
+    "own": doubled,
+}
+
+
+def vocoder(kind: str = "hook") -> nn.Module:
+    """Convolutions and a transposed one, as in HiFi-GAN."""
+    norm = KINDS[kind]
+    torch.manual_seed(0)
+    return nn.Sequential(
+        norm(nn.Conv1d(3, 8, 3)), nn.LeakyReLU(), norm(nn.ConvTranspose1d(8, 6, 4, 2)), nn.Tanh(),
+        norm(nn.Conv1d(6, 4, 3)), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_computed_weights_are_narrowed_exactly(kind, tmp_path):
+    net, x = vocoder(kind), torch.randn(2, 3, 12)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    traced = trace(net, x)
+    assert traced.widths == {"0": 8, "2": 6}
+    plan = Plan({"0": (0, 3, 7), "2": (1, 2)})
+    small = apply(net, traced, plan)
+    assert verify(net, small, traced, plan, x) < 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net(x), small(x)
+    torch.testing.assert_close(small[0].weight, net[0].weight[[0, 3, 7]])
+    torch.testing.assert_close(small[2].weight, net[2].weight[[0, 3, 7]][:, [1, 2]])
+    torch.testing.assert_close(small[4].weight, net[4].weight[:, [1, 2]])
+
+    cost_model = CostModel(net, traced)
+    for model, widths in ((net, traced.widths), (small, plan.widths)):
+        assert cost_model(widths).params == sum(p.numel() for p in model.parameters())
+
+    pruning.save(tmp_path / "small.pth", small)
+    for load in (pruning.load, load_pruned):
+        assert torch.equal(load(tmp_path / "small.pth", lambda: vocoder(kind))(x), small(x))
+    small.train()(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taylor_scores_are_those_of_the_computed_weights(kind):
+    net, batches = vocoder(kind), [(torch.randn(4, 3, 12), torch.arange(4))]
+    plain = nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.LeakyReLU(), nn.ConvTranspose1d(8, 6, 4, 2), nn.Tanh(), nn.Conv1d(6, 4, 3),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+    ).eval()  # fmt: skip
+    net(batches[0][0])
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            plain[i].weight.copy_(net[i].weight)
+            plain[i].bias.copy_(net[i].bias)
+    expected = taylor(plain, trace(plain, batches[0][0]), batches, cross_entropy)
+    found = taylor(net, trace(net, batches[0][0]), batches, cross_entropy)
+    for group, scores in expected.items():
+        torch.testing.assert_close(found[group], scores)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_weights_of_which_no_part_can_be_computed_are_kept_with_the_cure(norm):
+    net = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    traced = trace(net, torch.randn(2, 6))
+    assert set(traced.widths) == {"2"}
+    assert "add" in traced.skipped["0"] and "again" in traced.skipped["0"]
