@@ -106,10 +106,10 @@ class Flow:
         by_position: labels of channels that the code selects by position, with bounds that may be
             constants; each vector with the reason to fix them if they are.
         calls: how often each layer in the table ran.
-        uses: by layer, uses of its weight and output positions, summed over the pass, for one example.
+        uses: by layer, uses of its weight and output positions, summed over the pass.
         readers: by convolution or linear layer, what reads its output: the name of a BatchNorm, or the
             empty string for anything else.
-        other_macs: MACs of matrix products and convolutions outside those layers, for one example.
+        other_macs: MACs of matrix products and convolutions outside those layers, in the pass.
         read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
         functional: parameters outside the layers that the model's code passes to a convolution or
             linear function, each with the reason why their channels are not pruned.

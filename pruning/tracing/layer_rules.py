@@ -34,14 +34,12 @@ class LayerCall:
         name: name of the layer. module: the layer.
         inputs: all tensors among its arguments, at least one.
         output: its output; of several tensors, the first.
-        batch: number of examples in the pass.
     """
 
     name: str
     module: nn.Module
     inputs: list[Tensor]
     output: Tensor
-    batch: int
 
 
 #: Ties the labels of a layer's inputs to the layer's sides, and gives its output labels.
@@ -52,9 +50,9 @@ def weighted(labels: Labels, call: LayerCall) -> None:
     """Follow a convolution or linear layer, which reads channels and makes new ones."""
     dim, x, module = channel_dim(call.module), call.inputs[0], call.module
     arriving = labels.of_or_uniform(x, dim)
-    positions = call.output.numel() / layer_width(module, "out") / call.batch
+    positions = call.output.numel() / layer_width(module, "out")
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    uses = x.numel() / layer_width(module, "in") / call.batch if transposed else positions
+    uses = x.numel() / layer_width(module, "in") if transposed else positions
     _count_uses(labels, call, uses, positions)
     if is_depthwise(module):
         return channelwise(labels, call, dim)
@@ -97,7 +95,7 @@ def embedding(labels: Labels, call: LayerCall) -> None:
 def recurrent(labels: Labels, call: LayerCall) -> None:
     """Follow a recurrent layer, which reads channels at every time step and keeps its hidden size."""
     x, *states = call.inputs
-    steps = x.numel() / layer_width(call.module, "in") / call.batch
+    steps = x.numel() / layer_width(call.module, "in")
     _count_uses(labels, call, steps, steps)
     for state in states:
         labels.fix(labels.of(state), f"{call.name} starts from it, and keeps its hidden size")

@@ -99,9 +99,8 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
-    batch = example[0].shape[0] if example and example[0].ndim else 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with _Tracer(probe.eval(), found, batch) as tracer, tracer.functions:
+        with _Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)
             tracer.finish(output)
         found.outputs = [leaf.shape for leaf in tensors(output)]
@@ -111,7 +110,7 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
             in_training = replace(found, calls=Counter(), uses={}, readers={})
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
-                _Tracer(probe.train(), in_training, batch) as tracer,
+                _Tracer(probe.train(), in_training) as tracer,
                 tracer.functions,
             ):
                 tracer.finish(run(probe, inputs))
@@ -122,9 +121,9 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
 class _Tracer(TorchDispatchMode):
     """Label the tensors of one forward pass: hook the layers, and intercept all operations between them."""
 
-    def __init__(self, probe: nn.Module, found: Flow, batch: int):
+    def __init__(self, probe: nn.Module, found: Flow):
         super().__init__()
-        self.probe, self.found, self.batch = probe, found, batch
+        self.probe, self.found = probe, found
         #: By output tensor, the layer that made it, if a BatchNorm could be folded into this layer.
         self.makers = WeakTensorKeyDictionary()
         #: Number of nested calls whose operations are not followed.
@@ -204,7 +203,7 @@ class _Tracer(TorchDispatchMode):
 
     def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Apply the rule of a layer to one call of it."""
-        if follow_layer(self.labels, LayerCall(name, module, inputs, output, self.batch)):
+        if follow_layer(self.labels, LayerCall(name, module, inputs, output)):
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
 
@@ -232,7 +231,7 @@ class _Tracer(TorchDispatchMode):
         if not self.depth:
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
-                self.found.other_macs += flops / 2 / self.batch
+                self.found.other_macs += flops / 2
             self._read((args, kwargs), "")
             operation = Operation(func, args, kwargs, output)
             if any(self.labels.of(t) is not None for t in operation.operands):
