@@ -22,6 +22,7 @@ from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.stages.config import SlimConfig
 from pruning.training.batches import to_device
 from pruning.training.config import OPTIMIZERS
+from pruning.utils.batch import find_batch
 from pruning.utils.files import read_plain
 from pruning.utils.tree import Inputs, tensors
 
@@ -281,13 +282,15 @@ def examples(
         trains: run it in training mode, too; BatchNorm then needs at least two examples.
     """
     inputs = _inputs(args, data)
+    batch = find_batch(model, inputs)
+    inputs = batch.first(inputs, 2)
     try:
         outputs = require_runs(model, inputs)
     except PruningError as error:
         raise PruningError(f"{error}{_other_order(args)}") from error
     if data is not None:
         require_classes(args, outputs, data)
-    if trains and all(len(x) > 1 for x in tensors(inputs)):
+    if trains and batch.size > 1:
         require_runs(model, inputs, "in training mode", training=True)
     return inputs
 

@@ -16,7 +16,8 @@ from pruning.cli.factories import factory, made_by, similar, torchvision_module,
 from pruning.cli.preprocessing import Preprocessing
 from pruning.errors import PruningError
 from pruning.training.batches import BatchSource, first_batch, length
-from pruning.utils.tree import Inputs, first_examples, tensors
+from pruning.utils.batch import usual_batch
+from pruning.utils.tree import Inputs
 
 #: A batch of (inputs, targets).
 Batch: TypeAlias = tuple[Inputs, object]
@@ -71,9 +72,8 @@ class Data:
 
     @property
     def examples(self) -> Inputs:
-        """The first two inputs of the validation split, to trace with."""
-        inputs, _ = first_batch(self.validation)
-        return first_examples(inputs, 2)
+        """The inputs of the first validation batch."""
+        return first_batch(self.validation)[0]
 
     def calibration(self, examples: int) -> list[Batch]:
         """Return training batches that hold at least this many examples, or all.
@@ -85,7 +85,7 @@ class Data:
         count = 0
         for batch in self.train:
             batches.append(batch)
-            count += len(tensors(batch[0])[0])
+            count += usual_batch(batch[0]).size
             if count >= examples:
                 break
         if not isinstance(self.train, _Loader):  # which draws at random from several classes

@@ -17,6 +17,7 @@ from torch import nn
 
 from pruning.deploy.runtimes import Exported
 from pruning.errors import PruningError
+from pruning.utils.batch import usual_batch
 from pruning.utils.modules import call, eval_mode, thread_count
 from pruning.utils.tree import Inputs, tensors
 
@@ -124,6 +125,7 @@ def time_forward(
     seconds: float = 3.0,
     warmup: float = 0.3,
     threads: int = 1,
+    batch_size: int | None = None,
 ) -> dict[str, Latency]:
     """Time the forward passes of several models in turns.
 
@@ -137,6 +139,7 @@ def time_forward(
         seconds: total time to measure.
         warmup: total time to run before measuring, in seconds.
         threads: number of threads of torch's CPU operations; restored afterwards.
+        batch_size: number of examples in the batch; by default that of its form (see `usual_batch`).
 
     Returns:
         The time of each model, by name.
@@ -150,9 +153,8 @@ def time_forward(
     """
     if not models:
         raise PruningError("no model to time: give at least one, by name")
-    first = tensors(inputs)[0]
-    batch = first.shape[0]
-    synchronize = torch.cuda.synchronize if first.is_cuda else (lambda: None)
+    batch = batch_size or usual_batch(inputs).size
+    synchronize = torch.cuda.synchronize if any(t.is_cuda for t in tensors(inputs)) else (lambda: None)
     turns = {name: _timed(model, inputs, synchronize) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)

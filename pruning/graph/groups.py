@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.graph.rule import Side
+from pruning.utils.batch import Batch
 from pruning.utils.tree import Inputs
 
 #: A layer to leave unpruned: a name or pattern (`features.*`), a type, or the module itself.
@@ -138,6 +139,7 @@ class Trace:
         other_macs: MACs of products outside such layers (attention), for one example.
         inputs: the example inputs, on which folding and surgery are checked.
         sizes: attributes of modules to update with the widths of the groups.
+        batch: the batch of the example inputs.
     """
 
     groups: dict[str, Group]
@@ -148,6 +150,7 @@ class Trace:
     other_macs: float = 0.0
     inputs: Inputs = field(default=(), repr=False, compare=False)
     sizes: tuple[WidthAttribute, ...] = ()
+    batch: Batch = field(default_factory=Batch, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pruning.utils.settings import Setting
 
 if TYPE_CHECKING:  # the flags of the command line are read without torch
     from pruning.planning.cost import Cost
+    from pruning.utils.batch import Batch
     from pruning.utils.tree import Inputs
 
 #: The costs that a budget can limit: name in `Cost` to name in messages.
@@ -179,26 +180,20 @@ class LatencyBudget:
             )
         return value if text.endswith("ms") else value * dense
 
-    def batch_of(self, inputs: InputTree) -> InputTree:
+    def batch_of(self, inputs: InputTree, batch: Batch | None = None) -> InputTree:
         """Repeat or truncate example inputs to `batch_size` examples.
+
+        Args:
+            batch: the batch of the inputs; by default that of their form (see `usual_batch`).
 
         >>> import torch
         >>> LatencyBudget("1x", batch_size=5).batch_of(torch.zeros(2, 3)).shape
         torch.Size([5, 3])
         """
-        import torch
-        from torch.utils import _pytree as pytree
+        from pruning.utils.batch import usual_batch
 
-        from pruning.utils.tree import tensors
-
-        size = self.batch_size or len(tensors(inputs)[0])
-
-        def resized(leaf: object) -> object:
-            if not (isinstance(leaf, torch.Tensor) and leaf.ndim):
-                return leaf
-            return torch.cat([leaf] * -(-size // len(leaf)))[:size]
-
-        return pytree.tree_map(resized, inputs)
+        batch = batch or usual_batch(inputs)
+        return batch.resized(inputs, self.batch_size or batch.size)
 
     def __str__(self) -> str:
         return f"≤ {self.limit} in {self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pruning.graph.layers import WEIGHTED, bias_of, is_weighted, rule_for
 from pruning.graph.recurrent import RECURRENT
 from pruning.planning.cost_rows import RowTable
 from pruning.tracing.trace import trace
+from pruning.utils.batch import find_batch
 from pruning.utils.meta import Shapes, without_computing
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, tensors
@@ -49,7 +51,7 @@ class Cost:
         return f"{self.params:,} params, {self.macs:,} MACs"
 
 
-def count(model: nn.Module, inputs: Inputs) -> Cost:
+def count(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> Cost:
     """Count the parameters and MACs of a model with thop and PyTorch's flop counter.
 
     thop counts layers, but not functional calls such as attention. PyTorch's flop counter counts both,
@@ -58,7 +60,9 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
 
     Args:
         model: it is not changed. Fold its BatchNorm first to get the cost of the deployed network.
-        inputs: example inputs with a batch dimension; the MACs are divided by its size.
+        inputs: example inputs of one call.
+        batch_size: number of examples in them, by which the MACs are divided; by default it is found, see
+            `find_batch`.
 
     Returns:
         The cost of one example.
@@ -66,26 +70,27 @@ def count(model: nn.Module, inputs: Inputs) -> Cost:
     >>> count(nn.Linear(3, 4), torch.zeros(2, 3))
     Cost(params=16, macs=12, macs_with_bias=16, channels=0)
     """
-    return without_computing(_counted, model, inputs)
+    batch = find_batch(model, inputs, batch_size).size
+    return without_computing(partial(_counted, batch=batch), model, inputs)
 
 
-def deployed_cost(model: nn.Module, inputs: Inputs) -> Cost:
+def deployed_cost(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> Cost:
     """Return the cost of a network as it would be deployed: BatchNorm that can be folded counts as folded.
 
     These are the figures of budgets and plans, whether BatchNorm is folded in the given model or not. A
-    model that cannot be traced is counted as it is (`count`).
+    model that cannot be traced is counted as it is (`count`, whose arguments it takes).
 
     >>> norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     >>> deployed_cost(norm, torch.zeros(2, 3)).params, count(norm, torch.zeros(2, 3)).params
     (16, 24)
     """
     try:
-        return CostModel(model, trace(model, inputs))({})
+        return CostModel(model, trace(model, inputs, batch_size=batch_size))({})
     except PruningError:
-        return count(model, inputs)
+        return count(model, inputs, batch_size)
 
 
-def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
+def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # thop imports distutils
         from thop import profile
@@ -104,7 +109,6 @@ def _counted(probe: nn.Module, inputs: Inputs) -> Cost:
         except IndexError:  # thop's rules do not see the input of a layer that is called by keyword
             macs = 0
     macs = max(macs, flops.get_total_flops() / 2)
-    batch = tensors(inputs)[0].shape[0]
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,8 @@ def plan_latency(
             and for options that apply only to a `Budget`.
     """
     _require_supported(options)
-    inputs = budget.batch_of(inputs)
+    budget = replace(budget, batch_size=budget.batch_size or trace.batch.size)
+    inputs = budget.batch_of(inputs, trace.batch)
     order = ascending(trace, scores)
     lowest = lowest_widths(trace, order, options)
     table = LatencyTable(model, inputs, cost_model, budget, lowest, options.multiple)
@@ -194,7 +195,8 @@ class _SideBySideTimer:
             pruned = self._deployed(apply(self.model, self.trace, plan), self.trace, "pruned")
             networks = {"dense": self.dense, "pruned": pruned}
             seconds, threads = self.budget.seconds, self.budget.threads
-            times = time_forward(networks, self.inputs, seconds=seconds, threads=threads)
+            size = self.budget.batch_size
+            times = time_forward(networks, self.inputs, seconds=seconds, threads=threads, batch_size=size)
             self.known[key] = (times["dense"].median, times["pruned"].median)
         return self.known[key]
 

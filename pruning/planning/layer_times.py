@@ -205,7 +205,7 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     timer = timeit.Timer(run)
     timer.timeit(2)
     passes = max(1, round(0.001 / max(timer.timeit(1), 1e-9)))
-    return min(timer.repeat(3, passes)) / passes / len(x) * 1000
+    return min(timer.repeat(3, passes)) / passes / (budget.batch_size or len(x)) * 1000
 
 
 def _zero_offsets(layer: DeformableConv, x: Tensor) -> Tensor:

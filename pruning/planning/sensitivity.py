@@ -111,7 +111,7 @@ def sensitivity(
 def _with_times(result: Sensitivity, sweep: WidthSweep, timing: LatencyBudget) -> Sensitivity:
     """Return the result with the time of every point, from one table of layer times."""
     full = sweep.trace.widths
-    inputs = timing.batch_of(sweep.trace.inputs)
+    inputs = timing.batch_of(sweep.trace.inputs, sweep.trace.batch)
     table = LatencyTable(sweep.model, inputs, sweep.cost_model, timing, lowest=np.ones(len(full)))
 
     def milliseconds(widths: dict[str, int]) -> float:

@@ -45,8 +45,9 @@ from pruning.training.losses import (
     validation_score,
     why_not_classifier,
 )
+from pruning.utils.batch import find_batch
 from pruning.utils.modules import device_of, fresh_weights
-from pruning.utils.tree import Inputs, first_examples
+from pruning.utils.tree import Inputs
 
 #: Number of training batches used for calibration if no calibration batches are given.
 CALIBRATION_BATCHES = 16
@@ -108,7 +109,7 @@ def slim(
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
-        example_inputs = first_examples(to_device(first_batch(batches), device)[0], 2)
+        example_inputs = _two_examples(model, to_device(first_batch(batches), device)[0])
     progress = Progress(run, model)
     target = progress.target or target
     target = target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
@@ -289,6 +290,11 @@ def _finetune(state: _Pipeline) -> None:
         resume=progress.resume(last),
     )
     state.log(f"{label}: {config.epochs} epochs, best validation {state.validate(state.network):.4f}")
+
+
+def _two_examples(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return the first two examples of a batch."""
+    return find_batch(model, inputs).first(inputs, 2)
 
 
 def _settings(

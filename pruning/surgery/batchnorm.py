@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
@@ -18,8 +18,8 @@ from pruning.graph.layer_tensors import readers
 from pruning.graph.layers import layer_width, parts
 from pruning.surgery.apply import replace_module
 from pruning.utils.compare import compare, doubled, outputs_of
-from pruning.utils.modules import call, copied, device_of, eval_mode
-from pruning.utils.tree import Inputs, tensors
+from pruning.utils.modules import call, copied, device_of, eval_mode, hooked, on_input
+from pruning.utils.tree import Inputs, map_tensors, tensors
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -119,15 +119,15 @@ def _batchnorm(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
 def _to_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
     """Return inputs on the device of a model, which may have been moved since it was traced."""
     device = device_of(model)
-    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
     """Recompute the running statistics of every BatchNorm, as means over the batches, in place.
 
-    After surgery, the statistics still are those of the wider network. Batches of one example have no
-    variance and are skipped. Norms that are frozen, do not run or have no running statistics are not
-    changed; nothing is changed if every batch is skipped.
+    After surgery, the statistics still are those of the wider network. A norm skips inputs of one example,
+    which do not vary between examples; a norm that skips all inputs, is frozen, does not run or has no
+    running statistics is not changed.
 
     Args:
         model: its weights are not changed.
@@ -153,22 +153,33 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
     before = [(norm, norm.momentum, [t.clone() for t in _statistics(norm)]) for norm in norms]
     finished = False
     try:
-        with torch.no_grad(), eval_mode(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch then computes the plain mean over all batches
-                norm.train()
+        with torch.no_grad(), eval_mode(model), hooked([_update_on_several_examples(norm) for norm in norms]):
             for inputs in batches:
-                if len(tensors(inputs)[0]) > 1:
+                if any(x.ndim and len(x) > 1 for x in tensors(inputs)):
                     call(model, inputs)
         finished = True
     finally:
         for norm, momentum, statistics in before:
             norm.momentum = momentum
-            if not finished or not norm.num_batches_tracked:  # it did not run
+            if not finished:
                 for tensor, values in zip(_statistics(norm), statistics, strict=True):
                     tensor.copy_(values)
     return model
+
+
+def _update_on_several_examples(norm: nn.modules.batchnorm._BatchNorm) -> RemovableHandle:
+    """Let a norm recompute its statistics, from the first input that holds several examples on."""
+    norm.momentum = None  # torch then computes the plain mean over all batches
+    started = False
+
+    def choose_mode(x: Tensor) -> None:
+        nonlocal started
+        norm.train(len(x) > 1)
+        if norm.training and not started:
+            norm.reset_running_stats()
+            started = True
+
+    return on_input(norm, choose_mode)
 
 
 def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:

@@ -66,10 +66,10 @@ class Flow:
         by_position: labels of channels that the code selects by position, with bounds that may be
             constants; each vector with the reason to fix them if they are.
         calls: how often each layer in the table ran.
-        uses: by layer, uses of its weight and output positions, summed over the pass, for one example.
+        uses: by layer, uses of its weight and output positions, summed over the pass.
         readers: by convolution or linear layer, what reads its output: the name of a BatchNorm, or the
             empty string for anything else.
-        other_macs: MACs of matrix products and convolutions outside those layers, for one example.
+        other_macs: MACs of matrix products and convolutions outside those layers, in the pass.
         read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
         functional: parameters outside the layers that the model's code passes to a convolution or
             linear function, each with the reason why their channels are not pruned.
@@ -104,12 +104,11 @@ class Labels:
         found: receives ties, fixed labels and the sides of layers.
         loose: names of parameters and buffers outside the layers of the table, by `id`; each gets one
             label per element at its first use.
-        batch: number of examples in the pass.
         weights: finds the parameters that tensors are views of.
     """
 
-    def __init__(self, found: Flow, loose: dict[int, str], batch: int, weights: Weights):
-        self.found, self.loose, self.batch, self.weights = found, loose, batch, weights
+    def __init__(self, found: Flow, loose: dict[int, str], weights: Weights):
+        self.found, self.loose, self.weights = found, loose, weights
         #: Stack of the running modules: (name, description for messages).
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
@@ -193,9 +192,8 @@ class Labels:
         The operator's MACs were counted as those of no layer, which this corrects.
         """
         before = self.found.uses.get(name, (0.0, 0.0))
-        each = positions / self.batch
-        self.found.uses[name] = before[0] + each, before[1] + each
-        self.found.other_macs -= each * elements
+        self.found.uses[name] = before[0] + positions, before[1] + positions
+        self.found.other_macs -= positions * elements
         self.found.calls[name] += 1
 
     # --- statistics over channels ----------------------------------------------------------

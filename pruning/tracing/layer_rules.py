@@ -36,7 +36,6 @@ class LayerCall:
         name: name of the layer. module: the layer.
         inputs: all tensors among its arguments, at least one.
         output: its output; of several tensors, the first.
-        batch: number of examples in the pass.
         outputs: all tensors among its outputs.
     """
 
@@ -44,7 +43,6 @@ class LayerCall:
     module: nn.Module
     inputs: list[Tensor]
     output: Tensor
-    batch: int
     outputs: Sequence[Tensor] = ()
 
 
@@ -56,9 +54,9 @@ def weighted(labels: Labels, call: LayerCall) -> None:
     """Follow a convolution or linear layer, which reads channels and makes new ones."""
     dim, x, module = channel_dim(call.module), call.inputs[0], call.module
     arriving = labels.of_or_uniform(x, dim)
-    positions = call.output.numel() / layer_width(module, "out") / call.batch
+    positions = call.output.numel() / layer_width(module, "out")
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    uses = x.numel() / layer_width(module, "in") / call.batch if transposed else positions
+    uses = x.numel() / layer_width(module, "in") if transposed else positions
     _count_uses(labels, call, uses, positions)
     if is_depthwise(module):
         return channelwise(labels, call, dim)
@@ -104,7 +102,7 @@ def recurrent(labels: Labels, call: LayerCall) -> None:
     All states and outputs have the hidden units along the last dimension, for each direction once.
     """
     x, *states = [t for t in call.inputs if t.is_floating_point()]  # packed sequences also have integers
-    steps = x.numel() / layer_width(call.module, "in") / call.batch
+    steps = x.numel() / layer_width(call.module, "in")
     _count_uses(labels, call, steps, steps)
     _make_hidden(labels, call, states)
     if _along(labels, call, labels.of(x), -1) is not None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pruning.graph.groups import Group, Trace, WidthAttribute
 from pruning.graph.layers import Side, layer_width, rule_of
@@ -30,7 +29,7 @@ from pruning.tracing.labels import Flow
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
-from pruning.utils.tree import Inputs, tensors
+from pruning.utils.tree import Inputs, map_tensors, tensors
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ class _NarrowedRuns:
         )
         self.unused = found.probe
         self.on_meta = found.probe is not None
-        self.example = pytree.tree_map(to_meta, inputs) if self.on_meta else inputs
+        self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
 
     def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
         """Return the error of the model without the last channels of these groups; empty if it runs."""

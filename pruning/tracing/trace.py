@@ -31,6 +31,7 @@ from pruning.tracing.grouping import channel_groups
 from pruning.tracing.labels import Flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.tracer import flow
+from pruning.utils.batch import find_batch
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.tree import Inputs, tensors
 
@@ -53,16 +54,24 @@ _NOT_RUN = (
 
 @buffers_unchanged
 def trace(
-    model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = (), *, compare: bool = True
+    model: nn.Module,
+    inputs: Inputs,
+    ignored: Iterable[Ignored] = (),
+    *,
+    compare: bool = True,
+    batch_size: int | None = None,
 ) -> Trace:
     """Find the channel groups of a model.
 
     Args:
         model: any module; neither it nor its mode is changed.
-        inputs: example inputs with a batch dimension, on the model's device.
+        inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping of
+            keyword arguments.
         ignored: layers whose outputs are not pruned: names, patterns, types or modules.
         compare: whether to find layers whose own code mixes channels, by comparing the outputs of
             narrowed copies of the model.
+        batch_size: number of examples in the inputs, by which costs are divided; by default it is found,
+            see `pruning.utils.batch.find_batch`.
 
     Returns the groups, and for every other layer that makes channels the reason why it is skipped.
     Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
@@ -90,12 +99,18 @@ def trace(
         reasons.update({member.layer: reason for member in groups.pop(name).side("out")})
 
     foldable = _foldable(model, found)
+    batch = find_batch(model, inputs, batch_size)
     uses = {
-        name: LayerUse(used, positions, bias_of(model.get_submodule(name)) is not None or name in foldable)
+        name: LayerUse(
+            used / batch.size,
+            positions / batch.size,
+            bias_of(model.get_submodule(name)) is not None or name in foldable,
+        )
         for name, (used, positions) in found.uses.items()
     }
     skipped = _skipped(model, found, groups, reasons)
-    return Trace(groups, skipped, foldable, uses, frozenset(ignored_by), found.other_macs, inputs, sizes)
+    other_macs = found.other_macs / batch.size
+    return Trace(groups, skipped, foldable, uses, frozenset(ignored_by), other_macs, inputs, sizes, batch)
 
 
 def _prunable(

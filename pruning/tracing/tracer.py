@@ -105,9 +105,8 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
-    batch = example[0].shape[0] if example and example[0].ndim else 1
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with _Tracer(probe.eval(), found, batch) as tracer, tracer.functions:
+        with _Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)
             tracer.finish(output)
         found.outputs = [leaf.shape for leaf in tensors(output)]
@@ -117,7 +116,7 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
             in_training = replace(found, calls=Counter(), uses={}, readers={})
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
-                _Tracer(probe.train(), in_training, batch) as tracer,
+                _Tracer(probe.train(), in_training) as tracer,
                 tracer.functions,
             ):
                 tracer.finish(run(probe, inputs))
@@ -128,9 +127,9 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
 class _Tracer(TorchDispatchMode):
     """Label the tensors of one forward pass: hook the layers, and intercept all operations between them."""
 
-    def __init__(self, probe: nn.Module, found: Flow, batch: int):
+    def __init__(self, probe: nn.Module, found: Flow):
         super().__init__()
-        self.probe, self.found, self.batch = probe, found, batch
+        self.probe, self.found = probe, found
         #: By output tensor, the layer that made it, if a BatchNorm could be folded into this layer.
         self.makers = WeakTensorKeyDictionary()
         self.calls = CallCounter()
@@ -150,7 +149,7 @@ class _Tracer(TorchDispatchMode):
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
             if id(tensor) not in owned and tensor.is_floating_point() and tensor.numel()
         }
-        self.labels = Labels(found, loose, batch, Weights(probe))
+        self.labels = Labels(found, loose, Weights(probe))
 
     # --- layers ------------------------------------------------------------------------
 
@@ -212,9 +211,7 @@ class _Tracer(TorchDispatchMode):
         output = outputs[0]
         # Operations on labels are not part of the pass, and would take most of its time if followed.
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            is_foldable = follow_layer(
-                self.labels, LayerCall(name, module, inputs, output, self.batch, outputs)
-            )
+            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, output, outputs))
         if is_foldable:
             self.makers[output] = name
             self.found.readers.setdefault(name, [])
@@ -248,7 +245,7 @@ class _Tracer(TorchDispatchMode):
         if not self.depth:
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
-                self.found.other_macs += flops / 2 / self.batch
+                self.found.other_macs += flops / 2
             self._read((args, kwargs), "")
             operation = Operation(func, args, kwargs, output)
             place = self.calls.place(self.labels.path[-1][0], func)

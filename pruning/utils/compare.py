@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
-from pruning.utils.tree import Inputs, fresh, tensors
+from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
 
 #: Largest relative difference attributed to rounding in float32. For coarser types the tolerance is
 #: 16 times the machine epsilon.
@@ -34,10 +33,10 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
 def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of a model and its inputs in double precision, to distinguish faults from rounding."""
 
-    def double(leaf: object) -> object:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
 
-    return copied(model).double(), pytree.tree_map(double, inputs)
+    return copied(model).double(), map_tensors(double, inputs)
 
 
 class _ConstantRandomNumbers(TorchDispatchMode):

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.utils.modules import copied
-from pruning.utils.tree import Inputs, fresh
+from pruning.utils.tree import Inputs, fresh, map_tensors
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ def without_computing(run: Callable[[nn.Module, Inputs], T], model: nn.Module, i
     torch.Size([2, 3])
     """
     try:
-        return run(on_meta(model), pytree.tree_map(to_meta, inputs))
+        return run(on_meta(model), map_tensors(to_meta, inputs))
     except Exception:  # of any kind; an error of the model itself is raised again below
         return run(copied(model), fresh(inputs))
 
@@ -47,7 +46,7 @@ def without_storage(
     model: nn.Module, run: Callable[[nn.Module, Inputs], object], inputs: Inputs
 ) -> tuple[nn.Module, Inputs]:
     """Return a model and its inputs on the meta device if `run` works there, else unchanged."""
-    probe, example = on_meta(model), pytree.tree_map(to_meta, inputs)
+    probe, example = on_meta(model), map_tensors(to_meta, inputs)
     try:
         with torch.no_grad():
             run(probe.eval(), example)
@@ -60,19 +59,15 @@ def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = _empty(tensor)
+        empty = to_meta(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copied(model, memo, _empty)
+    return copied(model, memo, to_meta)
 
 
-def to_meta(leaf: object) -> object:
-    """Return a tensor of the same shape on the meta device; return any other object unchanged."""
-    return _empty(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-def _empty(tensor: Tensor) -> Tensor:
+def to_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape on the meta device."""
     return torch.empty_like(tensor, device="meta")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import TypeAlias, TypeVar
 
@@ -23,17 +25,25 @@ def fresh(inputs: T) -> T:
     >>> fresh(inputs)["x"].add_(1), inputs["x"]
     (tensor([1., 1.]), tensor([0., 0.]))
     """
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    return map_tensors(lambda tensor: tensor.detach().clone(), inputs)
 
 
-def first_examples(inputs: T, count: int) -> T:
-    """Return the first `count` examples of a batch of nested inputs.
+def map_tensors(function: Callable[[Tensor], object], inputs: T) -> T:
+    """Return nested inputs with a function applied to every tensor; other leaves are unchanged.
 
-    >>> import torch
-    >>> first_examples((torch.zeros(8, 3), None), 2)[0].shape
-    torch.Size([2, 3])
+    Mappings that torch's pytree treats as leaves (the `BatchEncoding` of a tokenizer) are followed, too.
     """
-    return pytree.tree_map(lambda leaf: leaf[:count] if isinstance(leaf, Tensor) else leaf, inputs)
+
+    def apply(leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if isinstance(leaf, UserDict):
+            changed = copy.copy(leaf)
+            changed.data = map_tensors(function, leaf.data)
+            return changed
+        return leaf
+
+    return pytree.tree_map(apply, inputs)
 
 
 def tensors_among(values: Iterable[object]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from pruning.report.figures import require_matplotlib, save
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
+from pruning.utils.batch import usual_batch
 from pruning.utils.files import replace_file
-from pruning.utils.tree import first_examples
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def execute(args: argparse.Namespace) -> None:
     validation, seen = [], 0
     for inputs, targets in data.validation:
         room = flags.examples - seen if flags.examples else len(targets)
-        validation.append((first_examples(inputs, room), first_examples(targets, room)))
+        validation.append((usual_batch(inputs).first(inputs, room), targets[:room]))
         seen += len(validation[-1][1])
         if flags.examples and seen >= flags.examples:
             break

@@ -18,8 +18,8 @@ from pruning.errors import PruningError
 from pruning.planning.cost import deployed_cost
 from pruning.training.batches import first_batch, to_device
 from pruning.training.losses import accuracy, why_not_classifier
+from pruning.utils.batch import find_batch
 from pruning.utils.files import replace_file
-from pruning.utils.tree import first_examples, tensors
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -37,16 +37,17 @@ def execute(args: argparse.Namespace) -> None:
         models = {"dense": build.network_with(args, flags.against).eval(), **models}
     batch = to_device(first_batch(batches), torch.device(args.device))[0]
     build.require_classes(args, require_runs(model, batch), data)
-    size = min(args.batch_size, len(tensors(batch)[0]))
-    timed = {n: first_examples(batch, n) for n in sorted({1, size})}
+    found = find_batch(model, batch)
+    size = min(args.batch_size, found.size)
+    timed = {n: found.first(batch, n) for n in sorted({1, size})}
     times = {
-        n: time_forward(models, inputs, seconds=flags.seconds, threads=torch.get_num_threads())
+        n: time_forward(models, inputs, seconds=flags.seconds, threads=torch.get_num_threads(), batch_size=n)
         for n, inputs in timed.items()
     }
     reason = why_not_classifier(model, batches)
     rows = []
     for name, each in models.items():
-        cost = deployed_cost(each, first_examples(batch, 1))
+        cost = deployed_cost(each, found.first(batch, 1), batch_size=1)
         trained = name == "network" or flags.against is not None
         rows.append(
             {
@@ -54,7 +55,7 @@ def execute(args: argparse.Namespace) -> None:
                 "accuracy": accuracy(each, batches) if trained and reason is None else None,
                 "params": cost.params,
                 "macs": cost.macs,
-                **{f"ms_batch_{size}": found[name].median for size, found in times.items()},
+                **{f"ms_batch_{size}": taken[name].median for size, taken in times.items()},
             }
         )
     heads = list(rows[0])
