@@ -15,12 +15,18 @@ from pruning.graph.rule import Rule
 _INFERRED: WeakKeyDictionary[type[nn.Module], Rule] = WeakKeyDictionary()
 
 
-def infer_rule(kind: type[nn.Module], rule: Rule) -> bool:
+def infer_rule(kind: type[nn.Module], rule: Rule, inferred: set[type[nn.Module]]) -> bool:
     """Give a type of module a rule; return whether it has this rule now.
 
-    A type whose code uses two weights, or one weight in two ways, keeps the first rule.
+    A type whose code uses two weights, or one weight in two ways, keeps the first rule of a pass.
+
+    Args:
+        inferred: types that got a rule in the present pass; rules of earlier passes are replaced.
     """
-    known = _INFERRED.setdefault(kind, rule)
+    if kind not in inferred:
+        _INFERRED[kind] = rule
+        inferred.add(kind)
+    known = _INFERRED[kind]
     if known.into == rule.into and known.weight == rule.weight:
         merged = {**known.out, **rule.out}
         if merged != known.out:  # another instance of the type has a bias

@@ -154,6 +154,8 @@ class RowTable:
         for key, parameter in layer.named_parameters(recurse=False):
             if key == rule.bias or (key in rule.out and key in rule.into):
                 continue
+            if f"{name}.{key}".lstrip(".") not in self.parameters:
+                continue  # it has a row of its own
             total += parameter.numel()
             if key in rule.out or key in rule.into:
                 side, fixed = (

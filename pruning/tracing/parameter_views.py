@@ -30,6 +30,8 @@ class Weights:
 
     def __init__(self, model: nn.Module):
         self.modules = dict(model.named_modules())
+        #: Types of modules whose rules this pass has inferred.
+        self.inferred: set[type[nn.Module]] = set()
         self._by_memory: dict[int, tuple[str, str, Tensor]] = {}
         for name, module in self.modules.items():
             for attribute, parameter in module.named_parameters(recurse=False):

@@ -106,7 +106,7 @@ def _weighted(
     )
     if rule_for(module) is not None and inferred_rule(type(module)) is None:
         return False  # code reads the weight of a layer of the table
-    if not infer_rule(type(module), rule):
+    if not infer_rule(type(module), rule, labels.weights.inferred):
         return False
     arriving = labels.of(x)
     if set(varying(arriving)) - {dim % x.ndim}:
