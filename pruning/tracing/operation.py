@@ -83,3 +83,15 @@ def first_operand(rule: Callable[[Labels, Operation, Tensor], None]) -> Operator
         return rule(labels, op, first)
 
     return full
+
+
+@functools.cache
+def shares_memory(func: OpOverload) -> bool:
+    """Whether an operation writes to an argument, or returns a view of one."""
+    return any(argument.alias_info for argument in func._schema.arguments)
+
+
+@functools.cache
+def writes(func: OpOverload) -> bool:
+    """Whether an operation writes to an argument."""
+    return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)

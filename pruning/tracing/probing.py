@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from pruning.graph.groups import Group, Trace, WidthAttribute
-from pruning.graph.layers import Side, layer_width, rule_of
+from pruning.graph.layers import Side
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
 from pruning.surgery.width_attributes import attributes_with
+from pruning.tracing.bisection import Structure, faulty_groups, structure_of
 from pruning.tracing.labels import Flow
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
@@ -80,7 +81,7 @@ class WidthProbe:
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
         self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
-        self.structures = {name: _structure(model, found, group) for name, group in groups.items()}
+        self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
         """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
@@ -88,11 +89,11 @@ class WidthProbe:
         sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         suspect = [name for name in groups if np.isin(labels[name], sized).any()]
-        at_fault = _at_fault(self.runs.error, suspect, self.structures)
+        at_fault = faulty_groups(self.runs.error, suspect, self.structures)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
             others = [name for name in groups if name not in suspect]
-            at_fault |= _at_fault(self.runs.error, others, self.structures)
+            at_fault |= faulty_groups(self.runs.error, others, self.structures)
         reasons = {
             name: f"the model's code is tied to its width: with fewer channels, {error}. {_CURE}"
             for name, error in at_fault.items()
@@ -118,7 +119,7 @@ class WidthProbe:
             """Compare at two widths: a wrong bound of a slice may be right by chance at one of them."""
             return self.runs.mismatch(some, (), 1 / 3) or self.runs.mismatch(some, (), 2 / 3)
 
-        changed = _at_fault(mismatch_at_two_widths, list(why), self.structures)
+        changed = faulty_groups(mismatch_at_two_widths, list(why), self.structures)
         return {name: why[name] for name in changed}
 
     def mixing(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...]) -> dict[str, str]:
@@ -127,78 +128,13 @@ class WidthProbe:
         Only if there are layers with code of their own, outputs are compared, in two forward passes.
         """
         own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
-        changed = _at_fault(lambda some: self.runs.mismatch(some, sizes), list(own), self.structures)
+        changed = faulty_groups(lambda some: self.runs.mismatch(some, sizes), list(own), self.structures)
         return {
             name: f"{own[name]} has code of its own, and with fewer channels the model does not compute what "
             f"the masked one does ({error}). Replace it by a layer of torch, with the weights that it "
             "computes with, to let it be pruned"
             for name, error in changed.items()
         }
-
-
-def _at_fault(
-    test: Callable[[list[str]], str], names: list[str], structures: Mapping[str, _Structure]
-) -> dict[str, str]:
-    """Return the groups that fail a test, with the error; search by bisection.
-
-    Groups of equal structure are narrowed together. If they fail, and the first one alone fails, its
-    answer holds for all of them, so that many blocks alike take as many tests as one.
-    """
-    error = test(names) if names else ""
-    if not error:
-        return {}
-    alike: dict[_Structure, list[str]] = {}
-    for name in sorted(names, key=lambda name: structures[name].shape):  # groups that fail are neighbors
-        alike.setdefault(structures[name], []).append(name)
-    failing = _bisect(test, list(alike.values()), error)
-    return {name: failing[name] for name in names if name in failing}
-
-
-def _bisect(test: Callable[[list[str]], str], sets: list[list[str]], error: str) -> dict[str, str]:
-    """Search several sets of similar groups, which fail a test together with this error."""
-    if len(sets) > 1:
-        first, second = sets[: len(sets) // 2], sets[len(sets) // 2 :]
-        of_first = test([name for same in first for name in same])
-        found = _bisect(test, first, of_first) if of_first else {}
-        # If the first half passes, the error is in the second, which needs no test of its own.
-        names = [name for same in second for name in same]
-        if of_first or len(names) == 1:
-            error = test(names)
-        return found | _bisect(test, second, error) if error else found
-    (same,) = sets
-    if len(same) == 1:
-        return {same[0]: error}
-    if error := test(same[:1]):
-        return dict.fromkeys(same, error)
-    return _bisect(test, [[name] for name in same], "no error")
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """What groups of similar blocks have in common.
-
-    Attributes:
-        shape: the modules that hold its channels, as text. sizes: the widths and numbers of positions.
-    """
-
-    shape: str
-    sizes: tuple[object, ...]
-
-
-def _structure(model: nn.Module, found: Flow, group: Group) -> _Structure:
-    """Describe a group by the types, roles and sizes of its members, without their places in the model."""
-    shape: list[str] = []
-    sizes: list[object] = [group.channels]
-    for member in group.members:
-        owner, _, role = member.layer.rpartition(".")
-        kinds = [type(model.get_submodule(owner)).__name__, "" if role.isdecimal() else role, member.side]
-        if member.side != "self":
-            layer = model.get_submodule(member.layer)
-            kinds.append(type(layer).__name__)
-            sizes += [layer_width(layer, side) for side in _SIDES if rule_of(layer).count(side)]
-        shape.append(".".join(kinds))
-        sizes += [member.dim, len(member.index), found.uses.get(member.layer)]
-    return _Structure(" ".join(shape), tuple(sizes))
 
 
 def _own_code(model: nn.Module, group: Group) -> str:
@@ -297,7 +233,7 @@ def _following(
     model: nn.Module,
     runs: _NarrowedRuns,
     sizes: Mapping[str, list[_CountedSize]],
-    structures: Mapping[str, _Structure],
+    structures: Mapping[str, Structure],
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Return the groups that can be narrowed if attributes are updated, with these attributes."""
     candidates = {
@@ -308,7 +244,7 @@ def _following(
         return likely
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
     failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
-    hopeless: set[tuple[_Structure, int]] = set()  # no set of attributes works for groups of this structure
+    hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
     for name, several in candidates.items():
         like = structures[name], len(several)
         for chosen in () if like in hopeless else several:

@@ -11,7 +11,6 @@ with the reason.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
 from pruning.tracing.labels import Flow, Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
-from pruning.tracing.operation import Operation
+from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
 from pruning.tracing.ties import spread, varying, vector_along
@@ -56,18 +55,6 @@ Result = TypeVar("Result")
 
 #: Runs a model on inputs.
 Run = Callable[[nn.Module, Inputs], object]
-
-
-@functools.cache
-def _shares_memory(func: OpOverload) -> bool:
-    """Whether an operation writes to an argument, or returns a view of one."""
-    return any(argument.alias_info for argument in func._schema.arguments)
-
-
-@functools.cache
-def _writes(func: OpOverload) -> bool:
-    """Whether an operation writes to an argument."""
-    return any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
 
 
 def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
@@ -253,7 +240,7 @@ class _Tracer(TorchDispatchMode):
             self.labels.fix_positions(operation.operands)
             if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
-        if _writes(func) or (not self.depth and _shares_memory(func)):
+        if writes(func) or (not self.depth and shares_memory(func)):
             self.labels.unmark_uniform(tensors_among((args, kwargs)))
         return output
 
