@@ -339,7 +339,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, refused, monkeypatch):
     net = tmp_path / "net.pth"
     assert "no such file" in refused(net, "--to", "pt2")
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
-    assert "damaged" in refused(tmp_path / "broken.onnx", "--to", "onnx")
+    assert "it is an ONNX file" in refused(tmp_path / "broken.onnx", "--to", "onnx")
     save(net, YourNet())
     assert "invalid choice: 'tflite'" in refused(net, "--to", "tflite")
     assert "takes 1x28x28" in refused(net, "--to", "pt2", "--input-shape", "3x28x28")
