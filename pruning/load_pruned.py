@@ -106,9 +106,8 @@ def _resize(model: nn.Module, name: str, stored: Tensor, in_layer: bool, replace
 def _sizes(layer: Any, attribute: str) -> tuple[int, ...]:
     """Return the leading sizes of a layer's tensor that its channel counts determine; may be empty."""
     if attribute in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
-        gates = 4 if isinstance(layer, (nn.LSTM, nn.LSTMCell)) else 3
-        gates = gates if isinstance(layer, (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)) else 1
-        return (gates * layer.hidden_size, layer.input_size)
+        rows = 1 + 3 * isinstance(layer, (nn.LSTM, nn.LSTMCell)) + 2 * isinstance(layer, (nn.GRU, nn.GRUCell))
+        return (rows * layer.hidden_size, layer.input_size)
     if attribute not in ("weight", "bias", "running_mean", "running_var"):
         return ()
     if hasattr(layer, "num_embeddings") or hasattr(layer, "normalized_shape"):
@@ -116,6 +115,5 @@ def _sizes(layer: Any, attribute: str) -> tuple[int, ...]:
     counts = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
     out = next(getattr(layer, count) for count in counts if hasattr(layer, count))
     into = getattr(layer, "in_channels", getattr(layer, "in_features", 0))
-    if attribute == "weight" and getattr(layer, "transposed", False):
-        out, into = into, out
+    out, into = (into, out) if attribute == "weight" and getattr(layer, "transposed", False) else (out, into)
     return (out, into // getattr(layer, "groups", 1)) if attribute == "weight" and into else (out,)

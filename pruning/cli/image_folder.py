@@ -10,11 +10,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from pruning.cli.preprocessing import Preprocessing
+from pruning.cli.preprocessing import SPLITS, Preprocessing
 from pruning.errors import PruningError
-
-#: Names of the splits' folders.
-SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
 def image_folder(root: Path, preprocessing: Preprocessing) -> tuple[dict[str, VisibleImageFolder], bool]:

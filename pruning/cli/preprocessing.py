@@ -1,4 +1,4 @@
-"""How images become the inputs of a network; checkpoints record it."""
+"""How images become the inputs of a network, which checkpoints record, and the names of splits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pruning.errors import PruningError
 
 #: Mean and standard deviation of the pixels, as torchvision's pretrained networks expect them.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: Names of the splits of data, as folders or as keys of what a factory returns.
+SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 #: What `augment` may be, each with its description.
 AUGMENTATIONS = {

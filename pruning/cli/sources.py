@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruning.cli.factories import factory, made_by, similar, torchvision_module, users_code
-from pruning.cli.preprocessing import Preprocessing
+from pruning.cli.preprocessing import SPLITS, Preprocessing
 from pruning.errors import PruningError
 from pruning.training.batches import BatchSource, first_batch, length
 from pruning.utils.batch import usual_batch
@@ -39,9 +39,6 @@ SHOWN = 10
 
 #: From this many examples on, all of one class, the batches are taken to be sorted by class.
 FEW = 64
-
-#: Names of the splits in what a factory returns.
-SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,10 +64,6 @@ class Reduction:
         """The module, the operator and the number of the call."""
         return self.module, self.operator, self.call
 
-    def positions(self, channels: Tensor) -> Tensor:
-        """The positions that the given channels of the group own."""
-        return self.index[torch.isin(self.channel, channels)]
-
 
 @dataclass(frozen=True)
 class Group:
@@ -88,6 +84,12 @@ class Group:
     def side(self, side: Side) -> tuple[Member, ...]:
         """The members on one side of their layers."""
         return tuple(member for member in self.members if member.side == side)
+
+    def dropped(self, kept: Iterable[int]) -> Tensor:
+        """Whether each channel is none of those that are kept, (channels,)."""
+        dropped = torch.ones(self.channels, dtype=torch.bool)
+        dropped[list(kept)] = False
+        return dropped
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Rule:
         kind: `"weighted"`, every output channel is a sum over input channels (a convolution);
             `"embedding"`, output channels are looked up by index; `"channelwise"`, each channel is
             treated alone (BatchNorm, PReLU); `"norm"`, channels are scaled by statistics over several
-            of them (LayerNorm); `"recurrent"`, input channels are read, the hidden size is kept.
+            of them (LayerNorm); `"recurrent"`, hidden units are made of input channels at every time step.
         bias: the tensor that is added to the weighted sum, if the layer adds one and neither scales the
             sum nor pads its input with zeros; `apply` folds the constants of removed channels into it.
         dim: the dimension of the input and the output along which channels lie, from the end. The default

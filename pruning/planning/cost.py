@@ -203,7 +203,7 @@ class CostModel:
         trace: of this model.
 
     Attributes:
-        groups: names of the groups. full: their full widths, (groups,).
+        trace: the trace. groups: names of the groups. full: their full widths, (groups,).
         layers: the layer of each row of the closed form; empty for rows without a timed layer.
 
     >>> from pruning.tracing.trace import trace
@@ -214,7 +214,7 @@ class CostModel:
     """
 
     def __init__(self, model: nn.Module, trace: Trace):
-        self.groups = list(trace.groups)
+        self.trace, self.groups = trace, list(trace.groups)
         self.full = np.array([trace.groups[g].channels for g in self.groups], dtype=np.float64)
         table = RowTable(model, trace, self.full)
         rows = table.rows

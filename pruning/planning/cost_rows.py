@@ -94,8 +94,6 @@ class RowTable:
             own_weight += self._add_sources(name, layer, rule, row) * kernel
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
-            if is_inferred(layer):
-                row = row._replace(layer="")  # its biases have rows of their own, and its code is not timed
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
 
     def _add_sources(self, name: str, layer: nn.Module, rule: Rule, row: Row) -> int:

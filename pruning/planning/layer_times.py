@@ -6,6 +6,7 @@ import copy
 import math
 import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from pruning.deploy.runtimes import onnx_session, require_package
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layer_tensors import narrow
-from pruning.graph.layers import channel_dim, holds_layers, is_depthwise, layer_width, parts, rule_of
+from pruning.graph.layers import (
+    channel_dim,
+    holds_layers,
+    is_depthwise,
+    is_inferred,
+    layer_width,
+    parts,
+    rule_of,
+)
 from pruning.graph.rule import Side
 from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
@@ -62,6 +71,8 @@ class LatencyTable:
         self.candidates = [
             _candidates(int(low), int(full), multiple) for low, full in zip(lowest, self.full, strict=True)
         ]
+        trace = cost_model.trace
+        budget = replace(budget, batch_size=budget.batch_size or trace.batch.size)
         shapes_of = _input_shapes(model, inputs, [name for name in cost_model.layers if name])
         grid_sides = self._grid_sides()
         known: dict[tuple[object, ...], np.ndarray] = {}  # layers of the same kind are timed once
@@ -69,6 +80,8 @@ class LatencyTable:
         with thread_count(budget.threads), torch.inference_mode():
             for name, shapes in shapes_of.items():
                 layer = model.get_submodule(name)
+                if is_inferred(layer):
+                    layer, shapes = _product(layer, trace.uses[name].positions * (budget.batch_size or 1))
                 outs, ins = grid_sides[name]
                 kind = (type(layer), layer.extra_repr(), tuple(shapes), tuple(outs), tuple(ins))
                 if kind not in known:
@@ -172,6 +185,17 @@ def _time_grid(
     return found
 
 
+def _product(layer: nn.Module, positions: float) -> tuple[nn.Linear, list[torch.Size]]:
+    """Return a linear layer, and the shape of its input, that multiply as often as an inferred layer does.
+
+    The code of such a layer runs other operations, too, so the layer itself cannot be called at any width.
+    """
+    weight = layer.get_parameter(rule_of(layer).weight)
+    into, out = layer_width(layer, "in"), layer_width(layer, "out")
+    product = nn.Linear(into, out, bias=False, device=weight.device, dtype=weight.dtype)
+    return product, [torch.Size((max(1, round(positions * weight.numel() / (into * out))), into))]
+
+
 def _narrowed(layer: nn.Module, out: int, into: int) -> nn.Module:
     """Return a copy of a layer with these widths, with the same number of channels in each of its parts."""
     small, several = copy.deepcopy(layer).eval(), parts(layer)
@@ -205,7 +229,7 @@ def _milliseconds(layer: nn.Module, shape: torch.Size, budget: LatencyBudget) ->
     timer = timeit.Timer(run)
     timer.timeit(2)
     passes = max(1, round(0.001 / max(timer.timeit(1), 1e-9)))
-    return min(timer.repeat(3, passes)) / passes / (budget.batch_size or len(x)) * 1000
+    return min(timer.repeat(3, passes)) / passes / (budget.batch_size or 1) * 1000
 
 
 def _zero_offsets(layer: DeformableConv, x: Tensor) -> Tensor:

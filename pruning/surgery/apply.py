@@ -124,11 +124,8 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
                 f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels} channels; give a "
                 "plan for this model"
             )
-        drop = torch.ones(group.channels, dtype=torch.bool)
-        drop[list(kept)] = False
-        if not drop.any():
-            continue
-        for member in group.members:
+        drop = group.dropped(kept)
+        for member in group.members if drop.any() else ():
             positions = member.index[drop[member.channel]]
             dropped.setdefault((member.layer, member.side), []).append(positions)
     return {side: torch.cat(positions).unique() for side, positions in dropped.items()}

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Trace
 from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
+from pruning.surgery.linear_form import weight_uses
 from pruning.utils.meta import Shapes, without_storage
 from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
@@ -287,8 +287,10 @@ def _refit(
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for inputs in batches:
-            wanted = joined(_input_of(model, layer.joined, inputs))
-            yield _rows(joined, _input_of(smaller, layer.joined, inputs), wanted)
+            given = _input_of(model, layer.joined, inputs)
+            [use] = weight_uses(joined, given, {joined.weight})
+            for rows, wanted in use.form.rows(_input_of(smaller, layer.joined, inputs), use.output):
+                yield rows[:, 0], wanted[:, 0]
 
     with torch.no_grad():
         weight, bias = _least_squares(pairs(), offset=joined.bias is not None or norm is not None)
@@ -319,17 +321,6 @@ def _least_squares(pairs: Iterable[tuple[Tensor, Tensor]], offset: bool) -> tupl
         ridge[-1] = 0
     solved = torch.linalg.solve(gram + torch.diag(ridge), cross)
     return (solved[:-1], solved[-1]) if offset else (solved, None)
-
-
-def _rows(joined: _Fittable, given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs and outputs of a layer as the rows of a linear regression, in float64."""
-    if isinstance(joined, nn.Conv2d):
-        if joined.padding == "same":
-            given = F.pad(given, joined._reversed_padding_repeated_twice)
-        padding = 0 if isinstance(joined.padding, str) else joined.padding
-        given = F.unfold(given, joined.kernel_size, joined.dilation, padding, joined.stride)
-        given, wanted = given.movedim(1, -1), wanted.flatten(2).movedim(1, -1)
-    return given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
 
 
 def _replace_weights(layer: _Fittable, weight: Tensor) -> None:

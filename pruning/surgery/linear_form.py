@@ -28,7 +28,7 @@ _TRANSPOSED_ARGUMENTS = (
 )  # fmt: skip
 
 #: The functions that multiply inputs with a weight, with the names of their arguments.
-_FUNCTIONS: Mapping[Callable[..., object], Sequence[str]] = {
+FUNCTIONS: Mapping[Callable[..., object], Sequence[str]] = {
     F.linear: ("input", "weight", "bias"),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV_ARGUMENTS),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED_ARGUMENTS),
@@ -151,7 +151,7 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        names = _FUNCTIONS.get(func)
+        names = FUNCTIONS.get(func)
         if names is not None:
             given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
             if id(given["weight"]) in self.weights:

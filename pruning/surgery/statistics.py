@@ -126,9 +126,8 @@ def dropped_from_statistics(trace: Trace, plan: Plan) -> dict[Place | None, tupl
     found: dict[Place | None, tuple[int, list[Tensor]]] = {}
     for name, kept in plan.keep.items():
         group = trace.groups[name]
-        drop = torch.ones(group.channels, dtype=torch.bool)
-        drop[list(kept)] = False
+        drop = group.dropped(kept)
         for reduction in group.reductions if drop.any() else ():
             entry = found.setdefault(reduction.place, (reduction.dim, []))
-            entry[1].append(reduction.positions(drop.nonzero().flatten()))
+            entry[1].append(reduction.index[drop[reduction.channel]])
     return {place: (dim, torch.cat(positions)) for place, (dim, positions) in found.items()}

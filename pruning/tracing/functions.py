@@ -8,16 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pruning.surgery.linear_form import FUNCTIONS
 from pruning.utils.tree import tensors_among
-
-#: The functions that convolutions and linear layers call, as (input, weight, bias, …).
-_WEIGHTED_FUNCTIONS = frozenset(
-    getattr(nn.functional, name)
-    for name in (
-        "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
-    )
-)  # fmt: skip
-
 
 #: Functions that pack sequences of different lengths; each channel stays along the last dimension.
 _PACKING = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
@@ -57,7 +49,7 @@ class Functions(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         deforming = getattr(func, "_qualified_op_name", "") == "torchvision::deform_conv2d"
-        if func in _WEIGHTED_FUNCTIONS or deforming:
+        if func in FUNCTIONS or deforming:
             given = {**dict(zip(("input", "weight", "offset", "mask"), args, strict=False)), **kwargs}
             weight = id(given.get("weight"))
             if weight in self.layers:

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from pruning.graph.groups import Group, Trace, WidthAttribute
-from pruning.graph.layers import Side
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
@@ -51,8 +50,6 @@ _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
-
-_SIDES: tuple[Side, ...] = ("out", "in")
 
 #: Largest number of attribute sets to try for one group.
 MOST_CANDIDATES = 16
