@@ -100,3 +100,9 @@ def refused(name: str, *flags: Any, **options: Any) -> str:
     done = script(name, *flags, check=False, **options)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]
+
+
+def need_onnx() -> None:
+    """Skip a test where the packages for ONNX are not installed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)

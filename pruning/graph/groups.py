@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.rule import Side
+from pruning.graph.rule import Rule, Side
 from pruning.utils.batch import Batch
 from pruning.utils.tree import Inputs
 
@@ -142,6 +142,7 @@ class Trace:
         inputs: the example inputs, on which folding and surgery are checked.
         sizes: attributes of modules to update with the widths of the groups.
         batch: the batch of the example inputs.
+        inferred: rules of types of modules that multiply by a weight of their own.
     """
 
     groups: dict[str, Group]
@@ -153,6 +154,7 @@ class Trace:
     inputs: Inputs = field(default=(), repr=False, compare=False)
     sizes: tuple[WidthAttribute, ...] = ()
     batch: Batch = field(default_factory=Batch, compare=False)
+    inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ belongs to a type of module, as in the table of layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -33,6 +34,14 @@ def infer_rule(kind: type[nn.Module], rule: Rule, inferred: set[type[nn.Module]]
             _INFERRED[kind] = Rule(merged, known.into, kind="weighted")
         return known.out[known.weight] == rule.out[rule.weight]
     return False
+
+
+def reinstate(rules: Mapping[type[nn.Module], Rule]) -> None:
+    """Let types of modules have the rules that were inferred when a model was traced.
+
+    Another model, traced since, may have modules of the same type that use their weight differently.
+    """
+    _INFERRED.update(rules)
 
 
 def inferred_rule(kind: type[nn.Module]) -> Rule | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pruning.graph.computed import sources
 from pruning.graph.groups import Trace
+from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import readers, weight_size
 from pruning.graph.layers import is_depthwise, is_inferred, is_registered, layer_width, rule_for
 from pruning.graph.recurrent import (
@@ -44,6 +45,7 @@ class RowTable:
     """The rows of the closed form, and the costs that do not depend on the widths."""
 
     def __init__(self, model: nn.Module, trace: Trace, full: np.ndarray):
+        reinstate(trace.inferred)
         self.trace, self.full = trace, full
         self.owned = _owned_positions(trace)
         self.folded = set(trace.foldable.values())

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Member, Trace
+from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import output_rows, output_tensors, output_weights
 from pruning.graph.layers import makes_channels, weight_of
 from pruning.planning.options import SCORES
@@ -189,6 +190,7 @@ def score_channels(
     >>> score_channels(net, trace(net, torch.zeros(1, 3)), first_channels, [], cross_entropy)
     {'0': tensor([ 0, -1, -2, -3])}
     """
+    reinstate(trace.inferred)
     if not callable(score):
         if score not in BY_NAME:
             raise PruningError(

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.groups import Trace
+from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import narrow, output_rows, readers
 from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
@@ -111,6 +112,7 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
 
 def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
     """Return, for each side of each layer that loses channels, the positions that are removed, sorted."""
+    reinstate(trace.inferred)
     dropped: dict[tuple[str, Side], list[Tensor]] = {}
     for name, kept in plan.keep.items():
         group = trace.groups.get(name)

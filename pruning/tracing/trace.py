@@ -6,7 +6,7 @@ groups from the tied labels, and `pruning.tracing.probing` finds groups whose wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 from pruning.errors import PruningError
 from pruning.graph.computed import can_be_narrowed
 from pruning.graph.groups import Group, Ignored, LayerUse, Trace
+from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
     bias_of,
     layer_width,
@@ -100,17 +101,22 @@ def trace(
 
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size)
-    uses = {
+    skipped = _skipped(model, found, groups, reasons)
+    inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
+    return Trace(
+        groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
+        found.other_macs / batch.size, inputs, sizes, batch, inferred,
+    )  # fmt: skip
+
+
+def _uses(model: nn.Module, found: Flow, foldable: Mapping[str, str], size: int) -> dict[str, LayerUse]:
+    """Return how often each layer is used for one of `size` examples."""
+    return {
         name: LayerUse(
-            used / batch.size,
-            positions / batch.size,
-            bias_of(model.get_submodule(name)) is not None or name in foldable,
+            used / size, positions / size, bias_of(model.get_submodule(name)) is not None or name in foldable
         )
         for name, (used, positions) in found.uses.items()
     }
-    skipped = _skipped(model, found, groups, reasons)
-    other_macs = found.other_macs / batch.size
-    return Trace(groups, skipped, foldable, uses, frozenset(ignored_by), other_macs, inputs, sizes, batch)
 
 
 def _prunable(

@@ -17,9 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.planning import count
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify
-from pruning.tracing.ties import Ties
 from pruning.tracing.tracer import flow
-from pruning.utils import meta
 from pruning.utils.compare import TOLERANCE
 from pruning.utils.modules import call
 
@@ -77,24 +75,6 @@ def test_tracing_runs_on_the_meta_device(name):
     net, images = made(name)
     probe = flow(net, call, images).probe
     assert probe is not None and {t.device.type for t in probe.state_dict().values()} == {"meta"}
-
-
-def test_ties_are_transitive_and_find_returns_the_smallest_label():
-    ties = Ties()
-    first, second, third = ties.new(4), ties.new(4), ties.new(2)
-    ties.union(first, second)
-    ties.union(third, second[2:])
-    ties.union(first[:1], first[3:])
-    assert ties.find(third).tolist() == [2, 0]
-    assert ties.find(second).tolist() == [0, 1, 2, 0]
-
-
-def test_a_long_chain_of_ties_forms_one_set():
-    ties = Ties()
-    numbers = ties.new(10_000)
-    shuffled = numbers[torch.randperm(10_000).numpy()]
-    ties.union(shuffled[:-1], shuffled[1:])
-    assert (ties.find(numbers) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
@@ -450,57 +430,6 @@ def test_channels_are_followed_through_unpooling():
 
     step = prune(Unpooled(), nets.images(), Budget(channels=3), score="l2")
     assert step.plan.widths == {"stem": 3} and step.difference < 1e-5
-
-
-def empty(*shape):
-    return torch.empty(*shape, device="meta")
-
-
-@pytest.mark.parametrize(
-    ("run", "x"),
-    [
-        (lambda x: F.layer_norm(x, (5, 6), empty(5, 6)), empty(4, 5, 6)),
-        (lambda x: F.layer_norm(x, (5,)), empty(4, 5, 6).transpose(1, 2)),
-        (lambda x: F.linear(x, empty(7, 6), empty(7)), empty(4, 6)),
-        (lambda x: F.batch_norm(x, *empty(2, 4)), empty(3, 4, 6)),
-        (lambda x: F.hardswish(x + x), empty(4, 6)),
-    ],
-)
-def test_output_shapes_equal_those_of_torch(run, x):
-    wanted = run(x)
-    with meta.Shapes():
-        got = run(x)
-    assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("needed", [["x", "weight", "bias"], ["x"], ["weight", "bias"]])
-def test_gradient_shapes_equal_those_of_torch(training, needed):
-    given = {"x": empty(3, 4, 6), "weight": empty(4), "bias": empty(4)}
-    wanted_for = [given[name].requires_grad_() for name in needed]
-
-    def gradients():
-        x, weight, bias = given.values()
-        y = F.relu(F.batch_norm(x, empty(4), empty(4), weight, bias, training))
-        return [(g.shape, g.dtype, g.stride()) for g in torch.autograd.grad(y.sum(), wanted_for)]
-
-    wanted = gradients()
-    with meta.Shapes():
-        assert gradients() == wanted
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        lambda x: F.layer_norm(x, (5,)),
-        lambda x: F.linear(x, empty(7, 5), empty(7)),
-        lambda x: F.linear(x, empty(7, 6), empty(5)),
-        lambda x: F.batch_norm(x, *empty(2, 5)),
-    ],
-)
-def test_invalid_shapes_raise_as_in_torch(run):
-    with meta.Shapes(), pytest.raises(RuntimeError):
-        run(empty(4, 6))
 
 
 def test_a_buffer_that_the_pass_replaces_is_not_confused_with_a_new_tensor():

@@ -108,3 +108,23 @@ def test_the_parameters_of_the_model_itself_are_no_layer():
 
     skipped = trace(Net(), torch.randn(2, 4)).skipped
     assert "put the weight into a layer" in skipped["stem"] and "calls linear" in skipped["weight"]
+
+
+def test_two_models_of_one_class_may_use_its_weight_in_different_ways():
+    class Either(nn.Module):
+        def __init__(self, into, out, transposed):
+            super().__init__()
+            self.transposed = transposed
+            self.weight = nn.Parameter(torch.randn(out, into) if transposed else torch.randn(into, out))
+
+        def forward(self, x):
+            return x @ (self.weight.t() if self.transposed else self.weight)
+
+    torch.manual_seed(0)
+    x, plan = torch.randn(6, 4), Plan({"0": (0, 2, 5)})
+    nets = [nn.Sequential(Either(4, 8, t), nn.ReLU(), Either(8, 3, t)) for t in (False, True)]
+    traces = [trace(net, x) for net in nets]  # before either of them is pruned
+    for net, traced in zip(nets, traces, strict=True):
+        small = apply(net, traced, plan)
+        assert verify(net, small, traced, plan, x) < 1e-4
+        assert CostModel(net, traced)(plan.widths).params == sum(p.numel() for p in small.parameters()) == 21

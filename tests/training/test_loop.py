@@ -1,4 +1,4 @@
-"""The training loop and stage 3: schedules, best epoch, moving averages, resuming, losses, teachers."""
+"""The training loop and stage 3: schedules, best epoch, moving averages, resuming."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from nets import ShuffledBatches, batches, same
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.batches import Batches
-from pruning import PruningError, finetune
+from pruning import PruningError
 from pruning.errors import TrainingDiverged
-from pruning.training import TrainConfig, accuracy, cross_entropy, fit
-from pruning.training.distillation import distillation, with_teacher
+from pruning.training import TrainConfig, accuracy, fit
 
 pytestmark = pytest.mark.numerics
 
@@ -134,69 +132,6 @@ def test_empty_batches_are_refused():
 IMAGES, LABELS = torch.zeros(4, 3, 14, 14), torch.zeros(4, dtype=torch.long)
 
 
-class Constant(nn.Module):
-    """A model that returns its weights for all inputs."""
-
-    def __init__(self, *shape, wrap=lambda outputs: outputs):
-        super().__init__()
-        self.weight, self.wrap = nn.Parameter(torch.zeros(shape)), wrap
-
-    def forward(self, _):
-        return self.wrap(self.weight * 1)
-
-
-@pytest.mark.parametrize(
-    ("net", "targets", "said"),
-    [
-        (Constant(4, 1), torch.zeros(4, 1), r"outputs of shape \(4, 1\)"),
-        (Constant(4, 1), LABELS, r"outputs of shape \(4, 1\)"),
-        (Constant(4), LABELS, r"outputs of shape \(4,\)"),
-        (Constant(4, 3, wrap=lambda outputs: {"logits": outputs}), LABELS, "the network returns a dict"),
-        (Constant(4, 3, wrap=lambda outputs: (outputs, 1)), LABELS, "the network returns a tuple"),
-        (Constant(4, 3), torch.zeros(4), "the targets are torch.float32"),
-        (Constant(4, 3), [0, 1, 2, 0], "the targets are list"),
-        (Constant(4, 3), LABELS[:, None], r"the targets have shape \(4, 1\), the outputs \(4, 3\)"),
-        (Constant(4, 3, 2, 2), LABELS, "the targets have shape"),
-        (Constant(4, 3), LABELS + 7, "the targets go from 7 to 7, but the network has 3 classes"),
-        (Constant(4, 3), LABELS - 1, "the targets go from -1 to -1, but the network has 3 classes"),
-    ],
-)
-def test_cross_entropy_and_accuracy_refuse_models_that_are_not_classifiers(net, targets, said):
-    with pytest.raises(PruningError, match=said):
-        fit(net, [(IMAGES, targets)], TrainConfig(1))
-    with pytest.raises(PruningError, match=said):
-        accuracy(net, [(IMAGES, targets)])
-
-
-def test_labels_may_be_per_pixel_and_of_any_integer_type():
-    pixels = LABELS[:, None, None].expand(4, 2, 2)
-    for dtype in (torch.uint8, torch.int32, torch.long):
-        fit(Constant(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))], TrainConfig(1))
-        assert accuracy(Constant(4, 3, 2, 2), [(IMAGES, pixels.to(dtype))]) == 1
-
-
-def test_the_accuracy_excludes_targets_that_the_loss_ignores():
-    weight = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [float("nan"), 0, 0]])
-    net = Constant(4, 3)
-    net.weight.data = weight
-    assert accuracy(net, [(IMAGES, torch.tensor([0, 1, -100, -100]))]) == 0.5
-    assert accuracy(net, [(IMAGES, torch.tensor([0, -100, 1, 0]))]) == pytest.approx(2 / 3), "NaN is wrong"
-    with pytest.raises(PruningError, match="nothing to evaluate on"):
-        accuracy(net, [(IMAGES, LABELS - 100)])
-
-
-def test_validation_runs_in_eval_mode_without_gradients():
-    def score(net):
-        return float(not net.training and not torch.is_grad_enabled())
-
-    seen = []
-    net = fit(nets.make("lenet"), batches(1), TrainConfig(2), validate=score,
-              on_epoch=lambda epoch: seen.append(epoch.score))  # fmt: skip
-    assert seen == [1, 1] and not net.training
-    with pytest.raises(PruningError, match="validate returned None: return one number"):
-        fit(net, batches(1), TrainConfig(1), validate=lambda _: None)
-
-
 def test_batches_without_a_length_are_refused():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -224,44 +159,6 @@ def test_settings_are_validated_on_creation(bad):
         TrainConfig(**{"epochs": 1, **bad})
 
 
-def test_distillation_matches_the_closed_form():
-    teacher, student = nets.make("lenet", 1), nets.make("lenet", 2)
-    images, labels = batches(1)[0]
-    loss = distillation(teacher, weight=0.3, temperature=2.0)(student, images, labels)
-    p, q = (net(images).div(2.0).softmax(1) for net in (teacher, student))
-    soft = (p * (p / q).log()).sum(1).mean() * 4
-    hard = nn.functional.cross_entropy(student(images), labels)
-    torch.testing.assert_close(loss, 0.7 * hard + 0.3 * soft)
-    assert not student._forward_hooks
-
-
-def criterion(logits, targets):
-    return nn.functional.cross_entropy(logits, targets)
-
-
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, criterion])
-def test_a_function_of_outputs_and_targets_can_be_the_loss(loss):
-    nets_ = [fit(nets.make("lenet"), batches(2), TrainConfig(1), loss=each) for each in (loss, cross_entropy)]
-    assert same(*nets_)
-    teacher, (images, labels) = nets.make("lenet", 1), batches(1)[0]
-    soft = [distillation(teacher, 0.5, loss=each)(nets_[0], images, labels) for each in (loss, cross_entropy)]
-    assert torch.equal(*soft)
-
-
-@pytest.mark.parametrize(
-    ("loss", "said"),
-    [
-        (None, "loss None is not callable: give a function of"),
-        (lambda model, x, y: model(x).sum(1), r"the loss returned \(16,\): a tensor with one element"),
-        (lambda model, x, y: 1.0, "the loss returned float"),
-        (lambda model, x, y: model(x).mean().detach(), "does not depend on the network"),
-    ],
-)
-def test_an_invalid_loss_is_refused(loss, said):
-    with pytest.raises(PruningError, match=said):
-        fit(nets.make("lenet"), batches(1), TrainConfig(1), loss=loss)
-
-
 def test_training_works_inside_no_grad():
     with torch.no_grad():
         net = fit(nets.make("lenet"), batches(2), TrainConfig(1))
@@ -274,91 +171,3 @@ def test_batches_of_one_example_and_numpy_arrays_are_refused():
         fit(net, [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])], TrainConfig(1))
     with pytest.raises(PruningError, match=r"numpy arrays: tensors were expected"):
         fit(net, [(IMAGES.numpy(), LABELS.numpy())], TrainConfig(1))
-
-
-def test_accuracy_takes_the_most_probable_class_of_soft_targets():
-    net, (images, labels) = nets.make("lenet"), batches()[0]
-    soft = nn.functional.one_hot(labels, 4) * 0.7 + 0.075
-    assert accuracy(net, [(images, soft)]) == accuracy(net, [(images, labels)])
-
-
-def test_a_teacher_with_another_number_of_classes_is_refused():
-    teacher = nets.LeNet5((2,), (3,), image_shape=(3, 14, 14), classes=7)
-    with pytest.raises(PruningError, match=r"teacher's outputs have shape \(16, 7\)"):
-        finetune(nets.make("lenet"), batches(), TrainConfig(1), teacher=teacher)
-
-
-def test_the_teacher_is_not_trained():
-    teacher = nets.make("lenet", 1)
-    finetune(nets.make("lenet", 2), batches(), TrainConfig(1), teacher=teacher)
-    assert same(teacher, nets.make("lenet", 1))
-
-
-class Counted(nn.Module):
-    """A teacher that counts the examples it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.seen = nets.make("lenet", 1), 0
-
-    def forward(self, images):
-        self.seen += len(images)
-        return self.net(images)
-
-
-def distilled(data, epochs=3):
-    teacher, net = Counted(), nets.make("lenet", 2)
-    torch.manual_seed(0)
-    finetune(net, data, TrainConfig(epochs), teacher=teacher, distill=0.7, temperature=2.0)
-    return net, teacher.seen
-
-
-class EveryBatch:
-    """Batches that do not declare whether they are the same in every epoch."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
-def test_the_teacher_runs_once_on_inputs_that_repeat():
-    given = batches()
-    examples = sum(len(labels) for _, labels in given)
-    (net, seen), (plain, every) = distilled(given), distilled(EveryBatch(given))
-    first = len(given[0][1])
-    assert (seen, every) == (first + examples, 3 * examples) and same(net, plain)
-
-
-def test_the_teacher_runs_once_on_images_in_memory_unless_they_are_augmented():
-    images, labels = torch.randint(256, (40, 3, 14, 14), dtype=torch.uint8), torch.arange(40) % 4
-    options = {"batch_size": 16, "mean": 0.4, "std": 0.2, "shuffle": True, "drop_last": True}
-    source = Batches(images, labels, **options)
-    (net, seen), (plain, every) = distilled(source), distilled(EveryBatch(source))
-    assert seen == 16 + len(images) and every == 3 * 16 * len(source)
-    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    changed = Batches(images, labels, **options, augment=lambda batch: batch)
-    assert distilled(changed)[1] == 16 + every
-
-
-def test_logits_that_take_more_memory_than_the_inputs_are_not_stored():
-    net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4)) for _ in range(2))
-    data = [(torch.rand(5, 3), torch.randint(4, (5,)))]
-    kept, _ = with_teacher(teacher, data, 0.5, 2.0)
-    assert kept is data
-    finetune(net, data, TrainConfig(1), teacher=teacher)
-
-
-def test_cross_entropy_takes_probabilities_as_targets():
-    net, (inputs, targets) = nn.Sequential(nn.Flatten(), nn.Linear(588, 4)), batches()[0]
-    shares = nn.functional.one_hot(targets, 4).float()
-    torch.testing.assert_close(cross_entropy(net, inputs, shares), cross_entropy(net, inputs, targets))
-    with pytest.raises(PruningError, match="integer targets"):
-        cross_entropy(net, inputs, shares[:, :3])
-    with pytest.raises(PruningError, match="integer targets"):
-        cross_entropy(net, inputs, shares + shares.roll(1, 1))  # several classes at once
