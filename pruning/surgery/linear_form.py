@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class _Finished(Exception):
 class _Recorder(TorchFunctionMode):
     """Records the uses of some weights; ends the forward pass after `most` of them."""
 
-    def __init__(self, weights: set[Tensor], most: int | None):
+    def __init__(self, weights: Iterable[Tensor], most: int | None):
         super().__init__()
         self.weights, self.most = {id(weight) for weight in weights}, most
         self.uses: list[WeightUse] = []
@@ -163,7 +163,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def weight_uses(
-    model: nn.Module, inputs: Inputs, weights: set[Tensor], most: int | None = None
+    model: nn.Module, inputs: Inputs, weights: Iterable[Tensor], most: int | None = None
 ) -> list[WeightUse]:
     """Return the multiplications with some weights in a forward pass, in their order.
 

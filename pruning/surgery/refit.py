@@ -33,6 +33,9 @@ RIDGES = tuple(10.0**power for power in range(-6, 3))
 #: Share of the rows of each batch on which the ridge is chosen.
 HELD_OUT = 4
 
+#: Why a layer that lost inputs was left as it was.
+_UNSEEN = "no linear or convolution function of torch multiplies by its weight itself"
+
 #: A refit must reduce the squared error on the held-out rows at least by this share.
 LEAST_GAIN = 0.01
 
@@ -94,11 +97,10 @@ def refit(
         raise PruningError("refit needs calibration inputs, and there are none; give a few batches of inputs")
     fits: list[LayerFit] = []
     dropped = dropped_positions(trace, plan)
-    weights = {id(weight_of(layer)): name for name, layer in dense.named_modules() if is_weighted(layer)}
+    readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
-        uses = weight_uses(dense, batches[0], _weights(dense, weights.values()))
-        order = [weights[id(use.weight)] for use in uses]
-        readers = {name for name, side in dropped if side == "in"}
+        weights = _weights(dense, [name for name, layer in dense.named_modules() if is_weighted(layer)])
+        order = [weights[use.weight] for use in weight_uses(dense, batches[0], weights.keys())]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
         for name in dict.fromkeys(order[first:]):
             drop = dropped.get((name, "out"), torch.zeros(0, dtype=torch.long))
@@ -107,13 +109,14 @@ def refit(
             fit = _refit_layer(small, dense, layer, batches)
             if fit is not None:
                 fits.append(fit)
+    fits += [LayerFit(name, nan, nan, reason=_UNSEEN) for name in readers if name not in order]
     return tuple(fits)
 
 
-def _weights(model: nn.Module, names: Iterable[str]) -> set[Tensor]:
-    """Return the weights of layers."""
-    found = (weight_of(model.get_submodule(name)) for name in names)
-    return {weight for weight in found if weight is not None}
+def _weights(model: nn.Module, names: Iterable[str]) -> dict[Tensor, str]:
+    """Return the weights of layers with the names of the layers; none that is computed from others."""
+    found = ((weight_of(model.get_submodule(name)), name) for name in names)
+    return {weight: name for weight, name in found if isinstance(weight, nn.Parameter)}
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ def _sums(
     fits, held, use = _Sums(), _Sums(), None
     for inputs in batches:
         wanted, found = (
-            weight_uses(model, inputs, _weights(model, [layer.name]), layer.uses) for model in (dense, small)
+            weight_uses(model, inputs, _weights(model, [layer.name]).keys(), layer.uses)
+            for model in (dense, small)
         )
         if len(wanted) != len(found):
             return fits, held, None

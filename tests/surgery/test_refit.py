@@ -200,3 +200,14 @@ def test_transposed_convolutions_of_torch_and_of_rows_agree_on_padding():
     rows, outputs = next(use.form.rows(use.input, use.output))
     found = torch.einsum("rgi,gio->rgo", rows, use.form.matrix(weight))
     torch.testing.assert_close(found, outputs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_whose_weight_is_computed_is_named_and_left_as_it_was():
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+    net, images = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), normed), torch.randn(32, 4)
+    traced, plan, small = pruned(net, images, Plan({"0": (0, 2, 3, 5)}))
+    before = small[2].weight.detach().clone()
+    [fit] = refit(small, net, traced, plan, [images])
+    assert fit.layer == "2" and fit.ridge is None and "by its weight itself" in fit.reason
+    assert torch.equal(small[2].weight, before)
