@@ -100,7 +100,7 @@ def refit(
     readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
         weights = _weights(dense, [name for name, layer in dense.named_modules() if is_weighted(layer)])
-        order = [weights[use.weight] for use in weight_uses(dense, batches[0], weights.keys())]
+        order = [weights[use.weight] for use in weight_uses(dense, batches[0], weights)]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
         for name in dict.fromkeys(order[first:]):
             drop = dropped.get((name, "out"), torch.zeros(0, dtype=torch.long))
@@ -172,8 +172,7 @@ def _sums(
     fits, held, use = _Sums(), _Sums(), None
     for inputs in batches:
         wanted, found = (
-            weight_uses(model, inputs, _weights(model, [layer.name]).keys(), layer.uses)
-            for model in (dense, small)
+            weight_uses(model, inputs, _weights(model, [layer.name]), layer.uses) for model in (dense, small)
         )
         if len(wanted) != len(found):
             return fits, held, None
