@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pruning.errors import PruningError
 from pruning.utils.files import replace_file
@@ -115,6 +116,20 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
 def svg(figure: Figure) -> bytes:
     """Return a figure as SVG."""
     return _rendered(figure, "svg")
+
+
+def png(image: ArrayLike) -> bytes:
+    """Return an image as PNG.
+
+    Args:
+        image: (C, H, W) with one channel or three, and values from 0 to 255.
+    """
+    from matplotlib.image import imsave
+
+    pixels = np.asarray(image, dtype=np.uint8)
+    buffer = io.BytesIO()
+    imsave(buffer, np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0), format="png")
+    return buffer.getvalue()
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:

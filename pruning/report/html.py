@@ -18,7 +18,7 @@ from pruning.errors import PruningError, UserError
 from pruning.planning.budget import LABELS
 from pruning.planning.curves import Sensitivity
 from pruning.report import plots
-from pruning.report.figures import svg
+from pruning.report.figures import png, svg
 from pruning.report.plots import Event
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.utils.files import replace_file
@@ -35,10 +35,24 @@ MAX_HISTOGRAMS, MAX_CLASSES = 16, 30
 
 
 class Picture(NamedTuple):
-    """A figure embedded in the page: its SVG in base64, and its caption."""
+    """Figures of one kind embedded in the page side by side, as SVG in base64, and their caption."""
 
-    svg: str
+    svgs: list[str]
     caption: str
+
+
+class Thumbnails(NamedTuple):
+    """Images embedded in the page, each as PNG in base64 with a text below it, and their caption."""
+
+    images: list[tuple[str, str]]
+    caption: str
+
+
+class Confusion(NamedTuple):
+    """A confusion matrix: names of the classes, and rows of (count, strength of the color in percent)."""
+
+    classes: list[str]
+    rows: list[list[tuple[int, int]]]
 
 
 def report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -117,7 +131,14 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
     if widths is not None:
         skipped = next((event["skipped"] for event in events if event["stage"] == "dense"), {})
     best = folder / "best.pth"
-    provenance = read(best).get("provenance", {}) if best.exists() else None
+    saved = read(best) if best.exists() else None
+    predictions = folder / "mistakes.json"
+    thumbnails, confusion = list[Thumbnails](), None
+    if predictions.exists():
+        with _errors_name(predictions):
+            found = json.loads(predictions.read_text())
+            names = _classes(saved, len(found["confusion"]["small"]))
+            thumbnails, confusion = _thumbnails(found, names), _confusion(found, names)
     return {
         "title": f"{folder.name}: pruning report",
         "name": folder.name,
@@ -125,6 +146,8 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
         "limits": _limits(events),
         "cards": _cards(folder, events),
         "figures": _pictures(folder, events),
+        "thumbnails": thumbnails,
+        "confusion": confusion,
         "layers": None if widths is None else _layers(*widths),
         "skipped": list(skipped.items()),
         "steps": [_step(event, events) for event in _pruning_steps(events)],
@@ -138,7 +161,7 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
             for event in events
             if "epoch" in event
         ],
-        "provenance": None if provenance is None else json.dumps(provenance, indent=2),
+        "provenance": None if saved is None else json.dumps(saved.get("provenance", {}), indent=2),
         "settings": json.dumps(settings, indent=2),
     }
 
@@ -226,8 +249,8 @@ def _step(event: Event, events: Sequence[Event]) -> list[object]:
             f"{event['validation']:.4f}", _decimal(trained[-1] if trained else None)]  # fmt: skip
 
 
-def _picture(figure: Figure, caption: str) -> Picture:
-    return Picture(base64.b64encode(svg(figure)).decode(), caption)
+def _picture(caption: str, *figures: Figure) -> Picture:
+    return Picture([base64.b64encode(svg(figure)).decode() for figure in figures], caption)
 
 
 def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
@@ -235,30 +258,27 @@ def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
     pictures = []
     if any("epoch" in event for event in events):
         caption = "Validation over all epochs, and costs after every pruning step."
-        pictures.append(_picture(plots.history(events), caption))
+        pictures.append(_picture(caption, plots.history(events)))
     widths = _widths(events)
     if widths:
         caption = "Channels of every group in the dense network and in the result."
-        pictures.append(_picture(plots.widths(*widths), caption))
+        pictures.append(_picture(caption, plots.widths(*widths)))
     pictures += _scales(events)
     analysis = folder / "sensitivity.json"
     if analysis.exists():
         with _errors_name(analysis):
             found = Sensitivity.from_json(json.loads(analysis.read_text())["sensitivity"])
             pictures += [
-                _picture(sensitivity_curves(found), "Sensitivity: accuracy as one group alone is narrowed."),
-                _picture(sensitivity_map(found), "Sensitivity of all groups: accuracy lost by share kept."),
-                _picture(lost_per_cost(found), "Accuracy lost against MACs freed, by group."),
-            ]
-    compared = folder / "mistakes.json"
-    if compared.exists():
-        with _errors_name(compared):
-            pictures += _predictions(json.loads(compared.read_text()))
+                _picture("Sensitivity: accuracy as one group alone is narrowed.",
+                         sensitivity_curves(found, columns=2)),
+                _picture("Sensitivity of all groups: accuracy lost by share kept.", sensitivity_map(found)),
+                _picture("Accuracy lost against MACs freed, by group.", lost_per_cost(found)),
+            ]  # fmt: skip
     return pictures
 
 
 def _scales(events: Sequence[Event]) -> list[Picture]:
-    """Return a figure of the BatchNorm scales before and after stage 1; none for a run without stage 1."""
+    """Return figures of the BatchNorm scales before and after stage 1; none for a run without stage 1."""
     after = next((e["scales"] for e in events if e["stage"] == "sparsify" and e.get("scales")), None)
     if not after:
         return []
@@ -266,28 +286,52 @@ def _scales(events: Sequence[Event]) -> list[Picture]:
         (e["scales"] for e in events if e["stage"] == "dense" and e.get("scales")), {}
     )
     shown = dict(list(after.items())[:MAX_HISTOGRAMS])
-    before = {name: dense.get(name, [1.0] * len(values)) for name, values in shown.items()}
     note = "" if len(shown) == len(after) else f" The first {len(shown)} of {len(after)} groups."
     caption = f"BatchNorm scales γ before and after stage 1; the largest scale of each channel.{note}"
-    return [_picture(plots.scale_histograms(before, shown), caption)]
+    figures = [
+        plots.scale_histograms({name: dense.get(name, [1.0] * len(values))}, {name: values})
+        for name, values in shown.items()
+    ]
+    return [_picture(caption, *figures)]
 
 
-def _predictions(found: Mapping[str, Any]) -> list[Picture]:
-    """Return the figures of `mistakes.json`, which compares two networks on the validation split."""
-    pictures = []
+def _classes(saved: Mapping[str, object] | None, count: int) -> list[str]:
+    """Return the names of the classes as the result's checkpoint has them, else their numbers."""
+    names = (saved or {}).get("classes")
+    if isinstance(names, Sequence) and len(names) == count:
+        return [str(name) for name in names]
+    return [str(i) for i in range(count)]
+
+
+def _thumbnails(found: Mapping[str, Any], classes: Sequence[str]) -> list[Thumbnails]:
+    """Return the images of `mistakes.json`, which only one of two networks classifies correctly."""
+    shown = []
     for kind, right, wrong in (("lost", "dense", "small"), ("won", "small", "dense")):
         kept = [example for example in found[kind] if example["image"]]
         if kept:
-            names = [f"{example['truth']}, not {example[wrong]}" for example in kept]
+            images = [
+                (base64.b64encode(png(example["image"])).decode(),
+                 f"{classes[example['truth']]}, not {classes[example[wrong]]}")
+                for example in kept
+            ]  # fmt: skip
             caption = (
                 f"Validation images that only the {right} network classifies correctly "
                 f"({len(kept)} of {found['count'][kind]}), with the true class and the class that the "
                 f"{wrong} network predicts."
             )
-            pictures.append(_picture(plots.examples([example["image"] for example in kept], names), caption))
+            shown.append(Thumbnails(images, caption))
+    return shown
+
+
+def _confusion(found: Mapping[str, Any], classes: Sequence[str]) -> Confusion | None:
+    """Return the small network's confusion matrix, in which only wrong predictions are colored."""
     counts = found["confusion"]["small"]
-    if len(counts) <= MAX_CLASSES:
-        names = [str(i) for i in range(len(counts))]
-        caption = "Confusion matrix of the small network on the validation split."
-        pictures.append(_picture(plots.confusion(counts, names), caption))
-    return pictures
+    if len(counts) > MAX_CLASSES:
+        return None
+    wrong = [[0 if i == j else n for j, n in enumerate(row)] for i, row in enumerate(counts)]
+    most = max(1, *(n for row in wrong for n in row))
+    rows = [
+        [(count, round(100 * n / most)) for count, n in zip(*pair, strict=True)]
+        for pair in zip(counts, wrong, strict=True)
+    ]
+    return Confusion(list(classes), rows)

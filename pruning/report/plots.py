@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
-from torch import Tensor
 
 from pruning.report.figures import COLORS, MARKERS, new_figure, short
 
@@ -37,7 +35,7 @@ def scale_histograms(before: Mapping[str, Sequence[float]], after: Mapping[str, 
     names = list(after)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, cells = new_figure(2.5 * columns + 0.4, 1.9 * rows + 0.6, rows, columns)
+    figure, cells = new_figure(2.7 * columns + 0.4, 2.0 * rows + 0.6, rows, columns)
     for axes, name in zip(cells, names, strict=False):
         values = {"before": np.abs(before[name]), "after": np.abs(after[name])}
         top = max(float(v.max(initial=0)) for v in values.values()) or 1.0
@@ -53,10 +51,10 @@ def scale_histograms(before: Mapping[str, Sequence[float]], after: Mapping[str, 
                 label=label,
             )
         zeros = int((values["after"] == 0).sum())
-        axes.set_title(f"{short(name)}: {zeros} of {len(values['after'])} are 0", fontsize=8)
+        axes.set_title(f"{short(name)}: {zeros} of {len(values['after'])} are 0", fontsize=9)
     for axes in cells[len(names) :]:
         axes.set_visible(False)
-    cells[0].legend(frameon=False, fontsize=7)
+    cells[0].legend(frameon=False, fontsize=9)
     figure.supxlabel("|γ|")
     figure.supylabel("channels")
     return figure
@@ -78,7 +76,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
         ['5 of 16', '0 of 84']
     """
     names = list(before)
-    figure, (axes,) = new_figure(6.4, 0.9 + 0.26 * max(4, len(names)))
+    figure, (axes,) = new_figure(4.8, 0.9 + 0.26 * max(4, len(names)))
     places = np.arange(len(names))
     axes.barh(places, [before[n] for n in names], color="#dddddd", edgecolor="#888888", label="before")
     axes.barh(places, [after.get(n, 0) for n in names], height=0.5, color=COLORS[0], label="after")
@@ -86,9 +84,9 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
         left = after.get(name, 0)
         axes.annotate(
             f"{left} of {before[name]}", (before[name], place), xytext=(4, 0), va="center",
-            textcoords="offset points", fontsize=8 if len(names) < 40 else 5,
+            textcoords="offset points", fontsize=9,
         )  # fmt: skip
-    axes.set_yticks(places, [short(n) for n in names], fontsize=8 if len(names) < 40 else 5)
+    axes.set_yticks(places, [short(n) for n in names], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("channels")
@@ -113,7 +111,7 @@ def history(events: Sequence[Event]) -> Figure:
     """
     epochs = [e for e in events if "epoch" in e and e.get("validation") is not None]
     costs = [e for e in events if "params" in e and "macs" in e]
-    figure, panels = new_figure(6.8, 5.0, 2, 1) if costs else new_figure(6.8, 2.6)
+    figure, panels = new_figure(4.8, 5.0, 2, 1) if costs else new_figure(4.8, 2.6)
     upper = panels[0]
     upper.plot(range(1, len(epochs) + 1), [100 * e["validation"] for e in epochs], color=COLORS[0], lw=1.2)
     upper.set_ylabel("validation, %")
@@ -126,7 +124,7 @@ def history(events: Sequence[Event]) -> Figure:
     for stage in stages[1:]:
         start = next(i for i, e in enumerate(epochs) if e["stage"] == stage) + 0.5
         upper.axvline(start, color="#bbbbbb", lw=0.8, ls=":")
-    upper.set_xlabel("epoch (dotted: start of a stage or a pruning step)")
+    upper.set_xlabel("epoch (dotted: a stage or pruning step starts)")
     if not costs:
         return figure
     lower = panels[1]
@@ -138,7 +136,7 @@ def history(events: Sequence[Event]) -> Figure:
             lower.plot([100 * v / values[0] for v in values], color=color, marker=marker, ms=4, label=label)
     lower.set_yscale("log")
     lower.set_ylabel("% of the dense cost")
-    lower.set_xlabel("dense network, after stage 1, after every pruning step")
+    lower.set_xlabel("dense, after stage 1, after each pruning step")
     lower.legend(frameon=False)
     return figure
 
@@ -157,7 +155,7 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
         >>> latency({"dense": (0.9, 1.0, 1.2, 1.5)}).axes[0].texts[0].get_text()
         'dense: 1.0000 ms'
     """
-    figure, (axes,) = new_figure(6.4, 0.9 + 0.4 * len(samples))
+    figure, (axes,) = new_figure(4.8, 0.9 + 0.4 * len(samples))
     for place, (name, (low, median, high, p90)) in enumerate(samples.items()):
         axes.barh(place, median, color=COLORS[place % len(COLORS)], alpha=0.75)
         axes.errorbar(median, place, xerr=[[median - low], [high - median]], color="black", capsize=4, lw=1)
@@ -166,72 +164,5 @@ def latency(samples: Mapping[str, tuple[float, float, float, float]]) -> Figure:
                       textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set_yticks([])
     axes.invert_yaxis()
-    axes.set_xlabel("ms per image (bar: median, whiskers: quartiles, tick: 90th percentile)")
-    return figure
-
-
-def confusion(counts: ArrayLike, classes: Sequence[str]) -> Figure:
-    """Plot a confusion matrix; only the wrong predictions are colored.
-
-    Args:
-        counts: (classes, classes), true classes in rows and predicted classes in columns.
-        classes: names of the classes.
-
-    Returns:
-        A matplotlib figure.
-
-    Example:
-        >>> from pruning.report.plots import confusion
-        >>> sorted(text.get_text() for text in confusion([[5, 1], [0, 4]], ["cat", "dog"]).axes[0].texts)
-        ['1', '4', '5']
-    """
-    counts = np.asarray(counts)
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    size = 1.4 + 0.34 * len(classes)
-    figure, (axes,) = new_figure(size + 0.6, size)
-    axes.imshow(wrong, cmap="Blues", interpolation="nearest")
-    if len(classes) <= 20:
-        for row, column in np.ndindex(*counts.shape):
-            if counts[row, column]:
-                dark = wrong[row, column] > 0.5 * max(1, wrong.max())
-                axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7,
-                          color="white" if dark else "black")  # fmt: skip
-    axes.set_xticks(range(len(classes)), classes)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.grid(False)
-    return figure
-
-
-def examples(images: ArrayLike | Tensor, captions: Sequence[str], columns: int = 10) -> Figure:
-    """Plot images in a grid, each with a caption.
-
-    Args:
-        images: (N, H, W) or (N, C, H, W), with values in any range.
-        captions: one caption per image.
-        columns: largest number of images in a row.
-
-    Returns:
-        A matplotlib figure.
-
-    Example:
-        >>> import torch
-        >>> from pruning.report.plots import examples
-        >>> [axes.get_title() for axes in examples(torch.rand(2, 1, 8, 8), ["a", "b"]).axes]
-        ['a', 'b']
-    """
-    pixels = np.asarray(images, dtype=float)
-    if pixels.ndim == 4:
-        pixels = pixels.transpose(0, 2, 3, 1)
-        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    columns = max(1, min(columns, len(pixels)))
-    rows = max(1, -(-len(pixels) // columns))
-    figure, cells = new_figure(0.85 * columns + 0.2, 1.05 * rows + 0.2, rows, columns)
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, image, caption in zip(cells, pixels, captions, strict=False):
-        axes.imshow((image - image.min()) / max(1e-9, image.max() - image.min()), cmap="gray_r")
-        axes.set_title(caption, fontsize=8)
+    axes.set_xlabel("ms per image: median, quartiles, 90th percentile (tick)")
     return figure

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pruning.report.figures import Figure
 
 
-def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figure:
+def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated", columns: int | None = None) -> Figure:
     """Plot accuracy against width in one panel per group, all with the same y scale.
 
     The band is the bootstrap interval; the dashed line is the accuracy of the dense model.
@@ -22,6 +22,7 @@ def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figur
     Args:
         found: the analysis.
         stage: which readings to plot, one of `pruning.planning.curves.STAGES`.
+        columns: largest number of panels side by side; by default it grows with the number of groups.
 
     Returns:
         A matplotlib figure.
@@ -37,7 +38,7 @@ def sensitivity_curves(found: Sensitivity, stage: str = "recalibrated") -> Figur
         ['conv']
     """
     names = list(found.channels)
-    columns = min(5, max(1, round(len(names) ** 0.5 * 1.3)))
+    columns = min(columns or 5, max(1, round(len(names) ** 0.5 * 1.3)))
     rows = -(-len(names) // columns)
     figure, cells = new_figure(2.3 * columns + 0.6, 1.8 * rows + 0.6, rows, columns, sharey=True)
     for axes, name in zip(cells, names, strict=False):
@@ -80,9 +81,9 @@ def sensitivity_map(found: Sensitivity, stage: str = "recalibrated") -> Figure:
         accuracies = [reading.accuracy for _, reading in curve]
         at = np.maximum(1, shares * found.channels[name])
         lost[row] = 100 * (found.dense.accuracy - np.interp(at, widths, accuracies))
-    figure, (axes,) = new_figure(6.4, 0.9 + 0.22 * max(6, len(names)))
+    figure, (axes,) = new_figure(4.8, 0.9 + 0.24 * max(6, len(names)))
     image = axes.imshow(np.maximum(lost, 0), aspect="auto", cmap="Blues", interpolation="nearest")
-    axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8 if len(names) < 40 else 5)
+    axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=9)
     ticks = range(1, len(shares), 3)
     axes.set_xticks(list(ticks), [f"{shares[i]:.0%}" for i in ticks])
     axes.set_xlabel("share of the channels kept")
@@ -102,7 +103,7 @@ def lost_per_cost(found: Sensitivity, cost: str = "macs", stage: str = "recalibr
     Returns:
         A matplotlib figure.
     """
-    figure, (axes,) = new_figure(6.4, 4.2)
+    figure, (axes,) = new_figure(4.8, 3.6)
     whole = getattr(found.dense_cost, cost)
     for number, name in enumerate(found.channels):
         points = [p for p in found.points if p.group == name and stage in p.readings]
@@ -116,6 +117,5 @@ def lost_per_cost(found: Sensitivity, cost: str = "macs", stage: str = "recalibr
     axes.set_xlabel(f"{LABELS[cost]} freed, % of the whole network")
     axes.set_ylabel("accuracy lost, points")
     axes.set_yscale("symlog", linthresh=1)
-    columns = -(-len(found.channels) // 25)
-    figure.legend(frameon=False, fontsize=7, ncols=columns, loc="outside right upper")
+    figure.legend(frameon=False, fontsize=9, ncols=2, loc="outside lower center")
     return figure

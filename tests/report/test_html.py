@@ -63,6 +63,11 @@ def images_of(page):
     ]
 
 
+def scales_of(folder):
+    events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return next(event["scales"] for event in events if event["stage"] == "sparsify" and event.get("scales"))
+
+
 def test_report_is_complete_and_self_contained(lenet_run, toolkit):
     code, out, err = toolkit("report", lenet_run)
     assert code == 0, err
@@ -79,7 +84,7 @@ def test_report_is_complete_and_self_contained(lenet_run, toolkit):
     for group, width in events[0]["widths"].items():
         kept = last["widths"].get(group, "layer removed")
         assert f"<td>{group}</td><td>{width}</td><td>{kept}</td>" in page
-    assert len(images_of(page)) == 6
+    assert len(images_of(page)) == 5 + len(scales_of(lenet_run))
 
 
 def test_report_lists_every_group_of_a_large_network(tmp_path):
@@ -89,7 +94,7 @@ def test_report_lists_every_group_of_a_large_network(tmp_path):
     page = report(folder, tmp_path / "elsewhere.html").read_text()
     groups = json.loads((folder / "history.jsonl").read_text().splitlines()[0])["widths"]
     assert len(groups) > 10 and all(f"<td>{group}</td>" in page for group in groups)
-    assert len(images_of(page)) == 6
+    assert len(images_of(page)) == 5 + min(16, len(scales_of(folder)))
 
 
 def test_the_report_of_an_interrupted_run_is_written(lenet_run, tmp_path):
@@ -131,6 +136,39 @@ def test_error_names_the_file_with_wrong_content(lenet_run, tmp_path, file, cont
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+CLASSES = ["zebra", "a class with a <long> name", "c", *"defghijklmnopqrstuvwxyzABCD"]
+
+
+def with_predictions(run, tmp_path, classes=CLASSES):
+    """A copy of a run whose networks are compared on images of 30 classes."""
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
+    saved = torch.load(folder / "best.pth", weights_only=True)
+    torch.save({**saved, "classes": classes}, folder / "best.pth")
+    gray = [[[0, 255], [128, 3]]]
+    lost = [{"truth": 0, "dense": 0, "small": 1, "image": image} for image in (gray, gray * 3, None)]
+    won = [{"truth": 2, "dense": 0, "small": 2, "image": gray}]
+    matrix = [[1000 if i == j else (i * j) % 7 for j in range(30)] for i in range(30)]
+    found = {"confusion": {"dense": matrix, "small": matrix}, "count": {"lost": 8, "won": 1}, "lost": lost,
+             "won": won}  # fmt: skip
+    (folder / "mistakes.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_report_names_the_classes_of_wrong_predictions(lenet_run, tmp_path):
+    page = report(with_predictions(lenet_run, tmp_path)).read_text()
+    assert page.count('src="data:image/png') == 3 and "(2 of 8)" in page and "(1 of 1)" in page
+    assert page.count("<figcaption>zebra, not a class with a &lt;long&gt; name</figcaption>") == 2
+    assert "<figcaption>c, not zebra</figcaption>" in page
+    assert page.count('<th scope="row">zebra</th>') == 1 and page.count(">1000</td>") == 30
+    assert '<td style="--share: 100%">6</td>' in page, "the most frequent wrong prediction"
+    assert '<td style="--share: 0%">1000</td>' in page, "right predictions have no color"
+
+
+def test_report_numbers_classes_without_names(lenet_run, tmp_path):
+    page = report(with_predictions(lenet_run, tmp_path, classes=["too", "few"])).read_text()
+    assert page.count("<figcaption>0, not 1</figcaption>") == 2
+
+
 PROBE = """<script>
 addEventListener("load", () => {
 const wide = [...document.body.children].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
@@ -144,7 +182,8 @@ document.title = JSON.stringify({inner: innerWidth, page: document.documentEleme
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [500, 1400])
 def test_browser_shows_the_report_without_overflow(lenet_run, tmp_path, width):
-    page = report(lenet_run, tmp_path / "report.html").read_text()
+    folder = with_predictions(lenet_run, tmp_path)
+    page = report(folder, tmp_path / "report.html").read_text()
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE))
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
@@ -153,6 +192,6 @@ def test_browser_shows_the_report_without_overflow(lenet_run, tmp_path, width):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout).group(1)))
-    assert found["images"] == 6 and found["broken"] == 0
+    assert found["images"] == 5 + len(scales_of(lenet_run)) + 3 and found["broken"] == 0
     assert found["inner"] <= width and found["page"] <= found["inner"] and found["wide"] == 0
     assert "CONSOLE" not in done.stderr
