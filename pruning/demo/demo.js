@@ -131,11 +131,14 @@ function input() {
   return drawing.picture ?? (colored ? painting() : digit());
 }
 
-function show(canvas, pixels) {
+/** Show pixels on a canvas; a gray pixel lies between the colors for 0 and for 255. */
+function show(canvas, pixels, [low, high] = [[0, 0, 0], [255, 255, 255]]) {
   const area = width * height;
   const image = new ImageData(width, height);
+  const value = (i, c) =>
+    colored ? pixels[c * area + i] : low[c] + ((high[c] - low[c]) * pixels[i]) / 255;
   for (let i = 0; i < area; i++) {
-    for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels ? pixels[colored ? c * area + i : i] : 0;
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels ? value(i, c) : 0;
     image.data[4 * i + 3] = pixels ? 255 : 0;
   }
   Object.assign(canvas, { width, height }).getContext("2d").putImageData(image, 0, 0);
@@ -164,11 +167,16 @@ let said = []; // name, predicted class and probability of each network
 
 function answer() {
   const start = performance.now(), pixels = input();
-  show(find("seen"), pixels);
+  showSeen(pixels);
   if (!pixels) return showAnswers(null);
   const ready = normalized(pixels);
   showAnswers(networks.map((network) => probabilities(network, network.run(ready))));
   milliseconds = performance.now() - start;
+}
+
+/** Show what the networks see: strokes in the colors of the paper, pictures as they are. */
+function showSeen(pixels) {
+  show(find("seen"), pixels, drawing.picture ? undefined : [tone("--soft"), tone("--ink")]);
 }
 
 function showAnswers(found) {
@@ -212,6 +220,9 @@ let pointer = null, waiting = false;
 function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name);
 }
+
+/** A color of the page, given as #rrggbb, as red, green and blue. */
+const tone = (name) => style(name).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
 
 function drawPaper() {
   const context = paper.getContext("2d");
@@ -433,7 +444,7 @@ function build() {
     }
     target.value = ""; // so that choosing the same file again is noticed
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPaper);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
   showAnswers(null);
   show(find("seen"), null);
   drawPaper();

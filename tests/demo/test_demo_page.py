@@ -193,8 +193,32 @@ def test_page_fits_the_window_and_follows_dark_mode(page, shown):
         assert beside == (width == 1400)
 
 
+#: The preview's pixels, red, green, blue and alpha, read from a copy.
+SEEN = """(context => {
+  context.drawImage(find("seen"), 0, 0);
+  return Array.from(context.getImageData(0, 0, width, height).data);
+})(canvasOf(width, height))"""
+
+
 @needs_browser
-def test_colour_network_takes_image_files(tmp_path, shown):
+@pytest.mark.parametrize("dark", [False, True])
+def test_preview_has_the_colors_of_the_drawing(page, shown, dark):
+    browser = shown(page)
+    browser.look(1000, 900, dark)
+    pixels = np.array(drawn(browser, [SEVEN])["pixels"])
+    shown_pixels = browser(SEEN)
+    seen = np.array(shown_pixels).reshape(-1, 4)[:, :3]
+    ink, paper = (np.array(browser(f"tone('{name}')")) for name in ("--ink", "--soft"))
+    assert (seen[pixels == 0] == paper).all() and (seen[pixels == 255] == ink).all()
+    assert (ink.mean() > paper.mean()) == dark and {0, 255} <= set(pixels)
+    browser("find('examples').children[3].click()")
+    browser.until("said[0][1] === '3'")
+    shown_pixels = browser(SEEN)
+    assert (np.array(shown_pixels).reshape(-1, 4)[:, 0] == browser("Array.from(input())")).all()
+
+
+@needs_browser
+def test_color_network_takes_image_files(tmp_path, shown):
     made = demo({"net": nets.make("residual")}, tmp_path / "net.html", SMALL)
     pixels = torch.randint(256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.numpy()).save(tmp_path / "same.png")
