@@ -20,9 +20,10 @@ from pruning.utils.settings import Setting
 
 
 class Command(NamedTuple):
-    """A command: its line in the help text, and dataclasses whose settings are its flags."""
+    """A command: its line in the help text, an example, and dataclasses whose settings are its flags."""
 
     summary: str
+    example: str
     flags: tuple[FlagsOf | type, ...]
 
 
@@ -180,10 +181,12 @@ class ReportFlags:
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
+        "--model resnet18 --input-shape 3x224x224",
         (flags.ModelFlags, flags.DataFlags, flags.ShapeFlags, flags.IgnoreFlags, DoctorFlags),
     ),
     "prune": Command(
         "remove channels in one step, without training",
+        "--model resnet18 --input-shape 3x224x224 --score l2 --max-macs 50% --output small.pth",
         (
             flags.ModelFlags,
             flags.DataFlags,
@@ -198,6 +201,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "slim": Command(
         "train, prune and fine-tune a model under a budget",
+        "--model mine:Net --weights dense.pth --data pictures/ --max-macs 40% --output runs/mine",
         (
             flags.ModelFlags,
             flags.DataFlags,
@@ -209,6 +213,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "finetune": Command(
         "train a pruned network further",
+        "--model mine:Net --weights small.pth --data pictures/ --epochs 20",
         (
             flags.ModelFlags,
             flags.DataFlags,
@@ -221,18 +226,23 @@ COMMANDS: dict[str, Command] = {
     ),
     "sensitivity": Command(
         "narrow each group alone, and draw what accuracy is lost",
+        "--model mine:Net --weights dense.pth --data pictures/",
         (flags.ModelFlags, flags.DataFlags, SensitivityFlags, flags.IgnoreFlags, flags.CalibrationFlags),
     ),
     "test": Command(
-        "measure accuracy, cost and time of a network", (flags.ModelFlags, flags.DataFlags, TestFlags)
+        "measure accuracy, cost and time of a network",
+        "--model mine:Net --weights small.pth --against dense.pth --data pictures/",
+        (flags.ModelFlags, flags.DataFlags, TestFlags),
     ),
     "export": Command(
         "write a network as ONNX, torch.export or TorchScript",
+        "small.pth --model mine:Net --to onnx",
         (ExportFlags, flags.CheckpointFlags, flags.DataFlags),
     ),
     "demo": Command(
         "make one HTML page on which a network classifies drawings",
+        "small.pth --model mine:Net --data pictures/",
         (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
     ),
-    "report": Command("make one HTML page that shows a run", (ReportFlags,)),
+    "report": Command("make one HTML page that shows a run", "runs/mine", (ReportFlags,)),
 }

@@ -64,8 +64,8 @@ def parse(
     """
     parser, commands = _parsers()
     if not (sys.argv[1:] if argv is None else argv):
-        parser.print_help(sys.stderr)
-        sys.exit(BAD_INPUT)
+        parser.print_help()
+        sys.exit()
     first = Parser(add_help=False)
     first.add_argument("--config", type=Path)
     rest = first.parse_known_args(argv)[1]
@@ -92,8 +92,7 @@ def parse(
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and those of the commands."""
-    width = max(map(len, COMMANDS))
-    listed = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    listed = [f"\n  {name}: {command.summary}\n    {_example(name)}" for name, command in COMMANDS.items()]
     parser = Parser(
         prog="python -m pruning",
         description="\n".join(["Structured pruning of PyTorch models.", "", "commands:", *listed]),
@@ -108,7 +107,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         made[name] = commands.add_parser(
             name,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"example: {_example(name)}",
             formatter_class=HelpFormatter,
         )
         add_flags(made[name], *command.flags)
     return parser, made
+
+
+def _example(name: str) -> str:
+    """A command line of the command."""
+    return f"python -m pruning {name} {COMMANDS[name].example}"

@@ -90,3 +90,17 @@ def test_only_a_run_that_exists_is_offered_to_go_on(tmp_path):
     assert call.advice().endswith(f"python -m pruning slim --resume --output {tmp_path}")
     call.args = Namespace(command="export", output=tmp_path)
     assert call.advice() == "interrupted"
+
+
+def test_the_command_alone_shows_an_example_of_each_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("small.pth", "dense.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit) as end:
+        cli.main.parse([])
+    shown = capsys.readouterr().out
+    assert not end.value.code
+    for name, command in COMMANDS.items():
+        assert f"  {name}: {command.summary}\n    python -m pruning {name} {command.example}\n" in shown
+        args, _ = cli.main.parse([name, *command.example.split()])
+        assert args.command == name
