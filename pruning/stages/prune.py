@@ -85,7 +85,7 @@ def prune(
     refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
-    floor: int | Mapping[str, int] = 1,
+    floor: int | Mapping[str, int] | None = None,
     most: float | Mapping[str, float] = 1.0,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
