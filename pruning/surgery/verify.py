@@ -22,6 +22,7 @@ from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import copied, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors_among
+from pruning.utils.wrappers import unwrapped
 
 
 def verify(
@@ -75,6 +76,7 @@ def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
         model: it is not changed.
         inputs: on which the statistics of BatchNorm layers are recalibrated.
     """
+    model = unwrapped(model)
     randomized = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -102,6 +104,7 @@ def compare_with_masked(
 
     The description is empty if the outputs agree. See `verify` for the arguments.
     """
+    model = unwrapped(model)
     found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
     if not found[0] or not found[1] < float("inf"):
         return found

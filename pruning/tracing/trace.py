@@ -35,6 +35,7 @@ from pruning.tracing.tracer import flow
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wrappers import unwrapped, without_prefixes
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
@@ -253,11 +254,16 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     ignored_by: dict[str, str] = {}
     first = {id(module): name for name, module in model.named_modules()}  # a module may have several names
     for entry in ignored:
+        if isinstance(entry, nn.Module):
+            entry = unwrapped(entry)
         described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
         matched = [
             name
             for name, module in model.named_modules(remove_duplicate=False)
-            if (isinstance(entry, str) and fnmatchcase(name, entry))
+            if (
+                isinstance(entry, str)
+                and (fnmatchcase(name, entry) or fnmatchcase(name, without_prefixes(entry)))
+            )
             or (isinstance(entry, type) and isinstance(module, entry))
             or module is entry
         ]
