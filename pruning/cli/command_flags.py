@@ -180,7 +180,14 @@ class ReportFlags:
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
-        (flags.ModelFlags, flags.DataFlags, flags.ShapeFlags, flags.IgnoreFlags, DoctorFlags),
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            flags.ShapeFlags,
+            flags.IgnoreFlags,
+            flags.OutputFlags,
+            DoctorFlags,
+        ),
     ),
     "prune": Command(
         "remove channels in one step, without training",
@@ -191,6 +198,7 @@ COMMANDS: dict[str, Command] = {
             *flags.BUDGET,
             FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
             flags.IgnoreFlags,
+            flags.OutputFlags,
             flags.CalibrationFlags,
             flags.ResultFlags,
             PruneFlags,

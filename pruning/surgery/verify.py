@@ -105,12 +105,16 @@ def compare_with_masked(
     The description is empty if the outputs agree. See `verify` for the arguments.
     """
     model = unwrapped(model)
-    found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
+    found = compare(
+        _run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs, trace.outputs)
+    )
     if not found[0] or not found[1] < float("inf"):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
-    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer))
+    again = compare(
+        _run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer, trace.outputs)
+    )
     return found if again[0] else again
 
 
@@ -149,7 +153,7 @@ def _run_masked(
                 hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         with StatisticsOverKept(model, trace, plan):
-            return outputs_of(model, inputs)
+            return outputs_of(model, inputs, trace.outputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
