@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pruning.graph.rule import Rule, Side
 from pruning.utils.batch import Batch
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 #: A layer to leave unpruned: a name or pattern (`features.*`), a type, or the module itself.
@@ -142,6 +143,7 @@ class Trace:
         inputs: the example inputs, on which folding and surgery are checked.
         sizes: attributes of modules to update with the widths of the groups.
         batch: the batch of the example inputs.
+        outputs: which outputs of the model count; the others may change their size.
         inferred: rules of types of modules that multiply by a weight of their own.
     """
 
@@ -154,6 +156,7 @@ class Trace:
     inputs: Inputs = field(default=(), repr=False, compare=False)
     sizes: tuple[WidthAttribute, ...] = ()
     batch: Batch = field(default_factory=Batch, compare=False)
+    outputs: Outputs = field(default=None, repr=False, compare=False)
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -28,6 +28,7 @@ from pruning.utils.batch import find_batch
 from pruning.utils.meta import Shapes, without_computing
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wrappers import unwrapped
 
 _COUNTED = (*WEIGHTED, *RECURRENT)
 
@@ -70,6 +71,7 @@ def count(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> Co
     >>> count(nn.Linear(3, 4), torch.zeros(2, 3))
     Cost(params=16, macs=12, macs_with_bias=16, channels=0)
     """
+    model = unwrapped(model)
     batch = find_batch(model, inputs, batch_size).size
     return without_computing(partial(_counted, batch=batch), model, inputs)
 
@@ -84,6 +86,7 @@ def deployed_cost(model: nn.Module, inputs: Inputs, batch_size: int | None = Non
     >>> deployed_cost(norm, torch.zeros(2, 3)).params, count(norm, torch.zeros(2, 3)).params
     (16, 24)
     """
+    model = unwrapped(model)
     try:
         return CostModel(model, trace(model, inputs, batch_size=batch_size))({})
     except PruningError:
@@ -97,7 +100,6 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
 
     count_deformable()
     params = sum(p.numel() for p in probe.parameters())
-    probe = getattr(probe, "_orig_mod", probe)  # a compiled model lists its attributes twice
     probe.eval()
     whole = _WithInputs(probe, inputs)
     with torch.no_grad():
@@ -181,6 +183,7 @@ def uncounted(model: nn.Module) -> dict[str, str]:
     >>> uncounted(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     {'0': 'Embedding'}
     """
+    model = unwrapped(model)
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -214,6 +217,7 @@ class CostModel:
     """
 
     def __init__(self, model: nn.Module, trace: Trace):
+        model = unwrapped(model)
         self.trace, self.groups = trace, list(trace.groups)
         self.full = np.array([trace.groups[g].channels for g in self.groups], dtype=np.float64)
         table = RowTable(model, trace, self.full)

@@ -37,6 +37,7 @@ from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
 from pruning.utils.modules import device_of, eval_mode
 from pruning.utils.tree import fresh
+from pruning.utils.wrappers import unwrapped
 
 Scores = dict[str, Tensor]
 
@@ -190,6 +191,7 @@ def score_channels(
     >>> score_channels(net, trace(net, torch.zeros(1, 3)), first_channels, [], cross_entropy)
     {'0': tensor([ 0, -1, -2, -3])}
     """
+    model = unwrapped(model)
     reinstate(trace.inferred)
     if not callable(score):
         if score not in BY_NAME:

@@ -18,6 +18,7 @@ from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify, with_random_weights
 from pruning.tracing.trace import trace
 from pruning.utils.modules import buffers_unchanged
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 
@@ -126,7 +127,9 @@ class Diagnosis:
 
 
 @buffers_unchanged
-def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Diagnosis:
+def doctor(
+    model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = (), *, outputs: Outputs = None
+) -> Diagnosis:
     """Diagnose what can be pruned in a model; the model is not changed.
 
     Args:
@@ -134,6 +137,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         inputs: example inputs with a batch dimension: a tensor, a sequence of arguments, or a mapping of
             keyword arguments.
         ignored: layers that must keep all their channels: name patterns, types or instances.
+        outputs: which outputs count, as in `trace`.
 
     Returns:
         The groups and the cost of their channels, the layers that keep all their channels with the
@@ -153,7 +157,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         >>> list(found.skipped), found.trial
         (['3'], '')
     """
-    traced = trace(model, inputs, ignored)
+    traced = trace(model, inputs, ignored, outputs=outputs)
     cost_model = CostModel(model, traced)
     full = cost_model.full
     cost = cost_model(full)

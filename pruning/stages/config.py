@@ -37,7 +37,10 @@ class PruneConfig:
             choices=RANKINGS,
         ),
     ] = "global"
-    floor: Annotated[int, Setting("fewest channels that every group keeps", metavar="N", least=1)] = 1
+    floor: Annotated[
+        int | None,
+        Setting("fewest channels that every group keeps (default: --multiple)", metavar="N", least=1),
+    ] = None
     most: Annotated[
         float,
         Setting("largest share of a group's channels removed in one step", metavar="SHARE", above=0, most=1),
@@ -45,7 +48,7 @@ class PruneConfig:
     multiple: Annotated[
         int,
         Setting(
-            "round widths to multiples of N channels; the full width and the floor are also allowed",
+            "round widths to multiples of N channels; the full width and a given floor are also allowed",
             metavar="N",
             least=1,
         ),

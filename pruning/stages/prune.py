@@ -27,6 +27,7 @@ from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy
 from pruning.utils import distributed
 from pruning.utils.modules import buffers_unchanged, device_of
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh
 
 
@@ -68,6 +69,11 @@ class StepSettings:
     options: PlanOptions = DEFAULT_OPTIONS
     check: bool = True
     refit: bool = False
+    outputs: Outputs = None
+
+    def traced(self, model: nn.Module, example_inputs: Inputs) -> Trace:
+        """Trace a model with these settings."""
+        return trace(model, example_inputs, self.ignored, compare=self.check, outputs=self.outputs)
 
 
 def prune(
@@ -85,11 +91,12 @@ def prune(
     refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
-    floor: int | Mapping[str, int] = 1,
+    floor: int | Mapping[str, int] | None = None,
     most: float | Mapping[str, float] = 1.0,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
     dense: nn.Module | None = None,
+    outputs: Outputs = None,
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
 
@@ -113,6 +120,7 @@ def prune(
             recalibrating BatchNorm, and of training where there is none. Targets may be None.
         ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
+        outputs: which outputs count, as in `trace`: only their size and values are kept.
 
     Raises:
         PruningError: if the model cannot be traced or has no prunable group, if the budget cannot be
@@ -123,7 +131,7 @@ def prune(
     {'0': 4}
     """
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
-    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit)
+    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit, outputs)
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
     )
@@ -150,7 +158,7 @@ def prune_step(
         raise PruningError("refit=True needs calibration batches, and there are none; give a few")
     if dense is not None and isinstance(budget, Budget):
         raise PruningError("dense: only a LatencyBudget is relative to another network; leave dense out")
-    traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
+    traced = settings.traced(model, example_inputs)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
@@ -205,7 +213,7 @@ def _without_layers(
                 f"{', '.join(candidates) or 'none'}"
             )
         model = without_layer(model, traced, candidates[name], batches)
-        traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
+        traced = settings.traced(model, example_inputs)
     recalibrate(model, map(fresh, batches))
     return model, traced
 

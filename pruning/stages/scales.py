@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pruning.graph.groups import Trace
 from pruning.planning.cost import Cost, CostModel
+from pruning.utils.wrappers import unwrapped
 
 
 class ScaledNorm(NamedTuple):
@@ -41,6 +42,7 @@ class ChannelScales:
     """
 
     def __init__(self, model: nn.Module, traced: Trace, cost_model: CostModel | None = None):
+        model = unwrapped(model)
         self.trace = traced
         self.cost_model = cost_model or CostModel(model, traced)
         self.dense = self.cost_model(self.cost_model.full)

@@ -48,6 +48,7 @@ from pruning.training.losses import (
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import device_of, fresh_weights
 from pruning.utils.tree import Inputs
+from pruning.utils.wrappers import unwrapped
 
 #: Number of training batches used for calibration if no calibration batches are given.
 CALIBRATION_BATCHES = 16
@@ -104,12 +105,12 @@ def slim(
 
     Raises `PruningError` before any training if `feasible` does.
     """
-    config, ignored, device = _settings(config, budget, batches), tuple(ignored), device_of(model)
+    model, ignored, config = unwrapped(model), tuple(ignored), _settings(config, budget, batches)
     validate = _validation(model, validate)
     if calibration is None:
         calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
     if example_inputs is None:
-        example_inputs = _two_examples(model, to_device(first_batch(batches), device)[0])
+        example_inputs = _two_examples(model, to_device(first_batch(batches), device_of(model))[0])
     progress = Progress(run, model)
     target = progress.target or target
     target = target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)

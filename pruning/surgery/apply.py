@@ -20,6 +20,7 @@ from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
+from pruning.utils.wrappers import unwrapped
 
 #: By layer, the constant that replaces each input channel when it is removed, (input channels,).
 Constants = Mapping[str, Tensor]
@@ -44,6 +45,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     >>> small[0].weight.shape, small[1].num_features, small[3].in_channels
     (torch.Size([3, 3, 3, 3]), 3, 3)
     """
+    model = unwrapped(model)
     dropped = dropped_positions(trace, plan)
     # Share weights that are narrowed below with the copy: copying them at full width would be wasted.
     narrowed = [

@@ -22,6 +22,7 @@ from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import copied, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors_among
+from pruning.utils.wrappers import unwrapped
 
 
 def verify(
@@ -75,6 +76,7 @@ def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
         model: it is not changed.
         inputs: on which the statistics of BatchNorm layers are recalibrated.
     """
+    model = unwrapped(model)
     randomized = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -102,12 +104,17 @@ def compare_with_masked(
 
     The description is empty if the outputs agree. See `verify` for the arguments.
     """
-    found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
+    model = unwrapped(model)
+    found = compare(
+        _run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs, trace.outputs)
+    )
     if not found[0] or not found[1] < float("inf"):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
-    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer))
+    again = compare(
+        _run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer, trace.outputs)
+    )
     return found if again[0] else again
 
 
@@ -146,7 +153,7 @@ def _run_masked(
                 hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         with StatisticsOverKept(model, trace, plan):
-            return outputs_of(model, inputs)
+            return outputs_of(model, inputs, trace.outputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -29,7 +29,8 @@ from pruning.tracing.labels import Flow
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
-from pruning.utils.tree import Inputs, map_tensors, tensors
+from pruning.utils.outputs import Outputs, counted
+from pruning.utils.tree import Inputs, map_tensors
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class WidthProbe:
         found: the record of the traced forward pass.
         groups: groups that nothing else excludes from pruning.
         labels: by group, the labels of its channels.
+        outputs: which outputs count.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class WidthProbe:
         found: Flow,
         groups: dict[str, Group],
         labels: Mapping[str, np.ndarray],
+        outputs: Outputs = None,
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
+        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs)
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
@@ -157,8 +160,10 @@ class _NarrowedRuns:
         found: Flow,
         groups: dict[str, Group],
         labels: Mapping[str, np.ndarray],
+        outputs: Outputs,
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
+        self.outputs = outputs
         places = [found.ties.find(taken) for taken, _ in found.by_position]
         #: By group, for each channel the number of the slice that it belongs to.
         self.pieces = (
@@ -176,11 +181,11 @@ class _NarrowedRuns:
         try:
             cut_channels(probe, *self._narrower(names, sizes))
             with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = [t.shape for t in tensors(call(probe.eval(), self.example))]
+                got = [t.shape for t in counted(call(probe.eval(), self.example), self.outputs)]
         except Exception as error:  # whatever the narrowed copy raises
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        outputs = self.found.outputs
-        return "" if got == outputs else f"its outputs change from {outputs} to {got}"
+        before = self.found.outputs
+        return "" if got == before else f"its outputs change from {before} to {got}"
 
     def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
         """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
@@ -215,7 +220,7 @@ class _NarrowedRuns:
             each = [channels[pieces == piece] for piece in np.unique(pieces)]
             last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        return Trace(self.groups, {}, {}, {}, sizes=sizes), Plan(keep)
+        return Trace(self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs), Plan(keep)
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:

@@ -30,11 +30,13 @@ from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
 from pruning.tracing.grouping import channel_groups
 from pruning.tracing.labels import Flow
+from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
-from pruning.tracing.tracer import flow
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wrappers import unwrapped, without_prefixes
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
@@ -61,6 +63,7 @@ def trace(
     *,
     compare: bool = True,
     batch_size: int | None = None,
+    outputs: Outputs = None,
 ) -> Trace:
     """Find the channel groups of a model.
 
@@ -73,6 +76,8 @@ def trace(
             narrowed copies of the model.
         batch_size: number of examples in the inputs, by which costs are divided; by default it is found,
             see `pruning.utils.batch.find_batch`.
+        outputs: which outputs count: names such as `["logits"]`, or a function of what the model returns.
+            The others may change their size. By default all count.
 
     Returns the groups, and for every other layer that makes channels the reason why it is skipped.
     Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
@@ -89,10 +94,10 @@ def trace(
     """
     _require_traceable(model, inputs)
     ignored_by = _match(model, ignored)
-    found = flow(model, call, inputs)
+    found = flow(model, call, inputs, outputs)
     groups, labels, reasons = _prunable(model, found, ignored_by)
 
-    probe = WidthProbe(model, inputs, found, groups, labels)
+    probe = WidthProbe(model, inputs, found, groups, labels, outputs)
     bound, sizes = probe.code_bound()
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
@@ -105,7 +110,7 @@ def trace(
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
         groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
-        found.other_macs / batch.size, inputs, sizes, batch, inferred,
+        found.other_macs / batch.size, inputs, sizes, batch, outputs, inferred,
     )  # fmt: skip
 
 
@@ -253,11 +258,16 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     ignored_by: dict[str, str] = {}
     first = {id(module): name for name, module in model.named_modules()}  # a module may have several names
     for entry in ignored:
+        if isinstance(entry, nn.Module):
+            entry = unwrapped(entry)
         described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
         matched = [
             name
             for name, module in model.named_modules(remove_duplicate=False)
-            if (isinstance(entry, str) and fnmatchcase(name, entry))
+            if (
+                isinstance(entry, str)
+                and (fnmatchcase(name, entry) or fnmatchcase(name, without_prefixes(entry)))
+            )
             or (isinstance(entry, type) and isinstance(module, entry))
             or module is entry
         ]

@@ -10,22 +10,23 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
-from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
+from pruning.utils.outputs import Outputs, counted
+from pruning.utils.tree import Inputs, fresh, map_tensors
 
 #: Largest relative difference attributed to rounding in float32. For coarser types the tolerance is
 #: 16 times the machine epsilon.
 TOLERANCE = 1e-4
 
 
-def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
-    """Return the output tensors of a model in eval mode, or the error of the forward pass.
+def outputs_of(model: nn.Module, inputs: Inputs, outputs: Outputs = None) -> list[Tensor] | Exception:
+    """Return the output tensors of a model in eval mode that count, or the error of the forward pass.
 
     The pass changes neither the inputs nor the model's buffers. Random numbers are replaced by a
     constant, so that they do not depend on the shapes of tensors.
     """
     try:
         with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
-            return tensors(call(model, fresh(inputs)))
+            return counted(call(model, fresh(inputs)), outputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
         return error
 

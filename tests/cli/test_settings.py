@@ -160,7 +160,7 @@ def expected(
         "score": "taylor",
         "layers": False,
         "ranking": "global",
-        "floor": 1,
+        "floor": None,
         "most": 1.0,
         "multiple": 1,
         "recover": recover,

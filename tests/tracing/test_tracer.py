@@ -17,7 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.planning import count
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify
-from pruning.tracing.tracer import flow
+from pruning.tracing.passes import flow
 from pruning.utils.compare import TOLERANCE
 from pruning.utils.modules import call
 

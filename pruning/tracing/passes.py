@@ -1,0 +1,80 @@
+"""Run a model to follow its channels: in eval mode, and in training mode if that runs more layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pruning.errors import PruningError
+from pruning.graph.deformable import count_deformable
+from pruning.graph.layers import rule_for
+from pruning.tracing.labels import Flow
+from pruning.tracing.tracer import Tracer
+from pruning.utils.meta import without_computing
+from pruning.utils.modules import copied
+from pruning.utils.outputs import Outputs, counted
+from pruning.utils.tree import Inputs, fresh
+
+#: Runs a model on inputs.
+Run = Callable[[nn.Module, Inputs], object]
+
+
+def flow(model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None) -> Flow:
+    """Follow the channels of a model through a forward pass in eval mode.
+
+    Channels of the outputs that count are fixed. If some layers do not run in eval mode (auxiliary heads),
+    a pass in training mode follows.
+
+    Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
+    """
+    try:
+        return without_computing(lambda probe, example: _follow(probe, run, example, outputs), model, inputs)
+    except PruningError:
+        raise
+    except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
+        name, said = type(model).__name__, f"{type(error).__name__}: {error}"
+        if _runs(model, run, inputs):
+            raise PruningError(
+                f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
+                "is an error in a registered rule or in the toolkit; please report the latter"
+            ) from error
+        raise PruningError(f"{name} does not run on the example inputs: {said}") from error
+
+
+def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
+    """Whether the model itself, untraced, runs on the inputs."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            run(copied(model).eval(), fresh(inputs))
+    except Exception:  # whatever a foreign model raises
+        return False
+    return True
+
+
+def _follow(probe: nn.Module, run: Run, inputs: Inputs, outputs: Outputs) -> Flow:
+    example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    count_deformable()
+    found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with Tracer(probe.eval(), found) as tracer, tracer.functions:
+            output = run(probe, inputs)
+            tracer.finish(output, outputs)
+        found.outputs = [leaf.shape for leaf in counted(output, outputs)]
+        table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
+        if any(not found.calls[name] for name in table):
+            # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
+            in_training = replace(found, calls=Counter(), uses={}, readers={})
+            with (
+                contextlib.suppress(Exception),  # the model need not run in this mode
+                Tracer(probe.train(), in_training) as tracer,
+                tracer.functions,
+            ):
+                tracer.finish(run(probe, inputs), outputs)
+            probe.eval()
+    return found
