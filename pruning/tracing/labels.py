@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.graph.layers import layer_width, parts
 from pruning.graph.rule import Side
+from pruning.tracing.axes import Axes, ProductUse
 from pruning.tracing.parameter_views import Weights
 from pruning.tracing.ties import NONE, Ties, spread, varying, vector_along
 
@@ -75,6 +76,9 @@ class Flow:
             linear function, each with the reason why their channels are not pruned.
         outputs: shapes of the model's outputs in eval mode.
         probe: the copy of the model that ran, if it is on the meta device.
+        axes: labels along the dimensions of tensors whose channels lie along several, if the model
+            multiplies activations.
+        products: products of activations that have channels.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -92,6 +96,13 @@ class Flow:
     functional: dict[str, str] = field(default_factory=dict)
     outputs: list[torch.Size] = field(default_factory=list)
     probe: nn.Module | None = None
+    axes: Axes | None = None
+    products: list[ProductUse] = field(default_factory=list)
+
+    def channels(self, labels: np.ndarray) -> np.ndarray:
+        """Return, after the pass, the final labels that each label stands for, (labels, most), padded."""
+        labels = labels.ravel()
+        return self.ties.find(labels)[:, None] if self.axes is None else self.axes.parts(labels, final=True)
 
 
 class Labels:
@@ -153,6 +164,36 @@ class Labels:
                 for other in by_part[1:]:
                     self.found.ties.union(by_part[0], other)
         return torch.from_numpy(use.labels)
+
+    def vectors(self, labels: Tensor | None) -> dict[int, Tensor]:
+        """Return the labels along each dimension on which they depend, (size,) each."""
+        if labels is None:
+            return {}
+        dims = varying(labels)
+        if len(dims) > 1 and self.found.axes is not None:
+            return self.found.axes.vectors(labels)
+        return {dim: vector_along(labels, dim, labels.shape[dim]) for dim in dims}
+
+    def is_grid(self, labels: Tensor | None) -> bool:
+        """Whether channels lie along several dimensions, along which they may be removed."""
+        axes = self.found.axes
+        return axes is not None and labels is not None and len(varying(labels)) > 1 and axes.is_defined(labels)
+
+    def compose(self, vectors: Mapping[int, Tensor], rank: int) -> Tensor | None:
+        """Return the labels of a tensor that has these labels along its dimensions."""
+        if self.found.axes is not None:
+            return self.found.axes.compose(vectors, rank)
+        assert len(vectors) < 2
+        return next((spread(vector, rank, dim) for dim, vector in vectors.items()), None)
+
+    def fix_along(self, labels: Tensor | None, dims: Iterable[int], reason: str) -> None:
+        """Fix the channels of a grid along some of its dimensions; fix all channels of other tensors."""
+        if not self.is_grid(labels):
+            return self.fix(labels, reason)
+        vectors = self.vectors(labels)
+        for dim in dims:
+            self.fix(vectors.get(dim), reason)
+        return None
 
     def where(self) -> str:
         """Describe the running module, for messages."""
@@ -243,6 +284,11 @@ class Labels:
         for other in pieces[1:]:
             self.tie(pieces[0], other, FIXED_SIZE)
 
+    def tie_neighbors(self, labels: Tensor, dim: int, step: int) -> None:
+        """Tie each `step` successive labels along a dimension, of which code selects every `step`-th."""
+        by_place = labels.movedim(dim, -1).reshape(-1, step)
+        self.tie(by_place[:, :1], by_place[:, 1:], FIXED_SIZE)
+
     def fix(self, labels: Tensor | None, reason: str) -> None:
         """Exclude the channels of these labels from pruning."""
         if labels is not None:
@@ -264,8 +310,7 @@ class Labels:
         """
         self.found.sized.append(labels.flatten().numpy())
         if sized is not None:
-            for dim in varying(sized):
-                vector = vector_along(sized, dim, sized.shape[dim])
+            for vector in self.vectors(sized).values():
                 self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
 
     def note_positions(self, counts: Iterable[Tensor], reason: str) -> None:

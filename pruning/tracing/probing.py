@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Trace, WidthAttribute
+from pruning.graph.groups import Group, Positions, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.bisection import Structure, faulty_groups, structure_of
+from pruning.tracing.grouping import positions_by_group
 from pruning.tracing.labels import Flow
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
@@ -37,13 +38,11 @@ class _CountedSize:
     """A size that an operation was given, and the channels that it counts.
 
     Attributes:
-        module: name of the module whose code ran. value: the size.
-        owned: by group, how many positions each channel contributes to it, (channels,).
+        module: name of the module whose code ran. counted: the positions that the size counts.
     """
 
     module: str
-    value: int
-    owned: dict[str, torch.Tensor]
+    counted: Positions
 
 
 _CURE = (
@@ -83,7 +82,7 @@ class WidthProbe:
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
         """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
         found, groups, labels = self.found, self.groups, self.labels
-        sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
+        sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         suspect = [name for name in groups if np.isin(labels[name], sized).any()]
         at_fault = faulty_groups(self.runs.error, suspect, self.structures)
@@ -107,7 +106,7 @@ class WidthProbe:
         """Return the groups of which a slice or split would select other channels after pruning."""
         why: dict[str, str] = {}
         for labels, reason in self.found.by_position:
-            roots = self.found.ties.find(labels)
+            roots = self.found.channels(labels)
             for name in names:
                 if name not in why and np.isin(self.labels[name], roots).any():
                     why[name] = reason
@@ -159,7 +158,7 @@ class _NarrowedRuns:
         labels: Mapping[str, np.ndarray],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        places = [found.ties.find(taken) for taken, _ in found.by_position]
+        places = [found.channels(taken) for taken, _ in found.by_position]
         #: By group, for each channel the number of the slice that it belongs to.
         self.pieces = (
             {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
@@ -261,22 +260,17 @@ def _counted_sizes(
     found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
 ) -> dict[str, list[_CountedSize]]:
     """Return for each of the groups the sizes that count its channels."""
-    belongs: dict[int, tuple[str, int]] = {}
-    for group, own in labels.items():
-        belongs.update((label, (group, channel)) for channel, label in enumerate(own.tolist()))
     sizes: dict[str, list[_CountedSize]] = {name: [] for name in names}
     seen = set()
     for extent in found.extents:
-        counted = found.ties.find(extent.labels)
+        counted = found.channels(extent.labels)
         key = extent.module, counted.tobytes()
         if not sizes or key in seen:
             continue
         seen.add(key)
-        owned: dict[str, torch.Tensor] = {}
-        for group, channel in filter(None, map(belongs.get, counted.tolist())):
-            owned.setdefault(group, torch.zeros(len(labels[group]), dtype=torch.long))[channel] += 1
-        for group in sizes.keys() & owned.keys():
-            sizes[group].append(_CountedSize(extent.module, len(counted), owned))
+        positions = positions_by_group(counted, labels)
+        for group in sizes.keys() & positions.owners.keys():
+            sizes[group].append(_CountedSize(extent.module, positions))
     return sizes
 
 
@@ -285,8 +279,8 @@ def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[W
     choices: list[list[tuple[WidthAttribute, ...]]] = []
     for size in sizes:
         held = [
-            WidthAttribute(size.module, attribute, entries, size.owned)
-            for attribute, entries in attributes_with(model.get_submodule(size.module), size.value)
+            WidthAttribute(size.module, attribute, entries, size.counted)
+            for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
         ]
         if held:
             several = [tuple(held)] if len(held) > 1 else []

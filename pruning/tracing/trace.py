@@ -15,7 +15,7 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.computed import can_be_narrowed
-from pruning.graph.groups import Group, Ignored, LayerUse, Trace
+from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
     bias_of,
@@ -28,9 +28,10 @@ from pruning.graph.layers import (
 )
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
-from pruning.tracing.grouping import channel_groups
+from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.labels import Flow
 from pruning.tracing.probing import WidthProbe
+from pruning.tracing.ties import NONE
 from pruning.tracing.tracer import flow
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
@@ -102,10 +103,22 @@ def trace(
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size)
     skipped = _skipped(model, found, groups, reasons)
+    kept = {name: labels[name] for name in groups}
+    products = tuple(
+        ProductUse(
+            product.macs / batch.size,
+            *(
+                positions_by_group(np.full((1, 1), NONE) if x is None else found.channels(x), kept)
+                for x in (product.rows, product.columns)
+            ),
+        )
+        for product in found.products
+    )
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
         groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
         found.other_macs / batch.size, inputs, sizes, batch, inferred,
+        products,
     )  # fmt: skip
 
 
@@ -203,7 +216,7 @@ def _obstacle(
     group: Group, model: nn.Module, ignored_by: dict[str, str], frozen: set[str], shared: dict[str, str]
 ) -> str:
     """Return why a group cannot be pruned; empty when it can."""
-    if not group.side("in"):
+    if not group.side("in") and not group.is_summed:
         return "no layer that surgery knows consumes its channels; they may be the model's output"
     for member in group.members:
         if member.side == "self":

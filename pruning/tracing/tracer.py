@@ -30,14 +30,16 @@ from pruning.graph.computed import sources
 from pruning.graph.deformable import count_deformable
 from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
 from pruning.graph.recurrent import is_recurrent
-from pruning.surgery.statistics import CallCounter
+from pruning.surgery.statistics import CallCounter, plain_attention
 from pruning.surgery.width_attributes import attributes_with
+from pruning.tracing.axes import Axes
 from pruning.tracing.functions import Functions
-from pruning.tracing.labels import Flow, Labels
+from pruning.tracing.labels import FIXED_SIZE, Flow, Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
+from pruning.tracing.products import AxesNeeded
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation, without_computing
@@ -65,7 +67,11 @@ def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        return without_computing(lambda probe, example: _follow(probe, run, example), model, inputs)
+        try:
+            return without_computing(lambda probe, example: _follow(probe, run, example), model, inputs)
+        except AxesNeeded:
+            follow_axes = lambda probe, example: _follow(probe, run, example, axes=True)  # noqa: E731
+            return without_computing(follow_axes, model, inputs)
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -88,11 +94,12 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
     return True
 
 
-def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
+def _follow(probe: nn.Module, run: Run, inputs: Inputs, axes: bool = False) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    found.axes = Axes(found.ties) if axes else None
+    with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with _Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)
             tracer.finish(output)
@@ -100,7 +107,7 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
-            in_training = replace(found, calls=Counter(), uses={}, readers={})
+            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[])
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
                 _Tracer(probe.train(), in_training) as tracer,
@@ -108,6 +115,8 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
             ):
                 tracer.finish(run(probe, inputs))
             probe.eval()
+    if found.axes is not None:
+        found.fixed += [(labels, FIXED_SIZE) for labels in found.axes.settle()]
     return found
 
 
