@@ -123,7 +123,9 @@ class Positions:
         tensor([0, 1, 2])
         """
         removed = [
-            index[dropped[group][channel]] for group, (index, channel) in self.owners.items() if group in dropped
+            index[dropped[group][channel]]
+            for group, (index, channel) in self.owners.items()
+            if group in dropped
         ]
         return torch.cat([torch.zeros(0, dtype=torch.long), *removed]).unique()
 
@@ -140,6 +142,25 @@ class ProductUse:
     macs: float
     rows: Positions
     columns: Positions
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A factor that makes up for a scale which the code computes from a width, as 1/√d in attention.
+
+    Attributes:
+        layer, side: a layer (side `out`) whose outputs are multiplied, or a tensor (side `self`).
+        index: the positions of its outputs, (positions,). dim: of a tensor, the dimension of the positions.
+        summed: the positions from whose number the code computes the scale.
+        power: the factor is the share of these that is kept, to this power.
+    """
+
+    layer: str
+    side: Side
+    index: Tensor
+    dim: int
+    summed: Positions
+    power: float
 
 
 @dataclass(frozen=True)
@@ -194,6 +215,7 @@ class Trace:
         batch: the batch of the example inputs.
         inferred: rules of types of modules that multiply by a weight of their own.
         products: products of activations whose MACs depend on the groups.
+        rescales: factors that keep scales which the code computes from widths.
     """
 
     groups: dict[str, Group]
@@ -207,6 +229,7 @@ class Trace:
     batch: Batch = field(default_factory=Batch, compare=False)
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
     products: tuple[ProductUse, ...] = field(default=(), repr=False)
+    rescales: tuple[Rescale, ...] = field(default=(), repr=False)
 
     @property
     def widths(self) -> dict[str, int]:

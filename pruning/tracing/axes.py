@@ -183,6 +183,21 @@ class Axes:
             sets = np.where(np.isin(sets, self.ties.find(constant) if final else constant), NONE, sets)
         return sets
 
+    def closure(self, labels: np.ndarray) -> np.ndarray:
+        """Return labels and all labels that they stand for."""
+        found = new = np.unique(labels)
+        for _ in range(_DEEPEST):
+            number = self._definition_of(new)
+            deeper = [
+                self.definitions[n].parts[:, self._column[new[number == n]]].ravel()
+                for n in np.unique(number[number >= 0]).tolist()
+            ]
+            if not deeper:
+                break
+            new = np.unique(np.concatenate(deeper))
+            found = np.union1d(found, new)
+        return found
+
     # --- after the pass ------------------------------------------------------------------
 
     def settle(self) -> list[np.ndarray]:
@@ -194,7 +209,7 @@ class Axes:
         self.fixed += self._collapse_unused()
         while self._unite():
             pass
-        self._by_class()
+        self.renew()
         labels = np.flatnonzero(self._definition >= 0)
         parts = self.parts(labels, final=True)
         circular = parts[self._definition_of(parts.ravel()).reshape(parts.shape) >= 0]
@@ -207,7 +222,9 @@ class Axes:
         waiting = {n: d for n, d in enumerate(self.definitions) if d.grid is not None}
         while True:
             reached = [
-                n for n, d in waiting.items() if np.isin(self.ties.find(np.append(d.parts, d.labels)), used).any()
+                n
+                for n, d in waiting.items()
+                if np.isin(self.ties.find(np.append(d.parts, d.labels)), used).any()
             ]
             if not reached:
                 break
@@ -289,7 +306,7 @@ class Axes:
         self.ties.union(labels[first][held], finer[held])
         return True
 
-    def _by_class(self) -> None:
+    def renew(self) -> None:
         """Let the smallest label tied to a defined label have its definition."""
         labels = np.flatnonzero(self._definition >= 0)
         roots = self.ties.find(labels)
@@ -299,9 +316,7 @@ class Axes:
 
     def role_of(self, labels: np.ndarray) -> str:
         """Return what products do along channels, given by the smallest labels tied to them."""
-        held = {
-            role for role, several in self.roles.items() if several and self._are_in(labels, several)
-        }
+        held = {role for role, several in self.roles.items() if several and self._are_in(labels, several)}
         if "heads" in held:
             return "heads"
         return "width" if {"qk", "v"} <= held else next(iter(held), "")

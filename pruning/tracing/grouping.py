@@ -13,7 +13,7 @@ from pruning.graph.groups import Group, Member, Positions, Reduction
 from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
 from pruning.tracing.axes import Axes
-from pruning.tracing.labels import Flow, SideUse
+from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.ties import NONE, Ties
 
 

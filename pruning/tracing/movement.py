@@ -63,7 +63,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
     """
     x = op.operands[0]
     if not x.ndim:
-        return
+        return None
     dim = (op.given.get("dim") or 0) % x.ndim
     pieces = pytree.tree_leaves(op.output)
     lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
@@ -93,7 +93,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
             elif equal:
                 labels.tie_equal_parts(first, dim, lengths[0])
         first = whole
-    _move(labels, op, first)
+    return _move(labels, op, first)
 
 
 def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:

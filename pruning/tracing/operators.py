@@ -159,10 +159,10 @@ def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
     if over := [d for d in varying(first) if d > 1]:
         labels.fix_along(first, over, f"{labels.where()} pools or resizes over its channels ({op.name})")
         if not labels.is_grid(first):
-            return None
+            return
     for leaf in pytree.tree_leaves(op.output):
         labels.put(leaf, first)
-    return None
+    return
 
 
 @first_operand

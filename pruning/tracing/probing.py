@@ -10,51 +10,30 @@ something else: a comparison of the outputs detects that.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Positions, Trace, WidthAttribute
+from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
-from pruning.surgery.width_attributes import attributes_with
-from pruning.tracing.bisection import Structure, faulty_groups, structure_of
-from pruning.tracing.grouping import positions_by_group
-from pruning.tracing.labels import Flow
+from pruning.tracing.bisection import faulty_groups, structure_of
+from pruning.tracing.joining import joined_groups, tie_groups
+from pruning.tracing.record import Flow
+from pruning.tracing.scales import rescaling_choices
+from pruning.tracing.size_attributes import counted_sizes, following, held_attributes, merged
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.tree import Inputs, map_tensors, tensors
 
-
-@dataclass(frozen=True)
-class _CountedSize:
-    """A size that an operation was given, and the channels that it counts.
-
-    Attributes:
-        module: name of the module whose code ran. counted: the positions that the size counts.
-    """
-
-    module: str
-    counted: Positions
-
-
 _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
-
-#: Largest number of attribute sets to try for one group.
-MOST_CANDIDATES = 16
-
-#: A set of attributes that failed in this many modules of a type, and worked in none, is tried no more.
-MOST_FAILURES = 2
 
 
 class WidthProbe:
@@ -73,7 +52,7 @@ class WidthProbe:
         inputs: Inputs,
         found: Flow,
         groups: dict[str, Group],
-        labels: Mapping[str, np.ndarray],
+        labels: dict[str, np.ndarray],
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
         self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
@@ -96,11 +75,44 @@ class WidthProbe:
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
         reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
-        attributes = _following(
-            self.model, self.runs, _counted_sizes(found, labels, reasons), self.structures
-        )
+        attributes = following(self.model, self.runs, counted_sizes(found, labels, reasons), self.structures)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
-        return reasons, _merged(attributes.values())
+        if found.axes is not None:
+            attributes |= self._joined(reasons)
+        return reasons, merged(attributes.values())
+
+    def _joined(self, reasons: dict[str, str]) -> dict[str, tuple[WidthAttribute, ...]]:
+        """Join groups that one attribute binds, and return the attributes of those that can be narrowed.
+
+        Joined groups take the place of their parts, also in `reasons`.
+        """
+        sizes = counted_sizes(self.found, self.labels, reasons)
+        held = {
+            name: {
+                (each.module, each.attribute)
+                for size in counted
+                for each in held_attributes(self.model, size)
+            }
+            for name, counted in sizes.items()
+        }
+        parts: dict[str, list[str]] = {}
+        for names, group in joined_groups(reasons, self.groups, held):
+            parts[group.name] = names
+            self.runs.add(group, tie_groups(self.found, self.labels, names))
+            self.structures[group.name] = structure_of(self.model, self.found, group)
+        if not parts:
+            return {}
+        sizes = counted_sizes(self.found, self.labels, parts)
+        attributes = following(self.model, self.runs, sizes, self.structures)
+        for joined, names in parts.items():
+            group = self.groups.pop(joined)
+            if joined in attributes:
+                order = [group if name == names[0] else each for name, each in self.groups.items()]
+                self.groups.clear()
+                self.groups.update({each.name: each for each in order if each.name not in names})
+                for name in names:
+                    del reasons[name]
+        return attributes
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a slice or split would select other channels after pruning."""
@@ -155,19 +167,33 @@ class _NarrowedRuns:
         inputs: Inputs,
         found: Flow,
         groups: dict[str, Group],
-        labels: Mapping[str, np.ndarray],
+        labels: dict[str, np.ndarray],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        places = [found.channels(taken) for taken, _ in found.by_position]
+        self.labels = labels
         #: By group, for each channel the number of the slice that it belongs to.
-        self.pieces = (
-            {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
-            if places
-            else {}
-        )
+        self.pieces: dict[str, np.ndarray] = {}
+        #: By group that a product sums over, the ways to keep the product's scale, and the one it needs.
+        self.choices: dict[str, list[tuple[Rescale, ...]]] = {}
+        self.scales: dict[str, tuple[Rescale, ...]] = {}
+        self._mark(labels)
         self.unused = found.probe
         self.on_meta = found.probe is not None
         self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
+
+    def add(self, group: Group, labels: np.ndarray) -> None:
+        """Add a group of the model, with the labels of its channels."""
+        self.groups[group.name], self.labels[group.name] = group, labels
+        self._mark({group.name: labels})
+
+    def _mark(self, labels: Mapping[str, np.ndarray]) -> None:
+        """Note for groups which slices their channels belong to, and how scales may be kept."""
+        places = [self.found.channels(taken) for taken, _ in self.found.by_position]
+        for name, own in labels.items() if places else ():
+            self.pieces[name] = _same_marks([np.isin(own, place) for place in places])
+        if self.found.left:
+            groups = {name: self.groups[name] for name in labels}
+            self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
 
     def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
         """Return the error of the model without the last channels of these groups; empty if it runs."""
@@ -187,6 +213,20 @@ class _NarrowedRuns:
         Args:
             share: least share of the channels to remove from each slice.
         """
+        some = list(names)
+        problem = self._mismatch(some, sizes, share)
+        summed = [name for name in some if name in self.choices and name not in self.scales]
+        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
+            before = dict(self.scales)
+            self.scales.update(
+                {name: self.choices[name][min(i, len(self.choices[name]) - 1)] for name in summed}
+            )
+            if not self._mismatch(some, sizes, share):
+                return ""
+            self.scales = before
+        return problem
+
+    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
         traced, plan = self._narrower(names, sizes, share)
         small = apply(self.model, traced, plan)
         return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
@@ -196,7 +236,7 @@ class _NarrowedRuns:
 
         An attribute may equal a width by chance, or hold another quantity, such as a factor.
         """
-        together = _merged(sizes.values())
+        together = merged(sizes.values())
         return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
 
     def _narrower(
@@ -214,90 +254,10 @@ class _NarrowedRuns:
             each = [channels[pieces == piece] for piece in np.unique(pieces)]
             last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        return Trace(self.groups, {}, {}, {}, sizes=sizes), Plan(keep)
+        rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
+        return Trace(self.groups, {}, {}, {}, sizes=sizes, rescales=rescales), Plan(keep)
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
     """Return a number for each channel; two channels have the same number if all their marks agree."""
     return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
-
-
-# --- attributes that hold a size ------------------------------------------------------------
-
-
-def _following(
-    model: nn.Module,
-    runs: _NarrowedRuns,
-    sizes: Mapping[str, list[_CountedSize]],
-    structures: Mapping[str, Structure],
-) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return the groups that can be narrowed if attributes are updated, with these attributes."""
-    candidates = {
-        name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
-    }
-    likely = {name: several[0] for name, several in candidates.items()}
-    if not likely or runs.is_exact(likely):
-        return likely
-    alone: dict[str, tuple[WidthAttribute, ...]] = {}
-    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
-    hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
-    for name, several in candidates.items():
-        like = structures[name], len(several)
-        for chosen in () if like in hopeless else several:
-            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
-            if failures[kind] >= MOST_FAILURES:
-                continue
-            if runs.is_exact({name: chosen}):
-                alone[name], failures[kind] = chosen, -len(candidates)
-                break
-            failures[kind] += 1
-        else:
-            hopeless.add(like)
-    return alone if alone and runs.is_exact(alone) else {}
-
-
-def _counted_sizes(
-    found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
-) -> dict[str, list[_CountedSize]]:
-    """Return for each of the groups the sizes that count its channels."""
-    sizes: dict[str, list[_CountedSize]] = {name: [] for name in names}
-    seen = set()
-    for extent in found.extents:
-        counted = found.channels(extent.labels)
-        key = extent.module, counted.tobytes()
-        if not sizes or key in seen:
-            continue
-        seen.add(key)
-        positions = positions_by_group(counted, labels)
-        for group in sizes.keys() & positions.owners.keys():
-            sizes[group].append(_CountedSize(extent.module, positions))
-    return sizes
-
-
-def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
-    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
-    choices: list[list[tuple[WidthAttribute, ...]]] = []
-    for size in sizes:
-        held = [
-            WidthAttribute(size.module, attribute, entries, size.counted)
-            for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
-        ]
-        if held:
-            several = [tuple(held)] if len(held) > 1 else []
-            choices.append([*((each,) for each in held), *several, ()])
-    for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
-        if any(chosen):
-            yield _merged(chosen)
-
-
-def _merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
-    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
-    merged: list[WidthAttribute] = []
-    taken: dict[tuple[str, str], set[int]] = {}
-    for size in itertools.chain.from_iterable(sets):
-        entries = taken.setdefault((size.module, size.attribute), set())
-        wanted = set(size.entries) or {0}
-        if not entries & wanted:
-            entries |= wanted
-            merged.append(size)
-    return tuple(merged)

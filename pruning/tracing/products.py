@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from pruning.tracing.axes import ProductUse
-from pruning.tracing.labels import Labels, SideUse
+from pruning.tracing.labels import Labels
 from pruning.tracing.operation import Operation
+from pruning.tracing.record import SideUse
 from pruning.tracing.ties import varying
 
 
@@ -64,11 +65,17 @@ def product_of_activations(labels: Labels, op: Operation, left: Tensor, right: T
         return
     if shared is not None:
         labels.found.reductions[labels.place] = SideUse(shared.numpy(), summed)
+        of_first = labels.of(left)
+        assert of_first is not None
+        labels.found.left[labels.place] = axes.closure(of_first.numpy().ravel())
     _note_macs(labels, op, left, ({0: batch, 1: rows}, {0: shared, 1: columns}))
 
 
 def _note_macs(
-    labels: Labels, op: Operation, left: Tensor, held: tuple[dict[int, Tensor | None], dict[int, Tensor | None]]
+    labels: Labels,
+    op: Operation,
+    left: Tensor,
+    held: tuple[dict[int, Tensor | None], dict[int, Tensor | None]],
 ) -> None:
     """Record the MACs of a product as those of its channels."""
     first, second = (

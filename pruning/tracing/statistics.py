@@ -64,8 +64,8 @@ def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int
     kept = labels.compose({d: v for d, v in vectors.items() if d not in dims}, rank)
     for leaf in leaves:
         found = kept
-        for d in reversed(dims) if leaf.ndim < rank and found is not None else ():
-            found = found.squeeze(d)
+        for d in reversed(dims) if leaf.ndim < rank else ():
+            found = None if found is None else found.squeeze(d)
         labels.put(leaf, found)
     return None
 

@@ -29,8 +29,8 @@ from pruning.graph.layers import (
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
 from pruning.tracing.grouping import channel_groups, positions_by_group
-from pruning.tracing.labels import Flow
 from pruning.tracing.probing import WidthProbe
+from pruning.tracing.record import Flow
 from pruning.tracing.ties import NONE
 from pruning.tracing.tracer import flow
 from pruning.utils.batch import find_batch
@@ -103,23 +103,27 @@ def trace(
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size)
     skipped = _skipped(model, found, groups, reasons)
-    kept = {name: labels[name] for name in groups}
-    products = tuple(
+    inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
+    return Trace(
+        groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
+        found.other_macs / batch.size, inputs, sizes, batch, inferred,
+        _products(found, {name: labels[name] for name in groups}, batch.size),
+        tuple(rescale for name in groups for rescale in probe.runs.scales.get(name, ())),
+    )  # fmt: skip
+
+
+def _products(found: Flow, labels: Mapping[str, np.ndarray], size: int) -> tuple[ProductUse, ...]:
+    """Return the products of activations for one of `size` examples, whose channels have these labels."""
+    return tuple(
         ProductUse(
-            product.macs / batch.size,
+            product.macs / size,
             *(
-                positions_by_group(np.full((1, 1), NONE) if x is None else found.channels(x), kept)
+                positions_by_group(np.full((1, 1), NONE) if x is None else found.channels(x), labels)
                 for x in (product.rows, product.columns)
             ),
         )
         for product in found.products
     )
-    inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
-    return Trace(
-        groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
-        found.other_macs / batch.size, inputs, sizes, batch, inferred,
-        products,
-    )  # fmt: skip
 
 
 def _uses(model: nn.Module, found: Flow, foldable: Mapping[str, str], size: int) -> dict[str, LayerUse]:

@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -34,12 +35,13 @@ from pruning.surgery.statistics import CallCounter, plain_attention
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.axes import Axes
 from pruning.tracing.functions import Functions
-from pruning.tracing.labels import FIXED_SIZE, Flow, Labels
+from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
 from pruning.tracing.products import AxesNeeded
+from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation, without_computing
@@ -68,10 +70,9 @@ def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
     """
     try:
         try:
-            return without_computing(lambda probe, example: _follow(probe, run, example), model, inputs)
+            return without_computing(partial(_follow, run=run), model, inputs)
         except AxesNeeded:
-            follow_axes = lambda probe, example: _follow(probe, run, example, axes=True)  # noqa: E731
-            return without_computing(follow_axes, model, inputs)
+            return without_computing(partial(_follow, run=run, axes=True), model, inputs)
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -94,7 +95,7 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
     return True
 
 
-def _follow(probe: nn.Module, run: Run, inputs: Inputs, axes: bool = False) -> Flow:
+def _follow(probe: nn.Module, inputs: Inputs, run: Run, axes: bool = False) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)

@@ -28,7 +28,9 @@ def product(labels: Labels, op: Operation) -> None:
         dim = 1 if weight is right else 0
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
-    if op.name == "mm" and labels.of(left) is not None and labels.of(right) is not None:
+    if op.name == "mm" and all(
+        labels.of(x) is not None and labels.weights.find(x) is None for x in (left, right)
+    ):
         return product_of_activations(labels, op, left, right)
     reason = (
         f"{labels.where()} multiplies it by a matrix ({op.name}) that is no weight of a layer alone; put the "
