@@ -201,14 +201,12 @@ class Axes:
     # --- after the pass ------------------------------------------------------------------
 
     def settle(self) -> list[np.ndarray]:
-        """Unite the definitions of labels that are tied; return labels that must not be removed.
+        """Complete the definitions after the pass; return labels that must not be removed.
 
         Grids along whose dimensions no product works keep all positions of their smaller dimensions, as
         if these sizes were constants in the code.
         """
         self.fixed += self._collapse_unused()
-        while self._unite():
-            pass
         self.renew()
         labels = np.flatnonzero(self._definition >= 0)
         parts = self.parts(labels, final=True)
@@ -307,7 +305,9 @@ class Axes:
         return True
 
     def renew(self) -> None:
-        """Let the smallest label tied to a defined label have its definition."""
+        """Unite the definitions of labels that are tied; let the smallest one have the definition."""
+        while self._unite():
+            pass
         labels = np.flatnonzero(self._definition >= 0)
         roots = self.ties.find(labels)
         if len(roots) and roots.max() >= len(self._definition):

@@ -6,59 +6,37 @@ neither of which can be narrowed alone; channels at the same places of both are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+from torch import nn
 
-from pruning.graph.groups import Group
+from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.record import Flow
-
-#: The last part of the name of a joined group.
-JOINED = "width"
+from pruning.tracing.ties import NONE
 
 
-def joined_groups(
-    names: Iterable[str],
-    groups: Mapping[str, Group],
-    attributes: Mapping[str, set[tuple[str, str]]],
-) -> Iterator[tuple[list[str], Group]]:
-    """Yield sets of groups that share an attribute, each with the group that they form together.
+def tie_equal_sizes(
+    model: nn.Module, found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
+) -> bool:
+    """Tie channels at the same places of views whose sizes one attribute may hold; return whether any are.
 
     Args:
-        names: groups that cannot be narrowed alone. groups: all groups.
-        attributes: by group, the module and name of each attribute that may hold its width.
+        labels: by group, the labels of its channels. names: groups that cannot be narrowed alone.
     """
-    waiting = [name for name in names if attributes.get(name)]
-    while waiting:
-        first, *waiting = waiting
-        together, shared = [first], set(attributes[first])
-        while more := [
-            name
-            for name in waiting
-            if attributes[name] & shared and groups[name].channels == groups[first].channels
-        ]:
-            together += more
-            shared.update(*(attributes[name] for name in more))
-            waiting = [name for name in waiting if name not in more]
-        if len(together) > 1:
-            parts = [groups[name] for name in together]
-            yield (
-                together,
-                replace(
-                    groups[first],
-                    name=f"{first.rpartition('/')[0] or first}/{JOINED}",
-                    members=tuple(member for part in parts for member in part.members),
-                    reductions=tuple(reduction for part in parts for reduction in part.reductions),
-                ),
-            )
-
-
-def tie_groups(found: Flow, labels: Mapping[str, np.ndarray], names: list[str]) -> np.ndarray:
-    """Tie the channels at the same places of several groups, and return their labels."""
-    first, *others = (labels[name] for name in names)
-    for other in others:
-        found.ties.union(first, other)
-    if found.axes is not None:
+    channels = np.unique(np.concatenate([np.arange(0), *(labels[name] for name in names)]))
+    by_attribute: dict[tuple[str, str, tuple[int, ...]], list[np.ndarray]] = {}
+    for extent in found.extents:
+        if np.isin(found.channels(extent.labels), channels).any():
+            module = model.get_submodule(extent.module)
+            for attribute, entries in attributes_with(module, len(extent.labels)):
+                by_attribute.setdefault((extent.module, attribute, entries), []).append(extent.labels)
+    tied = False
+    for first, *others in by_attribute.values():
+        for other in others:
+            held = (first != NONE) & (other != NONE)
+            tied |= not np.array_equal(found.channels(first[held]), found.channels(other[held]))
+            found.ties.union(first[held], other[held])
+    if tied and found.axes is not None:
         found.axes.renew()
-    return found.ties.find(first)
+    return tied

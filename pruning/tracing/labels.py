@@ -115,6 +115,17 @@ class Labels:
             self.fix(vectors.get(dim), reason)
         return None
 
+    def select_along(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor:
+        """Fix the channels along dimensions on which code selects; return those along the others."""
+        axes, vectors = self.found.axes, self.vectors(labels)
+        assert axes is not None
+        for dim in dims:
+            if dim in vectors:
+                self.fix(vectors[dim], reason)
+                axes.constant.append(vectors[dim].numpy())
+        kept = self.compose({d: v for d, v in vectors.items() if d not in dims}, labels.ndim)
+        return torch.full([1] * labels.ndim, NONE) if kept is None else kept
+
     def where(self) -> str:
         """Describe the running module, for messages."""
         return self.path[-1][1]

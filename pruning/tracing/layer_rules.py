@@ -13,16 +13,18 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from pruning.graph.computed import sources
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layers import (
     channel_dim,
     is_depthwise,
+    is_inferred,
     is_registered,
     is_weighted,
     layer_width,
     rule_for,
 )
-from pruning.graph.recurrent import has_hidden_channels
+from pruning.graph.recurrent import has_hidden_channels, is_recurrent
 from pruning.graph.rule import Kind
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.ties import spread, varying, vector_along
@@ -251,3 +253,14 @@ def follow_layer(labels: Labels, call: LayerCall) -> bool:
             labels.fix(labels.of(other), f"{call.name} reads it in addition to its first input")
     rule(labels, call)
     return is_weighted(call.module)
+
+
+def is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a module is followed by a layer rule, which must cover all of its parameters."""
+    rule = rule_for(module)
+    if rule is None or is_inferred(module):
+        return False
+    if is_registered(module) or is_recurrent(module):
+        return layer_rule(module) is not None
+    held = {*rule.out, *rule.into}
+    return own.keys() <= held.union(*(sources(module, name) for name in held))

@@ -84,8 +84,8 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
             labels.tie_neighbors(first, dim, step)
         elif pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
             labels.fix(first, reason)
-            if grid and labels.found.axes is not None:
-                labels.found.axes.constant.append(first.flatten().numpy())
+            if grid:
+                labels.select_along(whole, [dim], reason)
         else:
             labels.note_positions(_counted(first, dim, start, lengths), reason)
             if len(pieces) == 1 and alone:
@@ -134,7 +134,12 @@ def index(labels: Labels, op: Operation, first: Tensor) -> None:
     indices = op.given["indices"]
     used = [d for d, each in enumerate(indices) if each is not None]
     integer = all(each is None or each.dtype == torch.long for each in indices)
-    if not integer or set(used) & set(varying(first)) or used != list(range(used[0], used[-1] + 1)):
+    taken, axes = set(used) & set(varying(first)), labels.found.axes
+    if taken and integer and axes is not None and len(varying(first)) > len(taken):
+        reason = f"{labels.where()} picks from it by position"
+        first = labels.select_along(first, taken, reason)
+        taken = set()
+    if not integer or taken or used != list(range(used[0], used[-1] + 1)):
         return labels.fix(first, f"{labels.where()} picks from it by position")
     narrowed = first
     for d in reversed(used):

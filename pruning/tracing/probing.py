@@ -10,7 +10,7 @@ something else: a comparison of the outputs detects that.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
 from pruning.tracing.bisection import faulty_groups, structure_of
-from pruning.tracing.joining import joined_groups, tie_groups
+from pruning.tracing.joining import tie_equal_sizes
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
-from pruning.tracing.size_attributes import counted_sizes, following, held_attributes, merged
+from pruning.tracing.size_attributes import counted_sizes, following, merged
 from pruning.tracing.ties import NONE
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
@@ -34,6 +34,10 @@ _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
+
+
+#: Groups by name, and the labels of their channels.
+Groups = tuple[dict[str, Group], dict[str, np.ndarray]]
 
 
 class WidthProbe:
@@ -77,42 +81,39 @@ class WidthProbe:
         reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
         attributes = following(self.model, self.runs, counted_sizes(found, labels, reasons), self.structures)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
-        if found.axes is not None:
-            attributes |= self._joined(reasons)
         return reasons, merged(attributes.values())
 
-    def _joined(self, reasons: dict[str, str]) -> dict[str, tuple[WidthAttribute, ...]]:
+    def joined(self, reasons: dict[str, str], regroup: Callable[[], Groups]) -> tuple[WidthAttribute, ...]:
         """Join groups that one attribute binds, and return the attributes of those that can be narrowed.
 
         Joined groups take the place of their parts, also in `reasons`.
+
+        Args:
+            reasons: groups that cannot be narrowed alone, with the reason.
+            regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
-        sizes = counted_sizes(self.found, self.labels, reasons)
-        held = {
-            name: {
-                (each.module, each.attribute)
-                for size in counted
-                for each in held_attributes(self.model, size)
-            }
-            for name, counted in sizes.items()
+        if self.found.axes is None or not tie_equal_sizes(self.model, self.found, self.labels, reasons):
+            return ()
+        groups, labels = regroup()
+        bound = {name: self.found.ties.find(self.labels[name]) for name in reasons}
+        parts = {
+            name: [part for part in reasons if np.isin(bound[part], labels[name]).any()] for name in groups
         }
-        parts: dict[str, list[str]] = {}
-        for names, group in joined_groups(reasons, self.groups, held):
-            parts[group.name] = names
-            self.runs.add(group, tie_groups(self.found, self.labels, names))
-            self.structures[group.name] = structure_of(self.model, self.found, group)
-        if not parts:
-            return {}
+        parts = {name: several for name, several in parts.items() if several}
+        for name in parts:
+            self.runs.add(groups[name], labels[name])
+            self.structures[name] = structure_of(self.model, self.found, groups[name])
         sizes = counted_sizes(self.found, self.labels, parts)
         attributes = following(self.model, self.runs, sizes, self.structures)
-        for joined, names in parts.items():
-            group = self.groups.pop(joined)
-            if joined in attributes:
-                order = [group if name == names[0] else each for name, each in self.groups.items()]
-                self.groups.clear()
-                self.groups.update({each.name: each for each in order if each.name not in names})
-                for name in names:
-                    del reasons[name]
-        return attributes
+        for name, several in parts.items():
+            if name in attributes:
+                for part in several:
+                    reasons.pop(part, None)
+                    if part != name:
+                        self.groups.pop(part, None)
+            elif name not in reasons:
+                del self.groups[name]
+        return merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a slice or split would select other channels after pruning."""

@@ -92,19 +92,14 @@ def counted_sizes(
     return sizes
 
 
-def held_attributes(model: nn.Module, size: CountedSize) -> list[WidthAttribute]:
-    """Return the attributes of the module whose code ran that are equal to a size."""
-    return [
-        WidthAttribute(size.module, attribute, entries, size.counted)
-        for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
-    ]
-
-
 def _candidates(model: nn.Module, sizes: list[CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
     """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
     choices: list[list[tuple[WidthAttribute, ...]]] = []
     for size in sizes:
-        held = held_attributes(model, size)
+        held = [
+            WidthAttribute(size.module, attribute, entries, size.counted)
+            for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
+        ]
         if held:
             several = [tuple(held)] if len(held) > 1 else []
             choices.append([*((each,) for each in held), *several, ()])

@@ -95,6 +95,7 @@ def trace(
 
     probe = WidthProbe(model, inputs, found, groups, labels)
     bound, sizes = probe.code_bound()
+    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
     for name, reason in bound.items():
