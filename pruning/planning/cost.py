@@ -23,6 +23,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.layers import WEIGHTED, bias_of, is_weighted, rule_for
 from pruning.graph.recurrent import RECURRENT
 from pruning.planning.cost_rows import RowTable
+from pruning.surgery.statistics import plain_attention
 from pruning.tracing.trace import trace
 from pruning.utils.batch import find_batch
 from pruning.utils.meta import Shapes, without_computing
@@ -100,7 +101,7 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
     probe = getattr(probe, "_orig_mod", probe)  # a compiled model lists its attributes twice
     probe.eval()
     whole = _WithInputs(probe, inputs)
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention():  # the flop counter does not know the CPU's kernel of attention
         with Shapes(), FlopCounterMode(display=False) as flops, _BiasCounter(probe) as biases:
             call(probe, inputs)
         try:
