@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -59,6 +60,8 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
         if side == "in" and constants is not None and name in constants:
             _fold_constants(small, name, trace, drop, constants[name])
     _cut(small, trace, plan, dropped)
+    for (name, side), factors in output_factors(model, trace, plan).items():
+        _scale(small, name, side, trace, factors)
     small.zero_grad(set_to_none=True)
     return small
 
@@ -87,6 +90,51 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
     update_attributes(model, trace, plan)
+
+
+def output_factors(model: nn.Module, trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
+    """Return the factors by which a plan multiplies the kept outputs of layers, (kept,) each.
+
+    They keep the scales of products that the code computes from a width, see `Rescale`.
+    """
+    dropped = {name: trace.groups[name].dropped(kept) for name, kept in plan.keep.items()}
+    factors: dict[tuple[str, Side], Tensor] = {}
+    for rescale in trace.rescales:
+        share = 1 - len(rescale.summed.dropped(dropped)) / rescale.summed.size
+        if share == 1:
+            continue
+        layer, side = rescale.layer, rescale.side
+        width = (
+            operator.attrgetter(layer)(model).shape[rescale.dim]
+            if side == "self"
+            else layer_width(model.get_submodule(layer), side)
+        )
+        whole = factors.setdefault((layer, side), torch.ones(width, dtype=torch.double))
+        whole[rescale.index] *= share**rescale.power
+    removed = dropped_positions(trace, plan) if factors else {}
+    return {
+        key: whole[kept_positions(len(whole), removed[key])] if key in removed else whole
+        for key, whole in factors.items()
+    }
+
+
+def _scale(model: nn.Module, name: str, side: Side, trace: Trace, factors: Tensor) -> None:
+    """Multiply the outputs of a layer, or a tensor, by factors along its channels, in place."""
+    if side == "self":
+        owner, _, attribute = name.rpartition(".")
+        dims = [r.dim for r in trace.rescales if (r.layer, r.side) == (name, side)]
+        tensors = [(model.get_submodule(owner), attribute, dims[0])]
+    else:
+        layer = model.get_submodule(name)
+        tensors = [(layer, key, dim) for key, dim in rule_of(layer).out.items()]
+    for module, attribute, dim in tensors:
+        tensor = getattr(module, attribute, None)
+        if isinstance(tensor, Tensor):
+            shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+            scaled = tensor.detach() * factors.to(tensor).reshape(shape)
+            if isinstance(tensor, nn.Parameter):
+                scaled = nn.Parameter(scaled, requires_grad=tensor.requires_grad)
+            setattr(module, attribute, scaled)
 
 
 def kept_positions(width: int, drop: Tensor) -> Tensor:

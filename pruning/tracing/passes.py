@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from torch.utils import _pytree as pytree
 from pruning.errors import PruningError
 from pruning.graph.deformable import count_deformable
 from pruning.graph.layers import rule_for
-from pruning.tracing.labels import Flow
+from pruning.surgery.statistics import plain_attention
+from pruning.tracing.axes import Axes
+from pruning.tracing.labels import FIXED_SIZE
+from pruning.tracing.products import AxesNeeded
+from pruning.tracing.record import Flow
 from pruning.tracing.tracer import Tracer
 from pruning.utils.meta import without_computing
 from pruning.utils.modules import copied
@@ -34,7 +39,11 @@ def flow(model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None) ->
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        return without_computing(lambda probe, example: _follow(probe, run, example, outputs), model, inputs)
+        follow = partial(_follow, run=run, outputs=outputs)
+        try:
+            return without_computing(follow, model, inputs)
+        except AxesNeeded:
+            return without_computing(partial(follow, axes=True), model, inputs)
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -57,11 +66,12 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
     return True
 
 
-def _follow(probe: nn.Module, run: Run, inputs: Inputs, outputs: Outputs) -> Flow:
+def _follow(probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, axes: bool = False) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    found.axes = Axes(found.ties) if axes else None
+    with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)
             tracer.finish(output, outputs)
@@ -69,7 +79,7 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs, outputs: Outputs) -> Flo
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
-            in_training = replace(found, calls=Counter(), uses={}, readers={})
+            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[])
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
                 Tracer(probe.train(), in_training) as tracer,
@@ -77,4 +87,6 @@ def _follow(probe: nn.Module, run: Run, inputs: Inputs, outputs: Outputs) -> Flo
             ):
                 tracer.finish(run(probe, inputs), outputs)
             probe.eval()
+    if found.axes is not None:
+        found.fixed += [(labels, FIXED_SIZE) for labels in found.axes.settle()]
     return found

@@ -15,7 +15,7 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.computed import can_be_narrowed
-from pruning.graph.groups import Group, Ignored, LayerUse, Trace
+from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
     bias_of,
@@ -28,10 +28,11 @@ from pruning.graph.layers import (
 )
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
-from pruning.tracing.grouping import channel_groups
-from pruning.tracing.labels import Flow
+from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
+from pruning.tracing.record import Flow
+from pruning.tracing.ties import NONE
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.outputs import Outputs
@@ -99,6 +100,7 @@ def trace(
 
     probe = WidthProbe(model, inputs, found, groups, labels, outputs)
     bound, sizes = probe.code_bound()
+    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
     for name, reason in bound.items():
@@ -111,7 +113,23 @@ def trace(
     return Trace(
         groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
         found.other_macs / batch.size, inputs, sizes, batch, outputs, inferred,
+        _products(found, {name: labels[name] for name in groups}, batch.size),
+        tuple(rescale for name in groups for rescale in probe.runs.scales.get(name, ())),
     )  # fmt: skip
+
+
+def _products(found: Flow, labels: Mapping[str, np.ndarray], size: int) -> tuple[ProductUse, ...]:
+    """Return the products of activations for one of `size` examples, whose channels have these labels."""
+    return tuple(
+        ProductUse(
+            product.macs / size,
+            *(
+                positions_by_group(np.full((1, 1), NONE) if x is None else found.channels(x), labels)
+                for x in (product.rows, product.columns)
+            ),
+        )
+        for product in found.products
+    )
 
 
 def _uses(model: nn.Module, found: Flow, foldable: Mapping[str, str], size: int) -> dict[str, LayerUse]:
@@ -208,7 +226,7 @@ def _obstacle(
     group: Group, model: nn.Module, ignored_by: dict[str, str], frozen: set[str], shared: dict[str, str]
 ) -> str:
     """Return why a group cannot be pruned; empty when it can."""
-    if not group.side("in"):
+    if not group.side("in") and not group.is_summed:
         return "no layer that surgery knows consumes its channels; they may be the model's output"
     for member in group.members:
         if member.side == "self":

@@ -22,17 +22,17 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph.computed import sources
-from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
+from pruning.graph.layers import holds_layers
 from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
-from pruning.tracing.labels import Flow, Labels
-from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
+from pruning.tracing.labels import Labels
+from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
+from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation
@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
     def _hook(self, name: str, module: nn.Module) -> set[int]:
         """Hook a module; return the ids of its tensors if it is a layer with a rule."""
         own = dict(module.named_parameters(recurse=False))
-        if not _is_known(module, own):
+        if not is_known(module, own):
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
         if holds_layers(module) and "weight" in own:
@@ -282,14 +282,3 @@ def _kept_output(name: str, count: int) -> str:
         f"its channels are the model's output {name!r}, whose size is kept; if other outputs count alone, "
         "name them by outputs= (--outputs)"
     )
-
-
-def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
-    """Whether a module is followed by a layer rule, which must cover all of its parameters."""
-    rule = rule_for(module)
-    if rule is None or is_inferred(module):
-        return False
-    if is_registered(module) or is_recurrent(module):
-        return layer_rule(module) is not None
-    held = {*rule.out, *rule.into}
-    return own.keys() <= held.union(*(sources(module, name) for name in held))

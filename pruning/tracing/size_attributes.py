@@ -1,0 +1,121 @@
+"""Find the attributes of modules that hold the sizes which their code gives to views and splits."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from pruning.graph.groups import Positions, WidthAttribute
+from pruning.surgery.width_attributes import attributes_with
+from pruning.tracing.bisection import Structure
+from pruning.tracing.grouping import positions_by_group
+from pruning.tracing.record import Flow
+
+
+class Runs(Protocol):
+    """What runs narrowed copies of a model."""
+
+    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class CountedSize:
+    """A size that an operation was given, and the channels that it counts.
+
+    Attributes:
+        module: name of the module whose code ran. counted: the positions that the size counts.
+    """
+
+    module: str
+    counted: Positions
+
+
+#: Largest number of attribute sets to try for one group.
+MOST_CANDIDATES = 16
+
+#: A set of attributes that failed in this many modules of a type, and worked in none, is tried no more.
+MOST_FAILURES = 2
+
+
+def following(
+    model: nn.Module,
+    runs: Runs,
+    sizes: Mapping[str, list[CountedSize]],
+    structures: Mapping[str, Structure],
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Return the groups that can be narrowed if attributes are updated, with these attributes."""
+    candidates = {
+        name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
+    }
+    likely = {name: several[0] for name, several in candidates.items()}
+    if not likely or runs.is_exact(likely):
+        return likely
+    alone: dict[str, tuple[WidthAttribute, ...]] = {}
+    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
+    hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
+    for name, several in candidates.items():
+        like = structures[name], len(several)
+        for chosen in () if like in hopeless else several:
+            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
+            if failures[kind] >= MOST_FAILURES:
+                continue
+            if runs.is_exact({name: chosen}):
+                alone[name], failures[kind] = chosen, -len(candidates)
+                break
+            failures[kind] += 1
+        else:
+            hopeless.add(like)
+    return alone if alone and runs.is_exact(alone) else {}
+
+
+def counted_sizes(
+    found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
+) -> dict[str, list[CountedSize]]:
+    """Return for each of the groups the sizes that count its channels."""
+    sizes: dict[str, list[CountedSize]] = {name: [] for name in names}
+    seen = set()
+    for extent in found.extents:
+        counted = found.channels(extent.labels)
+        key = extent.module, counted.tobytes()
+        if not sizes or key in seen:
+            continue
+        seen.add(key)
+        positions = positions_by_group(counted, labels)
+        for group in sizes.keys() & positions.owners.keys():
+            sizes[group].append(CountedSize(extent.module, positions))
+    return sizes
+
+
+def _candidates(model: nn.Module, sizes: list[CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
+    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
+    choices: list[list[tuple[WidthAttribute, ...]]] = []
+    for size in sizes:
+        held = [
+            WidthAttribute(size.module, attribute, entries, size.counted)
+            for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
+        ]
+        if held:
+            several = [tuple(held)] if len(held) > 1 else []
+            choices.append([*((each,) for each in held), *several, ()])
+    for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
+        if any(chosen):
+            yield merged(chosen)
+
+
+def merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
+    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
+    merged: list[WidthAttribute] = []
+    taken: dict[tuple[str, str], set[int]] = {}
+    for size in itertools.chain.from_iterable(sets):
+        entries = taken.setdefault((size.module, size.attribute), set())
+        wanted = set(size.entries) or {0}
+        if not entries & wanted:
+            entries |= wanted
+            merged.append(size)
+    return tuple(merged)
