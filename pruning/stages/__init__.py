@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pruning.stages.finetune import tune
     from pruning.stages.prune import Step
     from pruning.stages.run import Run
+    from pruning.stages.scale_pull import ScalePull
     from pruning.stages.scales import ChannelScales
     from pruning.stages.slim import Slimmed
-    from pruning.stages.sparsify import ScalePull
 
 __all__ = [
     "ChannelScales",
