@@ -252,14 +252,6 @@ def test_the_help_of_slim_groups_flags_by_stage_with_units_and_defaults(toolkit)
     assert "0 trains without it (default: auto)" in text
 
 
-def test_without_a_command_all_commands_are_listed(toolkit):
-    code, out, err = toolkit()
-    lines = err.splitlines()
-    assert code == 2 and out == ""
-    for name, command in COMMANDS.items():
-        assert sum(line.split() == [name, *command.summary.split()] for line in lines) == 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Example:
     count: Annotated[int, Setting("number of examples", metavar="N", least=1, most=9)] = 3
