@@ -20,7 +20,7 @@ from pruning.cli.arguments import GROUPS
 from pruning.cli.build import slim_config
 from pruning.cli.commands import prune as prune_command
 from pruning.cli.commands.results import settings
-from pruning.cli.main import COMMANDS, parse
+from pruning.cli.main import parse
 from pruning.utils.settings import Setting, require_valid
 
 BUDGET = ("--max-macs", "50%")
