@@ -60,8 +60,7 @@ def main() -> None:
     def validate(model: torch.nn.Module) -> float:
         return accuracy(model, dataset.batches("validation", EVALUATION_BATCH))
 
-    scales = {"mean": [dataset.mean], "std": [dataset.std]}
-    facts = {"seed": args.seed, "dataset": dataset.name, "normalisation": scales}
+    facts = {"seed": args.seed, "dataset": dataset.name, "normalisation": dataset.normalization}
     reference_path, best_path = args.output / "reference.pth", args.output / "best.pth"
     reference = reference_beside(reference_path, args.reference, dataset, args.device, facts)
     shown = f"{count(reference, example)}, validation {validate(reference):.4f}"

@@ -34,7 +34,9 @@ class Peer:
             (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance), each with its documented
             defaults.
         calibration: batches for the gradients of `taylor`.
-        ranking: `global` compares the channels of all layers, `group` removes the same share of each.
+        ranking: `global` compares the channels of all layers, `group` removes the same share of each,
+            `isomorphic` compares the channels of layers whose groups have the same form (Fang et al.,
+            Isomorphic Pruning, ECCV 2024, arXiv 2407.04616).
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Peer:
         self.cost_model = CostModel(model, trace(model, example))
         outputs = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
         common: dict[str, Any] = {
-            "global_pruning": ranking == "global",
+            "global_pruning": ranking in ("global", "isomorphic"),
+            "isomorphic": ranking == "isomorphic",
             "pruning_ratio": 1.0,
             "iterative_steps": STEPS,
             "ignored_layers": outputs,

@@ -203,7 +203,7 @@ def splits(dataset: data.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
     if args.side not in LOADERS:
         train = dataset.batches("train", args.batch_size, shuffle=True)
         return train, dataset.batches("validation", EVALUATION_BATCH)
-    normalize = transforms.Normalize((dataset.mean,), (dataset.std,))
+    normalize = transforms.Normalize(**dataset.normalization)
     prepare = transforms.Compose([transforms.ToTensor(), normalize])
     workers = LOADERS[args.side]
     loader: Callable[..., Any] = partial(DataLoader, num_workers=workers, persistent_workers=workers > 0)

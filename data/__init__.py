@@ -6,13 +6,12 @@
 >>> for images, labels in digits.batches("train", 64, shuffle=True): ...  # doctest: +SKIP
 """
 
-from data.batches import Batches, augmentation, random_affine
+from data.batches import augmentation, random_affine
 from data.datasets import NAMES, Dataset, Split, load, loaders
 from data.idx import DataError
 
 __all__ = [
     "NAMES",
-    "Batches",
     "DataError",
     "Dataset",
     "Split",

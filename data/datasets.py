@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batches import Augment, Batches, augmentation
+from data.batches import augmentation
 from data.idx import DataError, read_pair
 from data.sources import DownloadError, download, environment_folder, find_idx
+from pruning.cli.named_images import BUILT_IN, named_images
+from pruning.errors import PruningError
+from pruning.training.image_batches import Augment, ImageBatches
 
 #: 5,000 MNIST training digits, made by `make_mnist5k.py`.
 SUBSET = Path(__file__).parent / "mnist5k.npz"
@@ -47,8 +50,8 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     classes: int = 10
     notice: str = field(default="", compare=False)
 
@@ -56,6 +59,11 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def normalization(self) -> dict[str, list[float]]:
+        """The mean and standard deviation of each channel."""
+        return {"mean": np.atleast_1d(self.mean).tolist(), "std": np.atleast_1d(self.std).tolist()}
 
     def to(self, device: str | torch.device) -> Dataset:
         """Return the same data on another device."""
@@ -80,10 +88,10 @@ class Dataset:
 
     def batches(
         self, split: SplitName, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None
-    ) -> Batches:
+    ) -> ImageBatches:
         """Return normalized batches of a split; with `shuffle`, an incomplete last batch is dropped."""
         images, labels = getattr(self, split)
-        return Batches(
+        return ImageBatches(
             images,
             labels,
             batch_size,
@@ -104,9 +112,11 @@ def load(name: str = "auto", folder: str | Path = "data", *, quiet: bool = False
 
     Args:
         name: `mnist`, `fashion-mnist` (downloaded into `folder` where absent), `mnist5k`
-            (the embedded subset), or `auto`: MNIST, or the subset where MNIST is not available.
+            (the embedded subset), `cifar10` (whose last 5,000 training images are the validation
+            split), or `auto`: MNIST, or the subset where MNIST is not available.
         folder: folder of the full data sets, in torchvision's layout. Files that are not there
             are read from the folder that MNIST_DIR or FASHION_MNIST_DIR names, else downloaded.
+            CIFAR-10 is read as by `pruning.cli.named_images`, from CIFAR10_DIR where that is set.
         quiet: do not print the notice on stderr.
 
     Raises `DataError` for an unknown name, invalid files, and data that is not available.
@@ -127,7 +137,7 @@ def loaders(
     augment: float = 0.0,
     train: int | None = None,
     validation: int | None = None,
-) -> tuple[Batches, Batches, Batches]:
+) -> tuple[ImageBatches, ImageBatches, ImageBatches]:
     """Return training, validation and test batches by name: a factory for `python -m pruning --data`.
 
     Args:
@@ -166,6 +176,18 @@ def _mnist(folder: Path) -> Dataset:
 def _fashion_mnist(folder: Path) -> Dataset:
     files = _locate(folder, "FashionMNIST", "FASHION_MNIST_DIR")
     return _from_idx("fashion-mnist", files, 0.2860, 0.3530, validation=None)
+
+
+def _cifar10(folder: Path) -> Dataset:
+    try:
+        found = named_images("cifar10", environment_folder("CIFAR10_DIR") or folder)
+    except PruningError as error:
+        raise DataError(str(error)) from error
+    images, labels = found.train
+    held_out = max(1, len(labels) // 10)
+    learned, validation = (Split(images[at], labels[at]) for at in (slice(-held_out), slice(-held_out, None)))
+    known = BUILT_IN["cifar10"]
+    return Dataset("cifar10", learned, validation, Split(*found.test), known.mean, known.std)
 
 
 def _mnist5k(_: Path) -> Dataset:
@@ -235,6 +257,7 @@ _LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "mnist": _mnist,
     "mnist5k": _mnist5k,
     "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
 }
 #: The names that `load` accepts.
 NAMES = tuple(_LOADERS)

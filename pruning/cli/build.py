@@ -15,6 +15,7 @@ from pruning.checkpoint import load, read
 from pruning.cli.arguments import read_flags
 from pruning.cli.factories import arguments_of, factory, make_model, parameters, require_finite, require_runs
 from pruning.cli.flags import DataFlags, FactoryFlags, ModelFlags
+from pruning.cli.named_images import BUILT_IN
 from pruning.cli.preprocessing import Preprocessing
 from pruning.cli.sources import Data, make_data, number_of_classes
 from pruning.errors import CheckpointError, PruningError
@@ -148,6 +149,8 @@ def required_data(args: argparse.Namespace) -> Data:
     flags = read_flags(DataFlags, args)
     if flags.data is None:
         raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
+    if flags.cutout is not None and flags.data not in BUILT_IN:
+        raise PruningError(f"--cutout is for named data sets ({', '.join(BUILT_IN)}); {flags.data} is none")
     stored = stored_facts(getattr(args, "weights", None) or getattr(args, "checkpoint", None))
     data = make_data(
         flags.data,
@@ -155,8 +158,10 @@ def required_data(args: argparse.Namespace) -> Data:
         batch_size=flags.batch_size,
         preprocessing=_preprocessing(flags, stored) if Path(flags.data).is_dir() else None,
         normalization=_normalization(flags.mean, flags.std),
+        cutout_side=flags.cutout or 0,
         workers=flags.workers,
         seed=flags.seed,
+        device=getattr(args, "device", "cpu"),
         arguments=arguments_of(flags.data_arg),
     )
     if data.preprocessing is not None:

@@ -73,7 +73,12 @@ class DataFlags:
         default_factory=list
     )
     data_dir: Annotated[
-        Path, Setting("folder in which named data sets are, or are downloaded to", metavar="FOLDER")
+        Path,
+        Setting(
+            "folder in which named data sets are, or are downloaded to; for cifar10 and cifar100 also one of "
+            "pictures of 32 x 32 tiles (train-0.webp, ..., test-0.webp, ...) and labels.npz",
+            metavar="FOLDER",
+        ),
     ] = Path("data")
     batch_size: Annotated[int, Setting("examples per batch", metavar="N", least=1)] = 64
     image_size: Annotated[
@@ -102,6 +107,14 @@ class DataFlags:
             "training images of a folder: crop (random crops of 8 to 100 % of the area, and flips), flip or "
             "none (default: crop, or as the checkpoint says)",
             choices=tuple(AUGMENTATIONS),
+        ),
+    ] = None
+    cutout: Annotated[
+        int | None,
+        Setting(
+            "named data sets: blank a random square of this side in each training image",
+            metavar="PIXELS",
+            least=1,
         ),
     ] = None
     mean: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -13,26 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruning.cli.factories import factory, made_by, similar, torchvision_module, users_code
+from pruning.cli.named_images import BUILT_IN, TILED, named_images
 from pruning.cli.preprocessing import SPLITS, Preprocessing
 from pruning.errors import PruningError
 from pruning.training.batches import BatchSource, first_batch, length
+from pruning.training.image_batches import Augment, ImageBatches, cutout, in_turn, random_mirror, random_shift
 from pruning.utils.batch import usual_batch
 from pruning.utils.tree import Inputs
 
 #: A batch of (inputs, targets).
 Batch: TypeAlias = tuple[Inputs, object]
-
-#: torchvision's data sets by name: class, mean and standard deviation of the training pixels.
-BUILT_IN: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
-    "mnist": ("MNIST", (0.1307,), (0.3081,)),
-    "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
-    "kmnist": ("KMNIST", (0.1918,), (0.3483,)),
-    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-#: Number of classes of `BUILT_IN`, where it is not 10.
-CLASSES = {"cifar100": 100}
 
 #: Most names of classes in a line.
 SHOWN = 10
@@ -85,7 +75,7 @@ class Data:
             count += usual_batch(batch[0]).size
             if count >= examples:
                 break
-        if not isinstance(self.train, _Loader):  # which draws at random from several classes
+        if not isinstance(self.train, (_Loader, ImageBatches)):  # which draws at random from several classes
             _require_several_classes(self.name, [targets for _, targets in batches])
         return batches
 
@@ -98,8 +88,10 @@ def make_data(
     image_size: int = 224,
     preprocessing: Preprocessing | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    cutout_side: int = 0,
     workers: int = 0,
     seed: int = 0,
+    device: str = "cpu",
     arguments: Mapping[str, object] | None = None,
 ) -> Data:
     """Return data by name.
@@ -110,14 +102,17 @@ def make_data(
             A factory is called with the arguments, and `batch_size` where it takes one, and
             returns two or three of train, validation and test batches, in this order or by
             these names.
-        folder: where data sets are, or are downloaded to.
+        folder: where data sets are, or are downloaded to (see `named_images`).
         batch_size: examples per batch, of named data sets and folders.
         image_size: height and width to which a folder's images are cropped, in pixels.
         preprocessing: of a folder's images; by default that of `image_size`.
         normalization: mean and standard deviation of the pixels of named data sets, by channel; by
             default those of `BUILT_IN`.
-        workers: processes that read images.
+        cutout_side: side of the square that `cutout` blanks in training images of named data sets, in
+            pixels; 0 for none.
+        workers: processes that read images of a folder.
         seed: seed of the validation split, where one is made.
+        device: where named data sets are held.
         arguments: keyword arguments of the factory.
 
     Raises:
@@ -130,19 +125,23 @@ def make_data(
             given.setdefault("batch_size", batch_size)
         return _from_factory(name, made_by(name, make, given))
     if name in BUILT_IN:
-        sets, separate, chosen = _built_in(name, folder, normalization), False, None
-    elif Path(name).is_dir():
-        torchvision_module()
-        from pruning.cli.image_folder import image_folder  # which needs torchvision
-
-        chosen = preprocessing or Preprocessing.of_size(image_size)
-        found, separate = image_folder(Path(name), chosen)
-        sets = dict(found)
-    else:
+        return _built_in(name, folder, batch_size, normalization, cutout_side, seed, device)
+    if not Path(name).is_dir():
         raise PruningError(
             f"data {name!r} is neither a folder, nor module:factory, nor one of {', '.join(BUILT_IN)}"
             f"{similar(name, list(BUILT_IN))}"
         )
+    chosen = preprocessing or Preprocessing.of_size(image_size)
+    return _of_folder(name, chosen, batch_size, workers, seed)
+
+
+def _of_folder(name: str, chosen: Preprocessing, batch_size: int, workers: int, seed: int) -> Data:
+    """Data of an image folder."""
+    torchvision_module()
+    from pruning.cli.image_folder import image_folder  # which needs torchvision
+
+    found, separate = image_folder(Path(name), chosen)
+    sets: dict[str, Dataset[Batch]] = dict(found)
     _require_classes(name, sets)
     classes = shown_classes(sets["train"])
     if not separate:
@@ -156,15 +155,18 @@ def shown_classes(images: object) -> tuple[str, ...]:
     while not hasattr(images, "classes") and hasattr(images, "dataset"):
         images = images.dataset
     names = getattr(images, "classes", None)
-    if not isinstance(names, Sequence) or isinstance(names, str):
-        return ()
+    return shown_names(names) if isinstance(names, Sequence) and not isinstance(names, str) else ()
+
+
+def shown_names(names: Sequence[object]) -> tuple[str, ...]:
+    """Return names of classes as they are shown."""
     return tuple(str(i) if str(name).startswith(f"{i} - ") else str(name) for i, name in enumerate(names))
 
 
 def number_of_classes(name: str) -> int | None:
     """Return how many classes named data has, or an image folder, without reading it; None for others."""
     if name in BUILT_IN:
-        return CLASSES.get(name, 10)
+        return BUILT_IN[name].classes
     if ":" in name or not Path(name).is_dir():
         return None
     torchvision_module()
@@ -173,12 +175,18 @@ def number_of_classes(name: str) -> int | None:
     return len(class_names(Path(name)))
 
 
+def _validation_split(examples: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the places of the training examples to train on, and of the tenth to validate on."""
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, examples // 10)
+    return order[held_out:], order[:held_out]
+
+
 def _hold_out_validation(sets: dict[str, Dataset[Batch]], seed: int) -> None:
     """Make a tenth of the training images the validation split, in place."""
-    order = torch.randperm(_size(sets["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, len(order) // 10)
-    sets["train"] = Subset(sets["train"], order[held_out:])
-    sets["validation"] = Subset(sets["validation"], order[:held_out])
+    learned, held_out = _validation_split(_size(sets["train"]), seed)
+    sets["train"] = Subset(sets["train"], learned)
+    sets["validation"] = Subset(sets["validation"], held_out)
 
 
 def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int) -> _Loader:
@@ -193,22 +201,41 @@ def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int) -
 
 
 def _built_in(
-    name: str, folder: str | Path, normalization: tuple[Sequence[float], Sequence[float]] | None
-) -> dict[str, Dataset[Batch]]:
-    """The splits of one of torchvision's data sets; validation has the training images."""
-    transforms = torchvision_module().transforms
-    kind, *usual = BUILT_IN[name]
-    mean, std = normalization or usual
-    if {len(mean), len(std)} != {len(usual[0])}:
-        raise PruningError(f"--mean and --std of {name} have {len(usual[0])} numbers each: one for a channel")
-    plain = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    moved = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    varied = moved if name.startswith("cifar") else []
-    return {
-        "train": _download(kind, folder, True, transforms.Compose([*varied, *plain])),
-        "validation": _download(kind, folder, True, transforms.Compose(plain)),
-        "test": _download(kind, folder, False, transforms.Compose(plain)),
-    }
+    name: str,
+    folder: str | Path,
+    batch_size: int,
+    normalization: tuple[Sequence[float], Sequence[float]] | None,
+    cut: int,
+    seed: int,
+    device: str,
+) -> Data:
+    """One of the named data sets, in memory; CIFAR is shifted and mirrored in training."""
+    known = BUILT_IN[name]
+    mean, std = normalization or (known.mean, known.std)
+    if {len(mean), len(std)} != {len(known.mean)}:
+        raise PruningError(
+            f"--mean and --std of {name} have {len(known.mean)} numbers each: one for a channel"
+        )
+    found = named_images(name, folder)
+    images, labels = found.train
+    augment: list[Augment] = [random_shift(4), random_mirror()] if name in TILED else []
+    augment += [cutout(cut, mean)] if cut else []
+    learned, held_out = _validation_split(len(labels), seed)
+
+    def batches(pixels: Tensor, targets: Tensor, trains: bool = False) -> ImageBatches:
+        pixels, targets = pixels.to(device), targets.to(device)
+        varied = in_turn(*augment) if trains and augment else None
+        return ImageBatches(
+            pixels, targets, batch_size, mean, std, shuffle=trains, drop_last=trains, augment=varied
+        )
+
+    return Data(
+        name,
+        batches(images[learned], labels[learned], trains=True),
+        batches(images[held_out], labels[held_out]),
+        batches(*found.test),
+        classes=shown_names(found.classes),
+    )
 
 
 class _Loader(DataLoader[Batch]):
@@ -248,19 +275,6 @@ class _UsersBatches:
                 except StopIteration:
                     return
             yield batch
-
-
-def _download(
-    kind: str, folder: str | Path, train: bool, transform: Callable[[object], Tensor]
-) -> Dataset[Batch]:
-    datasets = torchvision_module().datasets
-    try:
-        return getattr(datasets, kind)(str(folder), train=train, transform=transform, download=True)
-    except Exception as error:  # whatever a failing download raises
-        raise PruningError(
-            f"{kind} is not in {folder} and cannot be downloaded ({error}); put it there, or name "
-            "another folder"
-        ) from error
 
 
 def _size(images: Dataset[Batch]) -> int:

@@ -8,10 +8,10 @@ import torch
 from nets import batches, same
 from torch import nn
 
-from data.batches import Batches
 from pruning import PruningError, finetune
 from pruning.training import TrainConfig
 from pruning.training.distillation import distillation, with_teacher
+from pruning.training.image_batches import ImageBatches
 
 pytestmark = pytest.mark.numerics
 
@@ -82,12 +82,12 @@ def test_the_teacher_runs_once_on_inputs_that_repeat():
 def test_the_teacher_runs_once_on_images_in_memory_unless_they_are_augmented():
     images, labels = torch.randint(256, (40, 3, 14, 14), dtype=torch.uint8), torch.arange(40) % 4
     options = {"batch_size": 16, "mean": 0.4, "std": 0.2, "shuffle": True, "drop_last": True}
-    source = Batches(images, labels, **options)
+    source = ImageBatches(images, labels, **options)
     (net, seen), (plain, every) = distilled(source), distilled(EveryBatch(source))
     assert seen == 16 + len(images) and every == 3 * 16 * len(source)
     for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    changed = Batches(images, labels, **options, augment=lambda batch: batch)
+    changed = ImageBatches(images, labels, **options, augment=lambda batch: batch)
     assert distilled(changed)[1] == 16 + every
 
 

@@ -14,7 +14,8 @@ from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.command_flags import DemoFlags
 from pruning.cli.factories import require_runs
-from pruning.cli.sources import BUILT_IN, Data
+from pruning.cli.named_images import BUILT_IN
+from pruning.cli.sources import Data
 from pruning.demo import Images, demo
 from pruning.errors import PruningError
 from pruning.utils.modules import thread_count
@@ -68,8 +69,7 @@ def _usual(content: Mapping[str, Any], data: Data | None) -> dict[str, Any] | No
     """The normalization of the data which the checkpoint or --data names."""
     for name in (content["provenance"].get("dataset"), data.name if data is not None else None):
         if name in BUILT_IN:
-            _, mean, std = BUILT_IN[name]
-            return {"mean": mean, "std": std}
+            return {"mean": BUILT_IN[name].mean, "std": BUILT_IN[name].std}
     if data is not None and data.preprocessing is not None:
         return {"mean": data.preprocessing.mean, "std": data.preprocessing.std}
     return None

@@ -12,7 +12,7 @@ from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.command_flags import TestFlags
 from pruning.cli.factories import require_runs
-from pruning.cli.sources import BUILT_IN
+from pruning.cli.named_images import BUILT_IN
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.planning.cost import deployed_cost
