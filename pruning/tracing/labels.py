@@ -73,7 +73,7 @@ class Flow:
         read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
         functional: parameters outside the layers that the model's code passes to a convolution or
             linear function, each with the reason why their channels are not pruned.
-        outputs: shapes of the model's outputs in eval mode.
+        outputs: shapes of the outputs in eval mode that count, also of other calls of the model.
         probe: the copy of the model that ran, if it is on the meta device.
     """
 
@@ -163,6 +163,11 @@ class Labels:
     def mark_uniform(self, tensor: Tensor) -> None:
         """Record that all elements of a tensor are equal, as in the initial state of a ConvLSTM."""
         self._uniform[tensor] = True
+
+    @property
+    def has_uniform(self) -> bool:
+        """Whether any tensor is uniform."""
+        return bool(self._uniform)
 
     def unmark_uniform(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors may no longer be uniform: they are written to, or their memory is shared."""

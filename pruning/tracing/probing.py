@@ -27,10 +27,11 @@ from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.bisection import Structure, faulty_groups, structure_of
 from pruning.tracing.labels import Flow
 from pruning.tracing.ties import NONE
+from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, map_tensors
+from pruning.utils.tree import Inputs, map_tensors, tensors
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class WidthProbe:
         groups: groups that nothing else excludes from pruning.
         labels: by group, the labels of its channels.
         outputs: which outputs count.
+        also: other calls of the model.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class WidthProbe:
         groups: dict[str, Group],
         labels: Mapping[str, np.ndarray],
         outputs: Outputs = None,
+        also: tuple[Entry, ...] = (),
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs)
+        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
@@ -88,7 +91,8 @@ class WidthProbe:
         found, groups, labels = self.found, self.groups, self.labels
         sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
-        suspect = [name for name in groups if np.isin(labels[name], sized).any()]
+        # Other calls of the model may exchange modules, and are then not followed.
+        suspect = [name for name in groups if self.runs.also or np.isin(labels[name], sized).any()]
         at_fault = faulty_groups(self.runs.error, suspect, self.structures)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
@@ -161,9 +165,10 @@ class _NarrowedRuns:
         groups: dict[str, Group],
         labels: Mapping[str, np.ndarray],
         outputs: Outputs,
+        also: tuple[Entry, ...],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        self.outputs = outputs
+        self.outputs, self.also = outputs, also
         places = [found.ties.find(taken) for taken, _ in found.by_position]
         #: By group, for each channel the number of the slice that it belongs to.
         self.pieces = (
@@ -181,11 +186,13 @@ class _NarrowedRuns:
         try:
             cut_channels(probe, *self._narrower(names, sizes))
             with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = [t.shape for t in counted(call(probe.eval(), self.example), self.outputs)]
+                got = counted(call(probe.eval(), self.example), self.outputs)
+                for entry in self.also:
+                    got = got + tensors(entry.on_copy(probe, to_meta if self.on_meta else None))
         except Exception as error:  # whatever the narrowed copy raises
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = self.found.outputs
-        return "" if got == before else f"its outputs change from {before} to {got}"
+        before, after = self.found.outputs, [t.shape for t in got]
+        return "" if after == before else f"its outputs change from {before} to {after}"
 
     def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
         """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
@@ -220,7 +227,7 @@ class _NarrowedRuns:
             each = [channels[pieces == piece] for piece in np.unique(pieces)]
             last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        return Trace(self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs), Plan(keep)
+        return Trace(self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also), Plan(keep)
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
