@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pruning.graph.rule import Rule, Side
 from pruning.utils.batch import Batch
+from pruning.utils.entries import Entry
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
@@ -215,6 +216,7 @@ class Trace:
         sizes: attributes of modules to update with the widths of the groups.
         batch: the batch of the example inputs.
         outputs: which outputs of the model count; the others may change their size.
+        also: other ways to call the model, which were traced with it.
         inferred: rules of types of modules that multiply by a weight of their own.
         products: products of activations whose MACs depend on the groups.
         rescales: factors that keep scales which the code computes from widths.
@@ -230,6 +232,7 @@ class Trace:
     sizes: tuple[WidthAttribute, ...] = ()
     batch: Batch = field(default_factory=Batch, compare=False)
     outputs: Outputs = field(default=None, repr=False, compare=False)
+    also: tuple[Entry, ...] = field(default=(), repr=False, compare=False)
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
     products: tuple[ProductUse, ...] = field(default=(), repr=False)
     rescales: tuple[Rescale, ...] = field(default=(), repr=False)

@@ -58,7 +58,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
-            _fold_constants(small, name, trace, drop, constants[name])
+            fold_constants(small, name, trace, drop, constants[name])
     _cut(small, trace, plan, dropped)
     for (name, side), factors in output_factors(model, trace, plan).items():
         _scale(small, name, side, trace, factors)
@@ -287,7 +287,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
     return pads and layer.padding_mode == "zeros"
 
 
-def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
+def fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Fold the constants of dropped input channels into a layer's bias, or into the norm behind it."""
     layer = model.get_submodule(name)
     values = torch.zeros_like(constants, dtype=torch.double)

@@ -136,6 +136,11 @@ class Labels:
         """Record that all elements of a tensor are equal, as in the initial state of a ConvLSTM."""
         self._uniform[tensor] = True
 
+    @property
+    def has_uniform(self) -> bool:
+        """Whether any tensor is uniform."""
+        return bool(self._uniform)
+
     def unmark_uniform(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors may no longer be uniform: they are written to, or their memory is shared."""
         for tensor in tensors:

@@ -21,17 +21,20 @@ from pruning.tracing.labels import FIXED_SIZE
 from pruning.tracing.products import AxesNeeded
 from pruning.tracing.record import Flow
 from pruning.tracing.tracer import Tracer
-from pruning.utils.meta import without_computing
+from pruning.utils.entries import Entry, exchanges_modules
+from pruning.utils.meta import to_meta, without_computing
 from pruning.utils.modules import copied
 from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, fresh
+from pruning.utils.tree import Inputs, fresh, tensors
 
 #: Runs a model on inputs.
 Run = Callable[[nn.Module, Inputs], object]
 
 
-def flow(model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None) -> Flow:
-    """Follow the channels of a model through a forward pass in eval mode.
+def flow(
+    model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None, also: tuple[Entry, ...] = ()
+) -> Flow:
+    """Follow the channels of a model through a forward pass in eval mode, and through other calls of it.
 
     Channels of the outputs that count are fixed. If some layers do not run in eval mode (auxiliary heads),
     a pass in training mode follows.
@@ -39,7 +42,7 @@ def flow(model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None) ->
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        follow = partial(_follow, run=run, outputs=outputs)
+        follow = partial(_follow, run=run, outputs=outputs, also=also)
         try:
             return without_computing(follow, model, inputs)
         except AxesNeeded:
@@ -66,7 +69,9 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
     return True
 
 
-def _follow(probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, axes: bool = False) -> Flow:
+def _follow(
+    probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, also: tuple[Entry, ...], axes: bool = False
+) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
@@ -76,6 +81,8 @@ def _follow(probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, axes: 
             output = run(probe, inputs)
             tracer.finish(output, outputs)
         found.outputs = [leaf.shape for leaf in counted(output, outputs)]
+        for entry in also:
+            _follow_entry(probe, found, entry)
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
@@ -90,3 +97,20 @@ def _follow(probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, axes: 
     if found.axes is not None:
         found.fixed += [(labels, FIXED_SIZE) for labels in found.axes.settle()]
     return found
+
+
+def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
+    """Follow another call of the model; its ties and readers are added, its costs are not.
+
+    One that exchanges modules (a reparameterization) is not followed: narrowed copies of the model run it.
+    """
+    convert = to_meta if found.probe is not None else None
+    try:
+        exchanged, output = exchanges_modules(entry, probe, convert)
+    except Exception as error:  # of the user's function, or of the model
+        raise PruningError(f"{entry.name} fails: {type(error).__name__}: {error}") from error
+    found.outputs += [leaf.shape for leaf in tensors(output)]
+    if exchanged:
+        return
+    with Tracer(probe, replace(found, uses={}, other_macs=0.0, products=[])) as tracer, tracer.functions:
+        tracer.finish_entry(entry.run(probe, convert), entry.name)

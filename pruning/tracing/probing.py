@@ -26,10 +26,11 @@ from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import counted_sizes, following, merged
 from pruning.tracing.ties import NONE
+from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, map_tensors
+from pruning.utils.tree import Inputs, map_tensors, tensors
 
 _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
@@ -50,6 +51,7 @@ class WidthProbe:
         groups: groups that nothing else excludes from pruning.
         labels: by group, the labels of its channels.
         outputs: which outputs count.
+        also: other calls of the model.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class WidthProbe:
         groups: dict[str, Group],
         labels: dict[str, np.ndarray],
         outputs: Outputs = None,
+        also: tuple[Entry, ...] = (),
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs)
+        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
@@ -70,7 +73,8 @@ class WidthProbe:
         found, groups, labels = self.found, self.groups, self.labels
         sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
-        suspect = [name for name in groups if np.isin(labels[name], sized).any()]
+        # Other calls of the model may exchange modules, and are then not followed.
+        suspect = [name for name in groups if self.runs.also or np.isin(labels[name], sized).any()]
         at_fault = faulty_groups(self.runs.error, suspect, self.structures)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
@@ -173,9 +177,10 @@ class _NarrowedRuns:
         groups: dict[str, Group],
         labels: dict[str, np.ndarray],
         outputs: Outputs,
+        also: tuple[Entry, ...],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        self.labels, self.outputs = labels, outputs
+        self.labels, self.outputs, self.also = labels, outputs, also
         #: By group, for each channel the number of the slice that it belongs to.
         self.pieces: dict[str, np.ndarray] = {}
         #: By group that a product sums over, the ways to keep the product's scale, and the one it needs.
@@ -206,11 +211,13 @@ class _NarrowedRuns:
         try:
             cut_channels(probe, *self._narrower(names, sizes))
             with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = [t.shape for t in counted(call(probe.eval(), self.example), self.outputs)]
+                got = counted(call(probe.eval(), self.example), self.outputs)
+                for entry in self.also:
+                    got = got + tensors(entry.on_copy(probe, to_meta if self.on_meta else None))
         except Exception as error:  # whatever the narrowed copy raises
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = self.found.outputs
-        return "" if got == before else f"its outputs change from {before} to {got}"
+        before, after = self.found.outputs, [t.shape for t in got]
+        return "" if after == before else f"its outputs change from {before} to {after}"
 
     def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
         """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
@@ -260,7 +267,9 @@ class _NarrowedRuns:
             last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
         rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
-        traced = Trace(self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, rescales=rescales)
+        traced = Trace(
+            self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also, rescales=rescales
+        )
         return traced, Plan(keep)
 
 

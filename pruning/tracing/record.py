@@ -63,7 +63,7 @@ class Flow:
         read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
         functional: parameters outside the layers that the model's code passes to a convolution or
             linear function, each with the reason why their channels are not pruned.
-        outputs: shapes of the model's outputs in eval mode.
+        outputs: shapes of the outputs in eval mode that count, also of other calls of the model.
         probe: the copy of the model that ran, if it is on the meta device.
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
             multiplies activations.

@@ -34,6 +34,7 @@ from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
 from pruning.tracing.ties import NONE
 from pruning.utils.batch import find_batch
+from pruning.utils.entries import Also, entries_of
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
@@ -65,6 +66,7 @@ def trace(
     compare: bool = True,
     batch_size: int | None = None,
     outputs: Outputs = None,
+    also: Iterable[Also] = (),
 ) -> Trace:
     """Find the channel groups of a model.
 
@@ -79,10 +81,12 @@ def trace(
             see `pruning.utils.batch.find_batch`.
         outputs: which outputs count: names such as `["logits"]`, or a function of what the model returns.
             The others may change their size. By default all count.
+        also: other ways to call the model, traced together with the inputs: functions of the model, such as
+            `lambda model: model.sample(2)`, which return the outputs that count, and inputs. A function
+            runs on a copy, which it may change (a reparameterization).
 
     Returns the groups, and for every other layer that makes channels the reason why it is skipped.
-    Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
-    layer, and when a registered rule does not describe a layer.
+    Raises `PruningError` for a model that does not run on the inputs, and for invalid arguments or rules.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     >>> traced = trace(model, torch.zeros(1, 3, 9, 9))
@@ -94,11 +98,12 @@ def trace(
     {'2': "its channels are the model's output, whose size is kept"}
     """
     _require_traceable(model, inputs)
+    entries = entries_of(also)
     ignored_by = _match(model, ignored)
-    found = flow(model, call, inputs, outputs)
+    found = flow(model, call, inputs, outputs, entries)
     groups, labels, reasons = _prunable(model, found, ignored_by)
 
-    probe = WidthProbe(model, inputs, found, groups, labels, outputs)
+    probe = WidthProbe(model, inputs, found, groups, labels, outputs, entries)
     bound, sizes = probe.code_bound()
     sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
     if compare:
@@ -112,7 +117,7 @@ def trace(
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
         groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
-        found.other_macs / batch.size, inputs, sizes, batch, outputs, inferred,
+        found.other_macs / batch.size, inputs, sizes, batch, outputs, entries, inferred,
         _products(found, {name: labels[name] for name in groups}, batch.size),
         tuple(rescale for name in groups for rescale in probe.runs.scales.get(name, ())),
     )  # fmt: skip

@@ -39,9 +39,10 @@ from pruning.utils.meta import run_operation
 from pruning.utils.outputs import Outputs, counted, named_outputs
 from pruning.utils.tree import tensors, tensors_among
 
-#: Operations that create a uniform tensor.
+#: Operations that create a uniform tensor; one of random numbers is like it, for checks make them equal.
 _FILLING = frozenset(
-    f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+    f"aten::{name}"
+    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "randn", "rand")
 )
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
@@ -178,9 +179,19 @@ class Tracer(TorchDispatchMode):
             self.labels.fix_positions(operation.operands)
             if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
-        if writes(func) or (not self.depth and shares_memory(func)):
-            self.labels.unmark_uniform(tensors_among((args, kwargs)))
+        if self.labels.has_uniform:
+            self._pass_uniform(func, tensors_among((args, kwargs)), output)
         return output
+
+    def _pass_uniform(self, func: OpOverload, operands: list[Tensor], output: object) -> None:
+        """Note which tensors are uniform after an operation."""
+        uniform = bool(operands) and all(map(self.labels.is_uniform, operands))
+        if writes(func) or (not self.depth and shares_memory(func)):
+            self.labels.unmark_uniform(operands)
+        if not uniform or not isinstance(output, Tensor) or writes(func):
+            return
+        if self.labels.of(output) is None and (shares_memory(func) or torch.Tag.pointwise in func.tags):
+            self.labels.mark_uniform(output)
 
     def run_layer(
         self, name: str, module: nn.Module, inputs: list[Tensor], run: Callable[[], Tensor]
@@ -265,6 +276,21 @@ class Tracer(TorchDispatchMode):
         names = {id(tensor): name for name, tensor in named_outputs(output).items()}
         for leaf in kept:
             self.labels.fix(self.labels.of(leaf), _kept_output(names.get(id(leaf), ""), len(names)))
+        self._close()
+
+    def finish_entry(self, output: object, name: str) -> None:
+        """Finish the pass of another call of the model, by its name; it need not return tensors."""
+        outputs = tensors(output)
+        self._read(outputs, "")
+        self.labels.fix_positions(outputs)
+        for leaf in outputs:
+            reason = (
+                f"its channels are an output of {name}, whose size is kept; return only what has to keep it"
+            )
+            self.labels.fix(self.labels.of(leaf), reason)
+        self._close()
+
+    def _close(self) -> None:
         for (name, _), use in self.found.sides.items():
             if name in self.found.read_elsewhere:
                 reason = f"the code of another module reads what {name} holds"

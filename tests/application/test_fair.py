@@ -200,7 +200,8 @@ def entry(method, seed, accuracy, budget="50%", validation=0.5):
     costs = {"params": 5, "macs": 50, "dense params": 10, "dense macs": 100}
     return {
         "network": "resnet8", "method": method, "budget": budget, "seed": seed, "accuracy": accuracy,
-        "accuracy of the first 1,000": accuracy, "validation": validation, "time ratio": [0.5, 0.4, 0.6], **costs,
+        "accuracy of the first 1,000": accuracy, "validation": validation, "time ratio": [0.5, 0.4, 0.6],
+        **costs,
     }  # fmt: skip
 
 
