@@ -21,6 +21,7 @@ from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
 from pruning.tracing.bisection import faulty_groups, structure_of
+from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
@@ -35,6 +36,9 @@ _CURE = (
     "module that uses them, to let it be pruned"
 )
 
+
+#: Why a group is skipped if a view with a size of -1 takes heads for tokens.
+_DIVIDED = "with fewer channels, the model's code divides them differently, and its outputs change"
 
 #: Groups by name, and the labels of their channels.
 Groups = tuple[dict[str, Group], dict[str, np.ndarray]]
@@ -116,8 +120,8 @@ class WidthProbe:
         return merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return the groups of which a slice or split would select other channels after pruning."""
-        why: dict[str, str] = {}
+        """Return the groups of which a view, slice or split would select other channels after pruning."""
+        why = {name: _DIVIDED for name in names if is_along_axis(self.found, self.labels[name])}
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:
