@@ -87,6 +87,12 @@ class Axes:
         flat = labels.numpy().ravel()
         return bool((self._definition_of(flat[flat != NONE]) >= 0).all())
 
+    def single(self, labels: Tensor) -> Tensor:
+        """Return what all labels of a tensor stand for: the single position that it holds of a dimension."""
+        sets = self.parts(labels.numpy().ravel())
+        same = sets[0][(sets == sets[0]).all(0)]
+        return torch.from_numpy(same[same != NONE])
+
     def compose(self, vectors: Mapping[int, Tensor], rank: int) -> Tensor | None:
         """Return the labels of a tensor that has these labels along its dimensions."""
         if len(vectors) < 2:
@@ -104,22 +110,27 @@ class Axes:
         if len(vectors) == 1:
             return vectors[0]
         parts = np.stack([vector.numpy() for vector in vectors])
-        labels = self.ties.new(parts.shape[1])
-        self._define(Definition(labels, parts))
-        return torch.from_numpy(np.where((parts == NONE).all(0), NONE, labels))
+        distinct, place = np.unique(parts, axis=1, return_inverse=True)
+        made = self.ties.new(distinct.shape[1])
+        self._define(Definition(made, distinct))
+        labels = np.where((distinct == NONE).all(0), NONE, made)
+        return torch.from_numpy(labels[place.reshape(-1)])
 
     def _along_dimensions(self, labels: Tensor) -> dict[int, Tensor]:
         dims = varying(labels)
         sizes = [labels.shape[d] for d in dims]
         sets = self.parts(labels.numpy().ravel())
+        if not dims:
+            return {}
         found: dict[int, list[Tensor]] = {}
         for column in sets.T.reshape(-1, *sizes):
             along = [i for i in range(len(dims)) if (column != column.take([0], axis=i)).any()]
             if len(along) > 1:
                 others = tuple(slice(None) if i in along else 0 for i in range(len(dims)))
                 vectors = self._divide(column[others])
+            elif not along:
+                continue  # a single position along another dimension, see `single`
             else:
-                along = along or [0]
                 vectors = [column[tuple(slice(None) if i == along[0] else 0 for i in range(len(dims)))]]
             for i, vector in zip(along, vectors, strict=True):
                 if (vector != NONE).any():

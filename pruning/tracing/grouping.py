@@ -12,7 +12,6 @@ from torch import nn
 from pruning.graph.groups import Group, Member, Positions, Reduction
 from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
-from pruning.tracing.axes import Axes
 from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.ties import NONE, Ties
 
@@ -50,7 +49,7 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
     }
     taken: set[str] = set()
     for root, made, parts_of in _components(model, found, sides):
-        role = found.axes.role_of(made) if found.axes is not None and _is_axis(found.axes, made) else ""
+        role = found.axes.role_of(made) if found.axes is not None and is_along_axis(found, made) else ""
         name = f"{root}/{role}" if role else root
         for group, channels, reason in _split(name, made, parts_of, reasons):
             count, unique = 2, group.name
@@ -61,9 +60,12 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
             yield replace(group, name=unique, reductions=over), channels, reason
 
 
-def _is_axis(axes: Axes, labels: np.ndarray) -> bool:
-    """Whether labels are those along one dimension of a grid."""
-    return bool(np.isin(labels, axes.ties.find(np.concatenate([np.arange(0), *axes.vectors_made]))).all())
+def is_along_axis(found: Flow, labels: np.ndarray) -> bool:
+    """Whether final labels are those along one dimension of a grid."""
+    if found.axes is None:
+        return False
+    made = np.concatenate([np.arange(0), *found.axes.vectors_made])
+    return bool(np.isin(labels, found.ties.find(made)).all())
 
 
 def positions_of(channels: np.ndarray, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,12 +17,17 @@ from pruning.tracing.ties import NONE
 
 
 def tie_equal_sizes(
-    model: nn.Module, found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
+    model: nn.Module,
+    found: Flow,
+    labels: Mapping[str, np.ndarray],
+    names: Iterable[str],
+    reads: Mapping[str, set[str]],
 ) -> bool:
     """Tie channels at the same places of views whose sizes one attribute may hold; return whether any are.
 
     Args:
         labels: by group, the labels of its channels. names: groups that cannot be narrowed alone.
+        reads: by module, the attributes that its code reads.
     """
     channels = np.unique(np.concatenate([np.arange(0), *(labels[name] for name in names)]))
     by_attribute: dict[tuple[str, str, tuple[int, ...]], list[np.ndarray]] = {}
@@ -30,6 +35,8 @@ def tie_equal_sizes(
         if np.isin(found.channels(extent.labels), channels).any():
             module = model.get_submodule(extent.module)
             for attribute, entries in attributes_with(module, len(extent.labels)):
+                if reads and attribute not in reads.get(extent.module, ()):
+                    continue
                 by_attribute.setdefault((extent.module, attribute, entries), []).append(extent.labels)
     tied = False
     for first, *others in by_attribute.values():

@@ -88,16 +88,18 @@ class Labels:
         if labels is None:
             return {}
         dims = varying(labels)
-        if len(dims) > 1 and self.found.axes is not None:
+        if self.found.axes is not None and (len(dims) > 1 or self.is_composite(labels)):
             return self.found.axes.vectors(labels)
         return {dim: vector_along(labels, dim, labels.shape[dim]) for dim in dims}
 
     def is_grid(self, labels: Tensor | None) -> bool:
         """Whether channels lie along several dimensions, along which they may be removed."""
+        return len(varying(labels)) > 1 and self.is_composite(labels)
+
+    def is_composite(self, labels: Tensor | None) -> bool:
+        """Whether channels are removed with channels along several dimensions, as positions of heads are."""
         axes = self.found.axes
-        return (
-            axes is not None and labels is not None and len(varying(labels)) > 1 and axes.is_defined(labels)
-        )
+        return axes is not None and labels is not None and axes.is_defined(labels)
 
     def compose(self, vectors: Mapping[int, Tensor], rank: int) -> Tensor | None:
         """Return the labels of a tensor that has these labels along its dimensions."""
@@ -114,6 +116,11 @@ class Labels:
         for dim in dims:
             self.fix(vectors.get(dim), reason)
         return None
+
+    def fix_single(self, labels: Tensor, reason: str) -> None:
+        """Fix the single position that a tensor holds of a dimension along which channels lie."""
+        if self.found.axes is not None and len(single := self.found.axes.single(labels)):
+            self.fix(single, reason)
 
     def select_along(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor:
         """Fix the channels along dimensions on which code selects; return those along the others."""

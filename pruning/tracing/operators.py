@@ -90,7 +90,7 @@ def join(labels: Labels, op: Operation) -> None:
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
     stacked = rank > op.operands[0].ndim
     found = [labels.of(piece) for piece in pieces]
-    if any(map(labels.is_grid, found)):
+    if any(map(labels.is_composite, found)):
         return join_grids(labels, op, pieces, dim, stacked)
     if not stacked and any(dim in varying(x) for x in found):
         found = [labels.of_or_uniform(piece, dim) for piece in pieces]

@@ -20,11 +20,13 @@ from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
+from pruning.tracing.attribute_reads import attribute_reads
 from pruning.tracing.bisection import faulty_groups, structure_of
+from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
-from pruning.tracing.size_attributes import counted_sizes, following, merged
+from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
 from pruning.tracing.ties import NONE
 from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, on_meta, to_meta
@@ -37,6 +39,9 @@ _CURE = (
     "module that uses them, to let it be pruned"
 )
 
+
+#: Why a group is skipped if a view with a size of -1 takes heads for tokens.
+_DIVIDED = "with fewer channels, the model's code divides them differently, and its outputs change"
 
 #: Groups by name, and the labels of their channels.
 Groups = tuple[dict[str, Group], dict[str, np.ndarray]]
@@ -66,11 +71,19 @@ class WidthProbe:
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
         self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
+        #: By module, the attributes that its code reads, if only those are to be tried.
+        self.reads: dict[str, set[str]] | None = None
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
+
+    def rescales(self, names: Iterable[str]) -> tuple[Rescale, ...]:
+        """Return the factors that keep the scales of products, of some groups."""
+        return tuple(rescale for name in names for rescale in self.runs.scales.get(name, ()))
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
         """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
         found, groups, labels = self.found, self.groups, self.labels
+        if found.axes is not None:  # the more sizes there are, the more attributes equal one by chance
+            self.reads = self.runs.reads()
         sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         # Other calls of the model may exchange modules, and are then not followed.
@@ -86,9 +99,17 @@ class WidthProbe:
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
         reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
-        attributes = following(self.model, self.runs, counted_sizes(found, labels, reasons), self.structures)
+        attributes = self._following(reasons)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
         return reasons, merged(attributes.values())
+
+    def _following(self, names: Iterable[str]) -> dict[str, tuple[WidthAttribute, ...]]:
+        """Return those of the groups that can be narrowed if attributes are updated, with these."""
+        sizes = counted_sizes(self.found, self.labels, names)
+        chosen = following(self.model, self.runs, sizes, self.structures, self.reads)
+        if self.reads is None or not chosen:
+            return chosen
+        return with_heads(self.model, self.runs, chosen, sizes)
 
     def joined(self, reasons: dict[str, str], regroup: Callable[[], Groups]) -> tuple[WidthAttribute, ...]:
         """Join groups that one attribute binds, and return the attributes of those that can be narrowed.
@@ -99,7 +120,9 @@ class WidthProbe:
             reasons: groups that cannot be narrowed alone, with the reason.
             regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
-        if self.found.axes is None or not tie_equal_sizes(self.model, self.found, self.labels, reasons):
+        if self.found.axes is None or not tie_equal_sizes(
+            self.model, self.found, self.labels, reasons, self.reads or {}
+        ):
             return ()
         groups, labels = regroup()
         bound = {name: self.found.ties.find(self.labels[name]) for name in reasons}
@@ -110,8 +133,7 @@ class WidthProbe:
         for name in parts:
             self.runs.add(groups[name], labels[name])
             self.structures[name] = structure_of(self.model, self.found, groups[name])
-        sizes = counted_sizes(self.found, self.labels, parts)
-        attributes = following(self.model, self.runs, sizes, self.structures)
+        attributes = self._following(parts)
         for name, several in parts.items():
             if name in attributes:
                 for part in several:
@@ -123,8 +145,8 @@ class WidthProbe:
         return merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return the groups of which a slice or split would select other channels after pruning."""
-        why: dict[str, str] = {}
+        """Return the groups of which a view, slice or split would select other channels after pruning."""
+        why = {name: _DIVIDED for name in names if is_along_axis(self.found, self.labels[name])}
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:
@@ -204,6 +226,16 @@ class _NarrowedRuns:
         if self.found.left:
             groups = {name: self.groups[name] for name in labels}
             self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
+
+    def reads(self) -> dict[str, set[str]] | None:
+        """Return the attributes that each module's code reads; None if the model does not run like that."""
+        probe = on_meta(self.model) if self.on_meta else copied(self.model)
+        try:
+            with torch.no_grad(), attribute_reads(probe.eval()) as reads:
+                call(probe, self.example)
+        except Exception:  # of code that depends on the types of modules, whatever it raises
+            return None
+        return reads
 
     def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
         """Return the error of the model without the last channels of these groups; empty if it runs."""

@@ -118,15 +118,11 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         if outside:
             labels.fix_along(other, outside, f"{combines} with channels along another dimension")
         shared = {d: vectors[d] for d in arriving if d in vectors}
-        if not shared:
-            continue
-        ours = labels.compose(shared, rank)
-        assert ours is not None
-        if labels.is_grid(other) and set(arriving) != set(shared):
+        if labels.is_composite(other):
             theirs = labels.vectors(other)
-            for d, vector in shared.items():
-                if d in theirs:
-                    labels.tie(vector, theirs[d], f"{combines} with a tensor of fixed size")
-        else:
+            for d in shared.keys() & theirs.keys():
+                labels.tie(vectors[d], theirs[d], f"{combines} with a tensor of fixed size")
+            labels.fix_single(other, f"{combines} with one of its positions")
+        elif (ours := labels.compose(shared, rank)) is not None:
             labels.tie(ours, other, f"{combines} with a tensor of fixed size")
     labels.put(op.output, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,9 @@ class CountedSize:
     counted: Positions
 
 
+#: By name of a module, the attributes that its code reads.
+Reads = Mapping[str, set[str]]
+
 #: Largest number of attribute sets to try for one group.
 MOST_CANDIDATES = 16
 
@@ -48,10 +51,19 @@ def following(
     runs: Runs,
     sizes: Mapping[str, list[CountedSize]],
     structures: Mapping[str, Structure],
+    reads: Reads | None = None,
 ) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return the groups that can be narrowed if attributes are updated, with these attributes."""
+    """Return the groups that can be narrowed if attributes are updated, with these attributes.
+
+    Args:
+        sizes: by group, the sizes that count its channels. structures: by group, what it has in common with
+            groups of similar blocks.
+        reads: by module, the attributes that its code reads; others are not tried. By default, all are.
+    """
     candidates = {
-        name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
+        name: several
+        for name, counted in sizes.items()
+        if (several := list(_candidates(model, counted, reads)))
     }
     likely = {name: several[0] for name, several in candidates.items()}
     if not likely or runs.is_exact(likely):
@@ -74,6 +86,40 @@ def following(
     return alone if alone and runs.is_exact(alone) else {}
 
 
+def with_heads(
+    model: nn.Module,
+    runs: Runs,
+    chosen: dict[str, tuple[WidthAttribute, ...]],
+    sizes: Mapping[str, list[CountedSize]],
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Let attributes named after heads follow too, though the pass did not need them; drop chance ones.
+
+    Code that the example inputs do not reach, as that of a cache, may read `num_heads`. An attribute that
+    the pass reads, but does not need, has the same value by chance.
+    """
+    kinds = {
+        (type(model.get_submodule(a.module)), a.attribute) for several in chosen.values() for a in several
+    }
+    for kind in sorted(kinds, key=lambda kind: kind[1]):
+        if _names_heads(kind[1]):
+            continue
+        fewer = {
+            name: tuple(a for a in several if (type(model.get_submodule(a.module)), a.attribute) != kind)
+            for name, several in chosen.items()
+        }
+        if all(fewer.values()) and runs.is_exact(fewer):
+            chosen = fewer
+    more = {
+        name: merged([several, *(_held(model, s, None) for s in sizes[name])], _names_heads)
+        for name, several in chosen.items()
+    }
+    return more if runs.is_exact(more) else chosen
+
+
+def _names_heads(attribute: str) -> bool:
+    return "head" in attribute.lower()
+
+
 def counted_sizes(
     found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
 ) -> dict[str, list[CountedSize]]:
@@ -92,30 +138,47 @@ def counted_sizes(
     return sizes
 
 
-def _candidates(model: nn.Module, sizes: list[CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
+def _held(model: nn.Module, size: CountedSize, reads: Reads | None) -> tuple[WidthAttribute, ...]:
+    """Return the attributes of the module whose code ran that are equal to a size."""
+    return tuple(
+        WidthAttribute(size.module, attribute, entries, size.counted)
+        for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
+        if reads is None or attribute in reads.get(size.module, ())
+    )
+
+
+def _candidates(
+    model: nn.Module, sizes: list[CountedSize], reads: Reads | None
+) -> Iterator[tuple[WidthAttribute, ...]]:
     """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
     choices: list[list[tuple[WidthAttribute, ...]]] = []
     for size in sizes:
-        held = [
-            WidthAttribute(size.module, attribute, entries, size.counted)
-            for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
-        ]
+        held = _held(model, size, reads)
         if held:
-            several = [tuple(held)] if len(held) > 1 else []
+            several = [held] if len(held) > 1 else []
             choices.append([*((each,) for each in held), *several, ()])
     for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
         if any(chosen):
             yield merged(chosen)
 
 
-def merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
-    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
-    merged: list[WidthAttribute] = []
+def merged(
+    sets: Iterable[tuple[WidthAttribute, ...]], among: Callable[[str], bool] | None = None
+) -> tuple[WidthAttribute, ...]:
+    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once.
+
+    Args:
+        among: which attributes of the sets after the first are taken, by name; by default, all.
+    """
+    union: list[WidthAttribute] = []
     taken: dict[tuple[str, str], set[int]] = {}
-    for size in itertools.chain.from_iterable(sets):
-        entries = taken.setdefault((size.module, size.attribute), set())
-        wanted = set(size.entries) or {0}
-        if not entries & wanted:
-            entries |= wanted
-            merged.append(size)
-    return tuple(merged)
+    for i, several in enumerate(sets):
+        for size in several:
+            if i and among is not None and not among(size.attribute):
+                continue
+            entries = taken.setdefault((size.module, size.attribute), set())
+            wanted = set(size.entries) or {0}
+            if not entries & wanted:
+                entries |= wanted
+                union.append(size)
+    return tuple(union)

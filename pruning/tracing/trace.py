@@ -72,8 +72,7 @@ def trace(
 
     Args:
         model: any module; neither it nor its mode is changed.
-        inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping of
-            keyword arguments.
+        inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping.
         ignored: layers whose outputs are not pruned: names, patterns, types or modules.
         compare: whether to find layers whose own code mixes channels, by comparing the outputs of
             narrowed copies of the model.
@@ -113,13 +112,12 @@ def trace(
 
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size)
-    skipped = _skipped(model, found, groups, reasons)
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
-        groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
-        found.other_macs / batch.size, inputs, sizes, batch, outputs, entries, inferred,
-        _products(found, {name: labels[name] for name in groups}, batch.size),
-        tuple(rescale for name in groups for rescale in probe.runs.scales.get(name, ())),
+        groups, _skipped(model, found, groups, reasons), foldable,
+        _uses(model, found, foldable, batch.size), frozenset(ignored_by), found.other_macs / batch.size,
+        inputs, sizes, batch, outputs, entries, inferred,
+        _products(found, {name: labels[name] for name in groups}, batch.size), probe.rescales(groups),
     )  # fmt: skip
 
 
