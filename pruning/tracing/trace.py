@@ -74,12 +74,10 @@ def trace(
         model: any module; neither it nor its mode is changed.
         inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping.
         ignored: layers whose outputs are not pruned: names, patterns, types or modules.
-        compare: whether to find layers whose own code mixes channels, by comparing the outputs of
-            narrowed copies of the model.
-        batch_size: number of examples in the inputs, by which costs are divided; by default it is found,
-            see `pruning.utils.batch.find_batch`.
-        outputs: which outputs count: names such as `["logits"]`, or a function of what the model returns.
-            The others may change their size. By default all count.
+        compare: whether to compare outputs of narrowed copies, to find layers whose code mixes channels.
+        batch_size: number of examples in the inputs; by default found by `pruning.utils.batch.find_batch`.
+        outputs: which outputs keep their size: names such as `["logits"]`, or a function of what the model
+            returns; by default all.
         also: other ways to call the model, traced together with the inputs: functions of the model, such as
             `lambda model: model.sample(2)`, which return the outputs that count, and inputs. A function
             runs on a copy, which it may change (a reparameterization).
