@@ -187,9 +187,7 @@ def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
         for key in ("params", "macs", "channels")
         if first.get(key)
     ]
-    best = _best_validation(events)
-    if best is not None:
-        cards.append((f"{100 * best:.2f} %", "best validation of the last stage"))
+    cards += _validations(events)
     measured = folder / "indicators.json"
     if measured.exists():
         with _errors_name(measured):
@@ -199,6 +197,25 @@ def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
                 (f"{found['infer_time_ms']:.4f} ms", f"per image at batch {found['batch_size']}"),
             ]
     return cards
+
+
+def _validations(events: Sequence[Event]) -> list[tuple[str, str]]:
+    """Return the validation scores of the given network, if it was trained, of stage 1 and of the result."""
+    found: list[tuple[float | None, str]] = [
+        (event.get("validation"), text)
+        for stage, text in (
+            ("dense", "validation of the given network"),
+            ("sparsify", "validation after stage 1"),
+        )
+        for event in events
+        if event["stage"] == stage
+    ]
+    result = next((event for event in events if event["stage"] == "result"), None)
+    if result is None:
+        found.append((_best_validation(events), "best validation of the last stage"))
+    else:
+        found.append((result["validation"], f"validation of the result, made by {result['made_by']}"))
+    return [(f"{100 * score:.2f} %", text) for score, text in found if score is not None]
 
 
 def _best_validation(events: Sequence[Event]) -> float | None:
@@ -253,7 +270,8 @@ def _pictures(folder: Path, events: Sequence[Event]) -> list[Picture]:
     compared = folder / "mistakes.json"
     if compared.exists():
         with _errors_name(compared):
-            pictures += _predictions(json.loads(compared.read_text()))
+            trained = any(event.get("trained") for event in events)
+            pictures += _predictions(json.loads(compared.read_text()), "given" if trained else "dense")
     return pictures
 
 
@@ -272,17 +290,22 @@ def _scales(events: Sequence[Event]) -> list[Picture]:
     return [_picture(plots.scale_histograms(before, shown), caption)]
 
 
-def _predictions(found: Mapping[str, Any]) -> list[Picture]:
-    """Return the figures of `mistakes.json`, which compares two networks on the validation split."""
+def _predictions(found: Mapping[str, Any], dense: str) -> list[Picture]:
+    """Return the figures of `mistakes.json`, which compares two networks on the validation split.
+
+    Args:
+        dense: what the dense network is called.
+    """
+    called = {"dense": dense, "small": "small"}
     pictures = []
     for kind, right, wrong in (("lost", "dense", "small"), ("won", "small", "dense")):
         kept = [example for example in found[kind] if example["image"]]
         if kept:
             names = [f"{example['truth']}, not {example[wrong]}" for example in kept]
             caption = (
-                f"Validation images that only the {right} network classifies correctly "
+                f"Validation images that only the {called[right]} network classifies correctly "
                 f"({len(kept)} of {found['count'][kind]}), with the true class and the class that the "
-                f"{wrong} network predicts."
+                f"{called[wrong]} network predicts."
             )
             pictures.append(_picture(plots.examples([example["image"] for example in kept], names), caption))
     counts = found["confusion"]["small"]
