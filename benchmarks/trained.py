@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--images", default="fashion-mnist", help="images of resnet8; mnist5k needs no download"
     )
-    parser.add_argument("--train", type=cli.whole_number(1), default=4000, help="training images of resnet8")
+    parser.add_argument("--train", type=cli.whole_number(1), default=2000, help="training images of resnet8")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "trained", help="folder of the runs")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "trained.json", help="results, as JSON"

@@ -54,7 +54,7 @@ class _Block(nn.Module):
 class ResNet8(nn.Module):
     """A residual network of three blocks (He et al., arXiv 1512.03385)."""
 
-    def __init__(self, classes: int = 10, width: int = 16, channels: int = 1) -> None:
+    def __init__(self, classes: int = 10, width: int = 8, channels: int = 1) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -69,12 +69,12 @@ class ResNet8(nn.Module):
 
 
 class DigitTransformer(nn.Module):
-    """A transformer encoder over the 49 patches of 4 x 4 pixels of a digit."""
+    """A transformer encoder over the 16 patches of 7 x 7 pixels of a digit."""
 
     def __init__(self, classes: int = 10, width: int = 48, depth: int = 2) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 4, 4)
-        self.places = nn.Parameter(torch.randn(1, 49, width) * 0.02)
+        self.patches = nn.Conv2d(1, width, 7, 7)
+        self.places = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         layer = nn.TransformerEncoderLayer(
             width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
         )
