@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -160,8 +161,20 @@ def test_a_budget_that_the_given_network_meets_never_makes_it_worse(trained):
     lines = []
     result = pipeline(trained, None, lines, replace(CONFIG, budget=Budget(macs="100%")))
     assert result.score >= result.reference.score
-    assert "iteration 2 alone is run" in "\n".join(lines)
-    assert result.epochs == 2 + 1 + 2
+    skipped = [line for line in lines if "not run, the network is within its budget already" in line]
+    assert len(skipped) == 2 and result.epochs == 2 + 2
+
+
+def test_iterations_that_have_nothing_to_do_are_not_run(trained, tmp_path):
+    """A group of few wide channels meets the budgets of several iterations at once."""
+    run, lines = Run(tmp_path / "run", {}), []
+    prune = PruneConfig(12, TrainConfig(1))
+    result = pipeline(trained, run, lines, replace(CONFIG, budget=Budget(macs="60%"), prune=prune))
+    steps = [json.loads(line) for line in run.history.read_text().splitlines() if "asked" in line][1:]
+    widths = [step["widths"] for step in steps]
+    assert all(a != b for a, b in itertools.pairwise(widths)), "every step removes something"
+    skipped = sum("not run" in line for line in lines)
+    assert skipped + len(steps) == 12 and skipped > 0 and result.epochs == 2 + len(steps) + 2
 
 
 def test_a_trained_network_without_scales_is_not_trained_in_stage_1():
