@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, TypedDict
 
@@ -20,6 +21,9 @@ from pruning.stages.scales import ChannelScales, joined
 REACHED = 0.75
 #: Share of the steps for which a scale is pulled before it becomes 0.
 HORIZON = 0.1
+#: Every group keeps this share of the channels that it has where all groups are narrowed alike: the
+#: importance of single channels does not show that all of them together carry everything.
+EVEN = 0.5
 #: Share of the past in the moving average of a channel's importance.
 MEMORY = 0.9
 #: The scales to pull are chosen this many times at most, because that reads all scales.
@@ -69,7 +73,8 @@ class PacedPull(ChannelScales):
     to the budget, which it reaches at `REACHED` of the steps and never goes below. The strength of the
     penalty needs no setting: the scales of the channels that go next are shrunk over `HORIZON` of the steps,
     and become exactly 0 when they are due, whatever optimizer, learning rate, precision or accumulation of
-    gradients the training has. Scales at 0 stay there. Every group keeps `floor` channels.
+    gradients the training has. Scales at 0 stay there. Every group keeps `floor` channels, and `EVEN`
+    times its width in a network that meets the budget with all groups narrowed alike.
 
     Next are the channels whose scale changes the loss least for what they free: |γ ∂L/∂γ|, the first-order
     change of the loss (Molchanov et al., arXiv 1906.10771), averaged over the steps, divided by the freed
@@ -120,7 +125,10 @@ class PacedPull(ChannelScales):
         self.steps = steps
         self.weights = resource_weights(self.dense, self.budget)
         floors = floor if isinstance(floor, Mapping) else dict.fromkeys(self.norms, floor)
-        self.floor = {group: max(1, floors.get(group, 1)) for group in self.norms}
+        even = self._even_widths()
+        self.floor = {
+            group: max(1, floors.get(group, 1), math.ceil(EVEN * even[group])) for group in self.norms
+        }
         self.step = 0
         self.importance: dict[str, Tensor] = {}
         magnitudes = self.magnitudes()
@@ -136,7 +144,7 @@ class PacedPull(ChannelScales):
         self.step += 1
         if self.step % max(1, self.steps // CHOICES) == 0 or self.step == self.steps:
             self._choose()
-        factor = max(0.0, 1 - 2 / max(1.0, HORIZON * self.steps))
+        factor = HORIZON * self.steps / (HORIZON * self.steps + 2)
         for group, norms in self.norms.items():
             for weight, positions, channels in norms:
                 zero, pulled = (
@@ -175,6 +183,16 @@ class PacedPull(ChannelScales):
         self.zero, self.pulled = dict(state["zero"]), dict(state["pulled"])
         self.importance = dict(state["importance"])
         self.reached = False
+
+    def _even_widths(self) -> dict[str, float]:
+        """Return the largest widths at which all groups are narrowed alike and the budget is met."""
+        full = {group: self.trace.groups[group].channels for group in self.norms}
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            share = (low + high) / 2
+            widths = {group: max(1, math.floor(share * channels)) for group, channels in full.items()}
+            low, high = (low, share) if self.budget.excess(self.cost_model(widths)) else (share, high)
+        return {group: low * channels for group, channels in full.items()}
 
     def _planned(self, step: float) -> dict[str, float]:
         """Return the cost that each limit allows after a number of steps."""

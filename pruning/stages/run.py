@@ -31,6 +31,7 @@ class RunState(TypedDict, total=False):
         dense: weights after stage 1.
         given: fields of `Given`, the network that the pipeline was given; earlier versions did not have it.
         best: the best network so far that meets the budget: its score, its stage, and its description.
+        skipped: number of pruning iterations that had nothing to do.
         trial_epochs: number of epochs trained by the search for whole layers.
         line: log line of the current pruning step.
     """
@@ -44,6 +45,7 @@ class RunState(TypedDict, total=False):
     dense: dict[str, Tensor]
     given: dict[str, Any]
     best: dict[str, Any]
+    skipped: int
     trial_epochs: int
     line: str
 

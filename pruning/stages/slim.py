@@ -233,20 +233,22 @@ def _find_superfluous_layers(state: Pipeline) -> None:
 def _prune(state: Pipeline) -> None:
     """Stage 2: prune in equal ratios towards the budget, and train after each step."""
     config, progress = state.config.prune, state.progress
-    first = _first_iteration(state)
-    if first > 1 and progress.stage == 0:
-        state.log(f"stage 2: the budget is met without the channels at 0, so iteration {first} alone is run")
-    for iteration in range(max(first, progress.stage), config.iterations + 1):
+    for iteration in range(max(1, progress.stage), config.iterations + 1):
         label = f"stage 2, iteration {iteration}/{config.iterations}"
-        state.meets = label if iteration == config.iterations else ""
         line = progress.line
         if progress.resume(iteration) is None:
+            if _has_nothing_to_do(state, iteration):
+                state.log(f"{label}: not run, the network is within its budget already")
+                progress.state["skipped"] = progress.state.get("skipped", 0) + 1
+                continue
             step = _pruning_step(state, iteration)
             state.network, state.removed = step.model, ()
             # Scales of equal size train better, but bn_scale needs the trained scales in the next step.
             if config.score != "bn_scale":
                 state.network = state.equalized(state.network)
+            state.meets = _meets(state, label, iteration)
             line = progress.note_step(label, step, state.validate(state.network))
+        state.meets = _meets(state, label, iteration)
         state.network = state.train(state.network, config.recover, label, iteration)
         score = state.validate(state.network)
         note = state.noted(
@@ -257,10 +259,23 @@ def _prune(state: Pipeline) -> None:
         state.log(f"{label}: {line}, {score:.4f} after training{note}")
 
 
-def _first_iteration(state: Pipeline) -> int:
-    """Return the iteration that stage 2 begins with: the last, if the others have nothing to remove."""
-    is_met = state.given.trained and not state.target.excess(state.progress.start)
-    return state.config.prune.iterations if is_met else 1
+def _has_nothing_to_do(state: Pipeline, iteration: int) -> bool:
+    """Return whether the network, if it is trained, meets the budget of an iteration without a step."""
+    iterations = state.config.prune.iterations
+    if not state.given.trained or (
+        isinstance(state.config.budget, LatencyBudget) and iteration == iterations
+    ):
+        return False
+    share = state.target.share(state.progress.start, iteration, iterations)
+    return not share.excess(state.scales(state.network).dense) and not state.removed
+
+
+def _meets(state: Pipeline, label: str, iteration: int) -> str:
+    """Return the label of an iteration if its network meets the budget, else nothing."""
+    is_last = iteration == state.config.prune.iterations
+    if is_last or not state.given.trained or isinstance(state.config.budget, LatencyBudget):
+        return label if is_last else ""
+    return "" if state.target.excess(state.scales(state.network).dense) else label
 
 
 def _pruning_step(state: Pipeline, iteration: int) -> Step:
@@ -317,7 +332,7 @@ def _result(state: Pipeline) -> Slimmed:
         progress.note(stage="result", made_by=best.stage, validation=best.score)
     elif state.given.trained:
         progress.note(stage="result", made_by=best.stage, validation=best.score)
-    iterations = config.prune.iterations + 1 - _first_iteration(state)
+    iterations = config.prune.iterations - progress.state.get("skipped", 0)
     epochs = config.sparsify.epochs + iterations * config.prune.recover.epochs + config.finetune.epochs
     return Slimmed(
         state.network,

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.training.batches import Batch, to_device
 from pruning.training.config import TrainConfig
 from pruning.training.loop import make_optimizer
 from pruning.training.losses import Loss, classes_of, cross_entropy, loss_of
+from pruning.utils import distributed
 from pruning.utils.modules import call, copied, device_of, eval_mode
-from pruning.utils.tree import fresh
+from pruning.utils.tree import fresh, tensors
 
 #: Rates that are tried, ascending, with `STEPS` optimizer steps each.
 RATES = tuple(1e-4 * 2**i for i in range(13))
@@ -57,7 +59,7 @@ def range_test(
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        given = [to_device(batch, device) for batch in batches]
+        given = [to_device(batch, device) for batch in _of_several(batches)]
         scalar = loss_of(loss)
         tried = copied(model).train()
         before = _losses(tried, given, scalar)
@@ -65,12 +67,20 @@ def range_test(
         optimizer = make_optimizer(tried, config, device)
         order = itertools.cycle(range(len(given)))
         kept = RATES[0] / 2
-        for rate in RATES:
+        for rate in tqdm(
+            RATES, desc="range test", unit="rate", disable=distributed.rank() > 0 or None, leave=False
+        ):
             rises = _rises(tried, optimizer, rate, [(given[i], before[i]) for i in _take(order)], scalar)
             if not statistics.fmean(rises) <= limit:  # NaN counts as a rise
                 break
             kept = rate
     return kept * MARGIN
+
+
+def _of_several(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return the batches of several examples; BatchNorm cannot train on one."""
+    several = [batch for batch in batches if any(x.ndim and len(x) > 1 for x in tensors(batch[0]))]
+    return several or batches
 
 
 def _take(order: Iterator[int]) -> list[int]:

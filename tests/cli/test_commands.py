@@ -98,7 +98,7 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
     code, out, _ = run("slim", *NET, *SHORT, "--max-params", "50%", "--floor", 2, "--output", "first")
     assert code == 0 and "stage 3, fine-tune" in out
     written = {p.name for p in (tmp_path / "first").iterdir()}
-    assert written >= {"config.toml", "history.jsonl", "dense.pth", "mistakes.json"}
+    assert written >= {"config.toml", "history.jsonl", "given.pth", "sparsified.pth", "mistakes.json"}
 
     assert run("slim", "--config", "first/config.toml", "--output", "second")[0] == 0
     load = lambda name: torch.load(name, weights_only=True)["state_dict"]  # noqa: E731
@@ -121,7 +121,7 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
     assert run(*words, "--int8", "--output", "rounded")[0] == 0  # other weights in the same layers
     tuned, rounded = load("tuned/best.pth"), load("rounded/best.pth")
     assert tuned.keys() == rounded.keys() and not all(torch.equal(tuned[key], rounded[key]) for key in tuned)
-    code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/dense.pth",
+    code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/sparsified.pth",
                        "--seconds", 0.1, "--json", "figures.json")  # fmt: skip
     assert code == 0
     dense, small = json.loads((tmp_path / "figures.json").read_text())
