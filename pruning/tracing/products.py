@@ -6,6 +6,7 @@ the batch dimension, where those of both operands are tied; positions of v pass 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pruning.tracing.axes import ProductUse
@@ -102,11 +103,12 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         x = op.operands[i]
         shape = [1] * (rank - x.ndim) + list(x.shape)
         wide = [d for d in vectors if shape[d] > 1]
+        other = label_uniform(labels, x, wide, rank) if other is None else other
         arriving = varying(other)
         for d in wide:
             if d in arriving:
                 continue
-            if x.stride(d - rank) == 0 or (other is None and labels.is_uniform(x)):
+            if x.stride(d - rank) == 0:
                 labels.note_sizes(vectors[d], vectors[d])
             else:
                 labels.fix(vectors[d], f"{combines} with a tensor of fixed size")
@@ -126,3 +128,18 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         elif (ours := labels.compose(shared, rank)) is not None:
             labels.tie(ours, other, f"{combines} with a tensor of fixed size")
     labels.put(op.output, result)
+
+
+def label_uniform(labels: Labels, x: Tensor, dims: list[int], rank: int) -> Tensor | None:
+    """Give a uniform tensor new labels along dimensions of a result of this rank, and return them.
+
+    So heads of all layers are tied that add the same zeros. The size may be a constant in the code.
+    """
+    if not dims or not labels.is_uniform(x) or any(x.stride(d - rank) == 0 for d in dims):
+        return None
+    labels.unmark_uniform([x])
+    made = {d: torch.from_numpy(labels.found.ties.new(x.shape[d - rank])) for d in dims}
+    for vector in made.values():
+        labels.note_sizes(vector, vector)
+    labels.put(x, labels.compose({d - rank + x.ndim: vector for d, vector in made.items()}, x.ndim))
+    return labels.compose(made, rank)
