@@ -66,9 +66,10 @@ def product_of_activations(labels: Labels, op: Operation, left: Tensor, right: T
         return
     if shared is not None:
         labels.found.reductions[labels.place] = SideUse(shared.numpy(), summed)
-        of_first = labels.of(left)
-        assert of_first is not None
-        labels.found.left[labels.place] = axes.closure(of_first.numpy().ravel())
+        for operand, known in ((left, labels.found.left), (right, labels.found.right)):
+            held = labels.of(operand)
+            assert held is not None
+            known[labels.place] = axes.closure(held.numpy().ravel())
     _note_macs(labels, op, left, ({0: batch, 1: rows}, {0: shared, 1: columns}))
 
 

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from pruning import Budget, Plan, prune, trace
 from pruning.planning import count
 from pruning.planning.cost import CostModel
+from pruning.planning.scores import taylor
 from pruning.surgery.apply import apply
+from pruning.surgery.refit import refit
 
 pytestmark = pytest.mark.quick
 
@@ -92,6 +94,13 @@ class Fused(Attention):
         return self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+class Mean(nn.Module):
+    """The mean over tokens, (batch, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 KINDS = ("softmax", "sdpa", "einsum", "shape", "causal", "bias", "norm", "rotary")
 GROUPED = ("gqa", "gqa_expanded", "gqa_sdpa")
 FUSED = ("fused", "chunked")
@@ -150,8 +159,12 @@ def masked(net: nn.Module, heads: list[int], places: list[int]) -> nn.Module:
 
 def by_groups(net: nn.Module, heads: list[int], places: list[int]) -> Plan:
     """Return the plan that keeps these channels of the two groups of attention."""
-    name = "2.qkv" if isinstance(net[2], Fused) else "2.q"
-    return Plan({f"{name}/heads": heads, f"{name}/width": places})
+    return Plan({named(net, "heads"): heads, named(net, "width"): places})
+
+
+def named(net: nn.Module, axis: str = "width") -> str:
+    """Return the name of a group of attention."""
+    return f"2.{'qkv' if isinstance(net[2], Fused) else 'q'}/{axis}"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *FUSED, *GROUPED])
@@ -260,3 +273,42 @@ def test_a_gram_matrix_loses_the_rows_and_columns_of_removed_channels():
     by_hand = (channels @ channels.transpose(1, 2)).mean(2) @ net.head.weight[:, kept].T + net.head.bias
     torch.testing.assert_close(small(x), by_hand, rtol=1e-4, atol=1e-5)
     assert CostModel(net, traced)({"stem": 4}) == count(small, x)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "shape", "fused"])
+def test_refitting_keeps_the_scale_of_attention(kind):
+    """A refit of queries behind narrowed inputs aims at those of the dense model times the scale's factor."""
+    torch.manual_seed(1)
+    net, _ = network(kind)
+    x = torch.randn(4, 5, 5)
+    dead = masked(net, [0, 1, 2, 3], [1, 2, 4])
+    with torch.no_grad():
+        dead[0].weight[0], dead[0].bias[0] = dead[0].weight[1], dead[0].bias[1]  # one channel twice
+    dead[1] = nn.Identity()
+    traced = trace(dead, x)
+    plan = Plan({"0": tuple(range(1, WIDTH)), named(net): (1, 2, 4)})
+    small = apply(dead, traced, plan)
+    refit(small, dead, traced, plan, [x])
+    torch.testing.assert_close(small(x), dead(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sdpa", "rotary", "bias", "fused", "gqa"])
+def test_taylor_is_the_first_order_change_of_the_loss_without_a_head_or_a_position(kind):
+    """Compared with the derivative of the loss with respect to a gate on the head, or on the position."""
+    net, x = network(kind)
+    targets = torch.tensor([0, 2])
+    net = nn.Sequential(*net, Mean())
+    traced = trace(net, x)
+    scores = taylor(net, traced, [(x, targets)], F.cross_entropy)
+    groups, pairs = net[2].kv_heads, DEPTH // 2 if kind == "rotary" else DEPTH
+    gates = {"heads": torch.ones(groups, requires_grad=True), "width": torch.ones(pairs, requires_grad=True)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = gates["width"].repeat(DEPTH // pairs)
+        found = type(net[2]).attend(net[2], q * places, k, v * places)
+        return found * gates["heads"].repeat_interleave(HEADS // groups)[:, None, None]
+
+    net[2].attend = attend
+    loss = F.cross_entropy(net(x), targets)
+    for axis, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+        torch.testing.assert_close(scores[named(net, axis)], gradient.square(), rtol=1e-3, atol=1e-9)
