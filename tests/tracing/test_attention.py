@@ -224,17 +224,70 @@ def test_what_one_head_or_position_frees_is_exact():
             assert freed[what][i] == pytest.approx(lost, abs=1)
 
 
-def test_heads_that_the_code_divides_by_the_width_of_its_input_are_skipped_with_the_reason():
-    class Divided(Attention):
+def test_heads_whose_sizes_are_constants_in_the_code_are_skipped_with_the_reason():
+    class Constant(Attention):
         def heads(self, x):
-            shape = *x.shape[:2], self.num_heads, x.shape[-1] * 2 // self.num_heads
+            shape = *x.shape[:2], 4, 6
             return tuple(layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, WIDTH), Divided("softmax"), nn.Linear(WIDTH, 3))
+    net = nn.Sequential(nn.Linear(5, WIDTH), Constant("softmax"), nn.Linear(WIDTH, 3))
     traced = trace(net, torch.randn(2, 5, 5))
-    assert not [name for name in traced.groups if "/" in name]
+    assert list(traced.groups) == ["0", "1.out"]
     assert "tied to its width" in traced.skipped["1.q"] and "Compute the sizes" in traced.skipped["1.q"]
+
+
+class Divided(nn.Module):
+    """Attention that takes the size of a head from its input, between residual sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale = HEADS, (3 * WIDTH // HEADS) ** -0.5
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        shape = batch, tokens, 3, self.num_heads, width // self.num_heads
+        q, k, v = self.qkv(self.norm(x)).reshape(shape).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * self.scale
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize(("heads", "places"), [([0, 1, 3], [0, 1, 2]), ([0, 1, 2, 3], [0, 2]), ([1, 2], [2])])
+def test_channels_of_the_input_are_pruned_with_the_positions_of_heads_that_the_code_counts_by_them(
+    heads, places
+):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, WIDTH), Divided(), Divided(), nn.Linear(WIDTH, 3)).eval()
+    x = torch.randn(2, 4, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"0/heads": HEADS, "0/width": WIDTH // HEADS}
+    plan = Plan({"0/heads": heads, "0/width": places})
+    small = apply(net, traced, plan)
+    kept = torch.tensor([h * 3 + d for h in range(HEADS) for d in range(3) if h in heads and d in places])
+    thrice = torch.cat([kept, WIDTH + kept, 2 * WIDTH + kept])
+
+    def by_hand(x: Tensor) -> Tensor:
+        """Compute the dense network on its kept channels, without its code."""
+        x = x @ net[0].weight[kept].T + net[0].bias[kept]
+        for block in net[1:3]:
+            normed = F.layer_norm(x, (len(kept),), block.norm.weight[kept], block.norm.bias[kept])
+            qkv = normed @ block.qkv.weight[thrice][:, kept].T + block.qkv.bias[thrice]
+            q, k, v = (part.unflatten(-1, (len(heads), -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+            mixed = ((q @ k.transpose(-2, -1)) * block.scale).softmax(-1) @ v
+            x = (
+                x
+                + mixed.transpose(1, 2).flatten(2) @ block.out.weight[kept][:, kept].T
+                + block.out.bias[kept]
+            )
+        return x @ net[3].weight[:, kept].T + net[3].bias
+
+    torch.testing.assert_close(small(x), by_hand(x), rtol=1e-4, atol=1e-5)
+    assert CostModel(net, traced)(plan.widths) == count(small, x)
 
 
 def test_softmax_over_the_positions_of_heads_keeps_them():
