@@ -34,6 +34,9 @@ class Member:
             flatten, one channel owns several positions.
         dim: the dimension of the layer's input (side `in`) or output along which the positions lie,
             negative; on the side `self`, a dimension of the tensor.
+        scored: whether the weights at each position count for the first-order change of the loss when the
+            channel is removed, (positions,); None if all do. Without a head, only the term of its values
+            is missing, and without a position of queries and keys, one product that both are factors of.
     """
 
     layer: str
@@ -41,6 +44,7 @@ class Member:
     index: Tensor
     channel: Tensor
     dim: int
+    scored: Tensor | None = field(default=None, compare=False)
 
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along this side that the given channels of the group own, sorted."""

@@ -247,7 +247,7 @@ def _first_order_change(
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
                 rows = output_rows(model.get_submodule(member.layer), kind, products)
-                change += _per_channel(group, member, rows.sum(1))
+                change += _per_channel(group, member, rows.sum(1), scored=True)
     return change
 
 
@@ -268,11 +268,16 @@ def _weight(model: nn.Module, member: Member) -> Tensor:
     return weight.detach()
 
 
-def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
-    """Sum the values at a layer's positions to one value for each channel of the group."""
-    return torch.zeros(group.channels, dtype=torch.float32).index_add_(
-        0, member.channel, values.float().cpu()[member.index]
-    )
+def _per_channel(group: Group, member: Member, values: Tensor, *, scored: bool = False) -> Tensor:
+    """Sum the values at a layer's positions to one value for each channel of the group.
+
+    Args:
+        scored: whether to leave out the positions that do not count for a change of the loss.
+    """
+    each = values.float().cpu()[member.index]
+    if scored and member.scored is not None:
+        each = torch.where(member.scored, each, 0)
+    return torch.zeros(group.channels, dtype=torch.float32).index_add_(0, member.channel, each)
 
 
 def _positions(group: Group, member: Member) -> Tensor:

@@ -79,6 +79,7 @@ def cut_channels(model: nn.Module, trace: Trace, plan: Plan) -> None:
 
 def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    shared = _shared_tensors(model)
     # Remove output channels first: fewer elements are then gathered for the input channels.
     for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
         if side == "self":
@@ -89,7 +90,19 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
             if is_registered(layer):
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
+    for (module, attribute), *others in shared:
+        for other, same in others:
+            setattr(other, same, getattr(module, attribute))
     update_attributes(model, trace, plan)
+
+
+def _shared_tensors(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return the parameters that several layers share: for each, the layers and its names in them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    return [several for several in holders.values() if len(several) > 1]
 
 
 def output_factors(model: nn.Module, trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:

@@ -22,7 +22,7 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.layers import is_weighted, layer_width, weight_of
 from pruning.graph.plan import Plan
-from pruning.surgery.apply import dropped_positions, kept_positions
+from pruning.surgery.apply import dropped_positions, kept_positions, output_factors
 from pruning.surgery.linear_form import WeightUse, weight_uses
 from pruning.utils.modules import eval_mode
 from pruning.utils.tree import Inputs
@@ -96,7 +96,7 @@ def refit(
     if not batches:
         raise PruningError("refit needs calibration inputs, and there are none; give a few batches of inputs")
     fits: list[LayerFit] = []
-    dropped = dropped_positions(trace, plan)
+    dropped, factors = dropped_positions(trace, plan), output_factors(dense, trace, plan)
     readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
         weights = _weights(dense, [name for name, layer in dense.named_modules() if is_weighted(layer)])
@@ -105,7 +105,9 @@ def refit(
         for name in dict.fromkeys(order[first:]):
             drop = dropped.get((name, "out"), torch.zeros(0, dtype=torch.long))
             keep = kept_positions(layer_width(dense.get_submodule(name), "out"), drop)
-            layer = _Layer(name, order.count(name), keep, trace.foldable.get(name))
+            layer = _Layer(
+                name, order.count(name), keep, trace.foldable.get(name), factors.get((name, "out"))
+            )
             fit = _refit_layer(small, dense, layer, batches)
             if fit is not None:
                 fits.append(fit)
@@ -127,12 +129,14 @@ class _Layer:
         uses: how often a forward pass uses it.
         keep: its output channels in the dense model that the pruned model keeps.
         norm: name of the BatchNorm directly behind it, if there is one.
+        factors: by which the pruned model multiplies these channels to keep a scale, (kept,), if it does.
     """
 
     name: str
     uses: int
     keep: Tensor
     norm: str | None
+    factors: Tensor | None = None
 
 
 def _refit_layer(
@@ -178,6 +182,10 @@ def _sums(
             return fits, held, None
         for target, use in zip(wanted, found, strict=True):
             y = target.output.index_select(use.form.channel_dim, layer.keep.to(target.output.device))
+            if layer.factors is not None:
+                y = (y.movedim(use.form.channel_dim, -1) * layer.factors.to(y)).movedim(
+                    -1, use.form.channel_dim
+                )
             for rows, error, output in use.form.rows(use.input, y - use.output, y):
                 cut = len(rows) - len(rows) // HELD_OUT
                 fits.add(rows[:cut], error[:cut], output[:cut])

@@ -56,8 +56,37 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
             while unique in taken:
                 unique, count = f"{group.name}/{count}", count + 1
             taken.add(unique)
-            over = tuple(_over(channels, reductions))
-            yield replace(group, name=unique, reductions=over), channels, reason
+            whole = replace(group, name=unique, reductions=tuple(_over(channels, reductions)))
+            yield _with_scored(found, whole, role), channels, reason
+
+
+def _with_scored(found: Flow, group: Group, role: str) -> Group:
+    """Return a group whose members say which positions count for the change of the loss.
+
+    Args:
+        role: what products do along the channels, see `Axes.role_of`.
+    """
+    places = {reduction.place for reduction in group.reductions} & found.right.keys()
+    if role == "heads":
+        outside = [*found.left.values(), *found.right.values()]
+    else:
+        outside = [found.right[place] for place in places]
+    if not outside:
+        return group
+    factors = np.unique(np.concatenate(outside))
+    kept = {
+        (member.layer, member.side): torch.from_numpy(
+            ~np.isin(found.sides[member.layer, member.side].labels[member.index], factors)
+        )
+        for member in group.side("out")
+    }
+    if not any(scored.any() for scored in kept.values()):
+        return group
+    members = [
+        replace(member, scored=kept[member.layer, member.side]) if member.side == "out" else member
+        for member in group.members
+    ]
+    return replace(group, members=tuple(members))
 
 
 def is_along_axis(found: Flow, labels: np.ndarray) -> bool:

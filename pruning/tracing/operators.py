@@ -30,7 +30,7 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
-from pruning.tracing.products import batched_product, grid_pointwise
+from pruning.tracing.products import batched_product, grid_pointwise, label_uniform
 from pruning.tracing.statistics import layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 from pruning.tracing.weights import convolution, product
@@ -63,6 +63,8 @@ def pointwise(labels: Labels, op: Operation) -> None:
         if i == first:
             continue
         wide = [d for d in channel_dims if shapes[i][d] > 1]
+        if other is None and labels.found.axes is not None:
+            other = label_uniform(labels, op.operands[i], wide, rank)
         expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
         uniform = other is None and labels.is_uniform(op.operands[i])
         if (expanded == wide or uniform) and not varying(other):

@@ -23,7 +23,7 @@ from pruning.surgery.verify import compare_with_masked
 from pruning.tracing.attribute_reads import attribute_reads
 from pruning.tracing.bisection import faulty_groups, structure_of
 from pruning.tracing.grouping import is_along_axis
-from pruning.tracing.joining import tie_equal_sizes
+from pruning.tracing.joining import tie_equal_sizes, tie_inputs
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
@@ -112,7 +112,7 @@ class WidthProbe:
         return with_heads(self.model, self.runs, chosen, sizes)
 
     def joined(self, reasons: dict[str, str], regroup: Callable[[], Groups]) -> tuple[WidthAttribute, ...]:
-        """Join groups that one attribute binds, and return the attributes of those that can be narrowed.
+        """Join groups that cannot be narrowed alone, and return the attributes of those that can together.
 
         Joined groups take the place of their parts, also in `reasons`.
 
@@ -120,29 +120,40 @@ class WidthProbe:
             reasons: groups that cannot be narrowed alone, with the reason.
             regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
-        if self.found.axes is None or not tie_equal_sizes(
-            self.model, self.found, self.labels, reasons, self.reads or {}
-        ):
+        found, model, attributes = self.found, self.model, list[tuple[WidthAttribute, ...]]()
+        if found.axes is None:
             return ()
-        groups, labels = regroup()
-        bound = {name: self.found.ties.find(self.labels[name]) for name in reasons}
+        if reasons and tie_equal_sizes(model, found, self.labels, reasons, self.reads or {}):
+            attributes += self._narrowed_together(reasons, *regroup())
+        if reasons and tie_inputs(model, found, self.labels, reasons):
+            attributes += self._narrowed_together(reasons, *regroup())
+        return merged(attributes)
+
+    def _narrowed_together(
+        self, reasons: dict[str, str], groups: dict[str, Group], labels: dict[str, np.ndarray]
+    ) -> Iterable[tuple[WidthAttribute, ...]]:
+        """Let new groups take the place of those that cannot be narrowed alone, where that helps."""
+        bound = {name: self.found.channels(self.labels[name]) for name in reasons}
         parts = {
-            name: [part for part in reasons if np.isin(bound[part], labels[name]).any()] for name in groups
+            name: several
+            for name, own in labels.items()
+            if (several := [part for part in reasons if np.isin(bound[part], own).any()])
         }
-        parts = {name: several for name, several in parts.items() if several}
         for name in parts:
             self.runs.add(groups[name], labels[name])
             self.structures[name] = structure_of(self.model, self.found, groups[name])
-        attributes = self._following(parts)
+        at_fault = faulty_groups(self.runs.error, list(parts), self.structures)
+        at_fault |= self._misplaced([name for name in parts if name not in at_fault])
+        attributes = self._following(at_fault)
         for name, several in parts.items():
-            if name in attributes:
+            if name in attributes or name not in at_fault:
                 for part in several:
                     reasons.pop(part, None)
-                    if part != name:
+                    if part not in parts:
                         self.groups.pop(part, None)
             elif name not in reasons:
                 del self.groups[name]
-        return merged(attributes.values())
+        return attributes.values()
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a view, slice or split would select other channels after pruning."""

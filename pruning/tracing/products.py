@@ -6,6 +6,7 @@ the batch dimension, where those of both operands are tied; positions of v pass 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pruning.tracing.axes import ProductUse
@@ -65,9 +66,10 @@ def product_of_activations(labels: Labels, op: Operation, left: Tensor, right: T
         return
     if shared is not None:
         labels.found.reductions[labels.place] = SideUse(shared.numpy(), summed)
-        of_first = labels.of(left)
-        assert of_first is not None
-        labels.found.left[labels.place] = axes.closure(of_first.numpy().ravel())
+        for operand, known in ((left, labels.found.left), (right, labels.found.right)):
+            held = labels.of(operand)
+            assert held is not None
+            known[labels.place] = axes.closure(held.numpy().ravel())
     _note_macs(labels, op, left, ({0: batch, 1: rows}, {0: shared, 1: columns}))
 
 
@@ -102,11 +104,12 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         x = op.operands[i]
         shape = [1] * (rank - x.ndim) + list(x.shape)
         wide = [d for d in vectors if shape[d] > 1]
+        other = label_uniform(labels, x, wide, rank) if other is None else other
         arriving = varying(other)
         for d in wide:
             if d in arriving:
                 continue
-            if x.stride(d - rank) == 0 or (other is None and labels.is_uniform(x)):
+            if x.stride(d - rank) == 0:
                 labels.note_sizes(vectors[d], vectors[d])
             else:
                 labels.fix(vectors[d], f"{combines} with a tensor of fixed size")
@@ -126,3 +129,18 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         elif (ours := labels.compose(shared, rank)) is not None:
             labels.tie(ours, other, f"{combines} with a tensor of fixed size")
     labels.put(op.output, result)
+
+
+def label_uniform(labels: Labels, x: Tensor, dims: list[int], rank: int) -> Tensor | None:
+    """Give a uniform tensor new labels along dimensions of a result of this rank, and return them.
+
+    So heads of all layers are tied that add the same zeros. The size may be a constant in the code.
+    """
+    if not dims or not labels.is_uniform(x) or any(x.stride(d - rank) == 0 for d in dims):
+        return None
+    labels.unmark_uniform([x])
+    made = {d: torch.from_numpy(labels.found.ties.new(x.shape[d - rank])) for d in dims}
+    for vector in made.values():
+        labels.note_sizes(vector, vector)
+    labels.put(x, labels.compose({d - rank + x.ndim: vector for d, vector in made.items()}, x.ndim))
+    return labels.compose(made, rank)

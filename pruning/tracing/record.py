@@ -68,8 +68,8 @@ class Flow:
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
             multiplies activations.
         products: products of activations that have channels.
-        left: by module, operator and number of the call, the labels of a product's left operand and those
-            that they stand for.
+        left, right: by module, operator and number of the call, the labels of the left and the right operand
+            of a product that sums over channels, and those that they stand for.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -90,6 +90,7 @@ class Flow:
     axes: Axes | None = None
     products: list[ProductUse] = field(default_factory=list)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
+    right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 
     def channels(self, labels: np.ndarray) -> np.ndarray:
         """Return, after the pass, the final labels that each label stands for, (labels, most), padded."""

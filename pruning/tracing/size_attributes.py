@@ -68,6 +68,8 @@ def following(
     likely = {name: several[0] for name, several in candidates.items()}
     if not likely or runs.is_exact(likely):
         return likely
+    if reads is not None and (alike := _alike(runs, candidates, structures)):
+        return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
     failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
@@ -84,6 +86,28 @@ def following(
         else:
             hopeless.add(like)
     return alone if alone and runs.is_exact(alone) else {}
+
+
+def _alike(
+    runs: Runs,
+    candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
+    structures: Mapping[str, Structure],
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Return attributes that work for the first group of each structure, for all groups of that structure.
+
+    They are tried together; nothing is returned if they do not work.
+    """
+    works: dict[tuple[Structure, int], int | None] = {}
+    chosen = {}
+    for name, several in candidates.items():
+        like = structures[name], len(several)
+        if like not in works:
+            exact = (i for i, attributes in enumerate(several) if runs.is_exact({name: attributes}))
+            works[like] = next(exact, None)
+        place = works[like]
+        if place is not None:
+            chosen[name] = several[place]
+    return chosen if chosen and runs.is_exact(chosen) else {}
 
 
 def with_heads(

@@ -32,6 +32,7 @@ from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
+from pruning.tracing.shared import loses_alike, shared_parameters
 from pruning.tracing.ties import NONE
 from pruning.utils.batch import find_batch
 from pruning.utils.entries import Also, entries_of
@@ -148,7 +149,7 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}
@@ -224,7 +225,11 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(
-    group: Group, model: nn.Module, ignored_by: dict[str, str], frozen: set[str], shared: dict[str, str]
+    group: Group,
+    model: nn.Module,
+    ignored_by: dict[str, str],
+    frozen: set[str],
+    shared: Mapping[str, list[str]],
 ) -> str:
     """Return why a group cannot be pruned; empty when it can."""
     if not group.side("in") and not group.is_summed:
@@ -253,8 +258,8 @@ def _obstacle(
         for full in names:
             if full in frozen:
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
-            if full in shared:
-                return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
+            if full in shared and not loses_alike(model, group, [full, *shared[full]]):
+                return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
         if problem := _computed(owner, model.get_submodule(owner)):
             return problem
     return ""
@@ -301,26 +306,10 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     return ignored_by
 
 
-def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that two layers share: each full name, with that of the other.
-
-    A layer that has two names is one layer; its first name counts.
-    """
-    holders: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for layer, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{layer}.{own}" if layer else own
-            other = holders.setdefault(id(parameter), name)
-            if other != name:
-                shared.update({name: other, other: name})
-    return shared
-
-
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
     """Return the layers whose output only a BatchNorm reads and can be folded into: layer to norm."""
     pairs = {}
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     with eval_mode(model):
         for name, readers in found.readers.items():
             norm_name = readers[0] if readers else ""

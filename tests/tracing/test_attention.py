@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from pruning import Budget, Plan, prune, trace
 from pruning.planning import count
 from pruning.planning.cost import CostModel
+from pruning.planning.scores import taylor
 from pruning.surgery.apply import apply
+from pruning.surgery.refit import refit
 
 pytestmark = pytest.mark.quick
 
@@ -92,6 +94,13 @@ class Fused(Attention):
         return self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+class Mean(nn.Module):
+    """The mean over tokens, (batch, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 KINDS = ("softmax", "sdpa", "einsum", "shape", "causal", "bias", "norm", "rotary")
 GROUPED = ("gqa", "gqa_expanded", "gqa_sdpa")
 FUSED = ("fused", "chunked")
@@ -150,8 +159,12 @@ def masked(net: nn.Module, heads: list[int], places: list[int]) -> nn.Module:
 
 def by_groups(net: nn.Module, heads: list[int], places: list[int]) -> Plan:
     """Return the plan that keeps these channels of the two groups of attention."""
-    name = "2.qkv" if isinstance(net[2], Fused) else "2.q"
-    return Plan({f"{name}/heads": heads, f"{name}/width": places})
+    return Plan({named(net, "heads"): heads, named(net, "width"): places})
+
+
+def named(net: nn.Module, axis: str = "width") -> str:
+    """Return the name of a group of attention."""
+    return f"2.{'qkv' if isinstance(net[2], Fused) else 'q'}/{axis}"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *FUSED, *GROUPED])
@@ -211,17 +224,70 @@ def test_what_one_head_or_position_frees_is_exact():
             assert freed[what][i] == pytest.approx(lost, abs=1)
 
 
-def test_heads_that_the_code_divides_by_the_width_of_its_input_are_skipped_with_the_reason():
-    class Divided(Attention):
+def test_heads_whose_sizes_are_constants_in_the_code_are_skipped_with_the_reason():
+    class Constant(Attention):
         def heads(self, x):
-            shape = *x.shape[:2], self.num_heads, x.shape[-1] * 2 // self.num_heads
+            shape = *x.shape[:2], 4, 6
             return tuple(layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, WIDTH), Divided("softmax"), nn.Linear(WIDTH, 3))
+    net = nn.Sequential(nn.Linear(5, WIDTH), Constant("softmax"), nn.Linear(WIDTH, 3))
     traced = trace(net, torch.randn(2, 5, 5))
-    assert not [name for name in traced.groups if "/" in name]
+    assert list(traced.groups) == ["0", "1.out"]
     assert "tied to its width" in traced.skipped["1.q"] and "Compute the sizes" in traced.skipped["1.q"]
+
+
+class Divided(nn.Module):
+    """Attention that takes the size of a head from its input, between residual sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale = HEADS, (3 * WIDTH // HEADS) ** -0.5
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        shape = batch, tokens, 3, self.num_heads, width // self.num_heads
+        q, k, v = self.qkv(self.norm(x)).reshape(shape).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * self.scale
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize(("heads", "places"), [([0, 1, 3], [0, 1, 2]), ([0, 1, 2, 3], [0, 2]), ([1, 2], [2])])
+def test_channels_of_the_input_are_pruned_with_the_positions_of_heads_that_the_code_counts_by_them(
+    heads, places
+):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, WIDTH), Divided(), Divided(), nn.Linear(WIDTH, 3)).eval()
+    x = torch.randn(2, 4, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"0/heads": HEADS, "0/width": WIDTH // HEADS}
+    plan = Plan({"0/heads": heads, "0/width": places})
+    small = apply(net, traced, plan)
+    kept = torch.tensor([h * 3 + d for h in range(HEADS) for d in range(3) if h in heads and d in places])
+    thrice = torch.cat([kept, WIDTH + kept, 2 * WIDTH + kept])
+
+    def by_hand(x: Tensor) -> Tensor:
+        """Compute the dense network on its kept channels, without its code."""
+        x = x @ net[0].weight[kept].T + net[0].bias[kept]
+        for block in net[1:3]:
+            normed = F.layer_norm(x, (len(kept),), block.norm.weight[kept], block.norm.bias[kept])
+            qkv = normed @ block.qkv.weight[thrice][:, kept].T + block.qkv.bias[thrice]
+            q, k, v = (part.unflatten(-1, (len(heads), -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+            mixed = ((q @ k.transpose(-2, -1)) * block.scale).softmax(-1) @ v
+            x = (
+                x
+                + mixed.transpose(1, 2).flatten(2) @ block.out.weight[kept][:, kept].T
+                + block.out.bias[kept]
+            )
+        return x @ net[3].weight[:, kept].T + net[3].bias
+
+    torch.testing.assert_close(small(x), by_hand(x), rtol=1e-4, atol=1e-5)
+    assert CostModel(net, traced)(plan.widths) == count(small, x)
 
 
 def test_softmax_over_the_positions_of_heads_keeps_them():
@@ -260,3 +326,42 @@ def test_a_gram_matrix_loses_the_rows_and_columns_of_removed_channels():
     by_hand = (channels @ channels.transpose(1, 2)).mean(2) @ net.head.weight[:, kept].T + net.head.bias
     torch.testing.assert_close(small(x), by_hand, rtol=1e-4, atol=1e-5)
     assert CostModel(net, traced)({"stem": 4}) == count(small, x)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "shape", "fused"])
+def test_refitting_keeps_the_scale_of_attention(kind):
+    """A refit of queries behind narrowed inputs aims at those of the dense model times the scale's factor."""
+    torch.manual_seed(1)
+    net, _ = network(kind)
+    x = torch.randn(4, 5, 5)
+    dead = masked(net, [0, 1, 2, 3], [1, 2, 4])
+    with torch.no_grad():
+        dead[0].weight[0], dead[0].bias[0] = dead[0].weight[1], dead[0].bias[1]  # one channel twice
+    dead[1] = nn.Identity()
+    traced = trace(dead, x)
+    plan = Plan({"0": tuple(range(1, WIDTH)), named(net): (1, 2, 4)})
+    small = apply(dead, traced, plan)
+    refit(small, dead, traced, plan, [x])
+    torch.testing.assert_close(small(x), dead(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sdpa", "rotary", "bias", "fused", "gqa"])
+def test_taylor_is_the_first_order_change_of_the_loss_without_a_head_or_a_position(kind):
+    """Compared with the derivative of the loss with respect to a gate on the head, or on the position."""
+    net, x = network(kind)
+    targets = torch.tensor([0, 2])
+    net = nn.Sequential(*net, Mean())
+    traced = trace(net, x)
+    scores = taylor(net, traced, [(x, targets)], F.cross_entropy)
+    groups, pairs = net[2].kv_heads, DEPTH // 2 if kind == "rotary" else DEPTH
+    gates = {"heads": torch.ones(groups, requires_grad=True), "width": torch.ones(pairs, requires_grad=True)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = gates["width"].repeat(DEPTH // pairs)
+        found = type(net[2]).attend(net[2], q * places, k, v * places)
+        return found * gates["heads"].repeat_interleave(HEADS // groups)[:, None, None]
+
+    net[2].attend = attend
+    loss = F.cross_entropy(net(x), targets)
+    for axis, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+        torch.testing.assert_close(scores[named(net, axis)], gradient.square(), rtol=1e-3, atol=1e-9)
