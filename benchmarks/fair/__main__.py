@@ -5,38 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import tempfile
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import benchmarks.fair
 import data
-from benchmarks import timing
 from benchmarks.fair.cells import WHOLE, Cell, Results, locked
-from benchmarks.fair.methods import METHODS, compute
+from benchmarks.fair.measure import result
+from benchmarks.fair.methods import METHODS
 from benchmarks.fair.page import draw
 from benchmarks.fair.recipes import NETWORKS, RECIPES, Recipe
 from benchmarks.fair.training import Workshop
 from benchmarks.table import side_by_side
 from eval.cli import ROOT, use_threads
-from eval.metrics import EVALUATION_BATCH, exported
-from pruning import Budget, PruningError, cli, save
-from pruning.checkpoint import provenance
-from pruning.deploy import time_forward
+from pruning import Budget, PruningError, cli
 from pruning.deploy.runtimes import require_package
-from pruning.errors import TrainingDiverged
-from pruning.training import accuracy
-from pruning.utils.modules import copied
 
 #: Seconds between two looks at cells that other processes compute.
 POLL = 5.0
-#: Images of the first part of the test split, of which the accuracy is given, too.
-FIRST = 1000
 
 
 def main() -> None:
@@ -178,50 +166,8 @@ def done(cell: Cell, workshop: Workshop, results: Results, args: argparse.Namesp
     with locked(folder / "measured" if cell.method == "dense" else folder, wait=False) as mine:
         if mine and results.find(cell) is None:
             print(f"{time.strftime('%H:%M')} {cell}", flush=True)
-            results.add(cell, result(cell, workshop, folder, args))
+            results.add(cell, result(cell, workshop, folder, args.threads, args.seconds))
         return mine
-
-
-def result(cell: Cell, workshop: Workshop, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compute a cell: its network, and what is measured of it."""
-    facts = {"commit": provenance()["commit"], "torch": torch.__version__, "threads": args.threads}
-    started = time.perf_counter()
-    try:
-        model = compute(cell.method, workshop, cell.budget, cell.seed)
-    except (PruningError, TrainingDiverged) as error:
-        return {"refused": str(error), **facts}
-    seconds = time.perf_counter() - started
-    save(folder / "result.pth", model)
-    cost, dense = workshop.cost(model), workshop.cost(workshop.new(cell.seed))
-    recipe, test = workshop.recipe, workshop.source.test
-    first = replace(workshop.source, test=test.first(min(FIRST, len(test.labels))))
-    return {
-        "accuracy": accuracy(model, workshop.source.batches("test", EVALUATION_BATCH)),
-        "accuracy of the first 1,000": accuracy(model, first.batches("test", EVALUATION_BATCH)),
-        "validation": workshop.validate(model),
-        "params": cost.params,
-        "macs": cost.macs,
-        "dense params": dense.params,
-        "dense macs": dense.macs,
-        "epochs": recipe.dense_epochs if cell.method == "dense" else recipe.epochs,
-        **times(model, workshop, args.seconds),
-        "seconds": round(seconds, 1),
-        **facts,
-    }
-
-
-def times(model: nn.Module, workshop: Workshop, seconds: float) -> dict[str, Any]:
-    """Time a network in ONNX Runtime on one thread, batch 1, in turns with the dense one."""
-    example = workshop.example.cpu()
-    nets = {"dense": workshop.new(0), "pruned": model}
-    with tempfile.TemporaryDirectory() as folder:
-        on_cpu = {name: copied(net).cpu().eval() for name, net in nets.items()}
-        opened = exported(on_cpu, "onnxruntime", example, Path(folder))
-        taken = time_forward(opened, example[:1].clone(), seconds=seconds, threads=1)
-    return {
-        "milliseconds": round(taken["pruned"].median, 5),
-        "time ratio": timing.ratio(taken["pruned"], to=taken["dense"]),
-    }
 
 
 if __name__ == "__main__":
