@@ -254,3 +254,24 @@ def test_the_first_paragraph_says_where_ours_is_behind(tmp_path):
         {"settings": settings, "cells": [r for r in runs if r["method"] != "scratch"]}, ["resnet8"]
     )
     assert ahead.startswith("Ours is not behind in any of 2 comparisons.")
+
+
+def test_the_figures_of_the_paper_are_drawn_from_results_that_are_computed_once(tiny):
+    where = ("--results", tiny / "paper.json", "--runs", tiny / "runs", "--figures", tiny)
+    flags = ("--network", "tiny_fair:tiny", "--data", "mnist5k", "--epochs", 2, "--dense-epochs", 1)
+    flags += ("--train", 300, "--batch-size", 50, "--strengths", 0, 0.1, "--shares", 30, 99, "--passes", 2)
+    done = module("benchmarks.fair.paper", *flags, *where)
+    entries = json.loads((tiny / "paper.json").read_text())["cells"]
+    found = {(cell["method"], cell["budget"]): cell for cell in entries}
+    assert len(found) == 2 + 4 + 2 and done.stdout.count("seed 0\n") == 8
+    weak, strong = (found["scales", strength]["scales"] for strength in ("0", "0.1"))
+    assert len(weak) == 14 and sum(strong) < sum(weak), "the L1 term makes scales smaller"
+    assert "refused" in found["pruned", "0 99%"] and 0 < found["pruned", "0 30%"]["error before"] <= 1
+    first, second = (found["pass", f"0.1 30% {number}"] for number in (1, 2))
+    assert 0.4 < second["channels"] < first["channels"] <= 0.7
+    for name in ("scales", "shares", "passes"):
+        assert (tiny / f"fair-{name}.svg").read_text().startswith("<?xml")
+    again = module("benchmarks.fair.paper", *flags, *where)
+    assert "seed 0\n" not in again.stdout and "fair-scales.png" in again.stdout
+    missing = module("benchmarks.fair.paper", "--draw", "--seed", 3, *where, check=False)
+    assert missing.returncode == 2 and "nothing of resnet8, seed 3" in missing.stderr
