@@ -11,8 +11,8 @@ from pathlib import Path
 import benchmarks.fair
 from benchmarks.fair.cells import WHOLE, Cell, Results, locked
 from benchmarks.fair.flags import add_training_flags, recipe_of, settings, share, workshop_of
-from benchmarks.fair.measure import result
-from benchmarks.fair.methods import METHODS
+from benchmarks.fair.measure import result, times
+from benchmarks.fair.methods import METHODS, RESULT
 from benchmarks.fair.page import draw
 from benchmarks.fair.recipes import NETWORKS
 from benchmarks.fair.training import Workshop
@@ -32,7 +32,10 @@ def main() -> None:
         require_package("onnxruntime")
         for name in args.networks:
             results.require_settings(name, settings(workshop_of(name, args)))
-        side_by_side(args.jobs, work, [(args,)] * args.jobs)
+        if args.time:
+            time_again(args)
+        else:
+            side_by_side(args.jobs, work, [(args,)] * args.jobs)
     print(draw(results.read(), args.page))
 
 
@@ -72,6 +75,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, default=ROOT / "docs" / "fair.md", metavar="FILE", help="page, as Markdown"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="time the networks of complete cells again, on a quiet machine"
+    )
     parser.add_argument("--draw", action="store_true", help="only draw existing results")
     add_training_flags(parser)
     args = parser.parse_args()
@@ -85,17 +91,34 @@ def work(args: argparse.Namespace) -> None:
     use_threads(args.threads)
     results = Results(args.results)
     workshops = {name: workshop_of(name, args) for name in args.networks}
-    cells = [
-        Cell(name, method, WHOLE if method == "dense" else budget, seed)
-        for name, seed, budget, method in itertools.product(args.networks, args.seeds, args.budgets, METHODS)
-        if method in args.methods
-    ]
-    pending = list(dict.fromkeys(cells))
+    pending = cells(args)
     while pending:
         left = [cell for cell in pending if not done(cell, workshops[cell.network], results, args)]
         if len(left) == len(pending):
             time.sleep(POLL)
         pending = left
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells that flags name, in the order in which they are computed."""
+    every = itertools.product(args.networks, args.seeds, args.budgets, METHODS)
+    found = [
+        Cell(name, method, WHOLE if method == "dense" else budget, seed)
+        for name, seed, budget, method in every
+        if method in args.methods
+    ]
+    return list(dict.fromkeys(found))
+
+
+def time_again(args: argparse.Namespace) -> None:
+    """Time the networks of complete cells, where the folder of trainings still has them."""
+    results = Results(args.results)
+    for cell in cells(args):
+        workshop = workshop_of(cell.network, args)
+        path = workshop.folder(cell.method, cell.budget, cell.seed) / RESULT
+        found = results.find(cell)
+        if found is not None and "accuracy" in found and path.exists():
+            results.change(cell, times(workshop.load(path), workshop, args.seconds))
 
 
 def done(cell: Cell, workshop: Workshop, results: Results, args: argparse.Namespace) -> bool:

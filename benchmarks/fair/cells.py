@@ -104,6 +104,13 @@ class Results:
             content["cells"].append({**asdict(cell), **found})
             content["cells"].sort(key=lambda old: (old["network"], old["budget"], old["method"], old["seed"]))
 
+    def change(self, cell: Cell, found: dict[str, Any]) -> None:
+        """Replace figures of a complete cell."""
+        with self._changed() as content:
+            for old in content["cells"]:
+                if asdict(cell).items() <= old.items():
+                    old.update(found)
+
     @contextlib.contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
         self.read()

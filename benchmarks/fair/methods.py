@@ -25,6 +25,9 @@ from pruning.planning.search import plan_within
 from pruning.stages import PruneConfig, Run
 from pruning.surgery.apply import apply, dropped_positions
 
+#: File of a complete cell's network in its folder.
+RESULT = "result.pth"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -128,7 +131,7 @@ def _taylor_refit(job: Job) -> nn.Module:
 
 def _scratch(job: Job) -> nn.Module:
     """Train the widths that slimming found from new weights."""
-    path = job.workshop.folder("slimming", job.budget, job.seed) / "result.pth"
+    path = job.workshop.folder("slimming", job.budget, job.seed) / RESULT
     if not path.exists():  # its figures came from elsewhere, or it was refused, which this says again
         with locked(path.parent, wait=True):
             save(path, compute("slimming", job.workshop, job.budget, job.seed))

@@ -56,6 +56,10 @@ def cells(folder):
     return {cell["method"]: cell for cell in json.loads((folder / "fair.json").read_text())["cells"]}
 
 
+def times_of(cell):
+    return {key: cell[key] for key in ("milliseconds", "time ratio", "time control")}
+
+
 def test_cells_are_computed_once_and_shown(tiny):
     """Two methods and one that needs the result of the first."""
     methods = ("--methods", "slimming", "scratch", "dense")
@@ -75,6 +79,11 @@ def test_cells_are_computed_once_and_shown(tiny):
     before = (tiny / "fair.json").read_bytes()
     again = module("benchmarks.fair", *FLAGS, *methods, *where(tiny))
     assert "seed 0\n" not in again.stdout and (tiny / "fair.json").read_bytes() == before
+    module("benchmarks.fair", *FLAGS, *methods, "--time", *where(tiny))
+    timed = cells(tiny)
+    assert timed["slimming"]["milliseconds"] != found["slimming"]["milliseconds"]
+    assert {**timed["slimming"], **times_of(found["slimming"])} == found["slimming"]
+    (tiny / "fair.json").write_bytes(before)
     drawn = module("benchmarks.fair", "--draw", *where(tiny))
     assert drawn.stdout == again.stdout and (tiny / "fair.json").read_bytes() == before
     with pytest.raises(PruningError, match="has the cell tiny_fair:tiny, dense, 100%, seed 0 already"):
@@ -219,7 +228,7 @@ def entry(method, seed, accuracy, budget="50%", validation=0.5):
     return {
         "network": "resnet8", "method": method, "budget": budget, "seed": seed, "accuracy": accuracy,
         "accuracy of the first 1,000": accuracy, "validation": validation, "time ratio": [0.5, 0.4, 0.6],
-        **costs,
+        "time control": [1.01 + 0.1 * seed, 1, 1.2], **costs,
     }  # fmt: skip
 
 
@@ -243,6 +252,7 @@ def test_the_first_paragraph_says_where_ours_is_behind(tmp_path):
         "Ours is behind in 1 of 3 comparisons: resnet8 at 50%: 2.00 points behind slimming's widths, from "
         "scratch (σ 0.58, 3 seeds)."
     ), first
+    assert "| 0.50 | 3 |" in text, "the time of the quiet seed"
     assert "ahead by more than 2σ of the difference in 1." in first
     assert (
         "| **slimming (ours)** | 50% | 82.00 ± 2.00 |" in text
