@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import tempfile
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 import benchmarks.fair
-import data
-from benchmarks import timing
 from benchmarks.fair.cells import WHOLE, Cell, Results, locked
-from benchmarks.fair.methods import METHODS, compute
+from benchmarks.fair.flags import add_training_flags, recipe_of, settings, share, workshop_of
+from benchmarks.fair.measure import result, times
+from benchmarks.fair.methods import METHODS, RESULT
 from benchmarks.fair.page import draw
-from benchmarks.fair.recipes import NETWORKS, RECIPES, Recipe
+from benchmarks.fair.recipes import NETWORKS
 from benchmarks.fair.training import Workshop
 from benchmarks.table import side_by_side
 from eval.cli import ROOT, use_threads
-from eval.metrics import EVALUATION_BATCH, exported
-from pruning import Budget, PruningError, cli, save
-from pruning.checkpoint import provenance
-from pruning.deploy import time_forward
+from pruning import cli
 from pruning.deploy.runtimes import require_package
-from pruning.errors import TrainingDiverged
-from pruning.training import accuracy
-from pruning.utils.modules import copied
 
 #: Seconds between two looks at cells that other processes compute.
 POLL = 5.0
-#: Images of the first part of the test split, of which the accuracy is given, too.
-FIRST = 1000
 
 
 def main() -> None:
@@ -45,8 +31,11 @@ def main() -> None:
     if not args.draw:
         require_package("onnxruntime")
         for name in args.networks:
-            results.require_settings(name, settings(name, args))
-        side_by_side(args.jobs, work, [(args,)] * args.jobs)
+            results.require_settings(name, settings(workshop_of(name, args)))
+        if args.time:
+            time_again(args)
+        else:
+            side_by_side(args.jobs, work, [(args,)] * args.jobs)
     print(draw(results.read(), args.page))
 
 
@@ -73,13 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="seeds to run"
     )
-    parser.add_argument("--data", choices=data.NAMES, default="cifar10", help="data set")
-    parser.add_argument(
-        "--data-dir", type=Path, default=ROOT / "data", metavar="FOLDER", help="folder of the data set"
-    )
     parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="cells at the same time")
-    parser.add_argument("--threads", type=cli.whole_number(1), default=1, help="CPU threads of each job")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; times are always those of a CPU")
     parser.add_argument(
         "--seconds", type=cli.number(0.01), default=4.0, help="duration of the timing of a cell"
     )
@@ -92,136 +75,66 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, default=ROOT / "docs" / "fair.md", metavar="FILE", help="page, as Markdown"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="time the networks of complete cells again, on a quiet machine"
+    )
     parser.add_argument("--draw", action="store_true", help="only draw existing results")
-    recipe = parser.add_argument_group("training (default: the recipe of the network)")
-    for name in ("epochs", "dense_epochs", "batch_size", "train", "cutout"):
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=cli.whole_number(1), metavar="N")
-    for name in ("rate", "later_rate", "weight_decay"):
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=cli.number(0), metavar="X")
-    recipe.add_argument("--bf16", action="store_true", default=None, help="forward passes in bfloat16")
+    add_training_flags(parser)
     args = parser.parse_args()
     for name in args.networks:
         recipe_of(name, args)
     return args
 
 
-def share(text: str) -> str:
-    """Check a command-line argument that is a share of the MACs."""
-    try:
-        Budget(macs=text)
-    except PruningError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not text.endswith("%"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a share, for example 50%")
-    return text
-
-
-def recipe_of(name: str, args: argparse.Namespace) -> Recipe:
-    """Return the recipe of a network, with what flags change."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(Recipe)}
-    return replace(
-        RECIPES.get(name, Recipe()), **{k: value for k, value in given.items() if value is not None}
-    )
-
-
-def source(args: argparse.Namespace, recipe: Recipe) -> data.Dataset:
-    """Return the data of a network, in memory on the device of the training."""
-    found = data.load(args.data, args.data_dir, quiet=True)
-    return replace(found, train=found.train.first(recipe.train)).to(args.device)
-
-
-def key_of(found: data.Dataset) -> str:
-    """Return the name of a data set with a hash of its pixels and labels: copies of a data set may differ."""
-    content = hashlib.sha256()
-    for split in (found.train, found.validation, found.test):
-        for tensor in split:
-            content.update(tensor.cpu().numpy().tobytes())
-    return f"{found.name}-{content.hexdigest()[:8]}"
-
-
-def settings(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a network, which all its cells share."""
-    recipe = recipe_of(name, args)
-    return {"data": key_of(source(args, recipe)), "device": args.device.split(":")[0], **asdict(recipe)}
-
-
 def work(args: argparse.Namespace) -> None:
     """Compute the cells that are not complete and that no other process computes; wait for the others."""
     use_threads(args.threads)
     results = Results(args.results)
-    for name in args.networks:
-        recipe = recipe_of(name, args)
-        found = source(args, recipe)
-        workshop = Workshop(name, recipe, found, key_of(found), args.runs, args.device)
-        pending = [
-            Cell(name, method, WHOLE if method == "dense" else budget, seed)
-            for seed, budget, method in itertools.product(args.seeds, args.budgets, METHODS)
-            if method in args.methods
-        ]
-        pending = list(dict.fromkeys(pending))
-        while pending:
-            left = [cell for cell in pending if not done(cell, workshop, results, args)]
-            if len(left) == len(pending):
-                time.sleep(POLL)
-            pending = left
+    workshops = {name: workshop_of(name, args) for name in args.networks}
+    pending = cells(args)
+    while pending:
+        left = [cell for cell in pending if not done(cell, workshops[cell.network], results, args)]
+        if len(left) == len(pending):
+            time.sleep(POLL)
+        pending = left
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells that flags name, in the order in which they are computed."""
+    every = itertools.product(args.networks, args.seeds, args.budgets, METHODS)
+    found = [
+        Cell(name, method, WHOLE if method == "dense" else budget, seed)
+        for name, seed, budget, method in every
+        if method in args.methods
+    ]
+    return list(dict.fromkeys(found))
+
+
+def time_again(args: argparse.Namespace) -> None:
+    """Time the networks of complete cells, where the folder of trainings still has them."""
+    results = Results(args.results)
+    for cell in cells(args):
+        workshop = workshop_of(cell.network, args)
+        path = workshop.folder(cell.method, cell.budget, cell.seed) / RESULT
+        found = results.find(cell)
+        if found is not None and "accuracy" in found and path.exists():
+            results.change(cell, times(workshop.load(path), workshop, args.seconds))
 
 
 def done(cell: Cell, workshop: Workshop, results: Results, args: argparse.Namespace) -> bool:
     """Compute a cell and what it needs; return False where another process computes one of these."""
     if results.find(cell) is not None:
         return True
-    for method in METHODS[cell.method].needs:
-        if not done(replace(cell, method=method), workshop, results, args):
+    for needed in (replace(cell, method=method) for method in METHODS[cell.method].needs):
+        if not done(needed, workshop, results, args):
             return False
     folder = workshop.folder(cell.method, cell.budget, cell.seed)
     # The dense network has a lock of its own, which the methods that begin with it take.
     with locked(folder / "measured" if cell.method == "dense" else folder, wait=False) as mine:
         if mine and results.find(cell) is None:
             print(f"{time.strftime('%H:%M')} {cell}", flush=True)
-            results.add(cell, result(cell, workshop, folder, args))
+            results.add(cell, result(cell, workshop, folder, args.threads, args.seconds))
         return mine
-
-
-def result(cell: Cell, workshop: Workshop, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compute a cell: its network, and what is measured of it."""
-    facts = {"commit": provenance()["commit"], "torch": torch.__version__, "threads": args.threads}
-    started = time.perf_counter()
-    try:
-        model = compute(cell.method, workshop, cell.budget, cell.seed)
-    except (PruningError, TrainingDiverged) as error:
-        return {"refused": str(error), **facts}
-    seconds = time.perf_counter() - started
-    save(folder / "result.pth", model)
-    cost, dense = workshop.cost(model), workshop.cost(workshop.new(cell.seed))
-    recipe, test = workshop.recipe, workshop.source.test
-    first = replace(workshop.source, test=test.first(min(FIRST, len(test.labels))))
-    return {
-        "accuracy": accuracy(model, workshop.source.batches("test", EVALUATION_BATCH)),
-        "accuracy of the first 1,000": accuracy(model, first.batches("test", EVALUATION_BATCH)),
-        "validation": workshop.validate(model),
-        "params": cost.params,
-        "macs": cost.macs,
-        "dense params": dense.params,
-        "dense macs": dense.macs,
-        "epochs": recipe.dense_epochs if cell.method == "dense" else recipe.epochs,
-        **times(model, workshop, args.seconds),
-        "seconds": round(seconds, 1),
-        **facts,
-    }
-
-
-def times(model: nn.Module, workshop: Workshop, seconds: float) -> dict[str, Any]:
-    """Time a network in ONNX Runtime on one thread, batch 1, in turns with the dense one."""
-    example = workshop.example.cpu()
-    nets = {"dense": workshop.new(0), "pruned": model}
-    with tempfile.TemporaryDirectory() as folder:
-        on_cpu = {name: copied(net).cpu().eval() for name, net in nets.items()}
-        opened = exported(on_cpu, "onnxruntime", example, Path(folder))
-        taken = time_forward(opened, example[:1].clone(), seconds=seconds, threads=1)
-    return {
-        "milliseconds": round(taken["pruned"].median, 5),
-        "time ratio": timing.ratio(taken["pruned"], to=taken["dense"]),
-    }
 
 
 if __name__ == "__main__":

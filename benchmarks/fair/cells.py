@@ -48,12 +48,15 @@ class Cell:
 class Results:
     """The results in a JSON file, which is replaced under a lock.
 
+    Args:
+        path: of the file. format: what its cells are.
+
     Raises:
         PruningError: the file is of another version, no results file, or made with other settings.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, format: str = FORMAT):
+        self.path, self.format = path, format
         self.read()
 
     def read(self) -> dict[str, Any]:
@@ -64,7 +67,7 @@ class Results:
             raise PruningError(
                 f"{self.path} cannot be read ({error}): give --results another file"
             ) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") != self.format:
             raise PruningError(f"{self.path} holds no results of this benchmark: give --results another file")
         if content.get("version") != VERSION:
             raise PruningError(
@@ -73,9 +76,8 @@ class Results:
             )
         return content
 
-    @staticmethod
-    def _empty() -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "settings": {}, "cells": []}
+    def _empty(self) -> dict[str, Any]:
+        return {"format": self.format, "version": VERSION, "settings": {}, "cells": []}
 
     def require_settings(self, network: str, settings: dict[str, Any]) -> None:
         """Store the settings of a network, or compare them with those of its cells."""
@@ -101,6 +103,13 @@ class Results:
                 raise PruningError(f"{self.path} has the cell {cell} already")
             content["cells"].append({**asdict(cell), **found})
             content["cells"].sort(key=lambda old: (old["network"], old["budget"], old["method"], old["seed"]))
+
+    def change(self, cell: Cell, found: dict[str, Any]) -> None:
+        """Replace figures of a complete cell."""
+        with self._changed() as content:
+            for old in content["cells"]:
+                if asdict(cell).items() <= old.items():
+                    old.update(found)
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fair.cells import locked
 from benchmarks.fair.training import LATER, Part, Workshop
 from benchmarks.peers import Peer, regularized
-from pruning import Budget, PruningError, SlimConfig, prune, slim, trace
+from pruning import Budget, PruningError, SlimConfig, prune, save, slim, trace
 from pruning.graph.groups import Trace
 from pruning.graph.layers import layer_width, makes_channels
 from pruning.graph.plan import Plan
@@ -23,6 +24,9 @@ from pruning.planning.scores import ScoreFunction, l1
 from pruning.planning.search import plan_within
 from pruning.stages import PruneConfig, Run
 from pruning.surgery.apply import apply, dropped_positions
+
+#: File of a complete cell's network in its folder.
+RESULT = "result.pth"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,11 @@ def _taylor_refit(job: Job) -> nn.Module:
 
 def _scratch(job: Job) -> nn.Module:
     """Train the widths that slimming found from new weights."""
-    found = job.workshop.load(job.workshop.folder("slimming", job.budget, job.seed) / "result.pth")
+    path = job.workshop.folder("slimming", job.budget, job.seed) / RESULT
+    if not path.exists():  # its figures came from elsewhere, or it was refused, which this says again
+        with locked(path.parent, wait=True):
+            save(path, compute("slimming", job.workshop, job.budget, job.seed))
+    found = job.workshop.load(path)
 
     def widths(new: nn.Module) -> dict[str, int]:
         traced = trace(new, job.workshop.example)

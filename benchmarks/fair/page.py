@@ -16,6 +16,9 @@ from pruning.utils.files import replace_file
 
 Run = dict[str, Any]
 
+#: Largest distance from 1 of the control of a time.
+QUIET = 0.05
+
 
 def draw(content: dict[str, Any], page: Path) -> str:
     """Write the page and its figures beside it, and return its text."""
@@ -122,8 +125,10 @@ def markdown(content: dict[str, Any], networks: Sequence[str], figures: dict[str
         "the dense network included. The epoch that is best on the validation split is kept; the test split "
         "was looked at once. Accuracies are in percent, mean ± standard deviation over seeds. Params and "
         "MACs are counted with BatchNorm folded, the same for all. Time is that of ONNX Runtime on one "
-        "thread for one image, divided by the dense network's in the same measurement (mean over seeds). An "
-        "empty cell has not been computed; an interrupted one is not counted.",
+        "thread for one image, divided by the dense network's in the same measurement (mean over seeds); it "
+        f"is left out where a copy of the dense network deviated from it by more than {QUIET:.0%}, because "
+        "other load disturbed the measurement. An empty cell has not been computed; an interrupted one is "
+        "not counted.",
         "",
         *table(
             ["method", "what it does", "pruning steps"],
@@ -188,9 +193,15 @@ def _row(content: dict[str, Any], network: str, name: str, budget: str, ours: st
         percent([run["accuracy of the first 1,000"] for run in runs]),
         f"{mean['params']:,.0f} ({mean['params'] / runs[0]['dense params']:.0%})",
         f"{mean['macs'] / 1e6:.2f} M ({mean['macs'] / runs[0]['dense macs']:.1%})",
-        f"{statistics.mean(run['time ratio'][0] for run in runs):.2f}",
+        _time(runs),
         str(len(runs)),
     ]
+
+
+def _time(runs: Sequence[Run]) -> str:
+    """The mean ratio of times, of the seeds whose measurement was not disturbed."""
+    ratios = [run["time ratio"][0] for run in runs if abs(run["time control"][0] - 1) <= QUIET]
+    return f"{statistics.mean(ratios):.2f}" if ratios else ""
 
 
 def _reproduction(content: dict[str, Any], network: str) -> list[str]:

@@ -13,12 +13,14 @@ import time
 import pytest
 import torch
 from commands import ROOT, module
-from nets import make
 
+import data
 from benchmarks.fair import page
 from benchmarks.fair.cells import VERSION, Cell, Results, locked
+from benchmarks.fair.measure import times
 from benchmarks.fair.methods import METHODS, distances, narrowed, summed_layers
 from benchmarks.fair.recipes import NETWORKS, Recipe, network
+from benchmarks.fair.training import Workshop
 from pruning import PruningError, trace
 from pruning.planning.cost import deployed_cost
 
@@ -42,6 +44,8 @@ def where(folder):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
+    """A folder with a tiny network; networks are timed as they are, because each export takes seconds."""
+    monkeypatch.setattr("benchmarks.fair.measure.exported", lambda models, *_, **__: models)
     (tmp_path / "tiny_fair.py").write_text(TINY)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -50,6 +54,10 @@ def tiny(tmp_path, monkeypatch):
 
 def cells(folder):
     return {cell["method"]: cell for cell in json.loads((folder / "fair.json").read_text())["cells"]}
+
+
+def times_of(cell):
+    return {key: cell[key] for key in ("milliseconds", "time ratio", "time control")}
 
 
 def test_cells_are_computed_once_and_shown(tiny):
@@ -71,6 +79,11 @@ def test_cells_are_computed_once_and_shown(tiny):
     before = (tiny / "fair.json").read_bytes()
     again = module("benchmarks.fair", *FLAGS, *methods, *where(tiny))
     assert "seed 0\n" not in again.stdout and (tiny / "fair.json").read_bytes() == before
+    module("benchmarks.fair", *FLAGS, *methods, "--time", *where(tiny))
+    timed = cells(tiny)
+    assert timed["slimming"]["milliseconds"] != found["slimming"]["milliseconds"]
+    assert {**timed["slimming"], **times_of(found["slimming"])} == found["slimming"]
+    (tiny / "fair.json").write_bytes(before)
     drawn = module("benchmarks.fair", "--draw", *where(tiny))
     assert drawn.stdout == again.stdout and (tiny / "fair.json").read_bytes() == before
     with pytest.raises(PruningError, match="has the cell tiny_fair:tiny, dense, 100%, seed 0 already"):
@@ -102,7 +115,7 @@ def started(folder, *flags):
 
 @pytest.mark.slow
 def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny):
-    flags = ("--methods", "uniform", "--epochs", 40, "--train", 2000)
+    flags = ("--methods", "uniform", "--epochs", 10, "--train", 2000)
     process = started(tiny, *flags)
     deadline = time.monotonic() + 300
     while not list((tiny / "runs").rglob("trained.state")):
@@ -113,7 +126,7 @@ def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny):
     assert cells(tiny) == {}, "a cell that is not complete is not in the results"
     (state,) = (tiny / "runs").rglob("trained.state")
     epochs = torch.load(state, weights_only=True)["epoch"]
-    assert 1 <= epochs < 40
+    assert 1 <= epochs < 10
     module("benchmarks.fair", *FLAGS, *flags, *where(tiny))
     assert not list((tiny / "runs").rglob("*.state"))
 
@@ -123,6 +136,16 @@ def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny):
     same = ("accuracy", "validation", "params", "macs")
     resumed, uninterrupted = cells(tiny)["uniform"], cells(whole)["uniform"]
     assert [resumed[key] for key in same] == [uninterrupted[key] for key in same]
+
+
+@pytest.mark.slow
+def test_times_are_those_of_onnx_runtime(tmp_path):
+    pytest.importorskip("onnxscript")
+    digits = data.load("mnist5k", quiet=True)
+    workshop = Workshop("plain", Recipe(), digits, "digits", tmp_path)
+    small = narrowed(workshop.new(0), {"0": 2, "3": 2}, workshop.example)
+    found = times(small, workshop, seconds=0.2)
+    assert found["milliseconds"] > 0 and 0 < found["time ratio"][0] < 1
 
 
 def test_a_locked_cell_is_left_to_the_process_that_computes_it(tmp_path):
@@ -162,10 +185,13 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
 
 
 def test_the_networks_have_the_stated_costs():
-    stated = {"resnet8": 12_501_632, "plain": 12_442_248, "resnet20": 40_813_184}
-    for name, macs in stated.items():
+    """Sums of inputs x outputs x kernel x positions."""
+    plain = 9 * (1024 * (3 * 18 + 18 * 18) + 256 * (18 * 36 + 36 * 36) + 64 * (36 * 72 + 72 * 72)) + 720
+    residual = 9 * (1024 * (3 * 16 + 2 * 16 * 16) + 256 * (16 * 32 + 32 * 32) + 64 * (32 * 64 + 64 * 64))
+    residual += 256 * 16 * 32 + 64 * 32 * 64 + 640  # shortcuts and the head
+    for name, macs in {"resnet8": residual, "plain": plain}.items():
         assert deployed_cost(network(name, (3, 32, 32), 10), torch.zeros(2, 3, 32, 32)).macs == macs
-    assert {"resnet56", "resnet164", "vgg16", "vgg19", "densenet40"} <= set(NETWORKS)
+    assert {"resnet20", "resnet56", "resnet164", "vgg16", "vgg19", "densenet40"} <= set(NETWORKS)
 
 
 def test_new_weights_of_a_narrowed_network_have_the_variance_of_their_inputs():
@@ -176,7 +202,7 @@ def test_new_weights_of_a_narrowed_network_have_the_variance_of_their_inputs():
     before = copy.deepcopy(new.state_dict())
     small = narrowed(new, {"0": 128}, example)
     assert small[2].weight.shape == (64, 128, 3, 3)
-    assert float(small[2].weight.std()) == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert small[2].weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert torch.equal(small[0].weight, before["0.weight"][:128])
 
 
@@ -193,7 +219,8 @@ def test_layers_of_residual_sums_are_found():
     found = summed_layers(net, trace(net, torch.zeros(2, 3, 32, 32)))
     assert "stem" in found and "stages.stage2.block1.shortcut" in found
     assert "stages.stage1.block1.residual.conv1" not in found
-    assert summed_layers(make("lenet"), trace(make("lenet"), torch.zeros(2, 1, 14, 14))) == []
+    plain = network("plain", (3, 32, 32), 10)
+    assert summed_layers(plain, trace(plain, torch.zeros(2, 3, 32, 32))) == []
 
 
 def entry(method, seed, accuracy, budget="50%", validation=0.5):
@@ -201,7 +228,7 @@ def entry(method, seed, accuracy, budget="50%", validation=0.5):
     return {
         "network": "resnet8", "method": method, "budget": budget, "seed": seed, "accuracy": accuracy,
         "accuracy of the first 1,000": accuracy, "validation": validation, "time ratio": [0.5, 0.4, 0.6],
-        **costs,
+        "time control": [1.01 + 0.1 * seed, 1, 1.2], **costs,
     }  # fmt: skip
 
 
@@ -225,6 +252,7 @@ def test_the_first_paragraph_says_where_ours_is_behind(tmp_path):
         "Ours is behind in 1 of 3 comparisons: resnet8 at 50%: 2.00 points behind slimming's widths, from "
         "scratch (σ 0.58, 3 seeds)."
     ), first
+    assert "| 0.50 | 3 |" in text, "the time of the quiet seed"
     assert "ahead by more than 2σ of the difference in 1." in first
     assert (
         "| **slimming (ours)** | 50% | 82.00 ± 2.00 |" in text
@@ -236,3 +264,24 @@ def test_the_first_paragraph_says_where_ours_is_behind(tmp_path):
         {"settings": settings, "cells": [r for r in runs if r["method"] != "scratch"]}, ["resnet8"]
     )
     assert ahead.startswith("Ours is not behind in any of 2 comparisons.")
+
+
+def test_the_figures_of_the_paper_are_drawn_from_results_that_are_computed_once(tiny):
+    where = ("--results", tiny / "paper.json", "--runs", tiny / "runs", "--figures", tiny)
+    flags = ("--network", "tiny_fair:tiny", "--data", "mnist5k", "--epochs", 2, "--dense-epochs", 1)
+    flags += ("--train", 300, "--batch-size", 50, "--strengths", 0, 0.1, "--shares", 30, 99, "--passes", 2)
+    done = module("benchmarks.fair.paper", *flags, *where)
+    entries = json.loads((tiny / "paper.json").read_text())["cells"]
+    found = {(cell["method"], cell["budget"]): cell for cell in entries}
+    assert len(found) == 2 + 4 + 2 and done.stdout.count("seed 0\n") == 8
+    weak, strong = (found["scales", strength]["scales"] for strength in ("0", "0.1"))
+    assert len(weak) == 14 and sum(strong) < sum(weak), "the L1 term makes scales smaller"
+    assert "refused" in found["pruned", "0 99%"] and 0 < found["pruned", "0 30%"]["error before"] <= 1
+    first, second = (found["pass", f"0.1 30% {number}"] for number in (1, 2))
+    assert 0.4 < second["channels"] < first["channels"] <= 0.7
+    for name in ("scales", "shares", "passes"):
+        assert (tiny / f"fair-{name}.svg").read_text().startswith("<?xml")
+    again = module("benchmarks.fair.paper", *flags, *where)
+    assert "seed 0\n" not in again.stdout and "fair-scales.png" in again.stdout
+    missing = module("benchmarks.fair.paper", "--draw", "--seed", 3, *where, check=False)
+    assert missing.returncode == 2 and "nothing of resnet8, seed 3" in missing.stderr
