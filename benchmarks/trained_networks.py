@@ -76,7 +76,7 @@ class DigitTransformer(nn.Module):
         self.patches = nn.Conv2d(1, width, 7, 7)
         self.places = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+            width, 4, 8 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)

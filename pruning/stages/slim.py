@@ -112,7 +112,7 @@ def slim(
 
     Raises `PruningError` before any training if `feasible` does.
     """
-    config, ignored = settings_of(config, budget, batches), tuple(ignored)
+    config, ignored = settings_of(model, config, budget, batches), tuple(ignored)
     score, examples = validation_of(model, validate)
     calibration = list(itertools.islice(batches, CALIBRATION_BATCHES) if calibration is None else calibration)
     example_inputs = two_examples(model, batches) if example_inputs is None else example_inputs
