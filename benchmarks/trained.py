@@ -122,11 +122,13 @@ def fill(args: argparse.Namespace, name: str, seed: int, rate: float | None) -> 
     example = first_batch(data.validation)[0][:1]
     assert data.test is not None
     result = {
-        "images": data.name if case.images else "folder",
+        "images": str(images_of(args, case)["name"]) if case.images else "folder",
         "given": {"validation": accuracy(dense, data.validation), "test": accuracy(dense, data.test)},
         "slim": {"validation": facts["validation_accuracy"], "test": accuracy(small, data.test)},
         "macs": [count(net, example).macs for net in (dense, small)],
-        "lines": done.stdout.splitlines()[1:] if not resumed else [],
+        "lines": [
+            line for line in done.stdout.splitlines() if line.startswith(("given", "stage", "the best"))
+        ],
         "seconds": round(time.monotonic() - started),
     }
     with changed_json(args.results, {}) as content:

@@ -71,12 +71,12 @@ class ResNet8(nn.Module):
 class DigitTransformer(nn.Module):
     """A transformer encoder over the 16 patches of 7 x 7 pixels of a digit."""
 
-    def __init__(self, classes: int = 10, width: int = 48, depth: int = 2) -> None:
+    def __init__(self, classes: int = 10, width: int = 32, depth: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 7, 7)
         self.places = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+            width, 4, 8 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)

@@ -181,24 +181,24 @@ class SlimConfig:
         """Return the total number of epochs of all stages."""
         return self.sparsify.epochs + self.prune.iterations * self.prune.recover.epochs + self.finetune.epochs
 
-    def with_rates(self, found: float | None = None) -> SlimConfig:
+    def with_rates(self, gentle: float | None = None, rate: float | None = None) -> SlimConfig:
         """Return the settings with a peak learning rate for every stage that has none.
 
         Args:
-            found: peak learning rate of a trained network; None for an untrained one. `rate` precedes it.
+            gentle, rate: peak learning rates found for a trained network, in stage 1 and after it; None for
+                an untrained one. The setting `rate` precedes them.
 
         >>> config = SlimConfig(Budget(macs="50%"))
-        >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.02).finetune)]
-        [0.1, 0.02]
+        >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.01, 0.03).finetune)]
+        [0.1, 0.03]
         """
-        rate = found if self.rate is None else self.rate
-        last = OPTIMIZERS[self.finetune.optimizer]
-        if rate is None:
-            rates = (SPARSIFY_RATE, RECOVER_RATE, last)
-        elif self.rate is None and (self.restart or self.finetune.optimizer != self.sparsify.optimizer):
-            rates = (rate, rate / 2, last)  # fresh weights, or steps of another size
-        else:
-            rates = (rate, rate / 2, rate)
+        rates = (SPARSIFY_RATE, RECOVER_RATE, OPTIMIZERS[self.finetune.optimizer])
+        if self.rate is not None:
+            rates = (self.rate, self.rate / 2, self.rate)
+        elif gentle is not None and rate is not None:
+            # Fresh weights, or steps of another size, need another rate.
+            is_other = self.restart or self.finetune.optimizer != self.sparsify.optimizer
+            rates = (gentle, rate / 2, rates[2] if is_other else rate)
         stages = (self.sparsify, self.prune.recover, self.finetune)
         sparsify, recover, finetune = (
             stage if stage.lr is not None else replace(stage, lr=lr)

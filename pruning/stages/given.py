@@ -45,13 +45,15 @@ class Given:
         score: validation score, with the statistics of BatchNorm as given.
         trained: whether it is trained; a network at chance is not.
         examples: number of validation examples; 0 if unknown.
-        rate: peak learning rate that a range test found; None of an untrained network.
+        gentle: peak learning rate found for stage 1, which must not harm the network; None if not searched.
+        rate: peak learning rate found for stages 2 and 3, in which a pruned network recovers.
         lacking: classes that the validation examples lack, of those that the network knows.
     """
 
     score: float
     trained: bool = False
     examples: int = 0
+    gentle: float | None = None
     rate: float | None = None
     lacking: tuple[int, ...] = ()
 

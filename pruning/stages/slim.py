@@ -30,6 +30,7 @@ from pruning.stages.layer_search import LayerSearch
 from pruning.stages.pipeline import Pipeline
 from pruning.stages.progress import Progress
 from pruning.stages.prune import Step, StepSettings, prune_step
+from pruning.stages.rates import choose_rates
 from pruning.stages.run import Run
 from pruning.stages.slim_arguments import settings_of, two_examples, validation_of
 from pruning.stages.sparsify import sparsify
@@ -40,8 +41,6 @@ from pruning.training.losses import (
     Validate,
     cross_entropy,
 )
-from pruning.training.range_test import range_test
-from pruning.utils import distributed
 from pruning.utils.tree import Inputs
 from pruning.utils.wrappers import unwrapped
 
@@ -114,7 +113,8 @@ def slim(
 
     Raises `PruningError` before any training if `feasible` does.
     """
-    model, config, ignored = unwrapped(model), settings_of(config, budget, batches), tuple(ignored)
+    model, ignored = unwrapped(model), tuple(ignored)
+    config = settings_of(model, config, budget, batches)
     score, examples = validation_of(model, validate)
     calibration = list(itertools.islice(batches, CALIBRATION_BATCHES) if calibration is None else calibration)
     example_inputs = two_examples(model, batches) if example_inputs is None else example_inputs
@@ -123,11 +123,11 @@ def slim(
         progress.target or target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
     )
     progress.state["target"] = target.limits()
-    given = progress.given or progress.record(_given(model, score, examples, calibration, loss, config, log))
     settings = StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options)
-    state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score,
-                     config.with_rates(given.rate), target, settings, progress, log)  # fmt: skip
-
+    given = progress.given or progress.record(assess(model, score, examples, calibration, loss))
+    state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score, config, target,
+                     settings, progress, log)  # fmt: skip
+    choose_rates(state)
     if progress.stage == 0:
         _sparsify(state)
     _add_teacher(state, teacher)
@@ -136,26 +136,6 @@ def slim(
     _prune(state)
     _finetune(state)
     return _result(state)
-
-
-def _given(
-    model: nn.Module,
-    score: Validate,
-    examples: Iterable[Batch] | None,
-    calibration: Sequence[Batch],
-    loss: Loss,
-    config: SlimConfig,
-    log: Callable[[str], None],
-) -> Given:
-    """Validate the given network, and find the peak learning rate that suits it if it is trained."""
-    given = assess(model, score, examples, calibration, loss)
-    line = f"given network: {given}"
-    if given.trained and not config.has_rates:
-        rate = range_test(model, calibration, config.sparsify, loss=loss)
-        given = replace(given, rate=distributed.broadcast(rate))
-        line += f"; a range test finds a peak rate of {given.rate:.2g}"
-    log(line)
-    return given
 
 
 def _sparsify(state: Pipeline) -> None:

@@ -13,7 +13,7 @@ from pruning.stages.config import SlimConfig
 from pruning.training.batches import Batch, BatchSource, first_batch, to_device
 from pruning.training.losses import Validate, accuracy, validation_score, why_not_classifier
 from pruning.utils.batch import find_batch
-from pruning.utils.modules import device_of
+from pruning.utils.modules import device_of, require_module
 from pruning.utils.tree import Inputs
 
 
@@ -24,9 +24,10 @@ def two_examples(model: nn.Module, batches: BatchSource) -> Inputs:
 
 
 def settings_of(
-    config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
+    model: nn.Module, config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
 ) -> SlimConfig:
     """Return the settings given by `config` or `budget`; reject batches that can be read only once."""
+    require_module(model)
     if (config is None) == (budget is None):
         given = "neither" if config is None else "both"
         raise PruningError(f"slim needs either a config or a budget, got {given}: give exactly one")

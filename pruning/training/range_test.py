@@ -1,8 +1,9 @@
-"""Find the peak learning rate that suits a trained network, by a short range test."""
+"""Find peak learning rates that suit a trained network, and a pruned one, by short range tests."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,10 @@ STEPS = 6
 #: The result is this share of the largest rate at which the loss does not rise: a rise shows only after
 #: more steps than the test takes, and a pruned network tolerates less than the given one.
 MARGIN = 0.125
+#: Rate at which the search of `recovery_rate` begins, steps of each trial, and most factors of √10 in a
+#: direction. It goes on upwards if the loss falls, downwards if it falls by `CLEARLY`: in a training that is
+#: longer than the trials, the higher of two rates that do alike recovers more.
+FIRST, TRIAL, MOST, CLEARLY = 0.03, 30, 4, 0.2
 #: Rise of the loss that is tolerated, as a share of the distance from the loss of a constant prediction.
 TOLERANCE = 0.05
 
@@ -75,6 +80,64 @@ def range_test(
                 break
             kept = rate
     return kept * MARGIN
+
+
+def recovery_rate(
+    model: nn.Module, batches: Sequence[Batch], config: TrainConfig, *, loss: Loss = cross_entropy
+) -> float:
+    """Return the peak learning rate at which a pruned network recovers most in a short training.
+
+    Copies of the network are trained for `TRIAL` steps each, with the optimizer and the schedule of
+    `config`, at rates a factor of √10 apart: from `FIRST` upwards, or else downwards, as long as the loss of
+    the batches falls.
+
+    Args:
+        model: the pruned network; it is not changed, and neither are the random generators.
+        batches, config, loss: see `range_test`.
+
+    >>> net = nn.Linear(2, 2)
+    >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
+    >>> recovery_rate(net, batches, TrainConfig(1)) > FIRST
+    True
+    """
+    device = device_of(model)
+    given = [to_device(batch, device) for batch in _of_several(batches)]
+    scalar = loss_of(loss)
+    # A trial that ends above this has not recovered, but collapsed.
+    most = min(mean_loss(model, given, scalar), constant_loss(model, given) or math.inf)
+    losses: dict[int, float] = {}
+
+    def after(exponent: int) -> float:
+        if exponent not in losses:
+            rate = FIRST * 10 ** (exponent / 2)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                found = _loss_after(copied(model).train(), given, config, rate, scalar)
+            losses[exponent] = found if found < most else math.inf
+        return losses[exponent]
+
+    best = 0
+    for step, share in ((1, 1.0), (-1, 1 - CLEARLY)):
+        while abs(best + step) <= MOST and after(best + step) < share * after(best):
+            best += step
+        if best > 0:
+            break
+    return FIRST * 10 ** (best / 2)
+
+
+def _loss_after(
+    model: nn.Module, batches: Sequence[Batch], config: TrainConfig, rate: float, loss: Loss
+) -> float:
+    """Train for `TRIAL` steps, and return the mean loss of the batches."""
+    optimizer, order = make_optimizer(model, config, device_of(model)), itertools.cycle(batches)
+    with torch.enable_grad():
+        for step in range(TRIAL):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * config.rate((step + 1) / TRIAL)
+            optimizer.zero_grad(set_to_none=True)
+            inputs, targets = next(order)
+            loss(model, fresh(inputs), targets).backward()
+            optimizer.step()
+    return statistics.fmean(_losses(model, batches[:TRIAL], loss))
 
 
 def _of_several(batches: Sequence[Batch]) -> Sequence[Batch]:

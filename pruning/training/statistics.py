@@ -11,6 +11,7 @@ from torch import nn
 
 from pruning.surgery.batchnorm import recalibrate
 from pruning.training.batches import Batch, to_device
+from pruning.utils import distributed
 from pruning.utils.modules import buffers_kept, device_of
 from pruning.utils.tree import fresh
 
@@ -56,7 +57,8 @@ def take_statistics(model: nn.Module, batches: Iterable[Batch], most: int = STAT
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         device = device_of(model)
-        with torch.random.fork_rng(devices=[]):  # reading batches must not change the draws of training
+        # Every process reads whole batches. Reading them must not change the draws of training.
+        with torch.random.fork_rng(devices=[]), distributed.unsynchronized(model):
             few = (fresh(to_device(batch, device)[0]) for batch in itertools.islice(batches, most))
             recalibrate(model, few)
     return model

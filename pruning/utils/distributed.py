@@ -153,6 +153,21 @@ def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
             del norm.forward
 
 
+@contextlib.contextmanager
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use the batches of this process alone within the block, also in `data_parallel`."""
+    patched = {
+        module: vars(module).pop("forward")
+        for module in model.modules()
+        if getattr(vars(module).get("forward"), "func", None) is _synchronized
+    }
+    try:
+        yield
+    finally:
+        for module, forward in patched.items():
+            module.forward = forward
+
+
 def _synchronized(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     """Call a BatchNorm layer's own forward; in training mode use the statistics of all processes."""
     with _SyncBatchNorm() if norm.training else contextlib.nullcontext():

@@ -7,7 +7,7 @@ import json
 import pytest
 from commands import children_in_process, module
 
-from benchmarks import libraries
+from benchmarks import libraries, trained_networks
 from benchmarks.table import side_by_side
 from pruning import PruningError, load
 
@@ -121,6 +121,26 @@ def test_networks_of_the_paper_are_slimmed_once_and_listed(tmp_path):
     before = (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns
     module("benchmarks.paper", *flags, *where)
     assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"
+
+
+def test_trained_networks_are_slimmed_once_by_each_rate_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_networks, "PICTURES", {"train": 36, "val": 12, "test": 12})
+    where = ["--runs", tmp_path, "--results", tmp_path / "out.json", "--table", tmp_path / "out.md"]
+    brief = ["sparsify-epochs=1", "iterations=1", "recover-epochs=0", "finetune-epochs=1"]
+    words = [*where, "--networks", "plain", "--seeds", 0, "--rates", 0.01, "--epochs", 2, "--flags", *brief]
+    with children_in_process():
+        module("benchmarks.trained", *words)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found) == ["plain seed 0 rate found", "plain seed 0 rate 0.01"]
+    for cell in found.values():
+        dense, small = cell["macs"]
+        assert small <= 0.4 * dense and cell["lines"][0].startswith("given network: validation")
+        assert all(0 <= cell[net]["test"] <= 1 for net in ("given", "slim"))
+    assert found["plain seed 0 rate found"]["given"] == found["plain seed 0 rate 0.01"]["given"]
+    assert "| plain CNN, image folder | 1 |" in (tmp_path / "out.md").read_text()
+    before = (tmp_path / "out.json").read_bytes()
+    module("benchmarks.trained", *words)
+    assert (tmp_path / "out.json").read_bytes() == before, "nothing was run again"
 
 
 def test_networks_of_other_libraries_are_tested_and_listed():

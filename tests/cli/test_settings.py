@@ -238,7 +238,7 @@ def test_a_flag_applies_to_all_stages_or_to_one():
     rates = [trained.sparsify.lr, trained.prune.recover.lr, trained.finetune.lr]
     assert rates == [0.1, 0.25, 0.2], "those of an untrained network"
     args, _ = parse(["slim", *BUDGET, "--rate", "0.04", "--recover-rate", "0.25"])
-    given = slim_config(args).with_rates(found=0.001)
+    given = slim_config(args).with_rates(0.001, 0.003)
     assert [given.sparsify.lr, given.prune.recover.lr, given.finetune.lr] == [0.04, 0.25, 0.04]
 
 

@@ -18,7 +18,7 @@ from pruning.planning import count
 from pruning.stages import PruneConfig, Run
 from pruning.stages.given import Given, assess, class_counts
 from pruning.stages.scales import ChannelScales
-from pruning.training import TrainConfig, accuracy, cross_entropy, fit
+from pruning.training import TrainConfig, accuracy, fit, fresh_statistics
 from pruning.utils.modules import copied
 
 pytestmark = pytest.mark.numerics
@@ -102,7 +102,7 @@ def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budge
     result = pipeline(trained, Run(tmp_path / "run", {}), lines)
     assert result.given is trained and result.dense is trained and result.reference.trained
     assert lines[0].startswith(f"given network: validation {accuracy(trained, batches()):.4f} on 64 examples")
-    assert "a range test finds a peak rate" in lines[0]
+    assert "range tests find peak rates of" in lines[0]
     target = count(trained, nets.images()).macs // 2
     scales = ChannelScales(result.sparsified, trace(result.sparsified, nets.images()))
     assert target < scales.left().macs < scales.dense.macs
@@ -111,7 +111,10 @@ def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budge
     events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert events[0]["validation"] == result.reference.score and events[0]["rate"] == result.reference.rate
     assert events[-1] == {"stage": "result", "made_by": result.stage, "validation": result.score}
-    assert max(e["lr"] for e in events if "lr" in e) <= result.reference.rate
+    rates = {stage: max(e["lr"] for e in events if "lr" in e and e["stage"].startswith(f"stage {stage}"))
+             for stage in (1, 2, 3)}  # fmt: skip
+    gentle, rate = result.reference.gentle, result.reference.rate
+    assert rates[1] <= gentle <= rate and rates[2] <= rate / 2 and rates[3] <= rate
     met = [e["validation"] for e in events if e["stage"] in ("stage 2, iteration 2/2", "stage 3, fine-tune")]
     assert result.score == max(met), "the best of all that met the budget"
 
@@ -188,18 +191,36 @@ def test_a_trained_network_without_scales_is_not_trained_in_stage_1():
 def test_given_rates_are_not_searched(trained):
     lines = []
     pipeline(trained, None, lines, replace(CONFIG, rate=0.004))
-    assert "range test" not in lines[0]
+    assert "range tests" not in lines[0]
 
 
-def test_every_validation_of_short_epochs_is_with_fresh_statistics(trained):
-    """The last network of a stage is validated twice, during and after training, with one score."""
-    seen = []
+def test_every_validation_is_with_the_statistics_of_the_present_weights(trained):
+    """The first is that of the given network, whose statistics are as given."""
+    pairs = []
 
     def validate(model):
-        seen.append((model.training, accuracy(model, batches())))
-        return seen[-1][1]
+        score = accuracy(model, batches())
+        with fresh_statistics(model, batches()):
+            pairs.append((score, accuracy(model, batches())))
+        return score
 
-    result = pipeline(trained, None, [], validate=validate)
-    assert not any(training for training, _ in seen)
-    assert min(score for _, score in seen) > 0.5, "no validation at chance because statistics lag"
-    assert cross_entropy(result.model, *batches()[0]) < 2
+    lagging = copied(trained)
+    for m in lagging.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_var.mul_(0.8)
+    pipeline(lagging, None, [], validate=validate)
+    assert len(pairs) > 10 and all(abs(score - fresh) <= 1 / 64 for score, fresh in pairs[1:]), pairs
+
+
+def test_untrained_networks_with_short_epochs_are_validated_so_too():
+    pairs = []
+
+    def validate(model):
+        score = accuracy(model, batches())
+        with fresh_statistics(model, batches()):
+            pairs.append((score, accuracy(model, batches())))
+        return score
+
+    result = pipeline(nets.make("lenet"), None, [], validate=validate)
+    assert not result.reference.trained
+    assert all(abs(score - fresh) <= 1 / 64 for score, fresh in pairs[1:]), pairs

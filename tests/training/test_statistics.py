@@ -11,9 +11,9 @@ from nets import batches, same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pruning import PruningError
-from pruning.training import TrainConfig, accuracy, fit, fresh_statistics
-from pruning.training.range_test import MARGIN, RATES, constant_loss, range_test
+from pruning import Budget, PruningError, prune
+from pruning.training import TrainConfig, accuracy, cross_entropy, fit, fresh_statistics
+from pruning.training.range_test import MARGIN, RATES, constant_loss, range_test, recovery_rate
 from pruning.utils.modules import copied
 
 pytestmark = pytest.mark.numerics
@@ -123,3 +123,36 @@ def test_the_loss_of_a_constant_prediction_is_the_entropy_of_the_classes():
 def test_a_range_test_without_batches_is_rejected():
     with pytest.raises(PruningError, match="at least one training batch"):
         range_test(nn.Linear(2, 2), [], TrainConfig(1))
+
+
+def test_the_recovery_rate_is_one_at_which_a_short_training_recovers_most():
+    torch.manual_seed(0)
+    model = fit(nets.make("lenet"), batches(), TrainConfig(10, lr=0.05))
+    pruned = prune(model, nets.images(), Budget(macs="50%"), calibration=batches()).model
+    before, random = nets.snapshot(pruned), torch.get_rng_state()
+    rate = recovery_rate(pruned, batches(), TrainConfig(1))
+    assert all(torch.equal(before[key], value) for key, value in nets.snapshot(pruned).items())
+    assert torch.equal(random, torch.get_rng_state())
+
+    def loss_after(lr):
+        tuned = fit(copied(pruned), batches(), TrainConfig(8, lr=lr))
+        with torch.no_grad():
+            return sum(float(cross_entropy(tuned.train(), *batch)) for batch in batches())
+
+    assert loss_after(rate) < loss_after(rate / 100)
+
+
+def test_a_network_that_collapses_at_high_rates_recovers_at_lower_ones():
+    """With inputs of ten times the size, the rates that a linear classifier bears are a hundredth."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(64, 8), torch.arange(64) % 4
+    inputs[torch.arange(64), labels] += 3
+    rates = []
+    for size in (1.0, 30.0):
+        given = [(inputs * size, labels)] * 4
+        model = nn.Linear(8, 4)
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(8)[:4] / size)
+            model.bias.zero_()
+        rates.append(recovery_rate(model, given, TrainConfig(1)))
+    assert rates[1] < rates[0] / 10

@@ -1,0 +1,46 @@
+"""Choose the peak learning rates of all stages of `slim`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from pruning.errors import PruningError
+from pruning.stages.pipeline import Pipeline
+from pruning.stages.prune import prune_step
+from pruning.training.range_test import range_test, recovery_rate
+from pruning.utils import distributed
+
+
+def choose_rates(state: Pipeline) -> None:
+    """Say what is known of the given network, and set the rates of all stages."""
+    given, config, progress = state.given, state.config, state.progress
+    is_new = progress.resume(0) is None and progress.stage == 0
+    line = f"given network: {given}"
+    if given.trained and given.rate is None and not config.has_rates:
+        gentle = range_test(state.model, state.settings.calibration, config.sparsify, loss=state.loss)
+        rate = recovery_rate(
+            _pruned_at_once(state), state.settings.calibration, config.prune.recover, loss=state.loss
+        )
+        gentle = min(gentle, rate)
+        gentle, rate = distributed.broadcast((gentle, rate))
+        state.given = progress.record(replace(given, gentle=gentle, rate=rate))
+        line += f"; range tests find peak rates of {gentle:.2g} in stage 1 and {rate:.2g} after it"
+    if is_new:
+        state.log(line)
+    state.config = config.with_rates(state.given.gentle, state.given.rate)
+
+
+def _pruned_at_once(state: Pipeline) -> nn.Module:
+    """Return the given network pruned to the budget in one step, not trained; unpruned if it takes more."""
+    settings = state.settings
+    score = "taylor" if settings.score == "sensitivity" else settings.score  # which takes long
+    whole = replace(settings, score=score, options=replace(settings.options, most=1.0))
+    with torch.random.fork_rng(devices=[]):
+        try:
+            step = prune_step(state.model, state.example_inputs, state.target, whole)
+        except PruningError:  # it takes the removal of whole layers to meet the budget
+            return state.model
+        return state.equalized(step.model)
