@@ -36,6 +36,15 @@ class DoctorFlags:
 
 @dataclass(frozen=True)
 class PruneFlags:
+    score: Annotated[
+        str | None,
+        Setting(
+            "importance of a channel",
+            choices=SCORES,
+            none="taylor, or with --refit reconstruction",
+            group="stage 2",
+        ),
+    ] = None
     refit: Annotated[
         bool,
         Setting(
@@ -189,7 +198,7 @@ COMMANDS: dict[str, Command] = {
             flags.DataFlags,
             flags.ShapeFlags,
             *flags.BUDGET,
-            FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
+            FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score")),
             flags.IgnoreFlags,
             flags.CalibrationFlags,
             flags.ResultFlags,

@@ -75,7 +75,7 @@ def prune(
     example_inputs: Inputs,
     budget: Budget | LatencyBudget,
     *,
-    score: Score = "taylor",
+    score: Score | None = None,
     calibration: Iterable[Batch] = (),
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
@@ -97,7 +97,8 @@ def prune(
         model: the model to prune.
         example_inputs: inputs to trace and verify the model with, batch dimension first.
         budget: limits on the cost of the result; percentages refer to this model.
-        score: importance of a channel, by name or as a function (see `score_channels`).
+        score: importance of a channel, by name or as a function (see `score_channels`). By default it is
+            `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
         calibration: batches (inputs, targets). They serve to score channels, to recalibrate BatchNorm,
             and to measure the mean of each removed channel, which is folded into the layers that
             consume it. Without them, only channels that are constant on the example inputs are folded.
@@ -123,10 +124,23 @@ def prune(
     {'0': 4}
     """
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
-    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit)
+    batches = list(calibration)
+    score = default_score(batches, refit) if score is None else score
+    settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit)
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
     )
+
+
+def default_score(calibration: Sequence[Batch], refit: bool) -> str:
+    """Return the name of the score that suits calibration batches, and a refit or none.
+
+    >>> default_score([([], None)], refit=False)
+    'fisher'
+    """
+    if refit:
+        return "reconstruction"
+    return "fisher" if calibration and all(targets is None for _, targets in calibration) else "taylor"
 
 
 @buffers_unchanged

@@ -11,7 +11,8 @@ from pruning.cli import build
 from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
-from pruning.stages.prune import prune
+from pruning.planning.options import NEED_DATA
+from pruning.stages.prune import default_score, prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
 
@@ -20,15 +21,16 @@ def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.data_of(args)
     example = build.examples(args, model, data)
     calibration = data.calibration(args.calibration) if data is not None else []
-    if not calibration and args.score in ("taylor", "sensitivity"):
-        raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
     if not calibration and args.refit:
         raise PruningError("--refit needs data: add --data")
+    score = args.score or default_score(calibration, args.refit)
+    if not calibration and score in NEED_DATA:
+        raise PruningError(f"score {score} needs data: add --data, or --score l1, l2 or bn_scale")
     step = prune(
         model,
         example,
         build.budget(args),
-        score=args.score,
+        score=score,
         calibration=calibration,
         ignored=args.ignore,
         refit=args.refit,
