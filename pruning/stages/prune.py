@@ -86,7 +86,7 @@ def prune(
     ranking: str = "global",
     per_cost: bool = True,
     floor: int | Mapping[str, int] = 1,
-    most: float | Mapping[str, float] = 1.0,
+    most: float | Mapping[str, float] | None = None,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
     dense: nn.Module | None = None,
@@ -112,7 +112,8 @@ def prune(
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs (see `pruning.surgery.refit.refit`). This takes the place of
             recalibrating BatchNorm, and of training where there is none. Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
+        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`. With `refit`, at most nine tenths
+            of each group are dropped by default, as no training wins back a group that has almost gone.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
 
     Raises:
@@ -123,6 +124,7 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
+    most = default_most(refit) if most is None else most
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
     batches = list(calibration)
     score = default_score(batches, refit) if score is None else score
@@ -141,6 +143,11 @@ def default_score(calibration: Sequence[Batch], refit: bool) -> str:
     if refit:
         return "reconstruction"
     return "fisher" if calibration and all(targets is None for _, targets in calibration) else "taylor"
+
+
+def default_most(refit: bool) -> float:
+    """Return the largest share of a group that a step drops by default, with a refit or without."""
+    return 0.9 if refit else 1.0
 
 
 @buffers_unchanged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.options import NEED_DATA
-from pruning.stages.prune import default_score, prune
+from pruning.stages.prune import default_most, default_score, prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
 
@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace) -> None:
         refit=args.refit,
         ranking=args.ranking,
         floor=args.floor,
-        most=args.most,
+        most=default_most(args.refit) if args.most is None else args.most,
         multiple=args.multiple,
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
@@ -47,7 +47,19 @@ def execute(args: argparse.Namespace) -> None:
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
+    lines += _narrow_groups({g: step.trace.groups[g].channels for g in narrowed}, step.plan.widths)
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _narrow_groups(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """The warning about groups that keep less than a tenth of their channels."""
+    narrow = [f"{name} {after[name]} of {before[name]}" for name in before if 10 * after[name] < before[name]]
+    if not narrow:
+        return []
+    return [
+        f"warning: these groups keep less than a tenth of their channels: {', '.join(narrow)}; --most 0.9 or "
+        "--floor N keeps more, --ranking group the same share of all"
+    ]
 
 
 def _refitted(fits: Sequence[LayerFit]) -> str:
