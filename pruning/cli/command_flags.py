@@ -37,6 +37,15 @@ class DoctorFlags:
 
 @dataclass(frozen=True)
 class PruneFlags:
+    score: Annotated[
+        str | None,
+        Setting(
+            "importance of a channel",
+            choices=SCORES,
+            none="taylor, or with --refit reconstruction",
+            group="stage 2",
+        ),
+    ] = None
     refit: Annotated[
         bool,
         Setting(
@@ -45,6 +54,17 @@ class PruneFlags:
             group="stage 2",
         ),
     ] = False
+    most: Annotated[
+        float | None,
+        Setting(
+            "largest share of a group's channels that is removed",
+            metavar="SHARE",
+            above=0,
+            most=1,
+            none="1, or with --refit 0.9",
+            group="stage 2",
+        ),
+    ] = None
     output: Annotated[
         Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
     ] = Path("small.pth")
@@ -199,7 +219,7 @@ COMMANDS: dict[str, Command] = {
             flags.DataFlags,
             flags.ShapeFlags,
             *flags.BUDGET,
-            FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
+            FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most")),
             flags.IgnoreFlags,
             flags.OutputFlags,
             flags.CalibrationFlags,

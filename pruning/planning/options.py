@@ -13,7 +13,10 @@ from pruning.errors import PruningError
 RANKINGS = ("global", "group")
 
 #: Names of the scores by which channels are ranked; `scores.BY_NAME` defines them.
-SCORES = ("taylor", "bn_scale", "l1", "l2", "random", "sensitivity")
+SCORES = ("taylor", "bn_scale", "l1", "l2", "random", "sensitivity", "fisher", "reconstruction")
+
+#: The scores that need calibration batches.
+NEED_DATA = ("taylor", "sensitivity", "fisher", "reconstruction")
 
 Value = TypeVar("Value")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -32,6 +33,8 @@ from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import output_rows, output_tensors, output_weights
 from pruning.graph.layers import makes_channels, weight_of
 from pruning.planning.options import SCORES
+from pruning.planning.reconstruction import reconstruction_losses
+from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
@@ -156,6 +159,28 @@ def sensitivity(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: 
     return curves.scores(model, trace.groups)
 
 
+def fisher(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by the divergence from the dense network if it is removed, to second order.
+
+    It is `taylor` with targets that are drawn from the network's own predictions (`SampledLoss`), so it needs
+    no targets. If `loss` is another than cross entropy, outputs are taken for values instead of logits.
+    """
+    sampled = SampledLoss(loss is cross_entropy)
+    return {name: score / 2 for name, score in taylor(model, trace, batches, sampled).items()}
+
+
+def reconstruction(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
+    """Score a channel by the loss it adds if the layers that read it are refitted, for `prune(refit=True)`.
+
+    See `pruning.planning.reconstruction`. Groups that no refittable layer reads are scored by `fisher`. No
+    targets are needed; `loss` is used as in `fisher`.
+    """
+    scores: Scores = dict(reconstruction_losses(model, trace, batches, SampledLoss(loss is cross_entropy)))
+    if missing := {name: group for name, group in trace.groups.items() if name not in scores}:
+        scores |= fisher(model, replace(trace, groups=missing), batches, loss)
+    return {name: scores[name] for name in trace.groups}
+
+
 BY_NAME: dict[str, ScoreFunction] = {
     "taylor": taylor,
     "bn_scale": bn_scale,
@@ -163,6 +188,8 @@ BY_NAME: dict[str, ScoreFunction] = {
     "l2": l2,
     "random": random,
     "sensitivity": sensitivity,
+    "fisher": fisher,
+    "reconstruction": reconstruction,
 }
 
 NAMES = SCORES

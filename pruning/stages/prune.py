@@ -90,7 +90,7 @@ def prune(
     example_inputs: Inputs,
     budget: Budget | LatencyBudget,
     *,
-    score: Score = "taylor",
+    score: Score | None = None,
     calibration: Iterable[Batch] = (),
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
@@ -101,7 +101,7 @@ def prune(
     ranking: str = "global",
     per_cost: bool = True,
     floor: int | Mapping[str, int] | None = None,
-    most: float | Mapping[str, float] = 1.0,
+    most: float | Mapping[str, float] | None = None,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
     dense: nn.Module | None = None,
@@ -114,7 +114,8 @@ def prune(
         model: the model to prune.
         example_inputs: inputs to trace and verify the model with, batch dimension first.
         budget: limits on the cost of the result; percentages refer to this model.
-        score: importance of a channel, by name or as a function (see `score_channels`).
+        score: importance of a channel, by name or as a function (see `score_channels`). By default it is
+            `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
         calibration: batches (inputs, targets). They serve to score channels, to recalibrate BatchNorm,
             and to measure the mean of each removed channel, which is folded into the layers that
             consume it. Without them, only channels that are constant on the example inputs are folded.
@@ -127,7 +128,8 @@ def prune(
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs, instead of recalibrating BatchNorm (see
             `pruning.surgery.refit.refit`). Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
+        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`. With `refit`, at most nine
+            tenths of each group are dropped by default.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
         outputs, also: which outputs count, and other ways to call the model, as in `trace`.
 
@@ -139,11 +141,29 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    options, batches = PlanOptions(ranking, per_cost, floor, most, multiple, widths), list(calibration)
+    most, batches = default_most(refit) if most is None else most, list(calibration)
+    score = default_score(batches, refit) if score is None else score
+    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
     )
+
+
+def default_score(calibration: Sequence[Batch], refit: bool) -> str:
+    """Return the name of the score that suits calibration batches, and a refit or none.
+
+    >>> default_score([([], None)], refit=False)
+    'fisher'
+    """
+    if refit:
+        return "reconstruction"
+    return "fisher" if calibration and all(targets is None for _, targets in calibration) else "taylor"
+
+
+def default_most(refit: bool) -> float:
+    """Return the largest share of a group that a step drops by default, with a refit or without."""
+    return 0.9 if refit else 1.0
 
 
 @buffers_unchanged

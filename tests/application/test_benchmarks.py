@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
+import torch
 from commands import children_in_process, module
+from PIL import Image
 
-from benchmarks import libraries, trained_networks
+from benchmarks import libraries, pretrained, trained_networks
 from benchmarks.table import side_by_side
 from pruning import PruningError, load
 
@@ -156,3 +159,31 @@ def test_networks_of_other_libraries_are_tested_and_listed():
     networks = {"good": found, "bad": {"error": "it | fails"}}
     text = libraries.markdown({"some": {"version": "1.0", "networks": networks}})
     assert "1 of 2 pruned" in text and "| bad | refused: it / fails |" in text
+
+
+def test_pretrained_networks_are_measured_once_and_absent_ones_skipped(tmp_path, monkeypatch, capsys):
+    def load():
+        torch.manual_seed(0)
+        head = (torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64, 5))
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), *head).eval()
+
+    tiny = pretrained.Network(("torch",), load, 8, 127, 128)
+    absent = pretrained.Network(("no_such_package_here",), load, 8, 127, 128)
+    monkeypatch.setattr(pretrained, "NETWORKS", {"tiny": tiny, "absent": absent})
+    for i in range(40):
+        pixels = torch.randint(256, (9, 12, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f"{i:02}.png")
+    words = ["--images", str(tmp_path), "--calibration", "24", "--output", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["pretrained", *words, "--budgets", "80%", "50%"])
+    pretrained.main()
+    first = (tmp_path / "found.json").read_text()
+    rows = json.loads(first)
+    assert [(row["network"], row["budget"], row["images"]) for row in rows] == [
+        ("tiny", "80%", 16),
+        ("tiny", "50%", 16),
+    ]
+    assert rows[0]["divergence"] <= rows[1]["divergence"] and rows[0]["macs"] > rows[1]["macs"]
+    assert "absent is skipped: no_such_package_here is not installed" in capsys.readouterr().out
+    pretrained.main()
+    assert (tmp_path / "found.json").read_text() == first
+    assert (tmp_path / "found.md").read_text().count("| tiny |") == 2

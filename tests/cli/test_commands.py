@@ -133,9 +133,21 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
 def test_prune_refits_without_labels_being_needed(run):
     code, out, _ = run("prune", *NET, "--max-macs", "40%", "--refit")
     assert code == 0 and re.search(r"^refit: \d+ layers?; the largest relative error", out, re.MULTILINE)
+    assert "warning" not in out  # a tenth of every group is kept
     code, _, err = run("prune", "--model", "mine:Net", "--input-shape", "1x10x10", "--score", "l2",
                        "--max-macs", "40%", "--refit")  # fmt: skip
     assert code == 2 and "--refit needs data" in err
+
+
+def test_prune_warns_where_little_of_a_group_is_left(run):
+    words = ("prune", *NET, "--model-arg", "width=24", "--score", "l2", "--max-macs")
+    code, out, _ = run(*words, "4%")
+    assert code == 0
+    kept = {name: int(width) for name, width in re.findall(r"(features\.\d) 24→(\d+)", out)}
+    few = [f"{name} {width} of 24" for name, width in kept.items() if width < 3]
+    assert few and f"less than a tenth of their channels: {', '.join(few)};" in out
+    code, out, _ = run(*words, "40%", "--most", 0.8)
+    assert code == 0 and "warning" not in out
 
 
 def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):

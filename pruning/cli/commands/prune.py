@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -11,7 +11,8 @@ from pruning.cli import build
 from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
-from pruning.stages.prune import prune
+from pruning.planning.options import NEED_DATA
+from pruning.stages.prune import default_most, default_score, prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
 
@@ -20,21 +21,22 @@ def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.data_of(args)
     example = build.examples(args, model, data)
     calibration = data.calibration(args.calibration) if data is not None else []
-    if not calibration and args.score in ("taylor", "sensitivity"):
-        raise PruningError(f"score {args.score} needs data: add --data, or --score l1, l2 or bn_scale")
     if not calibration and args.refit:
         raise PruningError("--refit needs data: add --data")
+    score = args.score or default_score(calibration, args.refit)
+    if not calibration and score in NEED_DATA:
+        raise PruningError(f"score {score} needs data: add --data, or --score l1, l2 or bn_scale")
     step = prune(
         model,
         example,
         build.budget(args),
-        score=args.score,
+        score=score,
         calibration=calibration,
         ignored=args.ignore,
         refit=args.refit,
         ranking=args.ranking,
         floor=args.floor,
-        most=args.most,
+        most=default_most(args.refit) if args.most is None else args.most,
         multiple=args.multiple,
         outputs=args.outputs or None,
     )
@@ -46,7 +48,19 @@ def execute(args: argparse.Namespace) -> None:
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
+    lines += _narrow_groups({g: step.trace.groups[g].channels for g in narrowed}, step.plan.widths)
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _narrow_groups(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """The warning about groups that keep less than a tenth of their channels."""
+    narrow = [f"{name} {after[name]} of {before[name]}" for name in before if 10 * after[name] < before[name]]
+    if not narrow:
+        return []
+    return [
+        f"warning: these groups keep less than a tenth of their channels: {', '.join(narrow)}; --most 0.9 or "
+        "--floor N keeps more, --ranking group the same share of all"
+    ]
 
 
 def _refitted(fits: Sequence[LayerFit]) -> str:
