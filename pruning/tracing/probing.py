@@ -10,7 +10,9 @@ something else: a comparison of the outputs detects that.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -109,13 +111,16 @@ class WidthProbe:
             reasons: groups that cannot be narrowed alone, with the reason.
             regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
-        found, model, attributes = self.found, self.model, list[tuple[WidthAttribute, ...]]()
-        if found.axes is None:
-            return ()
-        if reasons and tie_equal_sizes(model, found, self.labels, reasons, self.reads or {}):
-            attributes += self._narrowed_together(reasons, *regroup())
-        if reasons and tie_inputs(model, found, self.labels, reasons):
-            attributes += self._narrowed_together(reasons, *regroup())
+        found, attributes = self.found, list[tuple[WidthAttribute, ...]]()
+        for tie in (partial(tie_equal_sizes, reads=self.reads or {}), tie_inputs):
+            if found.axes is None or not reasons:
+                break
+            before, bound = copy.deepcopy((found.ties, found.axes)), len(reasons)
+            if tie(self.model, found, self.labels, reasons):
+                attributes += self._narrowed_together(reasons, *regroup())
+            if len(reasons) == bound:  # sizes may be equal by chance
+                found.ties, found.axes = before
+        self.labels.update({name: found.ties.find(own) for name, own in self.labels.items()})
         return merged(attributes)
 
     def _narrowed_together(
