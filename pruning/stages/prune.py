@@ -89,6 +89,7 @@ def prune(
     most: float | Mapping[str, float] = 1.0,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
+    alike: Sequence[str] = (),
     dense: nn.Module | None = None,
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
@@ -111,7 +112,7 @@ def prune(
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs (see `pruning.surgery.refit.refit`). This takes the place of
             recalibrating BatchNorm, and of training where there is none. Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
+        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
 
     Raises:
@@ -122,7 +123,7 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
+    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit)
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense

@@ -151,7 +151,11 @@ class WidthProbe:
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a view, slice or split would select other channels after pruning."""
-        why = {name: _DIVIDED for name in names if is_along_axis(self.found, self.labels[name])}
+        why = {
+            name: _DIVIDED
+            for name in names
+            if self.groups[name].is_summed or is_along_axis(self.found, self.labels[name])
+        }
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:
