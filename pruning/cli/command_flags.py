@@ -5,7 +5,7 @@ Neither this file nor what it imports needs torch, so that help and errors of us
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -46,6 +46,14 @@ class PruneFlags:
             group="stage 2",
         ),
     ] = None
+    alike: Annotated[
+        list[str],
+        Setting(
+            "groups that match one of these patterns get one width: '*/heads'",
+            metavar="PATTERN",
+            group="stage 2",
+        ),
+    ] = field(default_factory=list)
     refit: Annotated[
         bool,
         Setting(

@@ -206,6 +206,16 @@ def is_inferred(layer: nn.Module) -> bool:
     return inferred_rule(type(layer)) is not None and rule_for(layer) is inferred_rule(type(layer))
 
 
+def is_read_by_parent(parent: nn.Module, layer: nn.Module) -> bool:
+    """Whether a module multiplies by the weight of a layer that it holds, without running the layer.
+
+    >>> attention = nn.MultiheadAttention(8, 2)
+    >>> is_read_by_parent(attention, attention.out_proj)
+    True
+    """
+    return isinstance(parent, nn.MultiheadAttention) and layer is parent.out_proj
+
+
 def is_weighted(layer: nn.Module) -> bool:
     """Whether a layer has a weight with input and output channels."""
     rule = rule_for(layer)

@@ -119,7 +119,11 @@ def plan_latency(
 
 
 def _require_supported(options: PlanOptions) -> None:
-    unsupported = {"per_cost": not options.per_cost, "widths": options.widths is not None}
+    unsupported = {
+        "per_cost": not options.per_cost,
+        "widths": options.widths is not None,
+        "alike": bool(options.alike),
+    }
     if names := ", ".join(name for name, given in unsupported.items() if given):
         raise PruningError(f"{names}: not supported with a latency budget; give a Budget, or omit the option")
     if options.ranking != "global":

@@ -39,6 +39,8 @@ class PlanOptions:
         most: largest share of a group's channels that one plan drops, 0 to 1.
         multiple: widths are multiples of this number of channels, or the full width, or a given floor.
         widths: exact widths of some groups: a count, or a percentage of the group's channels.
+        alike: names or patterns; the groups that match one of them get one width, so that a configuration
+            can state it.
 
     Raises:
         PruningError: if the ranking is unknown, a floor or multiple is not an integer from 1, or a
@@ -54,12 +56,15 @@ class PlanOptions:
     most: float | Mapping[str, float] = 1.0
     multiple: int = 1
     widths: Mapping[str, int | str] | None = None
+    alike: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.ranking not in RANKINGS:
             raise PruningError(f"ranking {self.ranking!r}: expected one of {', '.join(RANKINGS)}")
         if not isinstance(self.multiple, int) or self.multiple < 1:
             raise PruningError(f"multiple {self.multiple!r}: expected a whole number from 1")
+        if isinstance(self.alike, str) or not all(isinstance(pattern, str) for pattern in self.alike):
+            raise PruningError(f"alike={self.alike!r}: expected a list of names or patterns of groups")
         for where, floor in _by_pattern(self.floor) if self.floor is not None else ():
             if not isinstance(floor, int) or floor < 1:
                 raise PruningError(f"floor {floor!r}{where}: expected a whole number of channels, at least 1")

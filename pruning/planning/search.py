@@ -12,6 +12,7 @@ from torch import Tensor
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
+from pruning.planning.alike import AlikeGroups
 from pruning.planning.budget import LABELS, Budget
 from pruning.planning.cost import CostModel
 from pruning.planning.options import PlanOptions, per_group
@@ -63,12 +64,27 @@ def plan_within(
     """
     order = ascending(trace, scores)
     lowest, highest = _width_range(trace, order, options)
+    if not options.alike:
+        return most_important(trace, order, _search(budget, cost_model, order, lowest, highest, options))
+    sets = AlikeGroups(cost_model, options.alike)
+    least, greatest = sets.bounds(lowest, highest)
+    widths = _search(budget, sets, sets.order(order), least, greatest, options)
+    return most_important(trace, order, sets.expanded(widths))
+
+
+def _search(
+    budget: Budget,
+    cost_model: CostModel | AlikeGroups,
+    order: Order,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    options: PlanOptions,
+) -> np.ndarray:
+    """Return the widths found, in the order of the groups of the cost model."""
     _require_reachable(budget, cost_model, lowest)
     if options.ranking == "group":
-        widths = _equal_shares(budget, cost_model, lowest, highest, options.multiple)
-    else:
-        widths = _GreedySearch(budget, cost_model, order, lowest, highest, options).widths()
-    return most_important(trace, order, widths)
+        return _equal_shares(budget, cost_model, lowest, highest, options.multiple)
+    return _GreedySearch(budget, cost_model, order, lowest, highest, options).widths()
 
 
 def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
@@ -111,7 +127,7 @@ def _width_range(trace: Trace, order: Order, options: PlanOptions) -> tuple[np.n
     return lowest, highest
 
 
-def _require_reachable(budget: Budget, cost_model: CostModel, lowest: np.ndarray) -> None:
+def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowest: np.ndarray) -> None:
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
@@ -123,7 +139,11 @@ def _require_reachable(budget: Budget, cost_model: CostModel, lowest: np.ndarray
 
 
 def _equal_shares(
-    budget: Budget, cost_model: CostModel, lowest: np.ndarray, highest: np.ndarray, multiple: int
+    budget: Budget,
+    cost_model: CostModel | AlikeGroups,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    multiple: int,
 ) -> np.ndarray:
     """Return the widths that keep the same share of each group, the largest that meets the budget."""
 
@@ -150,7 +170,7 @@ class _GreedySearch:
     def __init__(
         self,
         budget: Budget,
-        cost_model: CostModel,
+        cost_model: CostModel | AlikeGroups,
         order: Order,
         lowest: np.ndarray,
         highest: np.ndarray,

@@ -104,6 +104,7 @@ def prune(
     most: float | Mapping[str, float] | None = None,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
+    alike: Sequence[str] = (),
     dense: nn.Module | None = None,
     outputs: Outputs = None,
     also: Iterable[Also] = (),
@@ -128,7 +129,7 @@ def prune(
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs, instead of recalibrating BatchNorm (see
             `pruning.surgery.refit.refit`). Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`. With `refit`, at most nine
+        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. With `refit`, at most nine
             tenths of each group are dropped by default.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
         outputs, also: which outputs count, and other ways to call the model, as in `trace`.
@@ -143,7 +144,7 @@ def prune(
     """
     most, batches = default_most(refit) if most is None else most, list(calibration)
     score = default_score(batches, refit) if score is None else score
-    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
+    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import ignore_channels, narrow
-from pruning.graph.layers import is_inferred, layer_width, rule_for, rule_of
+from pruning.graph.layers import is_inferred, is_read_by_parent, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
 from pruning.graph.recurrent import columns, has_hidden_channels, hidden_readers
 from pruning.surgery.apply import (
@@ -191,7 +191,7 @@ def _run_masked(
             layer = model.get_submodule(name) if side != "self" else None
             if layer is not None and side == "out" and has_hidden_channels(layer):
                 stack.enter_context(_with_zeros(layer, _hidden_columns(layer, drop)))
-            elif layer is not None and is_inferred(layer):
+            elif layer is not None and (is_inferred(layer) or _is_read_by_parent(model, name)):
                 if side == "in":
                     into = {weight: (d, drop) for weight, d in rule_of(layer).into.items()}
                     stack.enter_context(_with_zeros(layer, into))
@@ -234,6 +234,11 @@ def _with_zeros(layer: nn.Module, zeros: Mapping[str, tuple[int, Tensor]]) -> It
     finally:
         for name, weight in own.items():
             setattr(layer, name, weight)
+
+
+def _is_read_by_parent(model: nn.Module, name: str) -> bool:
+    """Whether the layer itself does not run, so that it cannot be hooked."""
+    return is_read_by_parent(model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name))
 
 
 def _hidden_columns(layer: nn.Module, drop: Tensor) -> dict[str, tuple[int, Tensor]]:

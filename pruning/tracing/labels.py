@@ -41,6 +41,8 @@ class Labels:
         #: Stack of the running modules: (name, description for messages).
         self.path = [("", "the model")]
         self._of = WeakTensorKeyDictionary()
+        #: By `id` of the bias of an inferred layer, the labels of the layer's outputs.
+        self.own: dict[int, Tensor] = {}
         self._uniform = WeakTensorKeyDictionary()
         self._positions = WeakTensorKeyDictionary()
         #: The place of the running operator, if it computes statistics and outputs are compared.
@@ -51,7 +53,7 @@ class Labels:
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the labels of a tensor; None where it holds no channels."""
-        known = self._of.get(tensor)
+        known = self._of.get(tensor) if id(tensor) not in self.own else self.own[id(tensor)]
         if known is None and id(tensor) in self.loose and tensor.numel() <= MOST_ELEMENTS:
             name = self.loose[id(tensor)]
             if (name, "self") not in self.found.sides:

@@ -10,7 +10,9 @@ something else: a comparison of the outputs detects that.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -120,13 +122,16 @@ class WidthProbe:
             reasons: groups that cannot be narrowed alone, with the reason.
             regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
-        found, model, attributes = self.found, self.model, list[tuple[WidthAttribute, ...]]()
-        if found.axes is None:
-            return ()
-        if reasons and tie_equal_sizes(model, found, self.labels, reasons, self.reads or {}):
-            attributes += self._narrowed_together(reasons, *regroup())
-        if reasons and tie_inputs(model, found, self.labels, reasons):
-            attributes += self._narrowed_together(reasons, *regroup())
+        found, attributes = self.found, list[tuple[WidthAttribute, ...]]()
+        for tie in (partial(tie_equal_sizes, reads=self.reads or {}), tie_inputs):
+            if found.axes is None or not reasons:
+                break
+            before, bound = copy.deepcopy((found.ties, found.axes)), len(reasons)
+            if tie(self.model, found, self.labels, reasons):
+                attributes += self._narrowed_together(reasons, *regroup())
+            if len(reasons) == bound:  # sizes may be equal by chance
+                found.ties, found.axes = before
+        self.labels.update({name: found.ties.find(own) for name, own in self.labels.items()})
         return merged(attributes)
 
     def _narrowed_together(
@@ -157,7 +162,11 @@ class WidthProbe:
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a view, slice or split would select other channels after pruning."""
-        why = {name: _DIVIDED for name in names if is_along_axis(self.found, self.labels[name])}
+        why = {
+            name: _DIVIDED
+            for name in names
+            if self.groups[name].is_summed or is_along_axis(self.found, self.labels[name])
+        }
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:

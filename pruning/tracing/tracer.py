@@ -22,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph.layers import holds_layers
+from pruning.graph.deformable import count_deformable
+from pruning.graph.layers import holds_layers, is_read_by_parent, rule_for
 from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
@@ -89,7 +90,9 @@ class Tracer(TorchDispatchMode):
             self.functions.layers[id(own["weight"])] = name, module
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
         else:
-            self.owners.update((id(t), name) for t in own.values())
+            parent = self.probe.get_submodule(name.rpartition(".")[0])
+            if not is_read_by_parent(parent, module):
+                self.owners.update((id(t), name) for t in own.values())
             self._add_hooks(module, self._enter_layer(name, module), self._leave_layer(name, module))
         return {id(t) for t in (*own.values(), *module.buffers(recurse=False))}
 

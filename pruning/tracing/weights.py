@@ -6,10 +6,10 @@ whose rule is inferred: `x` has the input channels, the result the output channe
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruning.graph.inferred import infer_rule, inferred_rule
-from pruning.graph.layers import rule_for
+from pruning.graph.layers import is_read_by_parent, rule_for
 from pruning.graph.rule import Rule, Side
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
@@ -105,14 +105,17 @@ def _weighted(
     own_bias = labels.weights.find(bias) if bias is not None else None
     if bias is not None and (own_bias is None or own_bias.module != place.module):
         return False
-    rule = Rule(
-        {place.attribute: made} | ({own_bias.attribute: 0} if own_bias is not None else {}),
-        {place.attribute: read},
-        kind="weighted",
-    )
-    if rule_for(module) is not None and inferred_rule(type(module)) is None:
-        return False  # code reads the weight of a layer of the table
-    if not infer_rule(type(module), rule, labels.weights.inferred):
+    biases = {own_bias.attribute: 0} if own_bias is not None else {}
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None:
+        biases = {"in_proj_bias": 0}  # also where the code adds it later
+    rule = Rule({place.attribute: made} | biases, {place.attribute: read}, kind="weighted")
+    known = rule_for(module)
+    if known is not None and inferred_rule(type(module)) is None:
+        parent = labels.weights.modules[place.module.rpartition(".")[0]]
+        held = known.out.get(place.attribute), known.into.get(place.attribute)
+        if not is_read_by_parent(parent, module) or held != (made, read):
+            return False  # code reads the weight of a layer of the table
+    elif not infer_rule(type(module), rule, labels.weights.inferred):
         return False
     arriving = labels.of(x)
     if set(varying(arriving)) - {dim % x.ndim}:
@@ -123,6 +126,8 @@ def _weighted(
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")
+    for bias_name in biases:
+        labels.own[id(getattr(module, bias_name))] = sides["out"]
     labels.note_weighted(place.module, op.output.numel() / sides["out"].numel(), weight.numel())
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
     return True

@@ -39,6 +39,7 @@ def execute(args: argparse.Namespace) -> None:
         most=default_most(args.refit) if args.most is None else args.most,
         multiple=args.multiple,
         outputs=args.outputs or None,
+        alike=args.alike,
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example, data)
