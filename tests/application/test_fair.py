@@ -114,19 +114,18 @@ def started(folder, *flags):
 
 
 @pytest.mark.slow
-def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny):
-    flags = ("--methods", "uniform", "--epochs", 10, "--train", 2000)
+@pytest.mark.parametrize(("method", "file"), [("uniform", "trained.state"), ("slimming", "state.pth")])
+def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, method, file):
+    flags = ("--methods", method, "--epochs", 10, "--train", 2000)
     process = started(tiny, *flags)
     deadline = time.monotonic() + 300
-    while not list((tiny / "runs").rglob("trained.state")):
+    while not list((tiny / "runs").rglob(file)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert cells(tiny) == {}, "a cell that is not complete is not in the results"
-    (state,) = (tiny / "runs").rglob("trained.state")
-    epochs = torch.load(state, weights_only=True)["epoch"]
-    assert 1 <= epochs < 10
+    assert not list((tiny / "runs").rglob("result.pth"))
     module("benchmarks.fair", *FLAGS, *flags, *where(tiny))
     assert not list((tiny / "runs").rglob("*.state"))
 
@@ -134,7 +133,7 @@ def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny):
     whole.mkdir()
     module("benchmarks.fair", *FLAGS, *flags, *where(whole))
     same = ("accuracy", "validation", "params", "macs")
-    resumed, uninterrupted = cells(tiny)["uniform"], cells(whole)["uniform"]
+    resumed, uninterrupted = cells(tiny)[method], cells(whole)[method]
     assert [resumed[key] for key in same] == [uninterrupted[key] for key in same]
 
 
