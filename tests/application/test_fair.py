@@ -284,3 +284,11 @@ def test_the_figures_of_the_paper_are_drawn_from_results_that_are_computed_once(
     assert "seed 0\n" not in again.stdout and "fair-scales.png" in again.stdout
     missing = module("benchmarks.fair.paper", "--draw", "--seed", 3, *where, check=False)
     assert missing.returncode == 2 and "nothing of resnet8, seed 3" in missing.stderr
+
+
+def test_bf16_changes_the_loss_by_rounding_alone(tmp_path):
+    digits = data.load("mnist5k", quiet=True)
+    shops = [Workshop("plain", Recipe(bf16=bf16), digits, "digits", tmp_path) for bf16 in (False, True)]
+    images, labels = shops[0].calibration[0]
+    exact, rounded = (float(shop.loss(shop.new(0).eval(), images, labels).detach()) for shop in shops)
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)
