@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: yournet test quick check numerics package result clean
+.PHONY: yournet test quick check numerics package docs docs-serve result clean
 
 yournet: $(VENV)/.installed
 	$(BIN)/python train_yournet.py --output $(RUN) $(FLAGS)
@@ -30,6 +30,13 @@ numerics: $(VENV)/.installed-dev
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m numerics tests
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m numerics tests
 
+# The site of the documents, in site/; a broken link or reference is an error. `docs-serve` shows it at port 8000.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --watch pruning
+
 # The source archive and the wheel, in dist/.
 package: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6'
@@ -50,5 +57,9 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

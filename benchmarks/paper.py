@@ -74,7 +74,7 @@ def slimmed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     subprocess.run([sys.executable, "-m", "pruning", "slim", *command], check=True, cwd=ROOT)
     test = data.loaders(args.data, batch_size=EVALUATION_BATCH, size=SIZE)[2]
     found: dict[str, Any] = {"data": images}
-    for kind, file in (("dense", "dense.pth"), ("slim", "best.pth")):
+    for kind, file in (("dense", "sparsified.pth"), ("slim", "best.pth")):
         net = load(folder / file)
         cost = count(net, next(iter(test))[0][:1])
         found[kind] = {"accuracy": accuracy(net, test), "params": cost.params, "macs": cost.macs}

@@ -241,7 +241,7 @@ def plain(
 ) -> None:
     """Train by a plain loop, as users of torch-pruning write it."""
     optimizer = torch.optim.SGD(
-        net.parameters(), how.lr, momentum=how.momentum, nesterov=True, weight_decay=how.weight_decay
+        net.parameters(), how.peak, momentum=how.momentum, nesterov=True, weight_decay=how.weight_decay
     )
     total = how.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: how.rate(step / total))

@@ -22,6 +22,8 @@ RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 
 #: Flags that do not affect the result of a run, or that config.json stores in another form.
 _OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
+#: Flags that earlier runs did not have; they are kept where they are given.
+_LATER = {"rate"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,11 @@ def arguments(
 
 def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict[str, object]:
     """Return the content of config.json: all settings that affect the result."""
-    kept = {key: value for key, value in vars(args).items() if key not in _OF_ONE_CALL}
+    kept = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in _OF_ONE_CALL and not (key in _LATER and value is None)
+    }
     return {**kept, "data": dataset, "stages": config.to_json()}
 
 

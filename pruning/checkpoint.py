@@ -34,6 +34,7 @@ from pruning.graph.layers import is_inferred, is_registered, rule_for
 from pruning.load_pruned import rebuild, takes
 from pruning.surgery.width_attributes import changed_attributes
 from pruning.utils.files import read_plain, replace_file
+from pruning.utils.wrappers import unwrapped
 
 FORMAT = 1
 
@@ -64,7 +65,8 @@ def save(
 
     Args:
         path: of the file; missing folders are created.
-        model: it is not changed.
+        model: it is not changed. Of DataParallel, `torch.compile` and other wrappers, the model inside is
+            stored.
         arguments: plain data with which to call the model's class; by default the model's attribute
             `config` if that is a mapping that the class takes, else no arguments.
         provenance: plain data on how the model was made (see `provenance`).
@@ -79,6 +81,7 @@ def save(
     >>> torch.equal(load(path)(inputs), model(inputs))
     True
     """
+    model = unwrapped(model)
     kind = type(model)
     if arguments is None:
         config = getattr(model, "config", None)
@@ -148,7 +151,7 @@ def restore(path: str | Path, model: nn.Module, content: Mapping[str, object]) -
         CheckpointError: where they do not fit the network.
     """
     try:
-        rebuild(model, content)
+        rebuild(unwrapped(model), content)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -59,6 +59,20 @@ class Pair(Net):
         return super().forward(x), 1
 
 
+class Features(Net):
+    def forward(self, x):
+        maps = self.features(x)
+        return {"logits": self.head(maps.mean((2, 3))), "maps": maps}
+
+
+def wrapped():
+    return nn.DataParallel(Net())
+
+
+def exported():
+    return torch.export.export(Net().eval(), (torch.zeros(2, 1, 10, 10),)).module()
+
+
 def number():
     return 3
 

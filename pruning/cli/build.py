@@ -22,7 +22,6 @@ from pruning.errors import CheckpointError, PruningError
 from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.stages.config import SlimConfig
 from pruning.training.batches import to_device
-from pruning.training.config import OPTIMIZERS
 from pruning.utils.batch import find_batch
 from pruning.utils.files import read_plain
 from pruning.utils.tree import Inputs, tensors
@@ -42,13 +41,8 @@ def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
 
 
 def slim_config(args: argparse.Namespace) -> SlimConfig:
-    """Return the settings of the three stages that flags name.
-
-    The peak learning rate of stage 3 follows from its optimizer where no flag gives it.
-    """
-    rate = OPTIMIZERS[args.optimizer] if args.finetune_rate is None else args.finetune_rate
-    flags = argparse.Namespace(**{**vars(args), "finetune_rate": rate})
-    return read_flags(SlimConfig, flags, budget=budget(args))
+    """Return the settings of the three stages that flags name."""
+    return read_flags(SlimConfig, args, budget=budget(args))
 
 
 def network(args: argparse.Namespace) -> nn.Module:

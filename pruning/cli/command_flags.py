@@ -182,7 +182,14 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
         "--model resnet18 --input-shape 3x224x224",
-        (flags.ModelFlags, flags.DataFlags, flags.ShapeFlags, flags.IgnoreFlags, DoctorFlags),
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            flags.ShapeFlags,
+            flags.IgnoreFlags,
+            flags.OutputFlags,
+            DoctorFlags,
+        ),
     ),
     "prune": Command(
         "remove channels in one step, without training",
@@ -194,6 +201,7 @@ COMMANDS: dict[str, Command] = {
             *flags.BUDGET,
             FlagsOf(PruneConfig, without=("iterations", "recover", "layers")),
             flags.IgnoreFlags,
+            flags.OutputFlags,
             flags.CalibrationFlags,
             flags.ResultFlags,
             PruneFlags,

@@ -23,9 +23,13 @@ from pruning.errors import CheckpointError, PruningError
 from pruning.utils.files import read_plain
 from pruning.utils.modules import call, copied, device_of
 from pruning.utils.tree import Inputs, fresh
+from pruning.utils.wrappers import unwrapped, without_prefixes
 
-#: What DistributedDataParallel, torch.compile and Lightning put before the names of weights.
-PREFIXES = ("", "module.", "_orig_mod.", "model.")
+#: What training scripts call the weights in their files; the first of these is taken.
+_WEIGHTS = (
+    "state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "model_ema",
+    "state_dict_ema", "ema_state_dict", "params_ema", "ema",
+)  # fmt: skip
 
 #: Python, torch and this toolkit: a frame elsewhere tells where the user's code went wrong.
 _LIBRARIES = tuple(
@@ -148,20 +152,35 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     kind = type(model).__name__
     if isinstance(content, dict) and "format" in content:
         return checkpoint.restore(path, model, checkpoint.read(path))
-    for key in ("state_dict", "model_state_dict", "model"):  # as training scripts wrap it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    while isinstance(content, dict):
+        held = next((content[key] for key in _WEIGHTS if isinstance(content.get(key), dict)), None)
+        if held is None:
+            break
+        content = held
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no state dict: names with tensors were expected")
-    known = model.state_dict().keys()
-    without = {prefix: {key.removeprefix(prefix): t for key, t in content.items()} for prefix in PREFIXES}
+    model = unwrapped(model)
     try:
-        model.load_state_dict(next((s for s in without.values() if s.keys() == known), without["module."]))
+        model.load_state_dict(_named_as(model, content))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(
             f"{path} does not fit {kind}: {_sizes_that_differ(model, content) or ' '.join(lines[1:3])[:300]}"
         ) from error
+
+
+def _named_as(model: nn.Module, content: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a state dict without what wrappers and Lightning put into the names of weights."""
+    known = model.state_dict().keys()
+    if content.keys() == known:
+        return content
+    names = {without_prefixes(name): name for name in known}
+    content = {key: tensor for key, tensor in content.items() if key != "n_averaged" or key in known}
+    plain, inner = (
+        {names.get(short, short): tensor for key, tensor in content.items() for short in [shorten(key)]}
+        for shorten in (without_prefixes, lambda key: without_prefixes(key).removeprefix("model."))
+    )
+    return inner if inner.keys() == known else plain
 
 
 def _sizes_that_differ(model: nn.Module, content: Mapping[str, Tensor]) -> str:

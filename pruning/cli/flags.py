@@ -182,6 +182,22 @@ class IgnoreFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """The outputs that count, of a network that returns several."""
+
+    GROUP: ClassVar[str] = "stage 2"
+
+    outputs: Annotated[
+        list[str],
+        Setting(
+            "outputs that count, by their keys, attributes or indices: logits, 0, features.* (default: all); "
+            "others may change their size",
+            metavar="NAME",
+        ),
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationFlags:
     """The examples that channels are scored on."""
 

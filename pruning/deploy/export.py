@@ -32,6 +32,7 @@ from pruning.tracing.trace import trace
 from pruning.utils.files import replace_file
 from pruning.utils.modules import copied
 from pruning.utils.tree import tensors
+from pruning.utils.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -107,6 +108,7 @@ def export(
     >>> written.difference <= TOLERANCE, path.stat().st_size == written.size
     (True, True)
     """
+    model = unwrapped(model)
     examples = _examples(example_inputs, format)
     reference = copied(model).cpu().eval().requires_grad_(False)
     batches = [_noise(examples, size) for size in CHECKED]

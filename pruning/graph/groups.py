@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from pruning.graph.rule import Rule, Side
 from pruning.utils.batch import Batch
+from pruning.utils.entries import Entry
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 #: A layer to leave unpruned: a name or pattern (`features.*`), a type, or the module itself.
 Ignored = str | type[nn.Module] | nn.Module
+
+#: Products of activations, which sum over channels of both operands.
+PRODUCTS = frozenset(("bmm", "baddbmm", "mm"))
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Member:
             flatten, one channel owns several positions.
         dim: the dimension of the layer's input (side `in`) or output along which the positions lie,
             negative; on the side `self`, a dimension of the tensor.
+        scored: whether the weights at each position count for the first-order change of the loss when the
+            channel is removed, (positions,); None if all do. Without a head, only the term of its values
+            is missing, and without a position of queries and keys, one product that both are factors of.
     """
 
     layer: str
@@ -36,6 +44,7 @@ class Member:
     index: Tensor
     channel: Tensor
     dim: int
+    scored: Tensor | None = field(default=None, compare=False)
 
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along this side that the given channels of the group own, sorted."""
@@ -85,11 +94,79 @@ class Group:
         """The members on one side of their layers."""
         return tuple(member for member in self.members if member.side == side)
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether products of activations sum over the channels, as q·kᵀ does."""
+        return any(reduction.operator in PRODUCTS for reduction in self.reductions)
+
     def dropped(self, kept: Iterable[int]) -> Tensor:
         """Whether each channel is none of those that are kept, (channels,)."""
         dropped = torch.ones(self.channels, dtype=torch.bool)
         dropped[list(kept)] = False
         return dropped
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions along a dimension that channels of groups own; a position may have owners in several.
+
+    Attributes:
+        size: the number of positions, those without a channel included.
+        owners: by group, positions and the channels that own them, (positions,) each.
+    """
+
+    size: int
+    owners: Mapping[str, tuple[Tensor, Tensor]]
+
+    def dropped(self, dropped: Mapping[str, Tensor]) -> Tensor:
+        """Return the positions that are removed, sorted.
+
+        Args:
+            dropped: by group, whether each channel is removed, (channels,).
+
+        >>> heads = torch.arange(6), torch.arange(6) // 3
+        >>> Positions(6, {"heads": heads}).dropped({"heads": torch.tensor([True, False])})
+        tensor([0, 1, 2])
+        """
+        removed = [
+            index[dropped[group][channel]]
+            for group, (index, channel) in self.owners.items()
+            if group in dropped
+        ]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *removed]).unique()
+
+
+@dataclass(frozen=True)
+class ProductUse:
+    """A product of two activations, such as q·kᵀ in attention.
+
+    Attributes:
+        macs: multiply-adds for one example, of all channels. rows: positions in the batch and the rows of
+            the product. columns: positions that it sums over, and those in its columns.
+    """
+
+    macs: float
+    rows: Positions
+    columns: Positions
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A factor that makes up for a scale which the code computes from a width, as 1/√d in attention.
+
+    Attributes:
+        layer, side: a layer (side `out`) whose outputs are multiplied, or a tensor (side `self`).
+        index: the positions of its outputs, (positions,). dim: of a tensor, the dimension of the positions.
+        summed: the positions from whose number the code computes the scale.
+        power: the factor is the share of these that is kept, to this power.
+    """
+
+    layer: str
+    side: Side
+    index: Tensor
+    dim: int
+    summed: Positions
+    power: float
 
 
 @dataclass(frozen=True)
@@ -99,13 +176,13 @@ class WidthAttribute:
     Attributes:
         module: name of the module. attribute: name of the attribute, an int or a sequence of ints.
         entries: indices of the entries of a sequence that hold the number; empty for an int.
-        owned: by group, the number of positions that each channel contributes, (channels,).
+        counted: the positions that the number counts.
     """
 
     module: str
     attribute: str
     entries: tuple[int, ...]
-    owned: Mapping[str, Tensor]
+    counted: Positions
 
     @property
     def name(self) -> str:
@@ -138,11 +215,15 @@ class Trace:
         foldable: BatchNorm layers that can be folded into the layer before: layer name to norm name.
         uses: how often each convolution and linear layer is used.
         ignored: names of the layers that the caller ignores, and of the layers inside them.
-        other_macs: MACs of products outside such layers (attention), for one example.
+        other_macs: MACs of products outside such layers that do not depend on the groups, for one example.
         inputs: the example inputs, on which folding and surgery are checked.
         sizes: attributes of modules to update with the widths of the groups.
         batch: the batch of the example inputs.
+        outputs: which outputs of the model count; the others may change their size.
+        also: other ways to call the model, which were traced with it.
         inferred: rules of types of modules that multiply by a weight of their own.
+        products: products of activations whose MACs depend on the groups.
+        rescales: factors that keep scales which the code computes from widths.
     """
 
     groups: dict[str, Group]
@@ -154,7 +235,11 @@ class Trace:
     inputs: Inputs = field(default=(), repr=False, compare=False)
     sizes: tuple[WidthAttribute, ...] = ()
     batch: Batch = field(default_factory=Batch, compare=False)
+    outputs: Outputs = field(default=None, repr=False, compare=False)
+    also: tuple[Entry, ...] = field(default=(), repr=False, compare=False)
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
+    products: tuple[ProductUse, ...] = field(default=(), repr=False)
+    rescales: tuple[Rescale, ...] = field(default=(), repr=False)
 
     @property
     def widths(self) -> dict[str, int]:

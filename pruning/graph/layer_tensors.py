@@ -129,6 +129,32 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         layer.flatten_parameters()  # cuDNN needs the weights in one contiguous block
 
 
+def ignore_channels(layer: nn.Module, side: Side, drop: Tensor) -> None:
+    """Let a layer ignore channels of one side, in place: its weights for them are 0.
+
+    Args:
+        layer: a layer that has a rule. side: `in`, or `out`. drop: positions, sorted, as `narrow` takes them.
+
+    >>> layer = nn.Linear(4, 6)
+    >>> ignore_channels(layer, "in", torch.tensor([1]))
+    >>> layer.weight[:, 1].abs().sum().item()
+    0.0
+    """
+    rule = rule_of(layer)
+    size = rule.width(layer, side) // parts(layer)
+    for name, dim in (rule.out if side == "out" else rule.into).items():
+        tensor = getattr(layer, name, None)
+        if tensor is None:
+            continue
+        within = name == rule.weight and dim == 1 and parts(layer) > 1  # counts channels within one part
+        index = (drop[drop < size] if within else drop).to(tensor.device)
+        with torch.no_grad():
+            if is_computed(layer, name):
+                set_computed(layer, name, tensor.detach().index_fill(dim, index, 0))
+            else:
+                tensor.index_fill_(dim, index, 0)
+
+
 def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:
     """Return the smaller tensor in the memory format (contiguous or channels last) of the other."""
     for layout, ndim in {torch.channels_last: 4, torch.channels_last_3d: 5}.items():

@@ -23,11 +23,13 @@ from pruning.graph.groups import Trace
 from pruning.graph.layers import WEIGHTED, bias_of, is_weighted, rule_for
 from pruning.graph.recurrent import RECURRENT
 from pruning.planning.cost_rows import RowTable
+from pruning.surgery.statistics import plain_attention
 from pruning.tracing.trace import trace
 from pruning.utils.batch import find_batch
 from pruning.utils.meta import Shapes, without_computing
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wrappers import unwrapped
 
 _COUNTED = (*WEIGHTED, *RECURRENT)
 
@@ -70,6 +72,7 @@ def count(model: nn.Module, inputs: Inputs, batch_size: int | None = None) -> Co
     >>> count(nn.Linear(3, 4), torch.zeros(2, 3))
     Cost(params=16, macs=12, macs_with_bias=16, channels=0)
     """
+    model = unwrapped(model)
     batch = find_batch(model, inputs, batch_size).size
     return without_computing(partial(_counted, batch=batch), model, inputs)
 
@@ -84,6 +87,7 @@ def deployed_cost(model: nn.Module, inputs: Inputs, batch_size: int | None = Non
     >>> deployed_cost(norm, torch.zeros(2, 3)).params, count(norm, torch.zeros(2, 3)).params
     (16, 24)
     """
+    model = unwrapped(model)
     try:
         return CostModel(model, trace(model, inputs, batch_size=batch_size))({})
     except PruningError:
@@ -97,10 +101,9 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
 
     count_deformable()
     params = sum(p.numel() for p in probe.parameters())
-    probe = getattr(probe, "_orig_mod", probe)  # a compiled model lists its attributes twice
     probe.eval()
     whole = _WithInputs(probe, inputs)
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention():  # the flop counter does not know the CPU's kernel of attention
         with Shapes(), FlopCounterMode(display=False) as flops, _BiasCounter(probe) as biases:
             call(probe, inputs)
         try:
@@ -181,6 +184,7 @@ def uncounted(model: nn.Module) -> dict[str, str]:
     >>> uncounted(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     {'0': 'Embedding'}
     """
+    model = unwrapped(model)
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -193,7 +197,8 @@ class CostModel:
     """The cost of a traced model in closed form, for any widths of its groups.
 
     Every weight has (output width) × (input width) × (kernel size) elements, and each width is a
-    constant plus a linear function of the group widths, so the cost of a plan needs no surgery.
+    constant plus a linear function of the group widths (in attention, of their products), so the cost of
+    a plan needs no surgery.
     BatchNorm that can be folded counts as folded.
 
     Widths are a vector in the order of `groups`, (groups,).
@@ -214,18 +219,19 @@ class CostModel:
     """
 
     def __init__(self, model: nn.Module, trace: Trace):
+        model = unwrapped(model)
         self.trace, self.groups = trace, list(trace.groups)
         self.full = np.array([trace.groups[g].channels for g in self.groups], dtype=np.float64)
-        table = RowTable(model, trace, self.full)
-        rows = table.rows
+        table = RowTable(model, trace)
+        rows, self._terms = table.rows, table.terms
         self.layers = [row.layer for row in rows]
         self.fixed_params, self.fixed_macs = table.fixed_params, table.fixed_macs
 
         def column(name: str, *shape: int) -> np.ndarray:
             return np.array([getattr(row, name) for row in rows], dtype=np.float64).reshape(len(rows), *shape)
 
-        groups = len(self.groups)
-        self._out, self._in = column("out", groups), column("into", groups)
+        terms = len(self._terms.full)
+        self._out, self._in = column("out", terms), column("into", terms)
         self._out_fixed, self._in_fixed = column("out_fixed"), column("in_fixed")
         self._params, self._macs = column("params"), column("macs")
         self._bias, self._bias_macs = column("bias"), column("bias_macs")
@@ -247,7 +253,7 @@ class CostModel:
         The amounts are exact: a weight that loses channels on both sides is counted once.
         """
         out, into = self._widths(widths)
-        lost_out, lost_in = self._out * channels, self._in * channels
+        lost_out, lost_in = (self._terms.lost(side, widths, channels) for side in (self._out, self._in))
         weights = out[:, None] * lost_in + into[:, None] * lost_out - lost_out * lost_in
         return {
             "params": self._params @ weights + self._bias @ lost_out,
@@ -265,13 +271,14 @@ class CostModel:
             By layer (output channels, input channels), () or (plans,) each. A depthwise convolution
             has 1 input channel.
         """
-        fixed = (self._out_fixed, self._in_fixed)
+        fixed, terms = (self._out_fixed, self._in_fixed), self._terms.at(widths)
         out, into = (
-            side @ widths + (offset if widths.ndim == 1 else offset[:, None])
+            side @ terms + (offset if widths.ndim == 1 else offset[:, None])
             for side, offset in zip((self._out, self._in), fixed, strict=True)
         )
         return {name: (out[i], into[i]) for i, name in enumerate(self.layers) if name}
 
     def _widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the output and the input width of every row."""
-        return self._out @ widths + self._out_fixed, self._in @ widths + self._in_fixed
+        terms = self._terms.at(widths)
+        return self._out @ terms + self._out_fixed, self._in @ terms + self._in_fixed

@@ -19,14 +19,15 @@ from pruning.graph.recurrent import (
     has_hidden_channels,
     hidden_readers,
 )
-from pruning.graph.rule import Rule, Side
+from pruning.graph.rule import Rule
+from pruning.planning.owned import Terms
 from pruning.utils.modules import eval_mode
 
 
 class Row(NamedTuple):
-    """One term of the closed form.
+    """One row of the closed form.
 
-    The output width is `out @ widths + out_fixed`, the input width `into @ widths + in_fixed`. `params`
+    The output width is `out @ terms + out_fixed`, the input width `into @ terms + in_fixed`. `params`
     and `macs` are multiplied by both widths, `bias` and `bias_macs` by the output width.
     """
 
@@ -44,12 +45,12 @@ class Row(NamedTuple):
 class RowTable:
     """The rows of the closed form, and the costs that do not depend on the widths."""
 
-    def __init__(self, model: nn.Module, trace: Trace, full: np.ndarray):
+    def __init__(self, model: nn.Module, trace: Trace):
         reinstate(trace.inferred)
-        self.trace, self.full = trace, full
-        self.owned = _owned_positions(trace)
+        self.trace, self.terms = trace, Terms(trace)
+        self.full, self.owned = self.terms.full, self.terms.sides
         self.folded = set(trace.foldable.values())
-        self.none = np.zeros(len(full))
+        self.none = np.zeros(len(self.full))
         #: Parameters that no row has counted yet, by name; a shared parameter is listed once.
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.rows: list[Row] = []
@@ -57,6 +58,10 @@ class RowTable:
         self._add_parameters()
         for name, layer in model.named_modules():
             self._add_layer(name, layer)
+        for use, ((rows, rows_fixed), (columns, columns_fixed)) in zip(
+            trace.products, self.terms.counted, strict=True
+        ):
+            self.rows.append(Row("", rows, rows_fixed, columns, columns_fixed, 0.0, use.macs))
 
     def _add_parameters(self) -> None:
         """Add a row for each parameter outside the layers of the table that belongs to a group."""
@@ -183,13 +188,3 @@ class RowTable:
     def _full_product(self, layer: nn.Module, rule: Rule, row: Row) -> float:
         """Return output width times input width at full width."""
         return float(rule.width(layer, "out") * (row.in_fixed + row.into @ self.full))
-
-
-def _owned_positions(trace: Trace) -> dict[tuple[str, Side], np.ndarray]:
-    """Return, by layer and side, the number of positions that a channel of each group owns, (groups,)."""
-    owned: dict[tuple[str, Side], np.ndarray] = {}
-    for i, group in enumerate(trace.groups.values()):
-        for member in group.members:
-            positions = owned.setdefault((member.layer, member.side), np.zeros(len(trace.groups)))
-            positions[i] += len(member.index) / group.channels
-    return owned

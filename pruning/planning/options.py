@@ -31,9 +31,10 @@ class PlanOptions:
             channels in every group, the largest share that meets the budget.
         per_cost: divide the score of a channel by the cost that its removal frees, as a share of
             the excess over each limit that is not met yet; False compares the scores directly.
-        floor: least number of channels that a group keeps.
+        floor: least number of channels that a group keeps; by default `multiple`, or all channels of a
+            group that has fewer.
         most: largest share of a group's channels that one plan drops, 0 to 1.
-        multiple: widths are multiples of this number of channels, or the full width, or the floor.
+        multiple: widths are multiples of this number of channels, or the full width, or a given floor.
         widths: exact widths of some groups: a count, or a percentage of the group's channels.
 
     Raises:
@@ -46,7 +47,7 @@ class PlanOptions:
 
     ranking: str = "global"
     per_cost: bool = True
-    floor: int | Mapping[str, int] = 1
+    floor: int | Mapping[str, int] | None = None
     most: float | Mapping[str, float] = 1.0
     multiple: int = 1
     widths: Mapping[str, int | str] | None = None
@@ -56,7 +57,7 @@ class PlanOptions:
             raise PruningError(f"ranking {self.ranking!r}: expected one of {', '.join(RANKINGS)}")
         if not isinstance(self.multiple, int) or self.multiple < 1:
             raise PruningError(f"multiple {self.multiple!r}: expected a whole number from 1")
-        for where, floor in _by_pattern(self.floor):
+        for where, floor in _by_pattern(self.floor) if self.floor is not None else ():
             if not isinstance(floor, int) or floor < 1:
                 raise PruningError(f"floor {floor!r}{where}: expected a whole number of channels, at least 1")
         for where, share in _by_pattern(self.most):

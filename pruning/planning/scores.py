@@ -37,6 +37,7 @@ from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
 from pruning.utils.modules import device_of, eval_mode
 from pruning.utils.tree import fresh
+from pruning.utils.wrappers import unwrapped
 
 Scores = dict[str, Tensor]
 
@@ -190,6 +191,7 @@ def score_channels(
     >>> score_channels(net, trace(net, torch.zeros(1, 3)), first_channels, [], cross_entropy)
     {'0': tensor([ 0, -1, -2, -3])}
     """
+    model = unwrapped(model)
     reinstate(trace.inferred)
     if not callable(score):
         if score not in BY_NAME:
@@ -245,7 +247,7 @@ def _first_order_change(
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
                 rows = output_rows(model.get_submodule(member.layer), kind, products)
-                change += _per_channel(group, member, rows.sum(1))
+                change += _per_channel(group, member, rows.sum(1), scored=True)
     return change
 
 
@@ -266,11 +268,16 @@ def _weight(model: nn.Module, member: Member) -> Tensor:
     return weight.detach()
 
 
-def _per_channel(group: Group, member: Member, values: Tensor) -> Tensor:
-    """Sum the values at a layer's positions to one value for each channel of the group."""
-    return torch.zeros(group.channels, dtype=torch.float32).index_add_(
-        0, member.channel, values.float().cpu()[member.index]
-    )
+def _per_channel(group: Group, member: Member, values: Tensor, *, scored: bool = False) -> Tensor:
+    """Sum the values at a layer's positions to one value for each channel of the group.
+
+    Args:
+        scored: whether to leave out the positions that do not count for a change of the loss.
+    """
+    each = values.float().cpu()[member.index]
+    if scored and member.scored is not None:
+        each = torch.where(member.scored, each, 0)
+    return torch.zeros(group.channels, dtype=torch.float32).index_add_(0, member.channel, each)
 
 
 def _positions(group: Group, member: Member) -> Tensor:

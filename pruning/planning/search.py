@@ -87,14 +87,15 @@ def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
 
 def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarray:
     """Return the least width of each group, (groups,); a group without scores keeps all channels."""
-    groups = list(trace.groups)
-    floors, shares = per_group(options.floor, groups), per_group(options.most, groups)
+    groups, multiple = list(trace.groups), options.multiple
+    floors = per_group(options.floor, groups) if options.floor is not None else {}
+    shares = per_group(options.most, groups)
 
     def lowest(name: str, channels: int) -> int:
         if name not in order:
             return channels
-        by_share = math.ceil(channels * (1 - shares.get(name, 1.0)) - 1e-9)
-        return min(channels, max(floors.get(name, 1), by_share))
+        by_share = math.ceil((channels * (1 - shares.get(name, 1.0)) - 1e-9) / multiple) * multiple
+        return min(channels, max(floors.get(name, multiple), by_share))
 
     return np.array([lowest(name, g.channels) for name, g in trace.groups.items()], dtype=np.float64)
 

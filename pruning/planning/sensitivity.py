@@ -44,6 +44,7 @@ from pruning.training.losses import cross_entropy
 from pruning.utils.files import replace_file
 from pruning.utils.modules import device_of
 from pruning.utils.tree import Inputs
+from pruning.utils.wrappers import unwrapped
 
 
 def sensitivity(
@@ -84,6 +85,7 @@ def sensitivity(
     >>> [(point.group, point.width, point.params) for point in found.points]
     [('0', 3, 20), ('0', 2, 14), ('0', 1, 8)]
     """
+    model = unwrapped(model)
     if score == "sensitivity":
         raise PruningError("the channels of a group cannot be ordered by sensitivity; choose another score")
     traced, device = trace(model, example_inputs, ignored), device_of(model)
@@ -94,7 +96,6 @@ def sensitivity(
     settings: list[object] = [widths, str(score), finetune and asdict(finetune), sorted(traced.ignored)]
     file = _ResultFile(path, _fingerprint(model, settings, validation))
     result = file.resume(sweep.dense_result(order))
-
     points, done = points_to_measure(traced, widths), {(p.group, p.width) for p in result.points}
     todo = [point for point in points if point not in done]
     with tqdm(total=len(todo) + len(done), initial=len(done), desc=label, disable=None, leave=False) as bar:

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.graph.groups import Group, Ignored
+from pruning.graph.groups import Group, Ignored, Trace
 from pruning.graph.layers import makes_channels
 from pruning.graph.plan import Plan
 from pruning.planning.cost import Cost, CostModel, uncounted
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify, with_random_weights
 from pruning.tracing.trace import trace
+from pruning.utils.entries import Also
 from pruning.utils.modules import buffers_unchanged
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 
@@ -126,7 +128,14 @@ class Diagnosis:
 
 
 @buffers_unchanged
-def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) -> Diagnosis:
+def doctor(
+    model: nn.Module,
+    inputs: Inputs,
+    ignored: Iterable[Ignored] = (),
+    *,
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
+) -> Diagnosis:
     """Diagnose what can be pruned in a model; the model is not changed.
 
     Args:
@@ -134,6 +143,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         inputs: example inputs with a batch dimension: a tensor, a sequence of arguments, or a mapping of
             keyword arguments.
         ignored: layers that must keep all their channels: name patterns, types or instances.
+        outputs, also: which outputs count, and other ways to call the model, as in `trace`.
 
     Returns:
         The groups and the cost of their channels, the layers that keep all their channels with the
@@ -153,7 +163,7 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         >>> list(found.skipped), found.trial
         (['3'], '')
     """
-    traced = trace(model, inputs, ignored)
+    traced = trace(model, inputs, ignored, outputs=outputs, also=also)
     cost_model = CostModel(model, traced)
     full = cost_model.full
     cost = cost_model(full)
@@ -162,16 +172,6 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         _facts(model, group, *(freed[what][i] / max(1, getattr(cost, what)) for what in ("params", "macs")))
         for i, group in enumerate(traced.groups.values())
     ]
-    plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
-    trial = ""
-    if groups:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                # A weight of 0 would hide errors in the channels that it reads; random weights do not.
-                randomized = with_random_weights(model, inputs)
-                verify(randomized, apply(randomized, traced, plan), traced, plan, inputs)
-        except PruningError as error:
-            trial = str(error)
     return Diagnosis(
         type(model).__name__,
         cost,
@@ -180,8 +180,23 @@ def doctor(model: nn.Module, inputs: Inputs, ignored: Iterable[Ignored] = ()) ->
         traced.skipped,
         [size.name for size in traced.sizes],
         uncounted(model),
-        trial,
+        _trial(model, traced, inputs),
     )
+
+
+def _trial(model: nn.Module, traced: Trace, inputs: Inputs) -> str:
+    """Remove every second channel; return what is wrong with the result, or "" if it is right."""
+    plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
+    if not plan.keep:
+        return ""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # A weight of 0 would hide errors in the channels that it reads; random weights do not.
+            randomized = with_random_weights(model, inputs)
+            verify(randomized, apply(randomized, traced, plan), traced, plan, inputs)
+    except PruningError as error:
+        return str(error)
+    return ""
 
 
 def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupFacts:

@@ -11,15 +11,21 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from pruning.checkpoint import read
 from pruning.errors import PruningError, UserError
 from pruning.planning.budget import LABELS
 from pruning.planning.curves import Sensitivity
 from pruning.report import plots
-from pruning.report.figures import png, svg
+from pruning.report.figures import svg
 from pruning.report.plots import Event
+from pruning.report.prediction_tables import (
+    Thumbnails,
+    class_names,
+    confusion_matrix,
+    wrong_predictions,
+)
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
 from pruning.utils.files import replace_file
 from pruning.utils.html import render
@@ -30,8 +36,8 @@ if TYPE_CHECKING:
 #: Rows of a table; each cell is converted to text.
 Rows: TypeAlias = list[list[object]]
 
-#: Largest number of groups whose scales are plotted, and of classes in a confusion matrix.
-MAX_HISTOGRAMS, MAX_CLASSES = 16, 30
+#: Largest number of groups whose scales are plotted.
+MAX_HISTOGRAMS = 16
 
 
 class Picture(NamedTuple):
@@ -39,20 +45,6 @@ class Picture(NamedTuple):
 
     svgs: list[str]
     caption: str
-
-
-class Thumbnails(NamedTuple):
-    """Images embedded in the page, each as PNG in base64 with a text below it, and their caption."""
-
-    images: list[tuple[str, str]]
-    caption: str
-
-
-class Confusion(NamedTuple):
-    """A confusion matrix: names of the classes, and rows of (count, strength of the color in percent)."""
-
-    classes: list[str]
-    rows: list[list[tuple[int, int]]]
 
 
 def report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -137,8 +129,9 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
     if predictions.exists():
         with _errors_name(predictions):
             found = json.loads(predictions.read_text())
-            names = _classes(saved, len(found["confusion"]["small"]))
-            thumbnails, confusion = _thumbnails(found, names), _confusion(found, names)
+            names = class_names(saved, len(found["confusion"]["small"]))
+            compared = "given" if any(event.get("trained") for event in events) else "dense"
+            thumbnails, confusion = wrong_predictions(found, names, compared), confusion_matrix(found, names)
     return {
         "title": f"{folder.name}: pruning report",
         "name": folder.name,
@@ -210,9 +203,7 @@ def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
         for key in ("params", "macs", "channels")
         if first.get(key)
     ]
-    best = _best_validation(events)
-    if best is not None:
-        cards.append((f"{100 * best:.2f} %", "best validation of the last stage"))
+    cards += _validations(events)
     measured = folder / "indicators.json"
     if measured.exists():
         with _errors_name(measured):
@@ -222,6 +213,25 @@ def _cards(folder: Path, events: Sequence[Event]) -> list[tuple[str, str]]:
                 (f"{found['infer_time_ms']:.4f} ms", f"per image at batch {found['batch_size']}"),
             ]
     return cards
+
+
+def _validations(events: Sequence[Event]) -> list[tuple[str, str]]:
+    """Return the validation scores of the given network, if it was trained, of stage 1 and of the result."""
+    found: list[tuple[float | None, str]] = [
+        (event.get("validation"), text)
+        for stage, text in (
+            ("dense", "validation of the given network"),
+            ("sparsify", "validation after stage 1"),
+        )
+        for event in events
+        if event["stage"] == stage
+    ]
+    result = next((event for event in events if event["stage"] == "result"), None)
+    if result is None:
+        found.append((_best_validation(events), "best validation of the last stage"))
+    else:
+        found.append((result["validation"], f"validation of the result, made by {result['made_by']}"))
+    return [(f"{100 * score:.2f} %", text) for score, text in found if score is not None]
 
 
 def _best_validation(events: Sequence[Event]) -> float | None:
@@ -293,45 +303,3 @@ def _scales(events: Sequence[Event]) -> list[Picture]:
         for name, values in shown.items()
     ]
     return [_picture(caption, *figures)]
-
-
-def _classes(saved: Mapping[str, object] | None, count: int) -> list[str]:
-    """Return the names of the classes as the result's checkpoint has them, else their numbers."""
-    names = (saved or {}).get("classes")
-    if isinstance(names, Sequence) and len(names) == count:
-        return [str(name) for name in names]
-    return [str(i) for i in range(count)]
-
-
-def _thumbnails(found: Mapping[str, Any], classes: Sequence[str]) -> list[Thumbnails]:
-    """Return the images of `mistakes.json`, which only one of two networks classifies correctly."""
-    shown = []
-    for kind, right, wrong in (("lost", "dense", "small"), ("won", "small", "dense")):
-        kept = [example for example in found[kind] if example["image"]]
-        if kept:
-            images = [
-                (base64.b64encode(png(example["image"])).decode(),
-                 f"{classes[example['truth']]}, not {classes[example[wrong]]}")
-                for example in kept
-            ]  # fmt: skip
-            caption = (
-                f"Validation images that only the {right} network classifies correctly "
-                f"({len(kept)} of {found['count'][kind]}), with the true class and the class that the "
-                f"{wrong} network predicts."
-            )
-            shown.append(Thumbnails(images, caption))
-    return shown
-
-
-def _confusion(found: Mapping[str, Any], classes: Sequence[str]) -> Confusion | None:
-    """Return the small network's confusion matrix, in which only wrong predictions are colored."""
-    counts = found["confusion"]["small"]
-    if len(counts) > MAX_CLASSES:
-        return None
-    wrong = [[0 if i == j else n for j, n in enumerate(row)] for i, row in enumerate(counts)]
-    most = max(1, *(n for row in wrong for n in row))
-    rows = [
-        [(count, round(100 * n / most)) for count, n in zip(*pair, strict=True)]
-        for pair in zip(counts, wrong, strict=True)
-    ]
-    return Confusion(list(classes), rows)

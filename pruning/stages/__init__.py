@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from pruning.stages.config import PruneConfig, SlimConfig
     from pruning.stages.feasibility import feasible, reachable
     from pruning.stages.finetune import tune
+    from pruning.stages.paced_pull import PacedPull
     from pruning.stages.prune import Step
     from pruning.stages.run import Run
+    from pruning.stages.scale_pull import ScalePull
     from pruning.stages.scales import ChannelScales
     from pruning.stages.slim import Slimmed
-    from pruning.stages.sparsify import ScalePull
 
 __all__ = [
     "ChannelScales",
+    "PacedPull",
     "PruneConfig",
     "Run",
     "ScalePull",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pruning.errors import PruningError
@@ -10,6 +10,9 @@ from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.options import RANKINGS, SCORES, PlanOptions
 from pruning.training.config import OPTIMIZERS, TrainConfig
 from pruning.utils.settings import Setting, Stage, require_valid
+
+#: Peak learning rates of an untrained network in stages 1 and 2; `OPTIMIZERS` has those of stage 3.
+SPARSIFY_RATE, RECOVER_RATE = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class PruneConfig:
         int,
         Setting("pruning steps, each of which reduces the cost by the same ratio", metavar="N", least=1),
     ]
-    recover: Annotated[TrainConfig, Stage("recover", when="after each pruning step")]
+    recover: Annotated[
+        TrainConfig,
+        Stage("recover", when="after each pruning step", unset={"lr": str(RECOVER_RATE)}),
+    ]
     score: Annotated[str, Setting("importance of a channel", choices=SCORES)] = "taylor"
     layers: Annotated[
         bool,
@@ -37,7 +43,10 @@ class PruneConfig:
             choices=RANKINGS,
         ),
     ] = "global"
-    floor: Annotated[int, Setting("fewest channels that every group keeps", metavar="N", least=1)] = 1
+    floor: Annotated[
+        int | None,
+        Setting("fewest channels that every group keeps (default: --multiple)", metavar="N", least=1),
+    ] = None
     most: Annotated[
         float,
         Setting("largest share of a group's channels removed in one step", metavar="SHARE", above=0, most=1),
@@ -45,7 +54,7 @@ class PruneConfig:
     multiple: Annotated[
         int,
         Setting(
-            "round widths to multiples of N channels; the full width and the floor are also allowed",
+            "round widths to multiples of N channels; the full width and a given floor are also allowed",
             metavar="N",
             least=1,
         ),
@@ -61,9 +70,9 @@ class PruneConfig:
 
 
 #: Default settings of the stages.
-_SPARSIFY = TrainConfig(8, lr=0.1, weight_decay=1e-3)
-_PRUNE = PruneConfig(5, TrainConfig(2, lr=0.05, weight_decay=1e-3))
-_FINETUNE = TrainConfig(40, lr=0.1, weight_decay=1e-3)
+_SPARSIFY = TrainConfig(8, weight_decay=1e-3)
+_PRUNE = PruneConfig(5, TrainConfig(2, weight_decay=1e-3))
+_FINETUNE = TrainConfig(40, weight_decay=1e-3)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class SlimConfig:
     """The three stages of slimming. Each field states its meaning and bounds.
 
     The defaults are the settings with which this project prunes its main example; only the budget has
-    no default.
+    no default. Peak learning rates that are not given are those of an untrained network (`SPARSIFY_RATE`,
+    `RECOVER_RATE`, `OPTIMIZERS`), or, of a trained one, the result of a range test.
 
     Raises:
         PruningError: a setting is out of its bounds, or `sparsify.ema` is not 0.
@@ -81,7 +91,9 @@ class SlimConfig:
     """
 
     budget: Budget | LatencyBudget
-    sparsify: Annotated[TrainConfig, Stage("sparsify", group="stage 1")] = _SPARSIFY
+    sparsify: Annotated[TrainConfig, Stage("sparsify", group="stage 1", unset={"lr": str(SPARSIFY_RATE)})] = (
+        _SPARSIFY
+    )
     prune: Annotated[PruneConfig, Stage(group="stage 2")] = _PRUNE
     finetune: Annotated[
         TrainConfig,
@@ -132,6 +144,17 @@ class SlimConfig:
         ),
     ] = False
 
+    rate: Annotated[
+        float | None,
+        Setting(
+            "peak learning rate of every stage without one of its own; stage 2 takes half of it (default: of "
+            "a trained network, found by a range test; of an untrained one, those of the stages)",
+            metavar="RATE",
+            above=0,
+            group="training",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         require_budget(self.budget)
         require_valid(self)
@@ -158,6 +181,38 @@ class SlimConfig:
         """Return the total number of epochs of all stages."""
         return self.sparsify.epochs + self.prune.iterations * self.prune.recover.epochs + self.finetune.epochs
 
+    def with_rates(self, found: float | None = None) -> SlimConfig:
+        """Return the settings with a peak learning rate for every stage that has none.
+
+        Args:
+            found: peak learning rate of a trained network; None for an untrained one. `rate` precedes it.
+
+        >>> config = SlimConfig(Budget(macs="50%"))
+        >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.02).finetune)]
+        [0.1, 0.02]
+        """
+        rate = found if self.rate is None else self.rate
+        last = OPTIMIZERS[self.finetune.optimizer]
+        if rate is None:
+            rates = (SPARSIFY_RATE, RECOVER_RATE, last)
+        elif self.rate is None and (self.restart or self.finetune.optimizer != self.sparsify.optimizer):
+            rates = (rate, rate / 2, last)  # fresh weights, or steps of another size
+        else:
+            rates = (rate, rate / 2, rate)
+        stages = (self.sparsify, self.prune.recover, self.finetune)
+        sparsify, recover, finetune = (
+            stage if stage.lr is not None else replace(stage, lr=lr)
+            for stage, lr in zip(stages, rates, strict=True)
+        )
+        prune = replace(self.prune, recover=recover)
+        return replace(self, sparsify=sparsify, prune=prune, finetune=finetune)
+
+    @property
+    def has_rates(self) -> bool:
+        """Return whether every stage has a peak learning rate, so that none needs to be found."""
+        stages = (self.sparsify, self.prune.recover, self.finetune)
+        return self.rate is not None or all(stage.lr is not None for stage in stages)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as plain data."""
-        return asdict(self)
+        """Return the settings as plain data; `rate`, which earlier versions did not have, only if given."""
+        return {key: value for key, value in asdict(self).items() if key != "rate" or value is not None}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.stages.run import Progress, Run
-from pruning.training.batches import BatchSource
+from pruning.stages.progress import Progress
+from pruning.stages.run import Run
+from pruning.training.batches import Batch, BatchSource
 from pruning.training.config import TrainConfig
 from pruning.training.distillation import with_teacher
 from pruning.training.fake_quantize import Rounding
@@ -33,6 +34,7 @@ def finetune(
     after_step: Callable[[float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     extra: Stateful | None = None,
+    statistics: Sequence[Batch] = (),
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
@@ -45,8 +47,8 @@ def finetune(
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
         extra: see `fit`; cannot be combined with `int8`, which stores its activation ranges there.
-        batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, label,
-            resume: see `fit`.
+        batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, statistics,
+            label, resume: see `fit`.
 
     Returns:
         The model in eval mode.
@@ -66,7 +68,7 @@ def finetune(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=extra, label=label, resume=resume,
+            extra=extra, statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
 
     if not int8:

@@ -26,7 +26,9 @@ from pruning.tracing.trace import require_groups, trace
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy
 from pruning.utils import distributed
+from pruning.utils.entries import Also
 from pruning.utils.modules import buffers_unchanged, device_of
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh
 
 
@@ -68,6 +70,19 @@ class StepSettings:
     options: PlanOptions = DEFAULT_OPTIONS
     check: bool = True
     refit: bool = False
+    outputs: Outputs = None
+    also: tuple[Also, ...] = ()
+
+    def traced(self, model: nn.Module, example_inputs: Inputs) -> Trace:
+        """Trace a model with these settings."""
+        return trace(
+            model,
+            example_inputs,
+            self.ignored,
+            compare=self.check,
+            outputs=self.outputs,
+            also=self.also,
+        )
 
 
 def prune(
@@ -85,11 +100,13 @@ def prune(
     refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
-    floor: int | Mapping[str, int] = 1,
+    floor: int | Mapping[str, int] | None = None,
     most: float | Mapping[str, float] = 1.0,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
     dense: nn.Module | None = None,
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
 
@@ -104,15 +121,15 @@ def prune(
         loss: loss of the calibration batches, for the score `taylor`.
         ignored: layers that keep their channels: name patterns, types or instances.
         remove: names of whole layers to remove first (see `removable`).
-        towards: budget of the last of several steps, as counts. The step then keeps every channel
-            that a plan for this budget keeps; otherwise it might remove channels to meet one limit
-            that the final budget has room for.
+        towards: budget of the last of several steps, as counts. The step then keeps every channel that
+            a plan for this budget keeps: it removes none to meet a limit with room in the final budget.
         check: compare the outputs with those that the plan implies (see `verify`).
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
-            squares on the calibration inputs (see `pruning.surgery.refit.refit`). This takes the place of
-            recalibrating BatchNorm, and of training where there is none. Targets may be None.
+            squares on the calibration inputs, instead of recalibrating BatchNorm (see
+            `pruning.surgery.refit.refit`). Targets may be None.
         ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
+        outputs, also: which outputs count, and other ways to call the model, as in `trace`.
 
     Raises:
         PruningError: if the model cannot be traced or has no prunable group, if the budget cannot be
@@ -122,8 +139,8 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
-    settings = StepSettings(score, list(calibration), loss, tuple(ignored), options, check, refit)
+    options, batches = PlanOptions(ranking, per_cost, floor, most, multiple, widths), list(calibration)
+    settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
     )
@@ -150,7 +167,7 @@ def prune_step(
         raise PruningError("refit=True needs calibration batches, and there are none; give a few")
     if dense is not None and isinstance(budget, Budget):
         raise PruningError("dense: only a LatencyBudget is relative to another network; leave dense out")
-    traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
+    traced = settings.traced(model, example_inputs)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
@@ -205,7 +222,7 @@ def _without_layers(
                 f"{', '.join(candidates) or 'none'}"
             )
         model = without_layer(model, traced, candidates[name], batches)
-        traced = trace(model, example_inputs, settings.ignored, compare=settings.check)
+        traced = settings.traced(model, example_inputs)
     recalibrate(model, map(fresh, batches))
     return model, traced
 

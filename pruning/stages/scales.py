@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pruning.graph.groups import Trace
 from pruning.planning.cost import Cost, CostModel
+from pruning.utils.wrappers import unwrapped
 
 
 class ScaledNorm(NamedTuple):
@@ -41,6 +43,7 @@ class ChannelScales:
     """
 
     def __init__(self, model: nn.Module, traced: Trace, cost_model: CostModel | None = None):
+        model = unwrapped(model)
         self.trace = traced
         self.cost_model = cost_model or CostModel(model, traced)
         self.dense = self.cost_model(self.cost_model.full)
@@ -72,3 +75,10 @@ class ChannelScales:
     def left(self) -> Cost:
         """Return the cost of the network without the channels whose scales are 0."""
         return self.cost_model({group: max(1, width) for group, width in self.alive().items()})
+
+
+def joined(widths: Mapping[str, int]) -> str:
+    """Return widths as text, `3-7-8-12` in the order of the groups; above 12 groups only their sum."""
+    if len(widths) <= 12:
+        return "-".join(str(w) for w in widths.values())
+    return f"{sum(widths.values()):,} channels in {len(widths)} groups"

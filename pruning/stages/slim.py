@@ -1,7 +1,8 @@
 """The three stages as one pipeline, which can be interrupted at any time and resumed.
 
 >>> import torch
->>> from pruning.stages.config import PruneConfig
+>>> from pruning.stages.config import PruneConfig, SlimConfig
+>>> from pruning.training import TrainConfig
 >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
 >>> one = TrainConfig(epochs=1)
@@ -13,41 +14,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from torch import nn
 
-from pruning.errors import PruningError
 from pruning.graph.groups import Ignored
 from pruning.planning.budget import Budget, LatencyBudget
 from pruning.planning.width_sweep import Batch
 from pruning.stages.config import SlimConfig
 from pruning.stages.feasibility import feasible
 from pruning.stages.finetune import finetune
+from pruning.stages.given import Given, assess
 from pruning.stages.layer_search import LayerSearch
+from pruning.stages.pipeline import Pipeline
+from pruning.stages.progress import Progress
 from pruning.stages.prune import Step, StepSettings, prune_step
-from pruning.stages.run import Progress, Run
-from pruning.stages.scales import ChannelScales
+from pruning.stages.run import Run
+from pruning.stages.slim_arguments import settings_of, two_examples, validation_of
 from pruning.stages.sparsify import sparsify
-from pruning.surgery.batchnorm import equalize
-from pruning.tracing.trace import trace
-from pruning.training.batches import BatchSource, first_batch, to_device
-from pruning.training.config import TrainConfig
+from pruning.training.batches import BatchSource
 from pruning.training.distillation import with_teacher
-from pruning.training.loop import fit
 from pruning.training.losses import (
     Loss,
     Validate,
-    accuracy,
     cross_entropy,
-    validation_score,
-    why_not_classifier,
 )
-from pruning.utils.batch import find_batch
-from pruning.utils.modules import device_of, fresh_weights
+from pruning.training.range_test import range_test
+from pruning.utils import distributed
 from pruning.utils.tree import Inputs
+from pruning.utils.wrappers import unwrapped
 
 #: Number of training batches used for calibration if no calibration batches are given.
 CALIBRATION_BATCHES = 16
@@ -58,14 +54,26 @@ class Slimmed:
     """The result of `slim`.
 
     Attributes:
-        model: the small model, BatchNorm not folded.
-        dense: the model after stage 1.
+        model: the small model, BatchNorm not folded: the best of the run within the budget.
+        sparsified: the model after stage 1.
         epochs: number of epochs trained, including those of trials.
+        given: the model that `slim` was given, and `reference` what is known of it.
+        stage: the stage that made the small model.
+        score: validation score of the small model.
     """
 
     model: nn.Module
-    dense: nn.Module
+    sparsified: nn.Module
     epochs: int
+    given: nn.Module
+    reference: Given
+    stage: str
+    score: float
+
+    @property
+    def dense(self) -> nn.Module:
+        """Return the dense network to compare with: the given one if it was trained, else that of stage 1."""
+        return self.given if self.reference.trained else self.sparsified
 
 
 def slim(
@@ -86,7 +94,10 @@ def slim(
 ) -> Slimmed:
     """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
-    1. Train with an L1 penalty on the BatchNorm scales.
+    The given network is validated. If it is trained, stage 1 is paced (`PacedPull`), and a range test finds
+    peak learning rates where none are given. The result is the best network within the budget.
+
+    1. Train with a pull on the BatchNorm scales.
     2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
     3. Fine-tune, or train from newly initialized weights, and keep the best epoch.
 
@@ -96,131 +107,110 @@ def slim(
         example_inputs, ignored: see `trace`; the inputs are by default two examples of the first batch.
         config, budget: the settings; or only the budget, for the settings `SlimConfig.within(budget)`.
         validate: maps a model to its validation score, higher is better; or batches for the accuracy.
-        target: result of `feasible`, if it was called before.
+        target: result of `feasible`, if known.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
-        teacher: teacher for `config.distill`; by default the model after stage 1.
-        run: stores the state after every epoch; if it holds a state, the pipeline resumes from it.
-        log: function that receives one line per stage and pruning step.
+        teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
+        run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.
 
     Raises `PruningError` before any training if `feasible` does.
     """
-    config, ignored, device = _settings(config, budget, batches), tuple(ignored), device_of(model)
-    validate = _validation(model, validate)
-    if calibration is None:
-        calibration = list(itertools.islice(batches, CALIBRATION_BATCHES))
-    if example_inputs is None:
-        example_inputs = _two_examples(model, to_device(first_batch(batches), device)[0])
+    model, config, ignored = unwrapped(model), settings_of(config, budget, batches), tuple(ignored)
+    score, examples = validation_of(model, validate)
+    calibration = list(itertools.islice(batches, CALIBRATION_BATCHES) if calibration is None else calibration)
+    example_inputs = two_examples(model, batches) if example_inputs is None else example_inputs
     progress = Progress(run, model)
-    target = progress.target or target
-    target = target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
+    target = (
+        progress.target or target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
+    )
     progress.state["target"] = target.limits()
-    state = _Pipeline(
-        model, progress.network, example_inputs, batches, loss, validate, config, target,
-        StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options), progress, log,
-    )  # fmt: skip
+    given = progress.given or progress.record(_given(model, score, examples, calibration, loss, config, log))
+    settings = StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options)
+    state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score,
+                     config.with_rates(given.rate), target, settings, progress, log)  # fmt: skip
 
     if progress.stage == 0:
         _sparsify(state)
-    if config.distill:
-        _add_teacher(state, teacher or progress.dense)
+    _add_teacher(state, teacher)
     if config.prune.layers and progress.stage == 0:
         _find_superfluous_layers(state)
     _prune(state)
     _finetune(state)
-    return Slimmed(state.network, progress.dense, config.epochs + progress.state.get("trial_epochs", 0))
+    return _result(state)
 
 
-@dataclass
-class _Pipeline:
-    """The data that the three stages share, and the network in its current state.
-
-    Attributes:
-        given: the dense model that `slim` was given.
-        network: the network in training; each stage replaces it.
-        batches: training batches; their targets may include the teacher's outputs.
-        loss: training loss; with a teacher it includes distillation.
-        target: the budget, as counts.
-        settings: settings of every pruning step.
-        removed: whole layers that the next pruning step removes.
-    """
-
-    given: nn.Module
-    network: nn.Module
-    example_inputs: Inputs
-    batches: BatchSource
-    loss: Loss
-    validate: Validate
-    config: SlimConfig
-    target: Budget
-    settings: StepSettings
-    progress: Progress
-    log: Callable[[str], None]
-    removed: tuple[str, ...] = ()
-
-    def scales(self, network: nn.Module) -> ChannelScales:
-        """Read the BatchNorm scales of a network."""
-        return ChannelScales(network, trace(network, self.example_inputs, self.settings.ignored))
-
-    def equalized(self, network: nn.Module) -> nn.Module:
-        """Return an equivalent network whose BatchNorm channels have scales of equal size."""
-        return equalize(network, trace(network, self.example_inputs), self.example_inputs)
-
-    def initialized(self, pruned: nn.Module) -> nn.Module:
-        """Return a pruned network with the weights from which stage 3 trains it."""
-        return fresh_weights(pruned) if self.config.restart else self.equalized(pruned)
-
-    def train(
-        self, network: nn.Module, config: TrainConfig, label: str, stage: int | None = None
-    ) -> nn.Module:
-        """Train a network in place; the training of a numbered stage is recorded and resumable."""
-        return fit(
-            network,
-            self.batches,
-            config,
-            loss=self.loss,
-            validate=self.validate,
-            on_epoch=None if stage is None else self.progress.recorder(stage, label, network),
-            label=label,
-            resume=None if stage is None else self.progress.resume(stage),
-        )
+def _given(
+    model: nn.Module,
+    score: Validate,
+    examples: Iterable[Batch] | None,
+    calibration: Sequence[Batch],
+    loss: Loss,
+    config: SlimConfig,
+    log: Callable[[str], None],
+) -> Given:
+    """Validate the given network, and find the peak learning rate that suits it if it is trained."""
+    given = assess(model, score, examples, calibration, loss)
+    line = f"given network: {given}"
+    if given.trained and not config.has_rates:
+        rate = range_test(model, calibration, config.sparsify, loss=loss)
+        given = replace(given, rate=distributed.broadcast(rate))
+        line += f"; a range test finds a peak rate of {given.rate:.2g}"
+    log(line)
+    return given
 
 
-def _sparsify(state: _Pipeline) -> None:
-    """Stage 1: train with an L1 penalty on the scales; a channel whose scale becomes 0 can be removed."""
-    label, config, progress = "stage 1, sparsify", state.config, state.progress
-    scales, strength = state.scales(state.network), config.strength
+def _sparsify(state: Pipeline) -> None:
+    """Stage 1: train with a pull on the scales; a channel whose scale becomes 0 can be removed."""
+    label, config, progress, log = "stage 1, sparsify", state.config, state.progress, state.log
+    scales, strength, train = state.scales(state.network), config.strength, config.sparsify
     if progress.resume(0) is None:
-        progress.begin(scales, state.target)
+        progress.begin(scales, state.target, state.given)
+        if state.given.trained and not state.target.excess(scales.dense):
+            progress.consider("the given network", state.given.score, state.network)
+    pace = None
     if strength is None and not scales.norms:
-        state.log(f"{label}: no prunable group has BatchNorm scales, so it trains without a pull")
-        strength = 0.0
+        log(f"{label}: no prunable group has BatchNorm scales, so {_without_scales(state)}")
+        strength, train = 0.0, replace(train, epochs=0 if state.given.trained else train.epochs)
+    elif strength is None and state.given.trained:
+        pace = config.prune.floor
     sparsify(
         state.network,
         state.batches,
-        config.sparsify,
+        train,
         state.example_inputs,
         strength=strength,
         budget=state.target,
+        pace=pace,
         ignored=state.settings.ignored,
         loss=state.loss,
         validate=state.validate,
         on_epoch=progress.recorder(0, label, state.network),
+        statistics=state.statistics,
         label=label,
         resume=progress.resume(0),
     )
     scales, validation = state.scales(state.network), state.validate(state.network)
-    state.log(f"{label}: {progress.end_sparsify(state.network, scales, validation)}")
+    note = state.noted(
+        validation, f"train it for more epochs (now {train.epochs}) or at a lower rate (now {train.peak:.2g})"
+    )
+    log(f"{label}: {progress.end_sparsify(state.network, scales, validation)}{note}")
 
 
-def _add_teacher(state: _Pipeline, teacher: nn.Module) -> None:
-    """Add the teacher's outputs to the batches and the loss of stages 2 and 3."""
+def _without_scales(state: Pipeline) -> str:
+    return "there is nothing to train" if state.given.trained else "it trains without a pull"
+
+
+def _add_teacher(state: Pipeline, teacher: nn.Module | None) -> None:
+    """Add the teacher's outputs to the batches and the loss of stages 2 and 3, if that is asked."""
     config = state.config
+    if not config.distill:
+        return
+    teacher = teacher or (state.model if state.given.trained else state.progress.dense)
     state.batches, state.loss = with_teacher(
         teacher, state.batches, config.distill, config.temperature, state.loss
     )
 
 
-def _find_superfluous_layers(state: _Pipeline) -> None:
+def _find_superfluous_layers(state: Pipeline) -> None:
     """Before stage 2: find whole layers whose removal raises the validation score at the same budget."""
     finetune_config, progress = state.config.finetune, state.progress
     brief = replace(finetune_config, epochs=-(-finetune_config.epochs // 10), ema=0.0)
@@ -240,24 +230,55 @@ def _find_superfluous_layers(state: _Pipeline) -> None:
     progress.state["trial_epochs"] = brief.epochs * trials
 
 
-def _prune(state: _Pipeline) -> None:
+def _prune(state: Pipeline) -> None:
     """Stage 2: prune in equal ratios towards the budget, and train after each step."""
     config, progress = state.config.prune, state.progress
     for iteration in range(max(1, progress.stage), config.iterations + 1):
         label = f"stage 2, iteration {iteration}/{config.iterations}"
         line = progress.line
         if progress.resume(iteration) is None:
+            if _has_nothing_to_do(state, iteration):
+                state.log(f"{label}: not run, the network is within its budget already")
+                progress.state["skipped"] = progress.state.get("skipped", 0) + 1
+                continue
             step = _pruning_step(state, iteration)
             state.network, state.removed = step.model, ()
             # Scales of equal size train better, but bn_scale needs the trained scales in the next step.
             if config.score != "bn_scale":
                 state.network = state.equalized(state.network)
+            state.meets = _meets(state, label, iteration)
             line = progress.note_step(label, step, state.validate(state.network))
+        state.meets = _meets(state, label, iteration)
         state.network = state.train(state.network, config.recover, label, iteration)
-        state.log(f"{label}: {line}, {state.validate(state.network):.4f} after training")
+        score = state.validate(state.network)
+        note = state.noted(
+            score,
+            f"recover for more epochs (now {config.recover.epochs}), in more iterations (now "
+            f"{config.iterations}) or at another rate (now {config.recover.peak:.2g})",
+        )
+        state.log(f"{label}: {line}, {score:.4f} after training{note}")
 
 
-def _pruning_step(state: _Pipeline, iteration: int) -> Step:
+def _has_nothing_to_do(state: Pipeline, iteration: int) -> bool:
+    """Return whether the network, if it is trained, meets the budget of an iteration without a step."""
+    iterations = state.config.prune.iterations
+    if not state.given.trained or (
+        isinstance(state.config.budget, LatencyBudget) and iteration == iterations
+    ):
+        return False
+    share = state.target.share(state.progress.start, iteration, iterations)
+    return not share.excess(state.scales(state.network).dense) and not state.removed
+
+
+def _meets(state: Pipeline, label: str, iteration: int) -> str:
+    """Return the label of an iteration if its network meets the budget, else nothing."""
+    is_last = iteration == state.config.prune.iterations
+    if is_last or not state.given.trained or isinstance(state.config.budget, LatencyBudget):
+        return label if is_last else ""
+    return "" if state.target.excess(state.scales(state.network).dense) else label
+
+
+def _pruning_step(state: Pipeline, iteration: int) -> Step:
     """Prune to this iteration's share of the budget; the last iteration meets the budget itself."""
     iterations, budget = state.config.prune.iterations, state.config.budget
     is_last = iteration == iterations
@@ -269,13 +290,14 @@ def _pruning_step(state: _Pipeline, iteration: int) -> Step:
         state.settings,
         remove=state.removed,
         towards=None if is_last else state.target,
-        dense=state.given if is_last and isinstance(budget, LatencyBudget) else None,
+        dense=state.model if is_last and isinstance(budget, LatencyBudget) else None,
     )
 
 
-def _finetune(state: _Pipeline) -> None:
+def _finetune(state: Pipeline) -> None:
     """Stage 3: train the pruned network, and keep its best epoch."""
     label, config, progress = "stage 3, fine-tune", state.config.finetune, state.progress
+    state.meets = label
     last = state.config.prune.iterations + 1
     if progress.resume(last) is None:
         state.network = state.initialized(state.network)
@@ -285,43 +307,39 @@ def _finetune(state: _Pipeline) -> None:
         config,
         loss=state.loss,
         validate=state.validate,
+        keep_start=state.given.trained and not state.config.restart,
         on_epoch=progress.recorder(last, label, state.network),
+        statistics=state.statistics,
         label=label,
         resume=progress.resume(last),
     )
-    state.log(f"{label}: {config.epochs} epochs, best validation {state.validate(state.network):.4f}")
+    score = state.validate(state.network)
+    note = state.noted(
+        score,
+        f"fine-tune for more epochs (now {config.epochs}) or at another rate (now {config.peak:.2g}), or "
+        "allow a larger budget",
+    )
+    state.log(f"{label}: {config.epochs} epochs, best validation {score:.4f}{note}")
 
 
-def _two_examples(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return the first two examples of a batch."""
-    return find_batch(model, inputs).first(inputs, 2)
-
-
-def _settings(
-    config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
-) -> SlimConfig:
-    """Return the settings given by `config` or `budget`; reject batches that can be read only once."""
-    if (config is None) == (budget is None):
-        given = "neither" if config is None else "both"
-        raise PruningError(f"slim needs either a config or a budget, got {given}: give exactly one")
-    if isinstance(batches, Iterator):
-        raise PruningError(
-            f"training batches are a {type(batches).__name__}, an iterator that can be read only once: give "
-            "a list or a DataLoader, which can be read in every epoch"
-        )
-    return config or SlimConfig.within(budget or Budget())
-
-
-def _validation(model: nn.Module, validate: Validate | Iterable[Batch]) -> Validate:
-    """Return `validate` as a function; reject batches on which accuracy cannot be computed."""
-    if callable(validate):
-        return partial(validation_score, validate)
-    if not isinstance(validate, Iterable) or isinstance(validate, Iterator):
-        raise PruningError(
-            f"validate is a {type(validate).__name__}: give a function of the model, or batches that can be "
-            "read after every epoch (a list or a DataLoader)"
-        )
-    reason = why_not_classifier(model, validate)
-    if reason is not None:
-        raise PruningError(reason)
-    return partial(validation_score, lambda network: accuracy(network, validate))
+def _result(state: Pipeline) -> Slimmed:
+    """Return the best network of the run that meets the budget, whichever stage made it."""
+    config, progress, best = state.config, state.progress, state.progress.best
+    assert best is not None  # stage 3 ends with a validation
+    if best.stage != state.meets:
+        state.network = best.network
+        state.log(f"the best network within the budget is that of {best.stage}: validation {best.score:.4f}")
+        progress.note(stage="result", made_by=best.stage, validation=best.score)
+    elif state.given.trained:
+        progress.note(stage="result", made_by=best.stage, validation=best.score)
+    iterations = config.prune.iterations - progress.state.get("skipped", 0)
+    epochs = config.sparsify.epochs + iterations * config.prune.recover.epochs + config.finetune.epochs
+    return Slimmed(
+        state.network,
+        progress.dense,
+        epochs + progress.state.get("trial_epochs", 0),
+        state.model,
+        state.given,
+        best.stage,
+        best.score,
+    )

@@ -2,176 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruning.errors import PruningError
 from pruning.graph.groups import Ignored, Trace
 from pruning.planning.budget import Budget
-from pruning.planning.cost import Cost, CostModel
-from pruning.stages.scales import ChannelScales
+from pruning.planning.cost import CostModel
+from pruning.stages.paced_pull import PacedPull
+from pruning.stages.scale_pull import ScalePull
 from pruning.tracing.trace import trace
-from pruning.training.batches import BatchSource, length
+from pruning.training.batches import Batch, BatchSource, length
 from pruning.training.config import TrainConfig
 from pruning.training.loop import Epoch, TrainingState, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
 from pruning.utils.tree import Inputs
-
-#: A threshold so large that a scale of 0 stays 0, whatever its gradient.
-HOLD = 1e30
-
-
-class ScalePull(ChannelScales):
-    """Shrink the BatchNorm scales γ by an L1 penalty; call `step` after each optimizer step.
-
-    Network Slimming (Liu et al., ICCV 2017) adds λ Σ|γ| to the loss. This class takes the proximal
-    step instead, γ ← sign(γ) max(|γ| − lr λ w, 0), which gives exact zeros under any optimizer. The
-    weight w of a group is the share of the network's params plus the share of its MACs that removing
-    one of its channels frees (MorphNet, Gordon et al., CVPR 2018); `refresh` updates it as scales
-    become 0. Under a budget the two shares are weighted by the relative excess of the dense network
-    over each limit. In each group the channel with the largest scale is spared, so that no group
-    loses all its channels.
-
-    Args:
-        model: the model in training.
-        traced: trace of the model.
-        strength: λ; 0 disables the penalty. With None every `refresh(way)` chooses λ such that, over
-            the learning rates still to come, just enough scales reach 0 to meet the budget; it takes
-            into account how much the gradients have slowed the scales down so far.
-        budget: limits as counts; without it params and MACs have equal weight.
-        cost_model: cost model of the model; built here if not given.
-
-    Raises:
-        PruningError: if no prunable group has a BatchNorm with a scale (unless `strength` is 0), or if
-            neither a strength nor a budget is given.
-
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    >>> pull = ScalePull(net, trace(net, torch.zeros(2, 3)), strength=100.0)
-    >>> pull.step(lr=1.0)
-    >>> pull.alive()
-    {'0': 1}
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        traced: Trace,
-        strength: float | None,
-        budget: Budget | None = None,
-        cost_model: CostModel | None = None,
-    ):
-        if strength is None and budget is None:
-            raise PruningError(
-                "strength=None finds the strength of the L1 penalty from a budget, and budget is None: give "
-                "one of the two"
-            )
-        super().__init__(model, traced, cost_model)
-        if not self.norms and strength != 0:
-            raise PruningError(
-                "no prunable group of this model has a BatchNorm with a scale, which stage 1 shrinks; train "
-                "without the penalty (strength 0) and score by taylor, l1 or l2"
-            )
-        self.strength = strength or 0.0
-        self.budget = budget if strength is None else None
-        self.weights = _resource_weights(self.dense, budget)
-        #: (scales γ of a norm, λ w of each of them)
-        self.thresholds: list[tuple[Tensor, Tensor]] = []
-        #: `resistance`: Σ lr λ spent, divided by the Σ lr λ that would have sufficed without gradients.
-        #: `distance`, `way`: at the last refresh, the Σ lr λ needed to meet the budget without gradients,
-        #: and the sum of the learning rates still to come.
-        self.resistance, self.distance, self.way = 1.0, 0.0, 0.0
-        self.refresh()
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move every scale towards 0 by lr λ w; a scale with a smaller magnitude becomes exactly 0."""
-        for weight, threshold in self.thresholds:
-            weight.copy_(weight.sign() * (weight.abs() - lr * threshold).clamp_(min=0))
-
-    def refresh(self, way: float = 0.0) -> None:
-        """Update the weight of each group, and λ if it is found from a budget; call once per epoch.
-
-        Args:
-            way: sum of the learning rates of the steps still to come.
-        """
-        magnitudes = self.magnitudes()
-        share = self._freed_shares()
-        if self.budget is not None:
-            self._update_strength(self._distance(magnitudes, share), way)
-        self.thresholds = []
-        for group, norms in self.norms.items():
-            spared = int(magnitudes[group].argmax())
-            for weight, positions, channels in norms:
-                threshold = torch.zeros_like(weight, requires_grad=False)
-                strength = self.strength * share[group] / len(norms)  # split among the channel's norms
-                threshold[positions] = torch.where(channels == spared, 0.0, strength).to(threshold.dtype)
-                if self.budget is not None and not self.distance:
-                    # The budget is met: shrink no other scale, but keep scales that are 0 at 0.
-                    is_zero = magnitudes[group].to(channels.device)[channels] == 0
-                    threshold[positions] = torch.where(is_zero, HOLD, threshold[positions])
-                self.thresholds.append((weight, threshold))
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state of the search for λ, without the scales, which are part of the model."""
-        return {key: getattr(self, key) for key in ("strength", "resistance", "distance", "way")}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore a state returned by `state_dict`."""
-        for key in self.state_dict():
-            setattr(self, key, state[key])
-
-    def _freed_shares(self) -> dict[str, float]:
-        """Return by group what removing one channel frees: a weighted sum of shares of the dense cost."""
-        alive = self.alive()
-        widths = np.array([max(1, alive[g]) for g in self.cost_model.groups], dtype=float)
-        freed = self.cost_model.freed(widths)
-        shares = np.zeros(len(widths))
-        for what, factor in self.weights.items():
-            shares += factor * freed[what] / max(1, getattr(self.dense, what))
-        return dict(zip(self.cost_model.groups, shares.tolist(), strict=True))
-
-    def _update_strength(self, distance: float, way: float) -> None:
-        """Update λ from the remaining distance (see `_distance`) and the learning rates still to come."""
-        spent, gained = self.strength * (self.way - way), self.distance - distance
-        if spent > 0:
-            # The measurement of one epoch is noisy: it changes the estimate by a factor of 4 at most.
-            measured = spent / gained if gained > 0 else float("inf")
-            self.resistance = max(1.0, min(max(measured, self.resistance / 4), self.resistance * 4))
-        self.strength = self.resistance * distance / way if way > 0 else 0.0
-        self.distance, self.way = distance, way
-
-    def _distance(self, magnitudes: dict[str, Tensor], share: dict[str, float]) -> float:
-        """Return the least Σ lr λ that, without gradients, sets enough scales to 0 to meet the budget."""
-        assert self.budget is not None
-        budget, groups = self.budget, self.trace.groups
-        zero_at = {  # the Σ lr λ at which each channel's scale reaches 0, ascending, without the spared one
-            group: np.sort(largest.numpy() / max(share[group], 1e-12))[:-1]
-            for group, largest in magnitudes.items()
-        }
-        distances = np.unique(np.concatenate([np.zeros(1), *zero_at.values()]))
-
-        def over_budget(distance: float) -> bool:
-            widths = {g: groups[g].channels - int((at <= distance).sum()) for g, at in zero_at.items()}
-            return bool(budget.excess(self.cost_model(widths)))
-
-        low, high = 0, len(distances) - 1  # the cost falls with the distance
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if over_budget(distances[middle]) else (low, middle)
-        return float(distances[low])
-
-
-def _resource_weights(dense: Cost, budget: Budget | None) -> dict[str, float]:
-    """Return the weight of each cost in the penalty; the weights sum to 2."""
-    limits = budget.limits() if budget is not None else {}
-    excess = {what: max(0.0, getattr(dense, what) / limit - 1) for what, limit in limits.items()}
-    total = sum(excess.values())
-    if not total:
-        return {"params": 1.0, "macs": 1.0}
-    return {what: 2 * value / total for what, value in excess.items()}
 
 
 def sparsify(
@@ -182,12 +28,14 @@ def sparsify(
     *,
     strength: float | None = None,
     budget: Budget | None = None,
+    pace: int | None = None,
     ignored: Iterable[Ignored] = (),
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
     keep_start: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
+    statistics: Sequence[Batch] = (),
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
@@ -198,27 +46,24 @@ def sparsify(
         strength: λ of `ScalePull`; None finds it in every epoch, such that stage 1 reaches the
             geometric mean of dense cost and budget. Stage 2 meets the budget, by scores of the loss.
         budget: limits on the cost of the result; percentages refer to this model.
+        pace: of a trained model, the fewest channels of a group: `PacedPull` replaces `ScalePull`.
         ignored: layers whose scales are not shrunk, see `trace`.
-        batches, config, loss, validate, keep_best, keep_start, on_epoch, label, resume: see `fit`.
+        batches, config, loss, validate, keep_best, keep_start, on_epoch, statistics, label, resume: as `fit`.
 
-    Returns:
-        The model in eval mode.
+    Returns the model in eval mode. Raises `PruningError` as `ScalePull` and `fit` do.
 
-    Raises:
-        PruningError: see `ScalePull` and `fit`.
-
+    >>> from torch import arange, randn
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
+    >>> batches = [(randn(8, 3), arange(8) % 2)]
     >>> net = sparsify(net, batches, TrainConfig(1), batches[0][0], strength=1000.0)
     >>> int((net[1].weight == 0).sum())
     3
     """
-    pull = _pull_towards(budget, model, trace(model, example_inputs, ignored), strength)
-    steps = length(batches) or 0
-
-    def refresh(epoch: int) -> None:
-        pull.refresh(_rates_to_come(config, steps, epoch))
-
+    traced, steps = trace(model, example_inputs, ignored), length(batches) or 0
+    if pace is not None and budget is not None and config.epochs * steps:
+        pull: ScalePull | PacedPull = _paced(budget, model, traced, config.epochs * steps, pace)
+    else:
+        pull = _pull_towards(budget, model, traced, strength)
     return fit(
         model,
         batches,
@@ -227,13 +72,35 @@ def sparsify(
         validate=validate,
         keep_best=keep_best,
         keep_start=keep_start,
-        before_epoch=refresh,
-        after_step=pull.step,
+        before_epoch=partial(_refresh, pull, config, steps),
+        after_step=partial(_step, pull),
         on_epoch=on_epoch,
         extra=pull,
+        statistics=statistics,
         label=label,
         resume=resume,
     )
+
+
+def _refresh(pull: ScalePull | PacedPull, config: TrainConfig, steps: int, epoch: int) -> None:
+    """Let a pull that has a strength find it for the learning rates to come."""
+    if isinstance(pull, ScalePull):
+        pull.refresh(_rates_to_come(config, steps, epoch))
+
+
+def _step(pull: ScalePull | PacedPull, lr: float) -> None:
+    """Shrink the scales after an optimizer step."""
+    if isinstance(pull, ScalePull):
+        pull.step(lr)
+    else:
+        pull.after_step()
+
+
+def _paced(budget: Budget, model: nn.Module, traced: Trace, steps: int, floor: int) -> PacedPull:
+    """Return the pull of stage 1 of a trained network; its budget is half of the way, in ratios."""
+    cost_model = CostModel(model, traced)
+    half = _half_way(budget, cost_model)
+    return PacedPull(model, traced, half, steps, floor=floor, cost_model=cost_model)
 
 
 def _pull_towards(
@@ -242,11 +109,16 @@ def _pull_towards(
     """Return the penalty of stage 1; if it has to find λ, its budget is half of the way, in ratios."""
     cost_model = CostModel(model, traced)
     if budget is not None:
-        dense = cost_model(cost_model.full)
-        budget = budget.resolve(dense)
+        budget = budget.resolve(cost_model(cost_model.full))
         if strength is None:
-            budget = budget.share(dense, 1, 2)
+            budget = _half_way(budget, cost_model)
     return ScalePull(model, traced, strength, budget, cost_model)
+
+
+def _half_way(budget: Budget, cost_model: CostModel) -> Budget:
+    """Return the budget half of the way from the dense network to a budget, in ratios."""
+    dense = cost_model(cost_model.full)
+    return budget.resolve(dense).share(dense, 1, 2)
 
 
 def _rates_to_come(config: TrainConfig, steps: int, epoch: int) -> float:
@@ -257,4 +129,4 @@ def _rates_to_come(config: TrainConfig, steps: int, epoch: int) -> float:
     total = config.epochs * steps
     way = sum(config.rate(step / total) for step in range((epoch - 1) * steps, total))
     whole = sum(config.rate(step / total) for step in range(total))
-    return config.lr * max(way, whole / 20)
+    return config.peak * max(way, whole / 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -20,6 +21,7 @@ from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh
+from pruning.utils.wrappers import unwrapped
 
 #: By layer, the constant that replaces each input channel when it is removed, (input channels,).
 Constants = Mapping[str, Tensor]
@@ -44,6 +46,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     >>> small[0].weight.shape, small[1].num_features, small[3].in_channels
     (torch.Size([3, 3, 3, 3]), 3, 3)
     """
+    model = unwrapped(model)
     dropped = dropped_positions(trace, plan)
     # Share weights that are narrowed below with the copy: copying them at full width would be wasted.
     narrowed = [
@@ -55,8 +58,10 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
-            _fold_constants(small, name, trace, drop, constants[name])
+            fold_constants(small, name, trace, drop, constants[name])
     _cut(small, trace, plan, dropped)
+    for (name, side), factors in output_factors(model, trace, plan).items():
+        _scale(small, name, side, trace, factors)
     small.zero_grad(set_to_none=True)
     return small
 
@@ -74,6 +79,7 @@ def cut_channels(model: nn.Module, trace: Trace, plan: Plan) -> None:
 
 def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    shared = _shared_tensors(model)
     # Remove output channels first: fewer elements are then gathered for the input channels.
     for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
         if side == "self":
@@ -84,7 +90,64 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
             if is_registered(layer):
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
+    for (module, attribute), *others in shared:
+        for other, same in others:
+            setattr(other, same, getattr(module, attribute))
     update_attributes(model, trace, plan)
+
+
+def _shared_tensors(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return the parameters that several layers share: for each, the layers and its names in them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    return [several for several in holders.values() if len(several) > 1]
+
+
+def output_factors(model: nn.Module, trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:
+    """Return the factors by which a plan multiplies the kept outputs of layers, (kept,) each.
+
+    They keep the scales of products that the code computes from a width, see `Rescale`.
+    """
+    dropped = {name: trace.groups[name].dropped(kept) for name, kept in plan.keep.items()}
+    factors: dict[tuple[str, Side], Tensor] = {}
+    for rescale in trace.rescales:
+        share = 1 - len(rescale.summed.dropped(dropped)) / rescale.summed.size
+        if share == 1:
+            continue
+        layer, side = rescale.layer, rescale.side
+        width = (
+            operator.attrgetter(layer)(model).shape[rescale.dim]
+            if side == "self"
+            else layer_width(model.get_submodule(layer), side)
+        )
+        whole = factors.setdefault((layer, side), torch.ones(width, dtype=torch.double))
+        whole[rescale.index] *= share**rescale.power
+    removed = dropped_positions(trace, plan) if factors else {}
+    return {
+        key: whole[kept_positions(len(whole), removed[key])] if key in removed else whole
+        for key, whole in factors.items()
+    }
+
+
+def _scale(model: nn.Module, name: str, side: Side, trace: Trace, factors: Tensor) -> None:
+    """Multiply the outputs of a layer, or a tensor, by factors along its channels, in place."""
+    if side == "self":
+        owner, _, attribute = name.rpartition(".")
+        dims = [r.dim for r in trace.rescales if (r.layer, r.side) == (name, side)]
+        tensors = [(model.get_submodule(owner), attribute, dims[0])]
+    else:
+        layer = model.get_submodule(name)
+        tensors = [(layer, key, dim) for key, dim in rule_of(layer).out.items()]
+    for module, attribute, dim in tensors:
+        tensor = getattr(module, attribute, None)
+        if isinstance(tensor, Tensor):
+            shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+            scaled = tensor.detach() * factors.to(tensor).reshape(shape)
+            if isinstance(tensor, nn.Parameter):
+                scaled = nn.Parameter(scaled, requires_grad=tensor.requires_grad)
+            setattr(module, attribute, scaled)
 
 
 def kept_positions(width: int, drop: Tensor) -> Tensor:
@@ -237,7 +300,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
     return pads and layer.padding_mode == "zeros"
 
 
-def _fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
+def fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Fold the constants of dropped input channels into a layer's bias, or into the norm behind it."""
     layer = model.get_submodule(name)
     values = torch.zeros_like(constants, dtype=torch.double)

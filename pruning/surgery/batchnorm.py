@@ -20,6 +20,7 @@ from pruning.surgery.apply import replace_module
 from pruning.utils.compare import compare, doubled, outputs_of
 from pruning.utils.modules import call, copied, device_of, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, map_tensors, tensors
+from pruning.utils.wrappers import unwrapped
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -44,6 +45,7 @@ def fold_batchnorm(model: nn.Module, trace: Trace, inputs: Inputs | None = None)
     >>> folded[0].bias.shape, folded[1]
     (torch.Size([4]), Identity())
     """
+    model = unwrapped(model)
     given = copied(model).eval()
     pairs = {name: norm for name, norm in trace.foldable.items() if can_fold(given, name, norm)}
     if not pairs:
@@ -216,6 +218,7 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
     >>> equal[1].weight.round().tolist(), torch.allclose(equal(images), model(images), atol=1e-5)
     ([1.0, 1.0, 1.0, 1.0], True)
     """
+    model = unwrapped(model)
     equal = copied(model)
     expected = outputs_of(model, inputs)
     for group in trace.groups.values():

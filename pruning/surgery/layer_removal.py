@@ -24,6 +24,7 @@ from pruning.surgery.linear_form import weight_uses
 from pruning.utils.meta import Shapes, without_storage
 from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
+from pruning.utils.wrappers import unwrapped
 
 #: Ridge penalty: added to the diagonal of the normal equations, relative to its mean. It keeps the weights
 #: of inputs that hardly vary in the calibration data small.
@@ -62,6 +63,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
     >>> removable(model, trace(model, torch.zeros(1, 4)), torch.zeros(1, 4))
     {'0': Removable(name='0', bypassed=('0',), joined='2')}
     """
+    model = unwrapped(model)
     seen = _observe(model, inputs)
     probe, example = without_storage(model, lambda copied, x: call(copied, x), inputs)
     found: dict[str, Removable] = {}
@@ -108,6 +110,7 @@ def without_layer(
       (2): Linear(in_features=4, out_features=3, bias=True)
     )
     """
+    model = unwrapped(model)
     smaller = _bypassed(model, layer)
     if layer.joined:
         _refit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))

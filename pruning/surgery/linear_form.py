@@ -7,11 +7,11 @@ mirrored, of its input with zeros between the values. A linear layer is a convol
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -65,17 +65,32 @@ class LinearForm:
         """Return the dimension of the input and the output, from the end, along which channels lie."""
         return -1 - len(self.kernel)
 
-    def rows(self, x: Tensor, *outputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def rows(self, x: Tensor, *outputs: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, ...]]:
         """Yield blocks of rows in double precision: of the input and of tensors shaped like the output.
 
-        Each block is (rows, groups, inputs or outputs of one group).
+        Each block is (rows, groups, inputs or outputs of one group). The rows are those of one example after
+        the other.
+
+        Args:
+            most: about the largest number of rows; if there are more, some positions of each example are
+                taken, the same ones in every call with this number of positions.
         """
         batched = [self._batched(tensor) for tensor in (x, *outputs)]
-        per_example = math.prod(self.kernel) * batched[0].shape[1] * math.prod(batched[1].shape[2:])
+        examples, positions = len(batched[0]), math.prod(batched[1].shape[2:])
+        at = None
+        if most is not None and examples * positions > most:
+            chosen = max(1, most // examples)
+            if chosen < positions:
+                order = torch.randperm(positions, generator=torch.Generator().manual_seed(positions))
+                at, positions = order[:chosen].sort().values, chosen
+            if examples > most:
+                batched = [tensor[:: -(-examples // most)] for tensor in batched]
+        per_example = math.prod(self.kernel) * batched[0].shape[1] * positions
         size = max(1, BLOCK // max(1, per_example))
         for block in zip(*(tensor.split(size) for tensor in batched), strict=True):
-            windows, *results = [tensor.double() for tensor in block]
-            yield (self._windows(windows), *(self._by_group(result.unsqueeze(-1)) for result in results))
+            windows = self._windows(block[0])
+            results = (result.unsqueeze(-1) for result in block[1:])
+            yield tuple(self._by_group(tensor, at) for tensor in (windows, *results))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a weight as a matrix (groups, inputs, outputs) in double precision."""
@@ -112,11 +127,19 @@ class LinearForm:
         for dim in range(dims):
             reach = (self.kernel[dim] - 1) * self.dilation[dim] + 1
             x = x.unfold(2 + dim, reach, self.stride[dim])[..., :: self.dilation[dim]]
-        return self._by_group(x.flatten(2 + dims) if dims else x.unsqueeze(-1))
+        return x if dims else x.unsqueeze(-1)
 
-    def _by_group(self, x: Tensor) -> Tensor:
-        """Return (examples, channels, *positions, taps) as (rows, groups, channels of a group × taps)."""
-        x = x.unflatten(1, (self.groups, -1)).movedim((1, 2), (-3, -2))
+    def _by_group(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """Return (examples, channels, *positions, *taps) as (rows, groups, channels of a group × taps).
+
+        Only the positions `at` are taken, in double precision.
+        """
+        dims = len(self.kernel)
+        if at is not None:
+            places = torch.unravel_index(at.to(x.device), x.shape[2 : 2 + dims])
+            where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *places)
+            x, dims = x[where], 1
+        x = x.double().flatten(2 + dims).unflatten(1, (self.groups, -1)).movedim((1, 2), (-3, -2))
         return x.flatten(0, -4).flatten(2)
 
 
@@ -131,16 +154,12 @@ class WeightUse:
     output: Tensor
 
 
-class _Finished(Exception):
-    """Ends a forward pass."""
-
-
 class _Recorder(TorchFunctionMode):
-    """Records the uses of some weights; ends the forward pass after `most` of them."""
+    """Records the uses of some weights."""
 
-    def __init__(self, weights: Iterable[Tensor], most: int | None):
+    def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
-        self.weights, self.most = {id(weight) for weight in weights}, most
+        self.weights = {id(weight) for weight in weights}
         self.uses: list[WeightUse] = []
 
     def __torch_function__(
@@ -151,31 +170,30 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        names = FUNCTIONS.get(func)
-        if names is not None:
-            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            if id(given["weight"]) in self.weights:
-                assert isinstance(result, Tensor)
-                self.uses.append(_use(given, "output_padding" in names, result))
-                if len(self.uses) == self.most:
-                    raise _Finished
+        use = use_of(func, args, kwargs or {}, result)
+        if use is not None and id(use.weight) in self.weights:
+            self.uses.append(use)
         return result
 
 
-def weight_uses(
-    model: nn.Module, inputs: Inputs, weights: Iterable[Tensor], most: int | None = None
-) -> list[WeightUse]:
+def weight_uses(model: nn.Module, inputs: Inputs, weights: Iterable[Tensor]) -> list[WeightUse]:
     """Return the multiplications with some weights in a forward pass, in their order.
 
     Only products of the weight itself are found, not of a tensor computed from it.
-
-    Args:
-        most: number of uses after which the pass ends; None runs it to its end.
     """
-    recorder = _Recorder(weights, most)
-    with contextlib.suppress(_Finished), recorder:
+    with _Recorder(weights) as recorder:
         call(model, fresh(inputs))
     return recorder.uses
+
+
+def use_of(
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], result: object
+) -> WeightUse | None:
+    """Return a call of a function of torch as a multiplication with a weight; None if it is none."""
+    names = FUNCTIONS.get(func)
+    if names is None or not isinstance(result, Tensor):
+        return None
+    return _use({**dict(zip(names, args, strict=False)), **kwargs}, "output_padding" in names, result)
 
 
 def _use(given: Mapping[str, object], transposed: bool, output: Tensor) -> WeightUse:

@@ -11,9 +11,12 @@ Accelerating Very Deep Neural Networks, ICCV 2017, arXiv 1707.06168.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +25,18 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.layers import is_weighted, layer_width, weight_of
 from pruning.graph.plan import Plan
-from pruning.surgery.apply import dropped_positions, kept_positions
-from pruning.surgery.linear_form import WeightUse, weight_uses
+from pruning.surgery.apply import dropped_positions, kept_positions, output_factors
+from pruning.surgery.linear_form import WeightUse
+from pruning.surgery.paused_pass import PassDiffers, PausedPass, Reached, Site, find_sites
+from pruning.surgery.ridge import Sums, best_ridge
 from pruning.utils.modules import eval_mode
 from pruning.utils.tree import Inputs
 
-#: Ridge penalties that are tried, relative to the mean variance of a layer's inputs.
-RIDGES = tuple(10.0**power for power in range(-6, 3))
+#: The passes of all batches run at once if their inputs of a layer need at most this many bytes.
+MOST_BYTES = 4 << 30
+
+#: Most rows that a layer is fitted to: the larger of this number, and so many for each of its inputs.
+LEAST_ROWS, ROWS_PER_INPUT = 4096, 16
 
 #: Share of the rows of each batch on which the ridge is chosen.
 HELD_OUT = 4
@@ -95,94 +103,65 @@ def refit(
     """
     if not batches:
         raise PruningError("refit needs calibration inputs, and there are none; give a few batches of inputs")
-    fits: list[LayerFit] = []
-    dropped = dropped_positions(trace, plan)
+    dropped, factors = dropped_positions(trace, plan), output_factors(dense, trace, plan)
     readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
-        weights = _weights(dense, [name for name, layer in dense.named_modules() if is_weighted(layer)])
-        order = [weights[use.weight] for use in weight_uses(dense, batches[0], weights)]
+        sites = _plain_where_shared(find_sites(dense, batches[0], _weights(dense)))
+        order = [site.layer for site in sites]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
-        for name in dict.fromkeys(order[first:]):
-            drop = dropped.get((name, "out"), torch.zeros(0, dtype=torch.long))
-            keep = kept_positions(layer_width(dense.get_submodule(name), "out"), drop)
-            layer = _Layer(name, order.count(name), keep, trace.foldable.get(name))
-            fit = _refit_layer(small, dense, layer, batches)
-            if fit is not None:
-                fits.append(fit)
+        nothing = torch.zeros(0, dtype=torch.long)
+        keep = {
+            name: _Kept(
+                kept_positions(
+                    layer_width(dense.get_submodule(name), "out"), dropped.get((name, "out"), nothing)
+                ),
+                factors.get((name, "out")),
+            )
+            for name in order[first:]
+        }
+        pair = _Pair(small, dense, sites, keep, batches)
+        fits = [fit for rows in pair.layers(first) if (fit := _fit(small, rows)) is not None]
     fits += [LayerFit(name, nan, nan, reason=_UNSEEN) for name in readers if name not in order]
     return tuple(fits)
 
 
-def _weights(model: nn.Module, names: Iterable[str]) -> dict[Tensor, str]:
-    """Return the weights of layers with the names of the layers; none that is computed from others."""
-    found = ((weight_of(model.get_submodule(name)), name) for name in names)
+def _weights(model: nn.Module) -> dict[Tensor, str]:
+    """Return the weights of all layers with the names of the layers; none that is computed from others."""
+    found = ((weight_of(layer), name) for name, layer in model.named_modules() if is_weighted(layer))
     return {weight: name for weight, name in found if isinstance(weight, nn.Parameter)}
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer to refit.
-
-    Attributes:
-        uses: how often a forward pass uses it.
-        keep: its output channels in the dense model that the pruned model keeps.
-        norm: name of the BatchNorm directly behind it, if there is one.
-    """
-
-    name: str
-    uses: int
-    keep: Tensor
-    norm: str | None
+def _plain_where_shared(sites: Sequence[Site]) -> list[Site]:
+    """Return the sites, without what follows the product where the layer or the norm is used again."""
+    layers, norms = (Counter(getattr(site, what) for site in sites) for what in ("layer", "norm"))
+    norms[None] = 1
+    shared = [layers[site.layer] > 1 or norms[site.norm] > 1 for site in sites]
+    return [Site(s.layer, size=s.size) if plain else s for s, plain in zip(sites, shared, strict=True)]
 
 
-def _refit_layer(
-    small: nn.Module, dense: nn.Module, layer: _Layer, batches: Sequence[Inputs]
-) -> LayerFit | None:
+def _fit(small: nn.Module, layer: _Rows) -> LayerFit | None:
     """Refit one layer in place; None if its outputs did not change."""
-    fits, held, use = _sums(small, dense, layer, batches)
+    name, use = layer.site.layer, layer.use
     if use is None:
-        return LayerFit(layer.name, nan, nan, reason="the pruned model uses its weight differently")
-    total = fits + held
+        return LayerFit(name, nan, nan, reason="the pruned model uses its weight differently")
+    total = layer.fits + layer.held
     if not total.is_finite():
         raise PruningError(
-            f"layer {layer.name!r} has inputs or outputs that are not finite on the calibration inputs; "
+            f"layer {name!r} has inputs or outputs that are not finite on the calibration inputs; "
             "check these inputs and the model's weights"
         )
     if total.error <= 1e-12 * total.size:
         return None
-    offset = use.bias is not None or layer.norm is not None
-    judged = held if held.count else fits
-    ridge, error = _best_ridge(fits, judged, offset)
+    offset = use.bias is not None or layer.site.norm is not None
+    judged = layer.held if layer.held.count else layer.fits
+    ridge, error = best_ridge(layer.fits, judged, offset)
     before, after = ((value / judged.size) ** 0.5 for value in (judged.error, error))
     if not error <= (1 - LEAST_GAIN) * judged.error:
-        return LayerFit(layer.name, before, before, reason="no ridge reduces the error on held-out data")
+        return LayerFit(name, before, before, reason="no ridge reduces the error on held-out data")
     [change], [shift] = total.solution([ridge], offset)
     use.weight.add_(use.form.as_weight(change, use.weight))
-    _add_offset(small, use.bias, layer.norm, shift.flatten())
-    return LayerFit(layer.name, before, after, ridge)
-
-
-def _sums(
-    small: nn.Module, dense: nn.Module, layer: _Layer, batches: Sequence[Inputs]
-) -> tuple[_Sums, _Sums, WeightUse | None]:
-    """Return the sums to fit a layer by, those to judge the fit by, and a use of the layer in `small`.
-
-    There is no use if the pruned model does not multiply with the layer's weight as often as the dense one.
-    """
-    fits, held, use = _Sums(), _Sums(), None
-    for inputs in batches:
-        wanted, found = (
-            weight_uses(model, inputs, _weights(model, [layer.name]), layer.uses) for model in (dense, small)
-        )
-        if len(wanted) != len(found):
-            return fits, held, None
-        for target, use in zip(wanted, found, strict=True):
-            y = target.output.index_select(use.form.channel_dim, layer.keep.to(target.output.device))
-            for rows, error, output in use.form.rows(use.input, y - use.output, y):
-                cut = len(rows) - len(rows) // HELD_OUT
-                fits.add(rows[:cut], error[:cut], output[:cut])
-                held.add(rows[cut:], error[cut:], output[cut:])
-    return fits, held, use
+    _add_offset(small, use.bias, layer.site.norm, shift.flatten())
+    return LayerFit(name, before, after, ridge)
 
 
 def _add_offset(model: nn.Module, bias: Tensor | None, norm: str | None, offset: Tensor) -> None:
@@ -194,66 +173,131 @@ def _add_offset(model: nn.Module, bias: Tensor | None, norm: str | None, offset:
         mean.sub_(offset.to(mean))
 
 
-class _Sums:
-    """Sums over rows that determine a layer's ridge regression, for each of its parts.
+class _Kept(NamedTuple):
+    """Output channels of a layer in the dense model that the pruned model keeps.
 
     Attributes:
-        gram: Σ [x 1]^T [x 1], (parts, inputs + 1, inputs + 1).
-        cross: Σ [x 1]^T e, (parts, inputs + 1, outputs).
-        error, size: Σ e² and Σ y² over all parts and outputs.
+        channels: their positions, sorted, (kept,).
+        factors: by which the pruned model multiplies them to keep a scale, (kept,), if it does.
     """
 
-    def __init__(self) -> None:
-        self.gram, self.cross = torch.zeros(()), torch.zeros(())
-        self.error, self.size, self.count = 0.0, 0.0, 0
+    channels: Tensor
+    factors: Tensor | None = None
 
-    def add(self, rows: Tensor, error: Tensor, outputs: Tensor) -> None:
-        """Add rows (rows, parts, inputs), their errors e and dense outputs y (rows, parts, outputs)."""
-        x = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2).transpose(0, 1)
-        self.gram = self.gram.to(x) + x.mT @ x
-        self.cross = self.cross.to(x) + x.mT @ error.transpose(0, 1)
-        self.error += float(error.square().sum())
-        self.size += float(outputs.square().sum())
-        self.count += len(rows)
-
-    def __add__(self, other: _Sums) -> _Sums:
-        total = _Sums()
-        total.gram = self.gram + other.gram
-        total.cross = self.cross + other.cross
-        total.error, total.size = self.error + other.error, self.size + other.size
-        total.count = self.count + other.count
-        return total
-
-    def is_finite(self) -> bool:
-        """Whether all sums are finite."""
-        sums = (self.gram.sum(), self.cross.sum(), torch.tensor([self.error, self.size]).sum())
-        return all(bool(torch.isfinite(value)) for value in sums)
-
-    def solution(self, ridges: Sequence[float], offset: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return for each ridge the change of the weights (parts, inputs, outputs) and of the bias."""
-        gram, cross = self.gram[:, :-1, :-1], self.cross[:, :-1]
-        mean, error_mean = self.gram[:, :-1, -1:] / self.count, self.cross[:, -1:] / self.count
-        if offset:
-            gram, cross = gram - self.count * mean @ mean.mT, cross - self.count * mean @ error_mean
-        values, vectors = torch.linalg.eigh(gram)
-        values, along = values.clamp(min=0), vectors.mT @ cross
-        unit = values.mean(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-        weights, shifts = [], []
-        for ridge in ridges:
-            weights.append(vectors @ (along / (values + ridge * unit).unsqueeze(2)))
-            shift = error_mean - mean.mT @ weights[-1]
-            shifts.append((shift if offset else torch.zeros_like(shift)).squeeze(1))
-        return weights, shifts
-
-    def error_after(self, weight: Tensor, shift: Tensor) -> float:
-        """Return the squared error on these rows after a change of the weights and the bias."""
-        change = torch.cat([weight, shift.unsqueeze(1)], 1)
-        return self.error + float((change * (self.gram @ change - 2 * self.cross)).sum())
+    def of(self, output: Tensor, dim: int) -> Tensor:
+        """Return these channels of the dense model's output, as the pruned model should give them."""
+        kept = output.index_select(dim, self.channels.to(output.device))
+        return kept if self.factors is None else kept * self.factors.to(kept).view(-1, *[1] * (-1 - dim))
 
 
-def _best_ridge(fits: _Sums, held: _Sums, offset: bool) -> tuple[float, float]:
-    """Return the ridge with the least error on held-out rows, and this error."""
-    weights, shifts = fits.solution(RIDGES, offset)
-    errors = [held.error_after(weight, shift) for weight, shift in zip(weights, shifts, strict=True)]
-    best = min(range(len(RIDGES)), key=lambda i: (errors[i], i))
-    return RIDGES[best], max(errors[best], 0.0)
+class _Rows:
+    """The rows of one layer: its inputs in the pruned model, and the errors of its outputs.
+
+    The error is that of the site's output, in units of the product: behind a BatchNorm it is divided by the
+    norm's scale. So where a block adds its result to its input, the layer also mends the error of that input.
+
+    Attributes:
+        fits, held: sums over the rows to fit the layer by, and over those to judge the fit by.
+        use: the product in the pruned model; None if it uses the weight differently.
+    """
+
+    def __init__(self, small: nn.Module, site: Site, keep: _Kept, most: int):
+        self.site, self.keep, self.most = site, keep, most
+        self.fits, self.held = Sums(), Sums()
+        self.use: WeightUse | None = None
+        norm = None if site.norm is None else small.get_submodule(site.norm)
+        self.scale = None if norm is None else _scale(norm)
+
+    def add(self, found: Reached, wanted: Reached) -> None:
+        """Add one batch: the site in the pruned and in the dense model."""
+        use, form = found.use, found.use.form
+        self.use, dim = use, form.channel_dim
+        error = self.keep.of(wanted.output, dim) - found.output
+        if self.scale is not None:
+            error = error / self.scale.view(-1, *[1] * (-1 - dim))
+        dense = self.keep.of(wanted.use.output, dim)
+        for rows, errors, outputs in form.rows(use.input, error, dense, most=self._most(use)):
+            cut = len(rows) - len(rows) // HELD_OUT
+            self.fits.add(rows[:cut], errors[:cut], outputs[:cut])
+            self.held.add(rows[cut:], errors[cut:], outputs[cut:])
+
+    def _most(self, use: WeightUse) -> int:
+        """Return how many rows of this batch are enough."""
+        inputs = use.weight.numel() // use.weight.shape[0]
+        return max(LEAST_ROWS, ROWS_PER_INPUT * inputs) // self.most
+
+
+class _Pair:
+    """The pruned and the dense model, run side by side on the calibration batches.
+
+    Args:
+        keep: by layer to refit, its output channels in the dense model that the pruned model keeps.
+    """
+
+    def __init__(
+        self,
+        small: nn.Module,
+        dense: nn.Module,
+        sites: Sequence[Site],
+        keep: Mapping[str, _Kept],
+        batches: Sequence[Inputs],
+    ):
+        self.small, self.dense, self.sites, self.keep, self.batches = small, dense, sites, keep, batches
+        self.uses = Counter(site.layer for site in sites)
+
+    def layers(self, first: int) -> Iterator[_Rows]:
+        """Yield the rows of each layer in turn, from site `first`; its weights may be changed then."""
+        together = 2 * len(self.batches) * max((site.size for site in self.sites), default=0) <= MOST_BYTES
+        done: set[str] = set()
+        with contextlib.ExitStack() as stack:
+            pairs = [self._start(stack, inputs) for inputs in self.batches] if together else []
+            for number, site in enumerate(self.sites):
+                reached = [_proceed(pair) for pair in pairs]
+                if number >= first and site.layer not in done:
+                    done.add(site.layer)
+                    yield self._rows(site, reached if together and self.uses[site.layer] == 1 else None)
+
+    def _rows(self, site: Site, reached: list[tuple[Reached, Reached] | None] | None) -> _Rows:
+        """Return the rows of a layer, of passes that have reached it, or else of passes of its own."""
+        rows = _Rows(self.small, site, self.keep[site.layer], len(self.batches) * self.uses[site.layer])
+        for found in self._passes(site.layer) if reached is None else reached:
+            if found is None:
+                rows.use = None
+                break
+            rows.add(*found)
+        return rows
+
+    def _passes(self, layer: str) -> Iterator[tuple[Reached, Reached] | None]:
+        """Yield all uses of a layer, from passes of one batch after the other."""
+        last = max(i for i, site in enumerate(self.sites) if site.layer == layer)
+        for inputs in self.batches:
+            with contextlib.ExitStack() as stack:
+                pair = self._start(stack, inputs)
+                for site in self.sites[: last + 1]:
+                    found = _proceed(pair)
+                    if site.layer == layer or found is None:
+                        yield found
+
+    def _start(self, stack: contextlib.ExitStack, inputs: Inputs) -> tuple[PausedPass, PausedPass]:
+        small, dense = (
+            stack.enter_context(PausedPass(model, inputs, _weights(model), self.sites))
+            for model in (self.small, self.dense)
+        )
+        return small, dense
+
+
+def _proceed(pair: tuple[PausedPass, PausedPass]) -> tuple[Reached, Reached] | None:
+    """Run both models to their next site; None if they do not have the same one."""
+    try:
+        small, dense = (each.proceed() for each in pair)
+    except PassDiffers:
+        return None
+    return None if small is None or dense is None else (small, dense)
+
+
+def _scale(norm: nn.Module) -> Tensor:
+    """Return what a BatchNorm multiplies each channel with; infinite instead of almost 0."""
+    scale = (norm.get_buffer("running_var").double() + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
+    if isinstance(norm.weight, Tensor):
+        scale = scale * norm.weight.detach().double()
+    return scale.masked_fill(scale.abs() <= 1e-6 * scale.abs().max(), torch.inf)

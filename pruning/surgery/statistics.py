@@ -6,17 +6,19 @@ which `pruning.surgery.verify` compares it, computes it over the kept channels, 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from pruning.graph.groups import Trace
+from pruning.graph.groups import PRODUCTS, Trace
 from pruning.graph.plan import Plan
 
 #: Operators that compute a statistic over dimensions, which depends on no order of the elements.
@@ -28,6 +30,9 @@ REDUCTIONS = frozenset(
 #: Operators whose output has the channels of their first operand, normalized by statistics over them.
 NORMS = frozenset(("_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm"))
 
+#: Operators that compute over channels, and are told apart by the order of their calls.
+_COUNTED = REDUCTIONS | NORMS | PRODUCTS
+
 #: The module whose code calls an operator, the operator's name, and the number of this call.
 Place = tuple[str, str, int]
 
@@ -37,8 +42,20 @@ def operator_name(func: OpOverload) -> str:
     return func._schema.name.removeprefix("aten::").rstrip("_")
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let torch compute attention by products and softmax, not by kernels that do both."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 class CallCounter:
-    """Number the calls of `REDUCTIONS` and `NORMS` by the module whose code calls them."""
+    """Number the calls of `REDUCTIONS`, `NORMS` and `PRODUCTS` by the module whose code calls them."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str]] = Counter()
@@ -46,16 +63,17 @@ class CallCounter:
     def place(self, module: str, func: OpOverload) -> Place | None:
         """Return the place of a call that runs now; None for other operators."""
         name = operator_name(func)
-        if name not in REDUCTIONS and name not in NORMS:
+        if name not in _COUNTED:
             return None
         self._calls[module, name] += 1
         return module, name, self._calls[module, name] - 1
 
 
 class StatisticsOverKept(TorchDispatchMode):
-    """Let a model compute its statistics over channels without those that a plan drops.
+    """Let a model compute its statistics and products over channels without those that a plan drops.
 
-    Outputs that have these channels are 0 at the dropped ones.
+    Products of attention are those of torch's plain functions (`plain_attention`), so that they can be told
+    apart. Outputs that have these channels are 0 at the dropped ones.
 
     Args:
         model: the dense model; its modules are hooked for the block.
@@ -66,6 +84,7 @@ class StatisticsOverKept(TorchDispatchMode):
         super().__init__()
         self.model, self.dropped = model, dropped_from_statistics(trace, plan)
         self.calls, self.path, self.handles = CallCounter(), [""], list[RemovableHandle]()
+        self.plain = contextlib.ExitStack()
 
     def __enter__(self) -> StatisticsOverKept:
         for name, module in self.model.named_modules() if self.dropped else ():
@@ -73,6 +92,8 @@ class StatisticsOverKept(TorchDispatchMode):
                 module.register_forward_pre_hook(self._enter(name), prepend=True),
                 module.register_forward_hook(self._leave),
             ]
+        if self.dropped:
+            self.plain.enter_context(plain_attention())
         return super().__enter__()
 
     def _enter(self, name: str) -> Callable[..., None]:
@@ -83,6 +104,7 @@ class StatisticsOverKept(TorchDispatchMode):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
+        self.plain.close()
         for handle in self.handles:
             handle.remove()
 
@@ -97,7 +119,8 @@ class StatisticsOverKept(TorchDispatchMode):
         if place not in self.dropped:
             return func(*args, **(kwargs or {}))
         dim, drop = self.dropped[place]
-        keep = torch.ones(args[0].shape[dim], dtype=torch.bool)
+        operand = args[-2] if place is not None and place[1] in PRODUCTS else args[0]
+        keep = torch.ones(operand.shape[dim], dtype=torch.bool)
         keep[drop] = False
         return _run_over(keep.nonzero().flatten().to(args[0].device), dim, func, args, kwargs or {})
 
@@ -108,6 +131,10 @@ def _run_over(
     """Run an operator on the kept positions of its first operand."""
     x, *others = args
     name = operator_name(func)
+    if name in PRODUCTS:
+        *added, left, right = args
+        summed = right.index_select(right.ndim - 2, keep)
+        return func(*added, left.index_select(left.ndim - 1, keep), summed, **kwargs)
     if name in ("native_layer_norm", "_fused_rms_norm"):  # (x, normalized shape, weight, bias, …)
         others = [
             [*others[0][:-1], len(keep)],

@@ -12,16 +12,25 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
-from pruning.graph.layer_tensors import narrow
+from pruning.graph.layer_tensors import ignore_channels, narrow
 from pruning.graph.layers import is_inferred, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
 from pruning.graph.recurrent import columns, has_hidden_channels, hidden_readers
-from pruning.surgery.apply import Constants, apply, dropped_positions, foldable_constants, kept_positions
+from pruning.surgery.apply import (
+    Constants,
+    apply,
+    dropped_positions,
+    fold_constants,
+    foldable_constants,
+    kept_positions,
+)
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.statistics import StatisticsOverKept
-from pruning.utils.compare import compare, doubled, outputs_of
+from pruning.utils.compare import compare, doubled, joined, outputs_of, outputs_of_entry, to_double
+from pruning.utils.entries import default_dtype
 from pruning.utils.modules import copied, hooked, on_input
 from pruning.utils.tree import Inputs, fresh, tensors_among
+from pruning.utils.wrappers import unwrapped
 
 
 def verify(
@@ -75,6 +84,7 @@ def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
         model: it is not changed.
         inputs: on which the statistics of BatchNorm layers are recalibrated.
     """
+    model = unwrapped(model)
     randomized = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -102,13 +112,59 @@ def compare_with_masked(
 
     The description is empty if the outputs agree. See `verify` for the arguments.
     """
-    found = compare(_run_masked(model, trace, plan, inputs, constants or {}), outputs_of(small, inputs))
+    model = unwrapped(model)
+    found = _compared(model, small, trace, plan, inputs, constants or {})
     if not found[0] or not found[1] < float("inf"):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
-    again = compare(_run_masked(wide, trace, plan, finer, constants or {}), outputs_of(narrower, finer))
+    with default_dtype(torch.double):
+        again = _compared(wide, narrower, trace, plan, finer, constants or {}, to_double)
     return found if again[0] else again
+
+
+def _compared(
+    model: nn.Module,
+    small: nn.Module,
+    trace: Trace,
+    plan: Plan,
+    inputs: Inputs,
+    constants: Constants,
+    convert: Callable[[Tensor], object] | None = None,
+) -> tuple[str, float]:
+    """Compare the outputs on the inputs, and those of the other calls that were traced."""
+    expected = [_run_masked(model, trace, plan, inputs, constants)]
+    got = [outputs_of(small, inputs, trace.outputs)]
+    for entry in trace.also:
+        masked = masked_copy(model, trace, plan, constants)
+        with StatisticsOverKept(masked, trace, plan):
+            expected.append(outputs_of_entry(masked, entry, convert))
+        got.append(outputs_of_entry(copied(small), entry, convert))
+    return compare(joined(expected), joined(got))
+
+
+def masked_copy(model: nn.Module, trace: Trace, plan: Plan, constants: Constants) -> nn.Module:
+    """Return a copy of a model whose layers ignore the channels that a plan drops: their weights are 0.
+
+    Unlike the hooks of `verify`, this holds for code that uses the weights, such as a reparameterization.
+    """
+    masked, constants = copied(model), foldable_constants(trace, model, constants)
+    dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
+    for (name, side), drop in dropped_positions(trace, plan).items():
+        layer = masked.get_submodule(name) if side != "self" else None
+        if layer is None:
+            continue
+        if side == "in":
+            if name in constants:
+                fold_constants(masked, name, trace, drop, constants[name])
+            ignore_channels(layer, "in", drop)
+        elif has_hidden_channels(layer):
+            for weight, (dim, read) in _hidden_columns(layer, drop).items():
+                own = layer.get_parameter(weight).data
+                own.index_fill_(dim, read.to(own.device), 0)
+        elif (rule := rule_for(layer)) is not None and rule.kind == "norm":
+            layer.register_forward_hook(_norm_over_kept(layer, dims[name, side], drop), with_kwargs=True)
+    return masked
 
 
 def _blame(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) -> str:
@@ -146,7 +202,7 @@ def _run_masked(
                 hook = _norm_over_kept(layer, dims[name, side], drop)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         with StatisticsOverKept(model, trace, plan):
-            return outputs_of(model, inputs)
+            return outputs_of(model, inputs, trace.outputs)
 
 
 def _replace_channels(dim: int, drop: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -23,13 +23,9 @@ CHANGED = "_pruned_sizes"
 
 def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
     """Set the width attributes of a trace to their values under a plan, in place."""
+    dropped = {name: trace.groups[name].dropped(kept) for name, kept in plan.keep.items()}
     for size in trace.sizes:
-        removed = 0
-        for name, kept in plan.keep.items():
-            if name in size.owned:
-                drop = torch.ones(trace.groups[name].channels, dtype=torch.bool)
-                drop[list(kept)] = False
-                removed += int(size.owned[name][drop].sum())
+        removed = len(size.counted.dropped(dropped))
         if not removed:
             continue
         module = model.get_submodule(size.module)

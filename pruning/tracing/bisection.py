@@ -9,7 +9,7 @@ from torch import nn
 
 from pruning.graph.groups import Group
 from pruning.graph.layers import Side, layer_width, rule_of
-from pruning.tracing.labels import Flow
+from pruning.tracing.record import Flow
 
 _SIDES: tuple[Side, ...] = ("out", "in")
 

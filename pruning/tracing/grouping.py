@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Member, Reduction
+from pruning.graph.groups import Group, Member, Positions, Reduction
 from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
-from pruning.tracing.labels import Flow, SideUse
-from pruning.tracing.ties import Ties
+from pruning.tracing.record import Flow, SideUse
+from pruning.tracing.ties import NONE, Ties
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Sorted positions of one side of a layer that belong to one component; `dim` as in `SideUse`."""
+    """Positions of one side of a layer that belong to one component, sorted; `dim` as in `SideUse`.
+
+    A position that belongs to several channels is listed once for each.
+    """
 
     layer: str
     side: Side
@@ -27,54 +30,123 @@ class _Part:
     dim: int
 
 
+#: By layer (or tensor) and side, the labels of the channels that each position belongs to, (positions, most).
+_Sides = dict[tuple[str, Side], SideUse]
+
+
 def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.ndarray, str]]:
     """Yield each channel group with its labels and the reason why it is fixed, "" if it is not.
 
     Layers that share a tied channel belong to the same connected component. A component is split into
     groups by the number of positions that its channels own (only some may take part in a sum), so that
-    all channels of a group cost the same. Fixed channels form groups of their own.
+    all channels of a group cost the same. Fixed channels form groups of their own. Positions of attention
+    may belong to two groups, the heads and the positions within a head; such a group is named after the
+    layer and what products do along it (`attention.query/heads`).
     """
     sides, reasons = _final_sides(found)
-    reductions = _reductions(found)
-    for root, parts_of in _components(model, sides):
-        for group, channels, reason in _split(root, sides[root, "out"].labels, parts_of, reasons):
-            yield replace(group, reductions=tuple(_over(channels, reductions))), channels, reason
+    reductions = {
+        place: SideUse(found.channels(use.labels), use.dim) for place, use in found.reductions.items()
+    }
+    taken: set[str] = set()
+    for root, made, parts_of in _components(model, found, sides):
+        role = found.axes.role_of(made) if found.axes is not None and is_along_axis(found, made) else ""
+        name = f"{root}/{role}" if role else root
+        for group, channels, reason in _split(name, made, parts_of, reasons):
+            count, unique = 2, group.name
+            while unique in taken:
+                unique, count = f"{group.name}/{count}", count + 1
+            taken.add(unique)
+            whole = replace(group, name=unique, reductions=tuple(_over(channels, reductions)))
+            yield _with_scored(found, whole, role), channels, reason
 
 
-def _reductions(found: Flow) -> dict[tuple[str, str, int], SideUse]:
-    """Return the statistics over channels, with each label replaced by the smallest one tied to it."""
-    return {place: SideUse(found.ties.find(use.labels), use.dim) for place, use in found.reductions.items()}
+def _with_scored(found: Flow, group: Group, role: str) -> Group:
+    """Return a group whose members say which positions count for the change of the loss.
+
+    Args:
+        role: what products do along the channels, see `Axes.role_of`.
+    """
+    places = {reduction.place for reduction in group.reductions} & found.right.keys()
+    if role == "heads":
+        outside = [*found.left.values(), *found.right.values()]
+    else:
+        outside = [found.right[place] for place in places]
+    if not outside:
+        return group
+    factors = np.unique(np.concatenate(outside))
+    kept = {
+        (member.layer, member.side): torch.from_numpy(
+            ~np.isin(found.sides[member.layer, member.side].labels[member.index], factors)
+        )
+        for member in group.side("out")
+    }
+    if not any(scored.any() for scored in kept.values()):
+        return group
+    members = [
+        replace(member, scored=kept[member.layer, member.side]) if member.side == "out" else member
+        for member in group.members
+    ]
+    return replace(group, members=tuple(members))
+
+
+def is_along_axis(found: Flow, labels: np.ndarray) -> bool:
+    """Whether final labels are those along one dimension of a grid."""
+    if found.axes is None:
+        return False
+    made = np.concatenate([np.arange(0), *found.axes.vectors_made])
+    return bool(np.isin(labels, found.ties.find(made)).all())
+
+
+def positions_of(channels: np.ndarray, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions that belong to channels of a group, given by their labels, and these channels."""
+    order = np.argsort(channels)
+    index, column = np.nonzero(np.isin(sets, channels))
+    return index, order[np.searchsorted(channels, sets[index, column], sorter=order)]
+
+
+def positions_by_group(sets: np.ndarray, labels: Mapping[str, np.ndarray]) -> Positions:
+    """Return which positions belong to which groups.
+
+    Args:
+        sets: final labels of each position, (positions, most). labels: by group, those of its channels.
+    """
+    owners = {}
+    for name, channels in labels.items():
+        index, owner = positions_of(channels, sets)
+        if len(index):
+            owners[name] = torch.from_numpy(index), torch.from_numpy(owner)
+    return Positions(len(sets), owners)
 
 
 def _over(channels: np.ndarray, reductions: dict[tuple[str, str, int], SideUse]) -> Iterator[Reduction]:
-    """Yield the statistics over channels of one group, given by their labels."""
-    order = np.argsort(channels)
+    """Yield the statistics and products over channels of one group, given by their labels."""
     for place, use in reductions.items():
-        index = np.flatnonzero(np.isin(use.labels, channels))
+        index, owner = positions_of(channels, use.labels)
         if len(index):
-            owner = order[np.searchsorted(channels, use.labels[index], sorter=order)]
             yield Reduction(*place, torch.from_numpy(index), torch.from_numpy(owner), use.dim)
 
 
-def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int, str]]:
-    """Return all sides with each label replaced by the smallest one tied to it, and why labels are fixed.
+def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
+    """Return all sides with the final labels of their channels, and why labels are fixed.
 
     The labels of a tensor outside the layers are reduced to a vector along its channel dimension;
     tensors without channels are omitted.
     """
-    made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
+    made = [found.channels(use.labels).ravel() for (_, side), use in found.sides.items() if side == "out"]
     known = np.unique(np.concatenate([np.arange(0), *made]))  # labels of layer outputs
+    known = known[known != NONE]
     reasons: dict[int, str] = {}
     for labels, reason in found.fixed:
-        for label in np.intersect1d(found.ties.find(labels), known).tolist():
+        for label in np.intersect1d(found.channels(labels), known).tolist():
             reasons.setdefault(label, reason)
     sides = {}
     for (name, side), use in found.sides.items():
-        labels, dim = found.ties.find(use.labels), use.dim
+        sets, dim = found.channels(use.labels.ravel()), use.dim
         if side == "self":
-            if not np.isin(labels, known).any():
+            if not np.isin(sets, known).any():
                 continue
-            wide = [d for d, size in enumerate(labels.shape) if size > 1]
+            labels = sets.reshape(*use.labels.shape, -1)
+            wide = [d for d, size in enumerate(use.labels.shape) if size > 1]
             channel_dims = [d for d in wide if (labels != labels.take([0], axis=d)).any()]
             if len(channel_dims) > 1:
                 why = f"the parameter {name} holds its channels along several dimensions"
@@ -82,41 +154,55 @@ def _final_sides(found: Flow) -> tuple[dict[tuple[str, Side], SideUse], dict[int
                     reasons.setdefault(label, why)
                 continue
             dim = channel_dims[0] if channel_dims else (wide[0] if wide else 0)
-            labels = np.moveaxis(labels, dim, 0).reshape(labels.shape[dim] if labels.ndim else 1, -1)[:, 0]
-        sides[name, side] = SideUse(labels, dim)
+            size, most = (use.labels.shape[dim] if use.labels.ndim else 1), labels.shape[-1]
+            sets = np.moveaxis(labels, dim, 0).reshape(size, -1, most)[:, 0]
+        sides[name, side] = SideUse(sets, dim)
     return sides, reasons
 
 
 def _components(
-    model: nn.Module, sides: dict[tuple[str, Side], SideUse]
-) -> Iterator[tuple[str, list[_Part]]]:
-    """Yield each connected component: the first layer that makes its channels, and its parts of sides."""
+    model: nn.Module, found: Flow, sides: _Sides
+) -> Iterator[tuple[str, np.ndarray, list[_Part]]]:
+    """Yield each connected component: the first layer that makes its channels, their labels, its parts."""
     connected = Ties()
-    connected.new(1 + max((int(use.labels.max()) for use in sides.values() if len(use.labels)), default=0))
+    connected.new(1 + max((int(use.labels.max()) for use in sides.values() if use.labels.size), default=0))
+    axes = [] if found.axes is None else [found.ties.find(vector) for vector in found.axes.vectors_made]
+    for vector in axes:
+        vector = vector[vector < connected.size]
+        connected.union(vector[:-1], vector[1:])
+    along_axes = np.unique(np.concatenate([np.arange(0), *axes]))
     makers = [
         (name, use.labels)
         for (name, side), use in sides.items()
         if side == "out" and makes_channels(model.get_submodule(name))
     ]
     for _, labels in makers:
-        connected.union(labels[:-1], labels[1:])
+        plain = labels[(labels != NONE) & ~np.isin(labels, along_axes)] if len(along_axes) else labels[:, 0]
+        connected.union(plain[:-1], plain[1:])
 
     parts_of: dict[int, list[_Part]] = {}
     for (name, side), use in sides.items():
-        components = connected.find(use.labels)
+        at, column = np.nonzero(use.labels != NONE)
+        labels = use.labels[at, column]
+        components = connected.find(labels)
         by_component = np.argsort(components, kind="stable")
         bounds = np.flatnonzero(np.diff(components[by_component], prepend=-2))
-        for chosen in np.split(by_component, bounds[1:]):
-            at = np.sort(chosen)
-            part = _Part(name, side, at, use.labels[at], use.dim)
+        for chosen in np.split(by_component, bounds[1:]) if len(at) else ():
+            in_order = np.sort(chosen)
+            part = _Part(name, side, at[in_order], labels[in_order], use.dim)
             parts_of.setdefault(int(components[chosen[0]]), []).append(part)
 
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    roots: dict[int, str] = {}
+    roots: dict[int, tuple[str, np.ndarray]] = {}
     for name, labels in sorted(makers, key=lambda maker: order[maker[0]]):
-        roots.setdefault(int(connected.find(labels[:1])[0]), name)
-    for component, root in roots.items():
-        yield root, parts_of[component]
+        flat = labels[labels != NONE]
+        components = connected.find(flat)
+        distinct, first = np.unique(components, return_index=True)
+        for component in distinct[np.argsort(first)].tolist():
+            if component not in roots:
+                roots[component] = name, flat[components == component]
+    for component, (root, made) in roots.items():
+        yield root, made, parts_of[component]
 
 
 def _split(
@@ -125,7 +211,7 @@ def _split(
     """Split a component into groups whose channels own equal numbers of positions of each part.
 
     Args:
-        root: the layer that names the groups. made: the labels of its channels.
+        root: the name of the first group. made: the labels of its channels.
     """
     channels = _in_order(made, [part.labels for part in parts_of])
     number = {int(label): c for c, label in enumerate(channels)}

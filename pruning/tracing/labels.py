@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -14,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pruning.graph.layers import layer_width, parts
 from pruning.graph.rule import Side
 from pruning.tracing.parameter_views import Weights
-from pruning.tracing.ties import NONE, Ties, spread, varying, vector_along
+from pruning.tracing.record import Extent, Flow, SideUse
+from pruning.tracing.ties import NONE, spread, varying, vector_along
 
 #: The reason for fixing channels that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
@@ -22,76 +21,6 @@ FIXED_SIZE = "it is joined with a tensor of fixed size"
 #: Tensors outside the layers of the table (a layer scale, a position embedding) with more elements
 #: than this get no labels; channels that are combined with them are fixed.
 MOST_ELEMENTS = 1_000_000
-
-
-@dataclass(frozen=True)
-class SideUse:
-    """The labels of one side of a layer, or of a tensor outside the layers (side `self`).
-
-    Attributes:
-        labels: of each position, (positions,); on the side `self`, of each element, in its shape.
-        dim: the dimension of the layer's input or output along which the positions lie, negative;
-            unused on the side `self`.
-    """
-
-    labels: np.ndarray
-    dim: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A size that module code gave to an operation and that counts channels.
-
-    Attributes:
-        module: the name of the module whose code ran.
-        labels: of the channels that the size counts, one for each position.
-    """
-
-    module: str
-    labels: np.ndarray
-
-
-@dataclass
-class Flow:
-    """The record of one forward pass.
-
-    Attributes:
-        ties: which labels belong to the same channel.
-        sides: the labels of each layer (or tensor) by name and side.
-        reductions: by module, operator and number of the call, the channels over which a statistic is
-            computed.
-        fixed: labels that cannot be pruned, each vector with the reason.
-        sized: labels that reached an operation whose sizes may be constants in the code.
-        extents: these sizes.
-        by_position: labels of channels that the code selects by position, with bounds that may be
-            constants; each vector with the reason to fix them if they are.
-        calls: how often each layer in the table ran.
-        uses: by layer, uses of its weight and output positions, summed over the pass.
-        readers: by convolution or linear layer, what reads its output: the name of a BatchNorm, or the
-            empty string for anything else.
-        other_macs: MACs of matrix products and convolutions outside those layers, in the pass.
-        read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
-        functional: parameters outside the layers that the model's code passes to a convolution or
-            linear function, each with the reason why their channels are not pruned.
-        outputs: shapes of the model's outputs in eval mode.
-        probe: the copy of the model that ran, if it is on the meta device.
-    """
-
-    ties: Ties = field(default_factory=Ties)
-    sides: dict[tuple[str, Side], SideUse] = field(default_factory=dict)
-    reductions: dict[tuple[str, str, int], SideUse] = field(default_factory=dict)
-    fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    sized: list[np.ndarray] = field(default_factory=list)
-    extents: list[Extent] = field(default_factory=list)
-    by_position: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
-    uses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    readers: dict[str, list[str]] = field(default_factory=dict)
-    other_macs: float = 0.0
-    read_elsewhere: set[str] = field(default_factory=set)
-    functional: dict[str, str] = field(default_factory=dict)
-    outputs: list[torch.Size] = field(default_factory=list)
-    probe: nn.Module | None = None
 
 
 class Labels:
@@ -154,6 +83,56 @@ class Labels:
                     self.found.ties.union(by_part[0], other)
         return torch.from_numpy(use.labels)
 
+    def vectors(self, labels: Tensor | None) -> dict[int, Tensor]:
+        """Return the labels along each dimension on which they depend, (size,) each."""
+        if labels is None:
+            return {}
+        dims = varying(labels)
+        if self.found.axes is not None and (len(dims) > 1 or self.is_composite(labels)):
+            return self.found.axes.vectors(labels)
+        return {dim: vector_along(labels, dim, labels.shape[dim]) for dim in dims}
+
+    def is_grid(self, labels: Tensor | None) -> bool:
+        """Whether channels lie along several dimensions, along which they may be removed."""
+        return len(varying(labels)) > 1 and self.is_composite(labels)
+
+    def is_composite(self, labels: Tensor | None) -> bool:
+        """Whether channels are removed with channels along several dimensions, as positions of heads are."""
+        axes = self.found.axes
+        return axes is not None and labels is not None and axes.is_defined(labels)
+
+    def compose(self, vectors: Mapping[int, Tensor], rank: int) -> Tensor | None:
+        """Return the labels of a tensor that has these labels along its dimensions."""
+        if self.found.axes is not None:
+            return self.found.axes.compose(vectors, rank)
+        assert len(vectors) < 2
+        return next((spread(vector, rank, dim) for dim, vector in vectors.items()), None)
+
+    def fix_along(self, labels: Tensor | None, dims: Iterable[int], reason: str) -> None:
+        """Fix the channels of a grid along some of its dimensions; fix all channels of other tensors."""
+        if not self.is_grid(labels):
+            return self.fix(labels, reason)
+        vectors = self.vectors(labels)
+        for dim in dims:
+            self.fix(vectors.get(dim), reason)
+        return None
+
+    def fix_single(self, labels: Tensor, reason: str) -> None:
+        """Fix the single position that a tensor holds of a dimension along which channels lie."""
+        if self.found.axes is not None and len(single := self.found.axes.single(labels)):
+            self.fix(single, reason)
+
+    def select_along(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor:
+        """Fix the channels along dimensions on which code selects; return those along the others."""
+        axes, vectors = self.found.axes, self.vectors(labels)
+        assert axes is not None
+        for dim in dims:
+            if dim in vectors:
+                self.fix(vectors[dim], reason)
+                axes.constant.append(vectors[dim].numpy())
+        kept = self.compose({d: v for d, v in vectors.items() if d not in dims}, labels.ndim)
+        return torch.full([1] * labels.ndim, NONE) if kept is None else kept
+
     def where(self) -> str:
         """Describe the running module, for messages."""
         return self.path[-1][1]
@@ -163,6 +142,11 @@ class Labels:
     def mark_uniform(self, tensor: Tensor) -> None:
         """Record that all elements of a tensor are equal, as in the initial state of a ConvLSTM."""
         self._uniform[tensor] = True
+
+    @property
+    def has_uniform(self) -> bool:
+        """Whether any tensor is uniform."""
+        return bool(self._uniform)
 
     def unmark_uniform(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors may no longer be uniform: they are written to, or their memory is shared."""
@@ -243,6 +227,11 @@ class Labels:
         for other in pieces[1:]:
             self.tie(pieces[0], other, FIXED_SIZE)
 
+    def tie_neighbors(self, labels: Tensor, dim: int, step: int) -> None:
+        """Tie each `step` successive labels along a dimension, of which code selects every `step`-th."""
+        by_place = labels.movedim(dim, -1).reshape(-1, step)
+        self.tie(by_place[:, :1], by_place[:, 1:], FIXED_SIZE)
+
     def fix(self, labels: Tensor | None, reason: str) -> None:
         """Exclude the channels of these labels from pruning."""
         if labels is not None:
@@ -264,8 +253,7 @@ class Labels:
         """
         self.found.sized.append(labels.flatten().numpy())
         if sized is not None:
-            for dim in varying(sized):
-                vector = vector_along(sized, dim, sized.shape[dim])
+            for vector in self.vectors(sized).values():
                 self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
 
     def note_positions(self, counts: Iterable[Tensor], reason: str) -> None:

@@ -13,16 +13,18 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from pruning.graph.computed import sources
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.layers import (
     channel_dim,
     is_depthwise,
+    is_inferred,
     is_registered,
     is_weighted,
     layer_width,
     rule_for,
 )
-from pruning.graph.recurrent import has_hidden_channels
+from pruning.graph.recurrent import has_hidden_channels, is_recurrent
 from pruning.graph.rule import Kind
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.ties import spread, varying, vector_along
@@ -62,7 +64,7 @@ def weighted(labels: Labels, call: LayerCall) -> None:
         return channelwise(labels, call, dim)
     _read(labels, call, arriving, dim)
     outgoing = labels.side(call.name, module, "out", dim)
-    return labels.put(call.output, spread(outgoing, call.output.ndim, dim))
+    return _put(labels, call, arriving, outgoing, dim)
 
 
 def deformable(labels: Labels, call: LayerCall) -> None:
@@ -137,6 +139,8 @@ def layer_norm(labels: Labels, call: LayerCall) -> None:
     arriving = labels.of(x)
     channel_dims = varying(arriving)
     index = channel_dims[0] if len(channel_dims) == 1 else x.ndim - 1
+    if labels.is_grid(arriving) and index not in labels.vectors(arriving):
+        return labels.put(call.output, arriving)
     dim = index - x.ndim
     if (len(shape) > 1 and dim != -1) or x.shape[index] != shape[-1]:
         labels.fix(arriving, f"{call.name} normalizes over other dimensions than its channels'")
@@ -162,7 +166,7 @@ def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None
         multiplier = len(own) // len(vector)
         reason = f"part of the input of {call.name} has a fixed size"
         labels.tie(vector.repeat_interleave(multiplier), own, reason)
-        labels.put(call.output, spread(own, call.output.ndim, dim))
+        _put(labels, call, arriving, own, dim)
 
 
 def unchanged(labels: Labels, call: LayerCall) -> None:
@@ -183,12 +187,27 @@ def _read(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) ->
         labels.tie(vector, inner, f"{call.name} also reads positions of fixed size, which hold no channels")
 
 
+def _put(labels: Labels, call: LayerCall, arriving: Tensor | None, made: Tensor, dim: int) -> None:
+    """Give the output the labels of a layer along `dim`, and those of the input along dimensions before."""
+    rank = call.output.ndim
+    before = labels.vectors(arriving) if labels.is_grid(arriving) and rank == call.inputs[0].ndim else {}
+    kept = {d: vector for d, vector in before.items() if d < rank + dim}
+    labels.put(call.output, labels.compose({**kept, rank + dim: made}, rank))
+
+
 def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -> Tensor | None:
     """Return the labels of the first input along `dim` as a vector; fix those along another dimension."""
     if arriving is None:
         return None
     x = call.inputs[0]
     index = dim + x.ndim
+    if labels.is_grid(arriving):
+        labels.fix_along(
+            arriving,
+            [d for d in varying(arriving) if d > index],
+            f"its channels do not lie along the dimension that {call.name} reads",
+        )
+        return labels.vectors(arriving).get(index)
     if any(d != index for d in varying(arriving)):
         reason = f"its channels do not lie along the dimension that {call.name} reads"
         labels.fix(arriving, reason)
@@ -234,3 +253,14 @@ def follow_layer(labels: Labels, call: LayerCall) -> bool:
             labels.fix(labels.of(other), f"{call.name} reads it in addition to its first input")
     rule(labels, call)
     return is_weighted(call.module)
+
+
+def is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a module is followed by a layer rule, which must cover all of its parameters."""
+    rule = rule_for(module)
+    if rule is None or is_inferred(module):
+        return False
+    if is_registered(module) or is_recurrent(module):
+        return layer_rule(module) is not None
+    held = {*rule.out, *rule.into}
+    return own.keys() <= held.union(*(sources(module, name) for name in held))

@@ -34,7 +34,8 @@ def _move(labels: Labels, op: Operation, first: Tensor) -> None:
 def view(labels: Labels, op: Operation, first: Tensor) -> None:
     """Reshape; the given sizes may be constants in the code."""
     found = compact(first.expand(op.operands[0].shape).reshape(op.output.shape))
-    found = _along_one_dimension(labels, found)
+    if labels.found.axes is None:
+        found = _along_one_dimension(labels, found)
     labels.note_sizes(first, found)
     labels.put(op.output, found)
 
@@ -62,26 +63,37 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
     """
     x = op.operands[0]
     if not x.ndim:
-        return
+        return None
     dim = (op.given.get("dim") or 0) % x.ndim
     pieces = pytree.tree_leaves(op.output)
     lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
     if dim in varying(first) and lengths[0] < x.shape[dim]:
         start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
         reason = f"{labels.where()} selects channels of it by position"
-        alone = varying(first) == [dim]
+        alone, grid, whole = varying(first) == [dim], labels.is_grid(first), first
+        if grid:  # positions are selected along one of its dimensions
+            vector = labels.vectors(first).get(dim)
+            if vector is None:
+                return _move(labels, op, first)
+            first, alone = spread(vector, first.ndim, dim), True
         equal = all(n == lengths[0] for n in lengths) and not (
             x.shape[dim] % lengths[0] or start % lengths[0]
         )
-        if pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
+        if grid and step > 1 and not x.shape[dim] % step:
+            labels.note_positions(_counted(first, dim, start, lengths), reason)
+            labels.tie_neighbors(first, dim, step)
+        elif pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
             labels.fix(first, reason)
+            if grid:
+                labels.select_along(whole, [dim], reason)
         else:
             labels.note_positions(_counted(first, dim, start, lengths), reason)
             if len(pieces) == 1 and alone:
                 labels.note_slice(first, dim, start, lengths[0])
             elif equal:
                 labels.tie_equal_parts(first, dim, lengths[0])
-    _move(labels, op, first)
+        first = whole
+    return _move(labels, op, first)
 
 
 def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
@@ -110,7 +122,9 @@ def shift(labels: Labels, op: Operation, first: Tensor) -> None:
     dims = op.given.get("dims", op.given.get("dim", []))
     touched = {d % first.ndim for d in ([dims] if isinstance(dims, int) else dims)}
     if not touched or touched & set(varying(first)):
-        return labels.fix(first, f"{labels.where()} rearranges its channels by position")
+        labels.fix_along(first, touched, f"{labels.where()} rearranges its channels by position")
+        if not labels.is_grid(first):
+            return None
     return labels.put(op.output, first)
 
 
@@ -120,7 +134,12 @@ def index(labels: Labels, op: Operation, first: Tensor) -> None:
     indices = op.given["indices"]
     used = [d for d, each in enumerate(indices) if each is not None]
     integer = all(each is None or each.dtype == torch.long for each in indices)
-    if not integer or set(used) & set(varying(first)) or used != list(range(used[0], used[-1] + 1)):
+    taken, axes = set(used) & set(varying(first)), labels.found.axes
+    if taken and integer and axes is not None and len(varying(first)) > len(taken):
+        reason = f"{labels.where()} picks from it by position"
+        first = labels.select_along(first, taken, reason)
+        taken = set()
+    if not integer or taken or used != list(range(used[0], used[-1] + 1)):
         return labels.fix(first, f"{labels.where()} picks from it by position")
     narrowed = first
     for d in reversed(used):

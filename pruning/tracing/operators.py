@@ -30,6 +30,7 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
+from pruning.tracing.products import batched_product, grid_pointwise, label_uniform
 from pruning.tracing.statistics import layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 from pruning.tracing.weights import convolution, product
@@ -50,6 +51,9 @@ def pointwise(labels: Labels, op: Operation) -> None:
         for found in map(labels.of, op.operands)
     ]
     known = [i for i, found in enumerate(aligned) if found is not None]
+    grids = [i for i in known if labels.is_grid(aligned[i])]
+    if grids:
+        return grid_pointwise(labels, op, aligned, max(grids, key=lambda i: len(varying(aligned[i]))))
     first = max(known, key=lambda i: (len(varying(aligned[i])), math.prod(shapes[i])))
     result = aligned[first]
     assert result is not None
@@ -59,6 +63,8 @@ def pointwise(labels: Labels, op: Operation) -> None:
         if i == first:
             continue
         wide = [d for d in channel_dims if shapes[i][d] > 1]
+        if other is None and labels.found.axes is not None:
+            other = label_uniform(labels, op.operands[i], wide, rank)
         expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
         uniform = other is None and labels.is_uniform(op.operands[i])
         if (expanded == wide or uniform) and not varying(other):
@@ -79,19 +85,6 @@ def pointwise(labels: Labels, op: Operation) -> None:
     return labels.put(op.output, result)
 
 
-def batched_product(labels: Labels, op: Operation) -> None:
-    """Multiply batches of matrices: fix channels that are summed over, pass on the others."""
-    left, right = map(labels.of, op.operands)
-    passing = [x for x, summed in ((left, 2), (right, 1)) if varying(x) and summed not in varying(x)]
-    result = passing[0] if len(passing) == 1 else None
-    for found in (left, right):
-        if found is not result:
-            labels.fix(
-                found, f"{labels.where()} multiplies activations over its channels, as attention heads do"
-            )
-    labels.put(op.output, result)
-
-
 def join(labels: Labels, op: Operation) -> None:
     """Concatenate or stack tensors."""
     rank = op.output.ndim
@@ -99,6 +92,8 @@ def join(labels: Labels, op: Operation) -> None:
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
     stacked = rank > op.operands[0].ndim
     found = [labels.of(piece) for piece in pieces]
+    if any(map(labels.is_composite, found)):
+        return join_grids(labels, op, pieces, dim, stacked)
     if not stacked and any(dim in varying(x) for x in found):
         found = [labels.of_or_uniform(piece, dim) for piece in pieces]
     if stacked:
@@ -122,6 +117,29 @@ def join(labels: Labels, op: Operation) -> None:
     return labels.put(op.output, across if dim not in varying(across) else None)
 
 
+def join_grids(labels: Labels, op: Operation, pieces: list[Tensor], dim: int, stacked: bool) -> None:
+    """Concatenate or stack tensors whose channels lie along several dimensions."""
+    joins = f"{labels.where()} joins it with a tensor of fixed size"
+    found = [labels.of(piece) for piece in pieces]
+    vectors = [labels.vectors(x) for x in found]
+    for d in sorted({d for each in vectors for d in each}):
+        if d == dim and not stacked:
+            continue
+        held = [each[d] for each in vectors if d in each]
+        for each in held[1:]:
+            labels.tie(held[0], each, joins)
+        if len(held) < len(pieces):
+            labels.fix(held[0], joins)
+    shape = op.output.shape
+    full = [
+        (torch.full([1] * piece.ndim, NONE) if x is None else x).expand(piece.shape)
+        for x, piece in zip(found, pieces, strict=True)
+    ]
+    joined = torch.stack(full, dim) if stacked else torch.cat(full, dim)
+    assert joined.shape == shape
+    labels.put(op.output, compact(joined))
+
+
 # --- the first tensor's channels ------------------------------------------------------------
 
 
@@ -140,11 +158,13 @@ def unlabeled(labels: Labels, op: Operation, first: Tensor) -> None:
 @first_operand
 def spatial(labels: Labels, op: Operation, first: Tensor) -> None:
     """Pool or resize the dimensions after the batch and the channels."""
-    if any(d > 1 for d in varying(first)):
-        return labels.fix(first, f"{labels.where()} pools or resizes over its channels ({op.name})")
+    if over := [d for d in varying(first) if d > 1]:
+        labels.fix_along(first, over, f"{labels.where()} pools or resizes over its channels ({op.name})")
+        if not labels.is_grid(first):
+            return
     for leaf in pytree.tree_leaves(op.output):
         labels.put(leaf, first)
-    return None
+    return
 
 
 @first_operand
@@ -182,7 +202,7 @@ RULES: dict[str, OperatorRule] = {
          "_prelu_kernel"), pointwise
     ),
     **dict.fromkeys(("cat", "stack", "concat"), join),
-    "bmm": batched_product,
+    **dict.fromkeys(("bmm", "baddbmm"), batched_product),
     **dict.fromkeys(("mm", "addmm"), product),
     "convolution": convolution,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),

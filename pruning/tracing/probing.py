@@ -10,52 +10,41 @@ something else: a comparison of the outputs detects that.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Trace, WidthAttribute
+from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked
-from pruning.surgery.width_attributes import attributes_with
-from pruning.tracing.bisection import Structure, faulty_groups, structure_of
-from pruning.tracing.labels import Flow
+from pruning.tracing.attribute_reads import attribute_reads
+from pruning.tracing.bisection import faulty_groups, structure_of
+from pruning.tracing.grouping import is_along_axis
+from pruning.tracing.joining import tie_equal_sizes, tie_inputs
+from pruning.tracing.record import Flow
+from pruning.tracing.scales import rescaling_choices
+from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
 from pruning.tracing.ties import NONE
+from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
+from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, map_tensors, tensors
-
-
-@dataclass(frozen=True)
-class _CountedSize:
-    """A size that an operation was given, and the channels that it counts.
-
-    Attributes:
-        module: name of the module whose code ran. value: the size.
-        owned: by group, how many positions each channel contributes to it, (channels,).
-    """
-
-    module: str
-    value: int
-    owned: dict[str, torch.Tensor]
-
 
 _CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
 
-#: Largest number of attribute sets to try for one group.
-MOST_CANDIDATES = 16
 
-#: A set of attributes that failed in this many modules of a type, and worked in none, is tried no more.
-MOST_FAILURES = 2
+#: Why a group is skipped if a view with a size of -1 takes heads for tokens.
+_DIVIDED = "with fewer channels, the model's code divides them differently, and its outputs change"
+
+#: Groups by name, and the labels of their channels.
+Groups = tuple[dict[str, Group], dict[str, np.ndarray]]
 
 
 class WidthProbe:
@@ -66,6 +55,8 @@ class WidthProbe:
         found: the record of the traced forward pass.
         groups: groups that nothing else excludes from pruning.
         labels: by group, the labels of its channels.
+        outputs: which outputs count.
+        also: other calls of the model.
     """
 
     def __init__(
@@ -74,18 +65,29 @@ class WidthProbe:
         inputs: Inputs,
         found: Flow,
         groups: dict[str, Group],
-        labels: Mapping[str, np.ndarray],
+        labels: dict[str, np.ndarray],
+        outputs: Outputs = None,
+        also: tuple[Entry, ...] = (),
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels)
+        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
+        #: By module, the attributes that its code reads, if only those are to be tried.
+        self.reads: dict[str, set[str]] | None = None
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
+
+    def rescales(self, names: Iterable[str]) -> tuple[Rescale, ...]:
+        """Return the factors that keep the scales of products, of some groups."""
+        return tuple(rescale for name in names for rescale in self.runs.scales.get(name, ()))
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
         """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
         found, groups, labels = self.found, self.groups, self.labels
-        sized = np.unique(found.ties.find(np.concatenate([np.arange(0), *found.sized])))
+        if found.axes is not None:  # the more sizes there are, the more attributes equal one by chance
+            self.reads = self.runs.reads()
+        sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
-        suspect = [name for name in groups if np.isin(labels[name], sized).any()]
+        # Other calls of the model may exchange modules, and are then not followed.
+        suspect = [name for name in groups if self.runs.also or np.isin(labels[name], sized).any()]
         at_fault = faulty_groups(self.runs.error, suspect, self.structures)
         if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
@@ -97,17 +99,67 @@ class WidthProbe:
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
         reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
-        attributes = _following(
-            self.model, self.runs, _counted_sizes(found, labels, reasons), self.structures
-        )
+        attributes = self._following(reasons)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
-        return reasons, _merged(attributes.values())
+        return reasons, merged(attributes.values())
+
+    def _following(self, names: Iterable[str]) -> dict[str, tuple[WidthAttribute, ...]]:
+        """Return those of the groups that can be narrowed if attributes are updated, with these."""
+        sizes = counted_sizes(self.found, self.labels, names)
+        chosen = following(self.model, self.runs, sizes, self.structures, self.reads)
+        if self.reads is None or not chosen:
+            return chosen
+        return with_heads(self.model, self.runs, chosen, sizes)
+
+    def joined(self, reasons: dict[str, str], regroup: Callable[[], Groups]) -> tuple[WidthAttribute, ...]:
+        """Join groups that cannot be narrowed alone, and return the attributes of those that can together.
+
+        Joined groups take the place of their parts, also in `reasons`.
+
+        Args:
+            reasons: groups that cannot be narrowed alone, with the reason.
+            regroup: returns the groups, and the labels of their channels, after more labels are tied.
+        """
+        found, model, attributes = self.found, self.model, list[tuple[WidthAttribute, ...]]()
+        if found.axes is None:
+            return ()
+        if reasons and tie_equal_sizes(model, found, self.labels, reasons, self.reads or {}):
+            attributes += self._narrowed_together(reasons, *regroup())
+        if reasons and tie_inputs(model, found, self.labels, reasons):
+            attributes += self._narrowed_together(reasons, *regroup())
+        return merged(attributes)
+
+    def _narrowed_together(
+        self, reasons: dict[str, str], groups: dict[str, Group], labels: dict[str, np.ndarray]
+    ) -> Iterable[tuple[WidthAttribute, ...]]:
+        """Let new groups take the place of those that cannot be narrowed alone, where that helps."""
+        bound = {name: self.found.channels(self.labels[name]) for name in reasons}
+        parts = {
+            name: several
+            for name, own in labels.items()
+            if (several := [part for part in reasons if np.isin(bound[part], own).any()])
+        }
+        for name in parts:
+            self.runs.add(groups[name], labels[name])
+            self.structures[name] = structure_of(self.model, self.found, groups[name])
+        at_fault = faulty_groups(self.runs.error, list(parts), self.structures)
+        at_fault |= self._misplaced([name for name in parts if name not in at_fault])
+        attributes = self._following(at_fault)
+        for name, several in parts.items():
+            if name in attributes or name not in at_fault:
+                for part in several:
+                    reasons.pop(part, None)
+                    if part not in parts:
+                        self.groups.pop(part, None)
+            elif name not in reasons:
+                del self.groups[name]
+        return attributes.values()
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return the groups of which a slice or split would select other channels after pruning."""
-        why: dict[str, str] = {}
+        """Return the groups of which a view, slice or split would select other channels after pruning."""
+        why = {name: _DIVIDED for name in names if is_along_axis(self.found, self.labels[name])}
         for labels, reason in self.found.by_position:
-            roots = self.found.ties.find(labels)
+            roots = self.found.channels(labels)
             for name in names:
                 if name not in why and np.isin(self.labels[name], roots).any():
                     why[name] = reason
@@ -156,19 +208,45 @@ class _NarrowedRuns:
         inputs: Inputs,
         found: Flow,
         groups: dict[str, Group],
-        labels: Mapping[str, np.ndarray],
+        labels: dict[str, np.ndarray],
+        outputs: Outputs,
+        also: tuple[Entry, ...],
     ):
         self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        places = [found.ties.find(taken) for taken, _ in found.by_position]
+        self.labels, self.outputs, self.also = labels, outputs, also
         #: By group, for each channel the number of the slice that it belongs to.
-        self.pieces = (
-            {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
-            if places
-            else {}
-        )
+        self.pieces: dict[str, np.ndarray] = {}
+        #: By group that a product sums over, the ways to keep the product's scale, and the one it needs.
+        self.choices: dict[str, list[tuple[Rescale, ...]]] = {}
+        self.scales: dict[str, tuple[Rescale, ...]] = {}
+        self._mark(labels)
         self.unused = found.probe
         self.on_meta = found.probe is not None
         self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
+
+    def add(self, group: Group, labels: np.ndarray) -> None:
+        """Add a group of the model, with the labels of its channels."""
+        self.groups[group.name], self.labels[group.name] = group, labels
+        self._mark({group.name: labels})
+
+    def _mark(self, labels: Mapping[str, np.ndarray]) -> None:
+        """Note for groups which slices their channels belong to, and how scales may be kept."""
+        places = [self.found.channels(taken) for taken, _ in self.found.by_position]
+        for name, own in labels.items() if places else ():
+            self.pieces[name] = _same_marks([np.isin(own, place) for place in places])
+        if self.found.left:
+            groups = {name: self.groups[name] for name in labels}
+            self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
+
+    def reads(self) -> dict[str, set[str]] | None:
+        """Return the attributes that each module's code reads; None if the model does not run like that."""
+        probe = on_meta(self.model) if self.on_meta else copied(self.model)
+        try:
+            with torch.no_grad(), attribute_reads(probe.eval()) as reads:
+                call(probe, self.example)
+        except Exception:  # of code that depends on the types of modules, whatever it raises
+            return None
+        return reads
 
     def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
         """Return the error of the model without the last channels of these groups; empty if it runs."""
@@ -176,11 +254,13 @@ class _NarrowedRuns:
         try:
             cut_channels(probe, *self._narrower(names, sizes))
             with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = [t.shape for t in tensors(call(probe.eval(), self.example))]
+                got = counted(call(probe.eval(), self.example), self.outputs)
+                for entry in self.also:
+                    got = got + tensors(entry.on_copy(probe, to_meta if self.on_meta else None))
         except Exception as error:  # whatever the narrowed copy raises
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        outputs = self.found.outputs
-        return "" if got == outputs else f"its outputs change from {outputs} to {got}"
+        before, after = self.found.outputs, [t.shape for t in got]
+        return "" if after == before else f"its outputs change from {before} to {after}"
 
     def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
         """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
@@ -188,6 +268,20 @@ class _NarrowedRuns:
         Args:
             share: least share of the channels to remove from each slice.
         """
+        some = list(names)
+        problem = self._mismatch(some, sizes, share)
+        summed = [name for name in some if name in self.choices and name not in self.scales]
+        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
+            before = dict(self.scales)
+            self.scales.update(
+                {name: self.choices[name][min(i, len(self.choices[name]) - 1)] for name in summed}
+            )
+            if not self._mismatch(some, sizes, share):
+                return ""
+            self.scales = before
+        return problem
+
+    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
         traced, plan = self._narrower(names, sizes, share)
         small = apply(self.model, traced, plan)
         return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
@@ -197,7 +291,7 @@ class _NarrowedRuns:
 
         An attribute may equal a width by chance, or hold another quantity, such as a factor.
         """
-        together = _merged(sizes.values())
+        together = merged(sizes.values())
         return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
 
     def _narrower(
@@ -215,95 +309,13 @@ class _NarrowedRuns:
             each = [channels[pieces == piece] for piece in np.unique(pieces)]
             last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
             keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        return Trace(self.groups, {}, {}, {}, sizes=sizes), Plan(keep)
+        rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
+        traced = Trace(
+            self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also, rescales=rescales
+        )
+        return traced, Plan(keep)
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
     """Return a number for each channel; two channels have the same number if all their marks agree."""
     return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
-
-
-# --- attributes that hold a size ------------------------------------------------------------
-
-
-def _following(
-    model: nn.Module,
-    runs: _NarrowedRuns,
-    sizes: Mapping[str, list[_CountedSize]],
-    structures: Mapping[str, Structure],
-) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return the groups that can be narrowed if attributes are updated, with these attributes."""
-    candidates = {
-        name: several for name, counted in sizes.items() if (several := list(_candidates(model, counted)))
-    }
-    likely = {name: several[0] for name, several in candidates.items()}
-    if not likely or runs.is_exact(likely):
-        return likely
-    alone: dict[str, tuple[WidthAttribute, ...]] = {}
-    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
-    hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
-    for name, several in candidates.items():
-        like = structures[name], len(several)
-        for chosen in () if like in hopeless else several:
-            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
-            if failures[kind] >= MOST_FAILURES:
-                continue
-            if runs.is_exact({name: chosen}):
-                alone[name], failures[kind] = chosen, -len(candidates)
-                break
-            failures[kind] += 1
-        else:
-            hopeless.add(like)
-    return alone if alone and runs.is_exact(alone) else {}
-
-
-def _counted_sizes(
-    found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
-) -> dict[str, list[_CountedSize]]:
-    """Return for each of the groups the sizes that count its channels."""
-    belongs: dict[int, tuple[str, int]] = {}
-    for group, own in labels.items():
-        belongs.update((label, (group, channel)) for channel, label in enumerate(own.tolist()))
-    sizes: dict[str, list[_CountedSize]] = {name: [] for name in names}
-    seen = set()
-    for extent in found.extents:
-        counted = found.ties.find(extent.labels)
-        key = extent.module, counted.tobytes()
-        if not sizes or key in seen:
-            continue
-        seen.add(key)
-        owned: dict[str, torch.Tensor] = {}
-        for group, channel in filter(None, map(belongs.get, counted.tolist())):
-            owned.setdefault(group, torch.zeros(len(labels[group]), dtype=torch.long))[channel] += 1
-        for group in sizes.keys() & owned.keys():
-            sizes[group].append(_CountedSize(extent.module, len(counted), owned))
-    return sizes
-
-
-def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
-    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
-    choices: list[list[tuple[WidthAttribute, ...]]] = []
-    for size in sizes:
-        held = [
-            WidthAttribute(size.module, attribute, entries, size.owned)
-            for attribute, entries in attributes_with(model.get_submodule(size.module), size.value)
-        ]
-        if held:
-            several = [tuple(held)] if len(held) > 1 else []
-            choices.append([*((each,) for each in held), *several, ()])
-    for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
-        if any(chosen):
-            yield _merged(chosen)
-
-
-def _merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
-    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
-    merged: list[WidthAttribute] = []
-    taken: dict[tuple[str, str], set[int]] = {}
-    for size in itertools.chain.from_iterable(sets):
-        entries = taken.setdefault((size.module, size.attribute), set())
-        wanted = set(size.entries) or {0}
-        if not entries & wanted:
-            entries |= wanted
-            merged.append(size)
-    return tuple(merged)

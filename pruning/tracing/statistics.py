@@ -23,6 +23,8 @@ def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
     dims = list(range(rank)) if dims is None or dims == [] else dims
     dims = sorted({d % max(1, rank) for d in ([dims] if isinstance(dims, int) else dims)})
     leaves = pytree.tree_leaves(op.output)
+    if labels.is_grid(first):
+        return _grid_reduction(labels, op, first, dims)
     if any(d in dims for d in varying(first)):
         if op.name not in REDUCTIONS or not labels.note_statistic(op.operands[0], first):
             return labels.fix(
@@ -43,11 +45,36 @@ def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
     return None
 
 
+def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int]) -> None:
+    """Reduce a tensor with channels along several dimensions; those that are kept keep their channels."""
+    rank, vectors = op.operands[0].ndim, labels.vectors(first)
+    reduced = [d for d in dims if d in vectors]
+    leaves = pytree.tree_leaves(op.output)
+    if reduced:
+        along = spread(vectors[reduced[0]], rank, reduced[0])
+        if len(reduced) > 1 or op.name not in REDUCTIONS or not labels.note_statistic(op.operands[0], along):
+            return labels.fix_along(
+                first,
+                reduced,
+                f"{labels.where()} reduces over its channels ({op.name}); only statistics such as the mean "
+                "over activations are followed",
+            )
+        for positions in leaves[1:] if op.name in ("max", "min") else ():
+            labels.mark_positions(positions, along)
+    kept = labels.compose({d: v for d, v in vectors.items() if d not in dims}, rank)
+    for leaf in leaves:
+        found = kept
+        for d in reversed(dims) if leaf.ndim < rank else ():
+            found = None if found is None else found.squeeze(d)
+        labels.put(leaf, found)
+    return None
+
+
 @first_operand
 def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
     """Apply softmax along a dimension; fix channels that lie along it."""
-    if op.given["dim"] % first.ndim in varying(first):
-        labels.fix(first, f"{labels.where()} takes {op.name.strip('_')} over its channels")
+    if (dim := op.given["dim"] % first.ndim) in varying(first):
+        labels.fix_along(first, [dim], f"{labels.where()} takes {op.name.strip('_')} over its channels")
     labels.put(op.output, first)
 
 
@@ -61,6 +88,13 @@ def layer_norm(labels: Labels, op: Operation) -> None:
         for tensor in own:
             labels.fix(labels.of(tensor), f"{within} beside a tensor of fixed size")
         return None
+    if labels.is_grid(first) and len(shape) == 1:
+        vector = labels.vectors(first).get(x.ndim - 1)
+        if vector is None:
+            return labels.put(output, first)
+        first, made = spread(vector, x.ndim, -1), first
+    else:
+        made = None
     if varying(first) and varying(first) != [x.ndim - 1]:
         if varying(first)[-1] >= x.ndim - len(shape):
             return labels.fix(first, f"{within} over several dimensions; normalize over channels alone")
@@ -76,4 +110,4 @@ def layer_norm(labels: Labels, op: Operation) -> None:
             labels.fix(first, f"{within} beside a tensor of fixed size")
         else:
             labels.tie(vector, scales, FIXED_SIZE)
-    return labels.put(output, spread(vector, x.ndim, -1))
+    return labels.put(output, spread(vector, x.ndim, -1) if made is None else made)

@@ -18,6 +18,11 @@ class Ties:
         self._size = 0
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
 
+    @property
+    def size(self) -> int:
+        """The number of labels."""
+        return self._size
+
     def new(self, count: int) -> np.ndarray:
         """Return `count` new labels, tied to no other label."""
         self._size += count

@@ -15,7 +15,7 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.computed import can_be_narrowed
-from pruning.graph.groups import Group, Ignored, LayerUse, Trace
+from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
     bias_of,
@@ -28,13 +28,18 @@ from pruning.graph.layers import (
 )
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
-from pruning.tracing.grouping import channel_groups
-from pruning.tracing.labels import Flow
+from pruning.tracing.grouping import channel_groups, positions_by_group
+from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
-from pruning.tracing.tracer import flow
+from pruning.tracing.record import Flow
+from pruning.tracing.shared import loses_alike, shared_parameters
+from pruning.tracing.ties import NONE
 from pruning.utils.batch import find_batch
+from pruning.utils.entries import Also, entries_of
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wrappers import unwrapped, without_prefixes
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
@@ -61,22 +66,25 @@ def trace(
     *,
     compare: bool = True,
     batch_size: int | None = None,
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
 ) -> Trace:
     """Find the channel groups of a model.
 
     Args:
         model: any module; neither it nor its mode is changed.
-        inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping of
-            keyword arguments.
+        inputs: example inputs on the model's device: a tensor, a sequence of arguments, or a mapping.
         ignored: layers whose outputs are not pruned: names, patterns, types or modules.
-        compare: whether to find layers whose own code mixes channels, by comparing the outputs of
-            narrowed copies of the model.
-        batch_size: number of examples in the inputs, by which costs are divided; by default it is found,
-            see `pruning.utils.batch.find_batch`.
+        compare: whether to compare outputs of narrowed copies, to find layers whose code mixes channels.
+        batch_size: number of examples in the inputs; by default found by `pruning.utils.batch.find_batch`.
+        outputs: which outputs keep their size: names such as `["logits"]`, or a function of what the model
+            returns; by default all.
+        also: other ways to call the model, traced together with the inputs: functions of the model, such as
+            `lambda model: model.sample(2)`, which return the outputs that count, and inputs. A function
+            runs on a copy, which it may change (a reparameterization).
 
     Returns the groups, and for every other layer that makes channels the reason why it is skipped.
-    Raises `PruningError` when the model does not run on the inputs, when an entry of `ignored` matches no
-    layer, and when a registered rule does not describe a layer.
+    Raises `PruningError` for a model that does not run on the inputs, and for invalid arguments or rules.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     >>> traced = trace(model, torch.zeros(1, 3, 9, 9))
@@ -88,12 +96,14 @@ def trace(
     {'2': "its channels are the model's output, whose size is kept"}
     """
     _require_traceable(model, inputs)
+    entries = entries_of(also)
     ignored_by = _match(model, ignored)
-    found = flow(model, call, inputs)
+    found = flow(model, call, inputs, outputs, entries)
     groups, labels, reasons = _prunable(model, found, ignored_by)
 
-    probe = WidthProbe(model, inputs, found, groups, labels)
+    probe = WidthProbe(model, inputs, found, groups, labels, outputs, entries)
     bound, sizes = probe.code_bound()
+    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
     for name, reason in bound.items():
@@ -101,12 +111,27 @@ def trace(
 
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size)
-    skipped = _skipped(model, found, groups, reasons)
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
-        groups, skipped, foldable, _uses(model, found, foldable, batch.size), frozenset(ignored_by),
-        found.other_macs / batch.size, inputs, sizes, batch, inferred,
+        groups, _skipped(model, found, groups, reasons), foldable,
+        _uses(model, found, foldable, batch.size), frozenset(ignored_by), found.other_macs / batch.size,
+        inputs, sizes, batch, outputs, entries, inferred,
+        _products(found, {name: labels[name] for name in groups}, batch.size), probe.rescales(groups),
     )  # fmt: skip
+
+
+def _products(found: Flow, labels: Mapping[str, np.ndarray], size: int) -> tuple[ProductUse, ...]:
+    """Return the products of activations for one of `size` examples, whose channels have these labels."""
+    return tuple(
+        ProductUse(
+            product.macs / size,
+            *(
+                positions_by_group(np.full((1, 1), NONE) if x is None else found.channels(x), labels)
+                for x in (product.rows, product.columns)
+            ),
+        )
+        for product in found.products
+    )
 
 
 def _uses(model: nn.Module, found: Flow, foldable: Mapping[str, str], size: int) -> dict[str, LayerUse]:
@@ -124,7 +149,7 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}
@@ -200,10 +225,14 @@ def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(
-    group: Group, model: nn.Module, ignored_by: dict[str, str], frozen: set[str], shared: dict[str, str]
+    group: Group,
+    model: nn.Module,
+    ignored_by: dict[str, str],
+    frozen: set[str],
+    shared: Mapping[str, list[str]],
 ) -> str:
     """Return why a group cannot be pruned; empty when it can."""
-    if not group.side("in"):
+    if not group.side("in") and not group.is_summed:
         return "no layer that surgery knows consumes its channels; they may be the model's output"
     for member in group.members:
         if member.side == "self":
@@ -229,8 +258,8 @@ def _obstacle(
         for full in names:
             if full in frozen:
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
-            if full in shared:
-                return f"{full} is the same tensor as {shared[full]}; untie them to let it be pruned"
+            if full in shared and not loses_alike(model, group, [full, *shared[full]]):
+                return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
         if problem := _computed(owner, model.get_submodule(owner)):
             return problem
     return ""
@@ -253,11 +282,16 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     ignored_by: dict[str, str] = {}
     first = {id(module): name for name, module in model.named_modules()}  # a module may have several names
     for entry in ignored:
+        if isinstance(entry, nn.Module):
+            entry = unwrapped(entry)
         described = entry if isinstance(entry, str) else getattr(entry, "__name__", type(entry).__name__)
         matched = [
             name
             for name, module in model.named_modules(remove_duplicate=False)
-            if (isinstance(entry, str) and fnmatchcase(name, entry))
+            if (
+                isinstance(entry, str)
+                and (fnmatchcase(name, entry) or fnmatchcase(name, without_prefixes(entry)))
+            )
             or (isinstance(entry, type) and isinstance(module, entry))
             or module is entry
         ]
@@ -272,26 +306,10 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
     return ignored_by
 
 
-def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that two layers share: each full name, with that of the other.
-
-    A layer that has two names is one layer; its first name counts.
-    """
-    holders: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for layer, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{layer}.{own}" if layer else own
-            other = holders.setdefault(id(parameter), name)
-            if other != name:
-                shared.update({name: other, other: name})
-    return shared
-
-
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
     """Return the layers whose output only a BatchNorm reads and can be folded into: layer to norm."""
     pairs = {}
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     with eval_mode(model):
         for name, readers in found.readers.items():
             norm_name = readers[0] if readers else ""

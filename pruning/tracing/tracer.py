@@ -10,108 +10,47 @@ with the reason.
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph.computed import sources
-from pruning.graph.deformable import count_deformable
-from pruning.graph.layers import holds_layers, is_inferred, is_registered, rule_for
+from pruning.graph.layers import holds_layers
 from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
-from pruning.tracing.labels import Flow, Labels
-from pruning.tracing.layer_rules import LayerCall, follow_layer, layer_rule
+from pruning.tracing.labels import Labels
+from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
+from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
-from pruning.utils.meta import run_operation, without_computing
-from pruning.utils.modules import copied
-from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
+from pruning.utils.meta import run_operation
+from pruning.utils.outputs import Outputs, counted, named_outputs
+from pruning.utils.tree import tensors, tensors_among
 
-#: Operations that create a uniform tensor.
+#: Operations that create a uniform tensor; one of random numbers is like it, for checks make them equal.
 _FILLING = frozenset(
-    f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+    f"aten::{name}"
+    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "randn", "rand")
 )
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
 
 Result = TypeVar("Result")
 
-#: Runs a model on inputs.
-Run = Callable[[nn.Module, Inputs], object]
 
-
-def flow(model: nn.Module, run: Run, inputs: Inputs) -> Flow:
-    """Follow the channels of a model through a forward pass in eval mode.
-
-    If some layers do not run in eval mode (auxiliary heads), a pass in training mode follows.
-
-    Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
-    """
-    try:
-        return without_computing(lambda probe, example: _follow(probe, run, example), model, inputs)
-    except PruningError:
-        raise
-    except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
-        name, said = type(model).__name__, f"{type(error).__name__}: {error}"
-        if _runs(model, run, inputs):
-            raise PruningError(
-                f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
-                "is an error in a registered rule or in the toolkit; please report the latter"
-            ) from error
-        raise PruningError(f"{name} does not run on the example inputs: {said}") from error
-
-
-def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
-    """Whether the model itself, untraced, runs on the inputs."""
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            run(copied(model).eval(), fresh(inputs))
-    except Exception:  # whatever a foreign model raises
-        return False
-    return True
-
-
-def _follow(probe: nn.Module, run: Run, inputs: Inputs) -> Flow:
-    example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    count_deformable()
-    found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with _Tracer(probe.eval(), found) as tracer, tracer.functions:
-            output = run(probe, inputs)
-            tracer.finish(output)
-        found.outputs = [leaf.shape for leaf in tensors(output)]
-        table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
-        if any(not found.calls[name] for name in table):
-            # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
-            in_training = replace(found, calls=Counter(), uses={}, readers={})
-            with (
-                contextlib.suppress(Exception),  # the model need not run in this mode
-                _Tracer(probe.train(), in_training) as tracer,
-                tracer.functions,
-            ):
-                tracer.finish(run(probe, inputs))
-            probe.eval()
-    return found
-
-
-class _Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """Label the tensors of one forward pass: hook the layers, and intercept all operations between them."""
 
     def __init__(self, probe: nn.Module, found: Flow):
@@ -143,7 +82,7 @@ class _Tracer(TorchDispatchMode):
     def _hook(self, name: str, module: nn.Module) -> set[int]:
         """Hook a module; return the ids of its tensors if it is a layer with a rule."""
         own = dict(module.named_parameters(recurse=False))
-        if not _is_known(module, own):
+        if not is_known(module, own):
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
         if holds_layers(module) and "weight" in own:
@@ -240,9 +179,19 @@ class _Tracer(TorchDispatchMode):
             self.labels.fix_positions(operation.operands)
             if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
-        if writes(func) or (not self.depth and shares_memory(func)):
-            self.labels.unmark_uniform(tensors_among((args, kwargs)))
+        if self.labels.has_uniform:
+            self._pass_uniform(func, tensors_among((args, kwargs)), output)
         return output
+
+    def _pass_uniform(self, func: OpOverload, operands: list[Tensor], output: object) -> None:
+        """Note which tensors are uniform after an operation."""
+        uniform = bool(operands) and all(map(self.labels.is_uniform, operands))
+        if writes(func) or (not self.depth and shares_memory(func)):
+            self.labels.unmark_uniform(operands)
+        if not uniform or not isinstance(output, Tensor) or writes(func):
+            return
+        if self.labels.of(output) is None and (shares_memory(func) or torch.Tag.pointwise in func.tags):
+            self.labels.mark_uniform(output)
 
     def run_layer(
         self, name: str, module: nn.Module, inputs: list[Tensor], run: Callable[[], Tensor]
@@ -309,18 +258,39 @@ class _Tracer(TorchDispatchMode):
             if id(leaf) in self.owners:
                 self.found.read_elsewhere.add(self.owners[id(leaf)])
 
-    def finish(self, output: object) -> None:
-        """Fix the channels of the model's outputs, and tie the slices that the pass recorded."""
-        outputs = tensors(output)
-        if not outputs:
+    def finish(self, output: object, outputs: Outputs) -> None:
+        """Fix the channels of the outputs that count, and tie the slices that the pass recorded."""
+        if not tensors(output):
             raise PruningError(
                 f"{type(self.probe).__name__} returns no tensor (a {type(output).__name__}), so whether a "
                 "smaller one computes the same cannot be checked; let it return tensors, in any container"
             )
+        self._read(tensors(output), "")
+        try:
+            kept = counted(output, outputs)
+        except PruningError:
+            if not self.probe.training:
+                raise
+            kept = tensors(output)  # in training mode a model may return something else
+        self.labels.fix_positions(kept)
+        names = {id(tensor): name for name, tensor in named_outputs(output).items()}
+        for leaf in kept:
+            self.labels.fix(self.labels.of(leaf), _kept_output(names.get(id(leaf), ""), len(names)))
+        self._close()
+
+    def finish_entry(self, output: object, name: str) -> None:
+        """Finish the pass of another call of the model, by its name; it need not return tensors."""
+        outputs = tensors(output)
         self._read(outputs, "")
         self.labels.fix_positions(outputs)
         for leaf in outputs:
-            self.labels.fix(self.labels.of(leaf), "its channels are the model's output, whose size is kept")
+            reason = (
+                f"its channels are an output of {name}, whose size is kept; return only what has to keep it"
+            )
+            self.labels.fix(self.labels.of(leaf), reason)
+        self._close()
+
+    def _close(self) -> None:
         for (name, _), use in self.found.sides.items():
             if name in self.found.read_elsewhere:
                 reason = f"the code of another module reads what {name} holds"
@@ -330,12 +300,11 @@ class _Tracer(TorchDispatchMode):
         )
 
 
-def _is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
-    """Whether a module is followed by a layer rule, which must cover all of its parameters."""
-    rule = rule_for(module)
-    if rule is None or is_inferred(module):
-        return False
-    if is_registered(module) or is_recurrent(module):
-        return layer_rule(module) is not None
-    held = {*rule.out, *rule.into}
-    return own.keys() <= held.union(*(sources(module, name) for name in held))
+def _kept_output(name: str, count: int) -> str:
+    """Return the reason to fix the channels of one of several outputs."""
+    if count < 2 or not name:
+        return "its channels are the model's output, whose size is kept"
+    return (
+        f"its channels are the model's output {name!r}, whose size is kept; if other outputs count alone, "
+        "name them by outputs= (--outputs)"
+    )

@@ -13,6 +13,7 @@ from pruning.graph.layers import rule_for
 from pruning.graph.rule import Rule, Side
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
+from pruning.tracing.products import product_of_activations
 from pruning.tracing.ties import spread, varying, vector_along
 
 #: Operators that may multiply by a weight of the module that calls them.
@@ -26,13 +27,18 @@ def product(labels: Labels, op: Operation) -> None:
     for x, weight, read, made in ((left, right, 0, 1), (right, left, 1, 0)):
         dim = 1 if weight is right else 0
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
-            return
+            return None
+    if op.name == "mm" and all(
+        labels.of(x) is not None and labels.weights.find(x) is None for x in (left, right)
+    ):
+        return product_of_activations(labels, op, left, right)
     reason = (
         f"{labels.where()} multiplies it by a matrix ({op.name}) that is no weight of a layer alone; put the "
         "weight into a layer of torch to let it be pruned"
     )
     for operand in op.operands:
         labels.fix(labels.of(operand), reason)
+    return None
 
 
 def convolution(labels: Labels, op: Operation) -> None:

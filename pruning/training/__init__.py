@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from pruning.training.loop import Epoch, fit
     from pruning.training.losses import accuracy, cross_entropy
     from pruning.training.optimizers import Soap
+    from pruning.training.statistics import fresh_statistics
 
-__all__ = ["BatchSource", "Epoch", "Rounding", "Soap", "TrainConfig", "accuracy", "cross_entropy", "fit"]
+__all__ = [
+    "BatchSource",
+    "Epoch",
+    "Rounding",
+    "Soap",
+    "TrainConfig",
+    "accuracy",
+    "cross_entropy",
+    "fit",
+    "fresh_statistics",
+]
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -11,6 +11,9 @@ from pruning.utils.settings import Setting, require_valid
 #: Optimizers, each with a peak learning rate for stage 3 that suits most networks.
 OPTIMIZERS = {"sgd": 0.2, "soap": 0.05}
 
+#: Peak learning rate of a training that is given none.
+DEFAULT_RATE = 0.1
+
 SCHEDULES = ("one-cycle", "constant")
 
 
@@ -19,7 +22,8 @@ class TrainConfig:
     """How to train. Each field states its meaning and bounds.
 
     The one-cycle schedule is that of Smith & Topin (arXiv 1708.07120). Measure whether `channels_last`
-    is faster: a small network took 0.8 times as long on one CPU thread, but twice as long on two.
+    is faster: a small network took 0.8 times as long on one CPU thread, but twice as long on two. Without a
+    rate, `fit` takes `DEFAULT_RATE`, and `slim` one that fits the stage and the network (see `SlimConfig`).
 
     Raises:
         PruningError: a setting is out of its bounds.
@@ -30,8 +34,8 @@ class TrainConfig:
 
     epochs: Annotated[int, Setting("training epochs; 0 trains nothing", metavar="N", least=0, stages="each")]
     lr: Annotated[
-        float, Setting("peak learning rate", name="rate", metavar="RATE", above=0, stages="each")
-    ] = 0.1
+        float | None, Setting("peak learning rate", name="rate", metavar="RATE", above=0, stages="each")
+    ] = None
     optimizer: Annotated[
         str,
         Setting(
@@ -84,8 +88,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_valid(self)
 
+    @property
+    def peak(self) -> float:
+        """Return the peak learning rate, which is `DEFAULT_RATE` where none is given."""
+        return DEFAULT_RATE if self.lr is None else self.lr
+
     def rate(self, progress: float) -> float:
-        """Return the learning rate as a share of `lr`, given the share of all steps done, 0 to 1.
+        """Return the learning rate as a share of `peak`, given the share of all steps done, 0 to 1.
 
         The one-cycle rate rises from 1/25 to 1 and then falls to almost 0, each by half a cosine.
         """

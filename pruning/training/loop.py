@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
 
@@ -13,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from pruning.errors import PruningError, TrainingDiverged
-from pruning.training.batches import BatchSource, length, to_device
+from pruning.training.batches import Batch, BatchSource, length, to_device
 from pruning.training.config import TrainConfig
 from pruning.training.losses import Loss, Validate, cross_entropy, loss_of, validation_score
 from pruning.training.optimizers import Soap
+from pruning.training.statistics import fresh_statistics, take_statistics
 from pruning.utils import distributed
 from pruning.utils.modules import channels_last, device_of
 
@@ -80,6 +82,7 @@ def fit(
     after_step: Callable[[float], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     extra: Stateful | None = None,
+    statistics: Sequence[Batch] = (),
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
@@ -100,6 +103,8 @@ def fit(
         on_epoch: function called after every epoch. It may store `epoch.state()`; a training resumed
             from this state gives the same result as the uninterrupted one.
         extra: another object that changes in training; its state is stored with the model's.
+        statistics: batches on which the statistics of BatchNorm are taken anew for every validation, and
+            for the weights that are kept (see `fresh_statistics`); without them, the running ones are used.
         label: text before the progress bar, which is shown on a terminal only.
         resume: the stored state of an interrupted training.
 
@@ -121,20 +126,36 @@ def fit(
             "DataLoader with at least one batch"
         )
     if config.epochs:
-        callbacks = _Callbacks(validate, before_epoch, after_step, on_epoch, label)
+        callbacks = _Callbacks(validate, before_epoch, after_step, on_epoch, statistics, label)
         _train(model, batches, config, loss_of(loss), callbacks, keep_best, keep_start, extra, resume)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class _Callbacks:
-    """The functions that the caller of `fit` passes, and the text of the progress bar."""
+    """The functions that the caller of `fit` passes, batches for BatchNorm, and the progress bar's text."""
 
     validate: Validate | None
     before_epoch: Callable[[int], None] | None
     after_step: Callable[[float], None] | None
     on_epoch: Callable[[Epoch], None] | None
+    statistics: Sequence[Batch]
     label: str
+
+    def end_epoch(self, training: _Training, number: int, keep_best: bool) -> float | None:
+        """Validate the result of an epoch, which is stored if it is the best so far and that is asked."""
+        if self.validate is None:
+            training.end_epoch(number, None)
+            return None
+        known = (
+            contextlib.nullcontext()
+            if not self.statistics
+            else fresh_statistics(training.result, self.statistics)
+        )
+        with known:
+            score = validation_score(self.validate, training.result)
+            training.end_epoch(number, score if keep_best else None)
+        return score
 
 
 def _train(
@@ -149,7 +170,7 @@ def _train(
     resume: TrainingState | None,
 ) -> None:
     """Run the remaining epochs, then load the best or the last weights into the model."""
-    batches, validate = distributed.sharded(batches), callbacks.validate
+    batches = distributed.sharded(batches)
     with (
         torch.enable_grad(),
         channels_last(model, config.channels_last),
@@ -158,22 +179,23 @@ def _train(
         training = _Training(model, config, len(batches), extra)
         if resume is not None:
             training.restore(resume)
-        elif keep_best and keep_start and validate is not None:
+        elif keep_best and keep_start:
             with torch.random.fork_rng():  # validating here must not change the epochs' random draws
-                training.end_epoch(0, validation_score(validate, training.result))
+                callbacks.end_epoch(training, 0, keep_best)
         with training.progress_bar(callbacks.label) as bar:
             for number in range(training.epoch + 1, config.epochs + 1):
                 if callbacks.before_epoch is not None:
                     callbacks.before_epoch(number)
                 total, lr = _train_epoch(training, parallel, batches, loss, callbacks, bar)
-                score = validation_score(validate, training.result) if validate is not None else None
-                training.end_epoch(number, score if keep_best else None)
+                score = callbacks.end_epoch(training, number, keep_best)
                 if score is not None:
                     bar.set_postfix_str(f"epoch {number}/{config.epochs}, validation {score:.4f}")
                 if callbacks.on_epoch is not None:
                     train_loss = distributed.mean(total).item() / training.steps
                     callbacks.on_epoch(Epoch(number, train_loss, score, lr, training.state))
         model.load_state_dict(training.best or training.result.state_dict())
+    if training.best is None and callbacks.statistics:
+        take_statistics(model, callbacks.statistics)
 
 
 def _train_epoch(
@@ -207,7 +229,7 @@ class _Training:
     def __init__(self, model: nn.Module, config: TrainConfig, steps: int, extra: Stateful | None):
         self.model, self.config, self.steps, self.extra = model, config, steps, extra
         self.device = device_of(model)
-        self.optimizer = _optimizer(model, config, self.device)
+        self.optimizer = make_optimizer(model, config, self.device)
         total = config.epochs * steps
         # torch's OneCycleLR fails with very few steps.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -288,7 +310,7 @@ class _Training:
         _set_random_state(state["random"])
 
 
-def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters that are not frozen; only weights have weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -298,11 +320,11 @@ def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> t
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "soap":
-        return Soap(groups, lr=config.lr, momentum=config.momentum)
+        return Soap(groups, lr=config.peak, momentum=config.momentum)
     # The fused update takes one call instead of several per parameter; torch has it on CPU and CUDA.
     return torch.optim.SGD(
         groups,
-        lr=config.lr,
+        lr=config.peak,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
         fused=device.type in ("cpu", "cuda"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruning.utils.entries import Entry
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
+from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
 
 #: Largest relative difference attributed to rounding in float32. For coarser types the tolerance is
@@ -17,26 +20,54 @@ from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
 TOLERANCE = 1e-4
 
 
-def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor] | Exception:
-    """Return the output tensors of a model in eval mode, or the error of the forward pass.
+def outputs_of(model: nn.Module, inputs: Inputs, outputs: Outputs = None) -> list[Tensor] | Exception:
+    """Return the output tensors of a model in eval mode that count, or the error of the forward pass.
 
     The pass changes neither the inputs nor the model's buffers. Random numbers are replaced by a
     constant, so that they do not depend on the shapes of tensors.
     """
     try:
         with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
-            return tensors(call(model, fresh(inputs)))
+            return counted(call(model, fresh(inputs)), outputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
         return error
+
+
+def outputs_of_entry(
+    model: nn.Module, entry: Entry, convert: Callable[[Tensor], object] | None = None
+) -> list[Tensor] | Exception:
+    """Return the tensors that another call of a model returns, or its error; as `outputs_of`.
+
+    Args:
+        model: a copy, which the entry may change.
+        convert: changes the tensors of the entry's inputs.
+    """
+    try:
+        with torch.no_grad(), eval_mode(model), _ConstantRandomNumbers():
+            return tensors(entry.run(model, convert))
+    except Exception as error:  # of the user's function
+        return error
+
+
+def joined(parts: Iterable[list[Tensor] | Exception]) -> list[Tensor] | Exception:
+    """Return the outputs of several calls as one list, or the first error."""
+    together: list[Tensor] = []
+    for outputs in parts:
+        if isinstance(outputs, Exception):
+            return outputs
+        together += outputs
+    return together
 
 
 def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of a model and its inputs in double precision, to distinguish faults from rounding."""
 
-    def double(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
+    return copied(model).double(), map_tensors(to_double, inputs)
 
-    return copied(model).double(), map_tensors(double, inputs)
+
+def to_double(tensor: Tensor) -> Tensor:
+    """Return a tensor of floating-point numbers in double precision; others unchanged."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 class _ConstantRandomNumbers(TorchDispatchMode):

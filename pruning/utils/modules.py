@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.utils.tree import Inputs, fresh, tensors_among
+from pruning.utils.wrappers import require_module, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -23,20 +24,14 @@ Function = TypeVar("Function", bound=Callable[..., object])
 # ---- Calls
 
 
-def require_module(model: object) -> None:
-    """Raise `PruningError` if a model is not an instance of nn.Module."""
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise PruningError(f"the model is {kind}: give an instance of nn.Module")
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's tensors; the CPU if it has none, such as an exported file.
 
     Raises:
         PruningError: if the model is not a module.
     """
-    require_module(model)
+    if not isinstance(model, nn.Module):
+        require_module(model)
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
@@ -137,12 +132,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def buffers_unchanged(function: Function) -> Function:
     """Decorate a function whose first argument is a model, to restore the model's buffers afterwards.
 
-    In training mode, even reading a weight with spectral norm changes buffers.
+    In training mode, even reading a weight with spectral norm changes buffers. The function gets the model
+    inside wrappers such as DataParallel.
     """
 
     @functools.wraps(function)
     def wrapper(model: nn.Module, *args: object, **kwargs: object) -> object:
         require_module(model)
+        model = unwrapped(model)
         with buffers_kept(model):
             return function(model, *args, **kwargs)
 

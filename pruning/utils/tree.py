@@ -81,11 +81,11 @@ def _collect(output: object, found: list[Tensor], visited: set[int]) -> None:
             found.append(leaf)
         elif id(leaf) not in visited:  # objects may refer to each other
             visited.add(id(leaf))
-            for value in _contents(leaf):
+            for value in contents(leaf):
                 _collect(value, found, visited)
 
 
-def _contents(leaf: object) -> list[object]:
+def contents(leaf: object) -> list[object]:
     """Return the objects inside a leaf of torch's pytree; nothing for code and modules."""
     if isinstance(leaf, type | nn.Module | ModuleType | FunctionType | MethodType | str | bytes):
         return []

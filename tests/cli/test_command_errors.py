@@ -38,6 +38,11 @@ PICTURES = (
         (("doctor", "--model", "resnet81", "--input-shape", "1x10x10"), "did you mean resnet18"),
         (("doctor", "--model", "mine:broken", "--input-shape", "1x10x10"), "no such thing as a net"),
         (("doctor", "--model", "mine:number", "--input-shape", "1x10x10"), "an nn.Module was expected"),
+        (("doctor", "--model", "mine:exported", "--input-shape", "1x10x10"), "a program of torch.export"),
+        (
+            ("doctor", "--model", "mine:Features", "--input-shape", "1x10x10", "--outputs", "logit"),
+            "'logit' matches none; the model returns logits, maps",
+        ),
         (("doctor", "--model", "mine:Net", "--model-arg", "depth=3", "--input-shape", "1x10x10"), "depth"),
         (("doctor", "--model", "mine:Net", "--model-arg", "depth", "--input-shape", "1x10x10"), "KEY=VALUE"),
         (("doctor", "--model", "mine:Net", "--input-shape", "1xtenx10"), "3x224x224"),

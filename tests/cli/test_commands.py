@@ -41,6 +41,26 @@ def test_values_of_repeated_flags_are_combined(run, tmp_path):
     assert found["groups"][0]["channels"] == 6
 
 
+def test_outputs_that_do_not_count_may_change_their_size(run, tmp_path):
+    features = ("--model", "mine:Features", "--input-shape", "1x10x10")
+    code, out, _ = run("doctor", *features)
+    assert code == 0 and "features.4: its channels are the model's output 'maps'" in out
+    code, out, _ = run("doctor", *features, "--outputs", "logits", "--json", "found.json")
+    assert code == 0 and "trial passed" in out
+    assert len(json.loads((tmp_path / "found.json").read_text())["groups"]) == 2
+    words = ("prune", *features, "--outputs", "logits", "--score", "l2", "--max-channels", 4)
+    assert run(*words)[0] == 0
+    assert run("doctor", *features, "--weights", "small.pth", "--outputs", "logits")[0] == 0
+
+
+def test_a_wrapped_network_is_pruned_and_loads_without_the_wrapper(run):
+    shape = ("--input-shape", "1x10x10")
+    assert run("prune", "--model", "mine:wrapped", *shape, "--score", "l2", *BUDGET)[0] == 0
+    for model in ("mine:Net", "mine:wrapped"):
+        code, out, _ = run("doctor", "--model", model, *shape, "--weights", "small.pth")
+        assert code == 0 and "  features.0  " in out
+
+
 def test_doctor_of_a_torchvision_network_needs_no_data(run):
     code, out, _ = run("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
     assert code == 0 and "25 groups" in out and "have no BatchNorm scale" in out
@@ -78,7 +98,7 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
     code, out, _ = run("slim", *NET, *SHORT, "--max-params", "50%", "--floor", 2, "--output", "first")
     assert code == 0 and "stage 3, fine-tune" in out
     written = {p.name for p in (tmp_path / "first").iterdir()}
-    assert written >= {"config.toml", "history.jsonl", "dense.pth", "mistakes.json"}
+    assert written >= {"config.toml", "history.jsonl", "given.pth", "sparsified.pth", "mistakes.json"}
 
     assert run("slim", "--config", "first/config.toml", "--output", "second")[0] == 0
     load = lambda name: torch.load(name, weights_only=True)["state_dict"]  # noqa: E731
@@ -101,7 +121,7 @@ def test_slim_resumes_and_repeats_from_its_config_and_other_commands_read_its_ne
     assert run(*words, "--int8", "--output", "rounded")[0] == 0  # other weights in the same layers
     tuned, rounded = load("tuned/best.pth"), load("rounded/best.pth")
     assert tuned.keys() == rounded.keys() and not all(torch.equal(tuned[key], rounded[key]) for key in tuned)
-    code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/dense.pth",
+    code, out, _ = run("test", *NET, "--weights", "tuned/best.pth", "--against", "first/sparsified.pth",
                        "--seconds", 0.1, "--json", "figures.json")  # fmt: skip
     assert code == 0
     dense, small = json.loads((tmp_path / "figures.json").read_text())

@@ -104,10 +104,35 @@ def test_plans_respect_floor_and_cap():
 def test_widths_are_multiples_without_removing_more_than_needed(share):
     _, traced, cost_model = chain(30)
     plan = plan_within(Budget(params=f"{share}%").resolve(cost_model(cost_model.full)), traced, cost_model,
-                       {"0": torch.rand(30)}, PlanOptions(multiple=8))  # fmt: skip
+                       {"0": torch.rand(30)}, PlanOptions(multiple=8, floor=1))  # fmt: skip
     width = plan.widths["0"]
     limit = ((30 * 6 + 2) * share // 100 - 2) // 6
     assert width == max(w for w in (1, 8, 16, 24, 30) if w <= limit)
+
+
+@pytest.mark.parametrize("ranking", ["global", "group"])
+@pytest.mark.parametrize(("multiple", "most"), [(8, 1.0), (4, 1.0), (3, 1.0), (8, 0.6)])
+def test_no_width_is_below_the_multiple_unless_a_floor_is_given(ranking, multiple, most):
+    layers = [nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 5), nn.ReLU(), nn.Linear(5, 2)]
+    net = nn.Sequential(*layers)
+    traced = trace(net, torch.zeros(1, 3))
+    cost_model = CostModel(net, traced)
+    scores = {name: torch.rand(group.channels) for name, group in traced.groups.items()}
+    options = PlanOptions(ranking, multiple=multiple, most=most)
+    rounded = lambda n: -(-n // multiple) * multiple  # noqa: E731
+    least = {
+        "0": rounded(max(multiple, 40 * (1 - most))),
+        "2": min(5, rounded(max(multiple, 5 * (1 - most)))),
+    }
+    tightest = Budget(params=cost_model(least).params)
+    plan = plan_within(tightest, traced, cost_model, scores, options)
+    assert plan.widths == least
+    with pytest.raises(PruningError, match="at the floor of every group"):
+        plan_within(Budget(params=tightest.params - 1), traced, cost_model, scores, options)
+    given = PlanOptions(ranking, multiple=multiple, floor={"0": 1})
+    lowest = {"0": 1, "2": min(5, rounded(multiple))}
+    plan = plan_within(Budget(params=cost_model(lowest).params), traced, cost_model, scores, given)
+    assert plan.widths == lowest
 
 
 def test_dropped_channels_that_fit_the_budget_are_restored():

@@ -41,7 +41,8 @@ def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
     )
     assert got.params <= 0.3 * before.params + 0.5 and got.macs <= 0.5 * before.macs + 0.5
     assert [line.split(":")[0] for line in lines if "whole layers" not in line] == [
-        "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2", "stage 3, fine-tune",
+        "given network", "stage 1, sparsify", "stage 2, iteration 1/2", "stage 2, iteration 2/2",
+        "stage 3, fine-tune",
     ]  # fmt: skip
     assert all("asked ≤" in line for line in lines[-3:-1]) and f"{got.params:,} params" in lines[-2]
     events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import nets
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.nn.functional import conv_transpose1d
 
 from pruning import Budget, Plan, PruningError, prune, trace
-from pruning.surgery.apply import apply
+from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.linear_form import weight_uses
+from pruning.surgery.paused_pass import Site, find_sites
 from pruning.surgery.refit import refit
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
@@ -103,7 +105,7 @@ def test_the_weights_are_those_of_ridge_regression():
         wrong = net(images) - (x @ old.T + net[2].bias)
         centered, target = x - x.mean(0), wrong - wrong.mean(0)
         gram = centered.T @ centered
-        unit = gram.diagonal().mean() * torch.eye(5, dtype=torch.double)
+        unit = gram.diagonal().diag()
         change = torch.linalg.solve(gram + fit.ridge * unit, centered.T @ target)
     torch.testing.assert_close(small[2].weight, old + change.T)
     torch.testing.assert_close(small(images).mean(0), net(images).mean(0))
@@ -181,6 +183,98 @@ def test_a_layer_used_twice_is_fitted_to_both_uses():
     before = error(small, net, images)
     refit(small, net, traced, plan, [images])
     assert error(small, net, images) < before
+
+
+class Padded(nn.Conv2d):
+    """A convolution with its own code, as in networks that pad like TensorFlow."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, None, self.stride)
+
+
+@pytest.mark.parametrize("constants", [False, True])
+@pytest.mark.parametrize("conv", [nn.Conv2d, Padded])
+def test_the_offset_goes_into_the_norm_behind_and_counts_constants_once(conv, constants):
+    torch.manual_seed(0)
+    reader = conv(8, 5, 1, bias=False)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), reader, nn.BatchNorm2d(5)).double().eval()
+    net[3].running_mean.normal_()
+    net[3].running_var.uniform_(0.5, 2)
+    images = torch.randn(32, 3, 6, 6, dtype=torch.double)
+    traced, plan = trace(net, images), Plan({"0": (0, 1, 2, 4, 5)})
+    small = apply(net, traced, plan, channel_constants(net, traced, [images]) if constants else None)
+    [fit] = refit(small, net, traced, plan, [images])
+    assert fit.ridge is not None
+    with torch.no_grad():
+        torch.testing.assert_close(small(images).mean((0, 2, 3)), net(images).mean((0, 2, 3)))
+
+
+def test_a_residual_block_mends_the_error_of_its_input():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.last(torch.tanh(self.second(x)))
+
+    torch.manual_seed(0)
+    net, images = Block().double(), torch.randn(400, 4, dtype=torch.double)
+    traced = trace(net, images)
+    small = copy.deepcopy(net)
+    with torch.no_grad():
+        small.first.weight += 0.1 * torch.randn_like(small.first.weight)
+        small.second.load_state_dict(net.second.state_dict())
+    plan = Plan({"second": (0, 1, 2, 3, 4)})
+    small = apply(small, traced, plan)
+    before = error(small, net, images)
+    sites = find_sites(net, images, {getattr(net, n).weight: n for n in ("first", "second", "last")})
+    assert sites == [Site("first"), Site("second"), Site("last", added=True)]
+    fits = refit(small, net, traced, plan, [images])
+    with torch.no_grad():
+        features = torch.tanh(small.second(small.first(images)))
+        rows = torch.cat([features, torch.ones(len(features), 1, dtype=torch.double)], 1)
+        wanted = net(images) - small.first(images)
+        best = rows @ torch.linalg.lstsq(rows, wanted).solution
+        least = float((best - wanted).norm() / net(images).norm())
+    assert fits[-1].layer == "last" and error(small, net, images) < min(before, 1.02 * least)
+
+
+def test_layers_are_fitted_alike_in_one_pass_and_in_passes_of_their_own(monkeypatch):
+    net, images = nets.make("residual").eval(), nets.images(32)
+    traced = trace(net, images[:2])
+    plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
+    found = []
+    for most in (1 << 40, -1):
+        monkeypatch.setattr("pruning.surgery.refit.MOST_BYTES", most)
+        small = apply(net, traced, plan)
+        found.append((refit(small, net, traced, plan, list(images.split(8))), small(images)))
+    assert [fit.layer for fit in found[0][0]] == [fit.layer for fit in found[1][0]]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+    assert threading.active_count() == 1
+
+
+def test_an_error_in_the_model_ends_the_passes():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.fails = nn.Linear(4, 6), nn.Linear(6, 2), False
+
+        def forward(self, x):
+            x = self.two(torch.relu(self.one(x)))
+            if self.fails:
+                raise ValueError("of the model")
+            return x
+
+    net, images = Fails(), torch.randn(8, 4)
+    traced, plan = trace(net, images), Plan({"one": (0, 1)})
+    small = apply(net, traced, plan)
+    small.fails = True
+    with pytest.raises(ValueError, match="of the model"):
+        small(images)
+    fits = refit(small, net, traced, plan, [images])  # the pass ends at the last layer
+    assert [fit.layer for fit in fits] == ["two"] and threading.active_count() == 1
 
 
 def test_transposed_convolutions_of_torch_and_of_rows_agree_on_padding():

@@ -17,7 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.planning import count
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify
-from pruning.tracing.tracer import flow
+from pruning.tracing.passes import flow
 from pruning.utils.compare import TOLERANCE
 from pruning.utils.modules import call
 
@@ -138,11 +138,6 @@ def hard_split(self, x):
     return self.extra(torch.cat([left, right], 1))
 
 
-def gram(self, x):
-    x = x.flatten(2)
-    return self.extra((x @ x.transpose(1, 2)).mean(2)[:, :, None, None])
-
-
 def functional(self, x):
     return nn.functional.conv2d(x, self.extra.weight)
 
@@ -157,7 +152,6 @@ def functional(self, x):
         (by_position, "by position"),
         (rolled, "by position"),
         (hard_split, "tied to its width"),
-        (gram, "over its channels"),
         (functional, "convolves it"),
     ],
 )

@@ -12,7 +12,8 @@ from pruning.utils.files import replace_file
 
 def execute(args: argparse.Namespace) -> None:
     model = build.network(args)
-    found = doctor(model, build.examples(args, model, build.data_of(args)), args.ignore)
+    example = build.examples(args, model, build.data_of(args))
+    found = doctor(model, example, args.ignore, outputs=args.outputs or None)
     print(found)
     if args.json:
         replace_file(args.json, (json.dumps(found.to_json(), indent=1) + "\n").encode())

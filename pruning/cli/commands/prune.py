@@ -36,6 +36,7 @@ def execute(args: argparse.Namespace) -> None:
         floor=args.floor,
         most=args.most,
         multiple=args.multiple,
+        outputs=args.outputs or None,
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example, data)

@@ -35,7 +35,7 @@ ELSEWHERE = {
 
 
 #: Flags that runs of earlier versions did not have; they are resumed without them.
-LATER = {"augment", "crop", "cutout", "mean", "resize", "std"}
+LATER = {"augment", "crop", "cutout", "mean", "rate", "resize", "std"}
 
 #: Facts of the checkpoint from which the weights came that still hold.
 KEPT = ("preprocessing", "normalisation", "classes", "dataset", "given_accuracy")

@@ -7,7 +7,6 @@ import contextlib
 import json
 
 import torch
-from torch import nn
 
 from pruning.checkpoint import provenance, save
 from pruning.cli import build
@@ -36,26 +35,30 @@ def execute(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     calibration = data.calibration(args.calibration)
 
-    def validate(network: nn.Module) -> float:
-        return accuracy(network, data.validation)
-
     result = slim(
         model,
         data.train,
         example,
         config,
-        validate=validate,
+        validate=data.validation,
         target=target,
         calibration=calibration,
         ignored=args.ignore,
         run=run,
         log=lambda line: print(line, flush=True),
     )
-    best = validate(result.model)
-    written = finish(args, run, result.model, example, data, epochs=result.epochs, accuracy=best)
+    reference = result.reference
+    given = reference.score if reference.trained else None
+    best = accuracy(result.model, data.validation)
+    written = finish(args, run, result.model, example, data, epochs=result.epochs, accuracy=best, given=given)
     if run.writes:
-        save(run.folder / "dense.pth", result.dense, provenance=provenance(**facts_of(args, example, data)))
+        facts = facts_of(args, example, data)
+        known = {} if given is None else {"validation_accuracy": given}
+        save(run.folder / "given.pth", model, provenance=provenance(**facts, **known))
+        save(run.folder / "sparsified.pth", result.sparsified, provenance=provenance(**facts))
         with contextlib.suppress(PruningError):  # of a network that is no classifier of whole examples
             compared = differing_predictions(result.dense, result.model, data.validation)
             replace_file(run.folder / "mistakes.json", (json.dumps(compared) + "\n").encode())
+    if given is not None:
+        written += f", given {given:.4f}; made by {result.stage}"
     print(written)

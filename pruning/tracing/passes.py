@@ -1,0 +1,116 @@
+"""Run a model to follow its channels: in eval mode, and in training mode if that runs more layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pruning.errors import PruningError
+from pruning.graph.deformable import count_deformable
+from pruning.graph.layers import rule_for
+from pruning.surgery.statistics import plain_attention
+from pruning.tracing.axes import Axes
+from pruning.tracing.labels import FIXED_SIZE
+from pruning.tracing.products import AxesNeeded
+from pruning.tracing.record import Flow
+from pruning.tracing.tracer import Tracer
+from pruning.utils.entries import Entry, exchanges_modules
+from pruning.utils.meta import to_meta, without_computing
+from pruning.utils.modules import copied
+from pruning.utils.outputs import Outputs, counted
+from pruning.utils.tree import Inputs, fresh, tensors
+
+#: Runs a model on inputs.
+Run = Callable[[nn.Module, Inputs], object]
+
+
+def flow(
+    model: nn.Module, run: Run, inputs: Inputs, outputs: Outputs = None, also: tuple[Entry, ...] = ()
+) -> Flow:
+    """Follow the channels of a model through a forward pass in eval mode, and through other calls of it.
+
+    Channels of the outputs that count are fixed. If some layers do not run in eval mode (auxiliary heads),
+    a pass in training mode follows.
+
+    Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
+    """
+    try:
+        follow = partial(_follow, run=run, outputs=outputs, also=also)
+        try:
+            return without_computing(follow, model, inputs)
+        except AxesNeeded:
+            return without_computing(partial(follow, axes=True), model, inputs)
+    except PruningError:
+        raise
+    except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
+        name, said = type(model).__name__, f"{type(error).__name__}: {error}"
+        if _runs(model, run, inputs):
+            raise PruningError(
+                f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
+                "is an error in a registered rule or in the toolkit; please report the latter"
+            ) from error
+        raise PruningError(f"{name} does not run on the example inputs: {said}") from error
+
+
+def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
+    """Whether the model itself, untraced, runs on the inputs."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            run(copied(model).eval(), fresh(inputs))
+    except Exception:  # whatever a foreign model raises
+        return False
+    return True
+
+
+def _follow(
+    probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, also: tuple[Entry, ...], axes: bool = False
+) -> Flow:
+    example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    count_deformable()
+    found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
+    found.axes = Axes(found.ties) if axes else None
+    with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with Tracer(probe.eval(), found) as tracer, tracer.functions:
+            output = run(probe, inputs)
+            tracer.finish(output, outputs)
+        found.outputs = [leaf.shape for leaf in counted(output, outputs)]
+        for entry in also:
+            _follow_entry(probe, found, entry)
+        table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
+        if any(not found.calls[name] for name in table):
+            # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
+            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[])
+            with (
+                contextlib.suppress(Exception),  # the model need not run in this mode
+                Tracer(probe.train(), in_training) as tracer,
+                tracer.functions,
+            ):
+                tracer.finish(run(probe, inputs), outputs)
+            probe.eval()
+    if found.axes is not None:
+        found.fixed += [(labels, FIXED_SIZE) for labels in found.axes.settle()]
+    return found
+
+
+def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
+    """Follow another call of the model; its ties and readers are added, its costs are not.
+
+    One that exchanges modules (a reparameterization) is not followed: narrowed copies of the model run it.
+    """
+    convert = to_meta if found.probe is not None else None
+    try:
+        exchanged, output = exchanges_modules(entry, probe, convert)
+    except Exception as error:  # of the user's function, or of the model
+        raise PruningError(f"{entry.name} fails: {type(error).__name__}: {error}") from error
+    found.outputs += [leaf.shape for leaf in tensors(output)]
+    if exchanged:
+        return
+    with Tracer(probe, replace(found, uses={}, other_macs=0.0, products=[])) as tracer, tracer.functions:
+        tracer.finish_entry(entry.run(probe, convert), entry.name)

@@ -1,0 +1,77 @@
+"""Scales of products that the code computes from a width, as 1/√d in attention: where to make up for them.
+
+Where the code divides q·kᵀ by a power of the width of q, as `F.scaled_dot_product_attention` does, the scale
+grows as q and k lose channels. The pruned model keeps the scale of the dense model if q is multiplied by the
+ratio of the scales, in the layer that makes it. Whether the code does so is found by comparing outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.graph.groups import Group, Rescale
+from pruning.graph.layers import makes_channels, rule_for
+from pruning.graph.rule import Side
+from pruning.tracing.grouping import positions_by_group
+from pruning.tracing.record import Flow
+
+#: Powers of the width that scales of products are tried for.
+POWERS = (0.5, 1.0)
+
+
+def rescaling_choices(
+    model: nn.Module, found: Flow, groups: Mapping[str, Group], labels: Mapping[str, np.ndarray]
+) -> dict[str, list[tuple[Rescale, ...]]]:
+    """Return, by group that a product sums over, the ways in which the scale may be made up for.
+
+    A norm of one of the operands removes a factor from what it normalizes, so its own scales are another
+    place for the factor.
+    """
+    choices: dict[str, list[tuple[Rescale, ...]]] = {}
+    for name, group in groups.items():
+        summed = [reduction for reduction in group.reductions if reduction.place in found.left]
+        if not summed:
+            continue
+        by_place = []
+        for reduction in summed:
+            sets = found.channels(found.reductions[reduction.place].labels)
+            counted = positions_by_group(sets, labels)
+            by_place.append((counted, list(_places(model, found, group, found.left[reduction.place]))))
+        most = max(len(places) for _, places in by_place)
+        choices[name] = [
+            tuple(
+                Rescale(*places[min(i, len(places) - 1)], counted, power)
+                for counted, places in by_place
+                if places
+            )
+            for power in POWERS
+            for i in range(most)
+        ]
+    return choices
+
+
+def _places(
+    model: nn.Module, found: Flow, group: Group, left: np.ndarray
+) -> list[tuple[str, Side, Tensor, int]]:
+    """Return what may be multiplied: layers or tensors outside them, sides, positions and dimensions."""
+    makers: list[tuple[str, Side, Tensor, int]] = []
+    for (name, side), use in found.sides.items():
+        if side == "out" and makes_channels(model.get_submodule(name)):
+            index = np.flatnonzero(np.isin(use.labels, left))
+            if len(index):
+                makers.append((name, side, torch.from_numpy(index), 0))
+    norms = [
+        (member.layer, member.side, member.index.unique(), member.dim)
+        for member in group.members
+        if member.side == "self" or (member.side == "out" and _is_norm(model.get_submodule(member.layer)))
+    ]
+    return [*makers[-1:], *norms]
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    rule = rule_for(layer)
+    return rule is not None and rule.kind == "norm"

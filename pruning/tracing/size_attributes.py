@@ -1,0 +1,208 @@
+"""Find the attributes of modules that hold the sizes which their code gives to views and splits."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from pruning.graph.groups import Positions, WidthAttribute
+from pruning.surgery.width_attributes import attributes_with
+from pruning.tracing.bisection import Structure
+from pruning.tracing.grouping import positions_by_group
+from pruning.tracing.record import Flow
+
+
+class Runs(Protocol):
+    """What runs narrowed copies of a model."""
+
+    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class CountedSize:
+    """A size that an operation was given, and the channels that it counts.
+
+    Attributes:
+        module: name of the module whose code ran. counted: the positions that the size counts.
+    """
+
+    module: str
+    counted: Positions
+
+
+#: By name of a module, the attributes that its code reads.
+Reads = Mapping[str, set[str]]
+
+#: Largest number of attribute sets to try for one group.
+MOST_CANDIDATES = 16
+
+#: A set of attributes that failed in this many modules of a type, and worked in none, is tried no more.
+MOST_FAILURES = 2
+
+
+def following(
+    model: nn.Module,
+    runs: Runs,
+    sizes: Mapping[str, list[CountedSize]],
+    structures: Mapping[str, Structure],
+    reads: Reads | None = None,
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Return the groups that can be narrowed if attributes are updated, with these attributes.
+
+    Args:
+        sizes: by group, the sizes that count its channels. structures: by group, what it has in common with
+            groups of similar blocks.
+        reads: by module, the attributes that its code reads; others are not tried. By default, all are.
+    """
+    candidates = {
+        name: several
+        for name, counted in sizes.items()
+        if (several := list(_candidates(model, counted, reads)))
+    }
+    likely = {name: several[0] for name, several in candidates.items()}
+    if not likely or runs.is_exact(likely):
+        return likely
+    if reads is not None and (alike := _alike(runs, candidates, structures)):
+        return alike
+    alone: dict[str, tuple[WidthAttribute, ...]] = {}
+    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
+    hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
+    for name, several in candidates.items():
+        like = structures[name], len(several)
+        for chosen in () if like in hopeless else several:
+            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
+            if failures[kind] >= MOST_FAILURES:
+                continue
+            if runs.is_exact({name: chosen}):
+                alone[name], failures[kind] = chosen, -len(candidates)
+                break
+            failures[kind] += 1
+        else:
+            hopeless.add(like)
+    return alone if alone and runs.is_exact(alone) else {}
+
+
+def _alike(
+    runs: Runs,
+    candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
+    structures: Mapping[str, Structure],
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Return attributes that work for the first group of each structure, for all groups of that structure.
+
+    They are tried together; nothing is returned if they do not work.
+    """
+    works: dict[tuple[Structure, int], int | None] = {}
+    chosen = {}
+    for name, several in candidates.items():
+        like = structures[name], len(several)
+        if like not in works:
+            exact = (i for i, attributes in enumerate(several) if runs.is_exact({name: attributes}))
+            works[like] = next(exact, None)
+        place = works[like]
+        if place is not None:
+            chosen[name] = several[place]
+    return chosen if chosen and runs.is_exact(chosen) else {}
+
+
+def with_heads(
+    model: nn.Module,
+    runs: Runs,
+    chosen: dict[str, tuple[WidthAttribute, ...]],
+    sizes: Mapping[str, list[CountedSize]],
+) -> dict[str, tuple[WidthAttribute, ...]]:
+    """Let attributes named after heads follow too, though the pass did not need them; drop chance ones.
+
+    Code that the example inputs do not reach, as that of a cache, may read `num_heads`. An attribute that
+    the pass reads, but does not need, has the same value by chance.
+    """
+    kinds = {
+        (type(model.get_submodule(a.module)), a.attribute) for several in chosen.values() for a in several
+    }
+    for kind in sorted(kinds, key=lambda kind: kind[1]):
+        if _names_heads(kind[1]):
+            continue
+        fewer = {
+            name: tuple(a for a in several if (type(model.get_submodule(a.module)), a.attribute) != kind)
+            for name, several in chosen.items()
+        }
+        if all(fewer.values()) and runs.is_exact(fewer):
+            chosen = fewer
+    more = {
+        name: merged([several, *(_held(model, s, None) for s in sizes[name])], _names_heads)
+        for name, several in chosen.items()
+    }
+    return more if runs.is_exact(more) else chosen
+
+
+def _names_heads(attribute: str) -> bool:
+    return "head" in attribute.lower()
+
+
+def counted_sizes(
+    found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
+) -> dict[str, list[CountedSize]]:
+    """Return for each of the groups the sizes that count its channels."""
+    sizes: dict[str, list[CountedSize]] = {name: [] for name in names}
+    seen = set()
+    for extent in found.extents:
+        counted = found.channels(extent.labels)
+        key = extent.module, counted.tobytes()
+        if not sizes or key in seen:
+            continue
+        seen.add(key)
+        positions = positions_by_group(counted, labels)
+        for group in sizes.keys() & positions.owners.keys():
+            sizes[group].append(CountedSize(extent.module, positions))
+    return sizes
+
+
+def _held(model: nn.Module, size: CountedSize, reads: Reads | None) -> tuple[WidthAttribute, ...]:
+    """Return the attributes of the module whose code ran that are equal to a size."""
+    return tuple(
+        WidthAttribute(size.module, attribute, entries, size.counted)
+        for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
+        if reads is None or attribute in reads.get(size.module, ())
+    )
+
+
+def _candidates(
+    model: nn.Module, sizes: list[CountedSize], reads: Reads | None
+) -> Iterator[tuple[WidthAttribute, ...]]:
+    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
+    choices: list[list[tuple[WidthAttribute, ...]]] = []
+    for size in sizes:
+        held = _held(model, size, reads)
+        if held:
+            several = [held] if len(held) > 1 else []
+            choices.append([*((each,) for each in held), *several, ()])
+    for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
+        if any(chosen):
+            yield merged(chosen)
+
+
+def merged(
+    sets: Iterable[tuple[WidthAttribute, ...]], among: Callable[[str], bool] | None = None
+) -> tuple[WidthAttribute, ...]:
+    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once.
+
+    Args:
+        among: which attributes of the sets after the first are taken, by name; by default, all.
+    """
+    union: list[WidthAttribute] = []
+    taken: dict[tuple[str, str], set[int]] = {}
+    for i, several in enumerate(sets):
+        for size in several:
+            if i and among is not None and not among(size.attribute):
+                continue
+            entries = taken.setdefault((size.module, size.attribute), set())
+            wanted = set(size.entries) or {0}
+            if not entries & wanted:
+                entries |= wanted
+                union.append(size)
+    return tuple(union)

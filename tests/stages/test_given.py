@@ -1,0 +1,205 @@
+"""`slim` of a trained network: it is recognized, its score is the reference, nothing better is lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import nets
+import pytest
+import torch
+from nets import ShuffledBatches, batches, same
+from torch import nn
+
+from pruning import Budget, SlimConfig, slim, trace
+from pruning.planning import count
+from pruning.stages import PruneConfig, Run
+from pruning.stages.given import Given, assess, class_counts
+from pruning.stages.scales import ChannelScales
+from pruning.training import TrainConfig, accuracy, cross_entropy, fit
+from pruning.utils.modules import copied
+
+pytestmark = pytest.mark.numerics
+
+CONFIG = SlimConfig(Budget(macs="50%"), TrainConfig(2), PruneConfig(2, TrainConfig(1)), TrainConfig(2))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    return fit(nets.make("lenet"), batches(), TrainConfig(10, lr=0.05))
+
+
+def pipeline(model, run=None, lines=None, config=CONFIG, validate=None):
+    torch.manual_seed(0)
+    log = (lambda _: None) if lines is None else lines.append
+    return slim(model, ShuffledBatches(), batches()[0][0], config, calibration=batches(),
+                validate=batches() if validate is None else validate, run=run, log=log)  # fmt: skip
+
+
+def scored(model, validate=None):
+    examples = batches() if validate is None else None
+    return assess(model, validate or (lambda m: accuracy(m, batches())), examples, batches())
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["lenet", "residual", "dense"])
+def test_an_untrained_network_is_recognized(name, seed):
+    torch.manual_seed(seed)
+    found = scored(nets.make(name))
+    assert not found.trained and "like a fresh network" in str(found)
+
+
+def test_a_trained_network_is_recognized_by_batches_and_by_a_function(trained):
+    random = torch.get_rng_state()
+    found = scored(trained)
+    assert found.trained and found.examples == 64 and found.score == accuracy(trained, batches())
+    assert scored(trained, lambda m: -1.0).trained, "by the training examples, whatever the score means"
+    assert torch.equal(random, torch.get_rng_state())
+    collapsed = copied(trained)
+    with torch.no_grad():
+        for m in collapsed.modules():
+            if isinstance(m, nn.Linear):
+                m.weight.zero_()
+    assert not scored(collapsed).trained
+
+
+def test_networks_other_than_classifiers_are_compared_with_fresh_weights():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 4)
+    data = [(inputs, inputs.sum(1, keepdim=True) * 3)] * 4
+    make = lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))  # noqa: E731
+    loss = lambda m, x, y: (m(x) - y).square().mean()  # noqa: E731
+    validate = lambda m: -float(loss(m, *data[0]))  # noqa: E731
+    fitted = fit(make(), data, TrainConfig(20, lr=0.01), loss=loss)
+    assert assess(fitted, validate, None, data, loss).trained
+    assert not assess(make(), validate, None, data, loss).trained
+
+
+def test_the_spread_of_few_examples_and_missing_classes_are_stated(trained):
+    few = [(x[:10], y[:10]) for x, y in batches()[:1]]
+    found = assess(trained, lambda m: accuracy(m, few), few, batches())
+    assert found.trained and found.examples == 10 and f"standard error {found.error:.3f}" in str(found)
+    one = [(x[y == 1], y[y == 1]) for x, y in batches()]
+    assert class_counts(trained, one).tolist() == [0, int(sum((y == 1).sum() for _, y in batches())), 0, 0]
+    assert "none of them of class 0, 2, 3" in str(assess(trained, lambda m: 1.0, one, batches()))
+
+
+@pytest.mark.parametrize(("examples", "score", "said"), [
+    (10_000, 0.86, 0.04), (10_000, 0.88, 0), (10, 0.75, 0), (10, 0.6, 0.3), (0, 0.85, 0.05),
+])  # fmt: skip
+def test_a_shortfall_is_more_than_three_points_and_more_than_the_spread(examples, score, said):
+    assert Given(0.9, True, examples).shortfall(score) == pytest.approx(said)
+    assert Given(0.9, False, examples).shortfall(score) == 0
+    assert Given(-100.0, True).shortfall(-200.0) == 0, "the unit is unknown"
+    assert Given(0.9, True, 100).error == pytest.approx(math.sqrt(0.9 * 0.1 / 100))
+
+
+def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budget(trained, tmp_path):
+    lines = []
+    result = pipeline(trained, Run(tmp_path / "run", {}), lines)
+    assert result.given is trained and result.dense is trained and result.reference.trained
+    assert lines[0].startswith(f"given network: validation {accuracy(trained, batches()):.4f} on 64 examples")
+    assert "a range test finds a peak rate" in lines[0]
+    target = count(trained, nets.images()).macs // 2
+    scales = ChannelScales(result.sparsified, trace(result.sparsified, nets.images()))
+    assert target < scales.left().macs < scales.dense.macs
+    assert count(result.model, nets.images()).macs <= target
+    assert result.score == accuracy(result.model, batches()) >= result.reference.score - 0.1
+    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert events[0]["validation"] == result.reference.score and events[0]["rate"] == result.reference.rate
+    assert events[-1] == {"stage": "result", "made_by": result.stage, "validation": result.score}
+    assert max(e["lr"] for e in events if "lr" in e) <= result.reference.rate
+    met = [e["validation"] for e in events if e["stage"] in ("stage 2, iteration 2/2", "stage 3, fine-tune")]
+    assert result.score == max(met), "the best of all that met the budget"
+
+
+@pytest.mark.parametrize("epochs", range(1, 7))
+def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained, epochs, tmp_path):
+    lines, again = [], []
+    expected = pipeline(trained, Run(tmp_path / "whole", {}), lines)
+
+    class Killed(Exception):
+        pass
+
+    class Mortal(Run):
+        saves = 0
+
+        def save(self, state):
+            super().save(state)
+            self.saves += 1
+            if self.saves == epochs:
+                raise Killed
+
+    with pytest.raises(Killed):
+        pipeline(trained, Mortal(tmp_path / "cut", {}))
+    torch.manual_seed(12345)
+    resumed = pipeline(trained, Run(tmp_path / "cut", {}, resume=True), again)
+    assert same(resumed.model, expected.model) and same(resumed.sparsified, expected.sparsified)
+    assert (resumed.stage, resumed.score, resumed.epochs) == (expected.stage, expected.score, expected.epochs)
+    assert resumed.reference == expected.reference and lines[-len(again) :] == again
+    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+
+
+def test_a_better_network_of_an_earlier_stage_is_the_result(trained, tmp_path):
+    """Stage 3 from fresh weights at a tiny rate ends at chance; that of stage 2 is kept."""
+    lines = []
+    config = replace(CONFIG, restart=True, finetune=TrainConfig(1, lr=1e-6))
+    result = pipeline(trained, Run(tmp_path / "run", {}), lines, config)
+    assert result.stage == "stage 2, iteration 2/2"
+    assert result.score == accuracy(result.model, batches()) > 0.8
+    assert lines[-1].startswith("the best network within the budget is that of stage 2, iteration 2/2")
+    assert "points below the given network: fine-tune for more epochs (now 1)" in lines[-2]
+    untrained = pipeline(nets.make("lenet"), None, [], replace(config, finetune=TrainConfig(1, lr=1e-6)))
+    assert untrained.score == accuracy(untrained.model, batches())
+
+
+def test_a_budget_that_the_given_network_meets_never_makes_it_worse(trained):
+    lines = []
+    result = pipeline(trained, None, lines, replace(CONFIG, budget=Budget(macs="100%")))
+    assert result.score >= result.reference.score
+    skipped = [line for line in lines if "not run, the network is within its budget already" in line]
+    assert len(skipped) == 2 and result.epochs == 2 + 2
+
+
+def test_iterations_that_have_nothing_to_do_are_not_run(trained, tmp_path):
+    """A group of few wide channels meets the budgets of several iterations at once."""
+    run, lines = Run(tmp_path / "run", {}), []
+    prune = PruneConfig(12, TrainConfig(1))
+    result = pipeline(trained, run, lines, replace(CONFIG, budget=Budget(macs="60%"), prune=prune))
+    steps = [json.loads(line) for line in run.history.read_text().splitlines() if "asked" in line][1:]
+    widths = [step["widths"] for step in steps]
+    assert all(a != b for a, b in itertools.pairwise(widths)), "every step removes something"
+    skipped = sum("not run" in line for line in lines)
+    assert skipped + len(steps) == 12 and skipped > 0 and result.epochs == 2 + len(steps) + 2
+
+
+def test_a_trained_network_without_scales_is_not_trained_in_stage_1():
+    torch.manual_seed(0)
+    lines, model = [], fit(nets.make("plain"), batches(), TrainConfig(30, lr=0.1))
+    result = pipeline(model, None, lines)
+    assert result.reference.trained and same(result.sparsified, model)
+    assert "so there is nothing to train" in lines[1]
+
+
+def test_given_rates_are_not_searched(trained):
+    lines = []
+    pipeline(trained, None, lines, replace(CONFIG, rate=0.004))
+    assert "range test" not in lines[0]
+
+
+def test_every_validation_of_short_epochs_is_with_fresh_statistics(trained):
+    """The last network of a stage is validated twice, during and after training, with one score."""
+    seen = []
+
+    def validate(model):
+        seen.append((model.training, accuracy(model, batches())))
+        return seen[-1][1]
+
+    result = pipeline(trained, None, [], validate=validate)
+    assert not any(training for training, _ in seen)
+    assert min(score for _, score in seen) > 0.5, "no validation at chance because statistics lag"
+    assert cross_entropy(result.model, *batches()[0]) < 2
