@@ -14,6 +14,7 @@ from benchmarks.fair.recipes import RECIPES, Recipe
 from benchmarks.fair.training import Workshop
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli
+from pruning.cli.arguments import device
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, default=ROOT / "data", metavar="FOLDER", help="folder of the data set"
     )
     parser.add_argument("--threads", type=cli.whole_number(1), default=1, help="CPU threads of each job")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; times are always those of a CPU")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="cpu or cuda; times are always those of a CPU"
+    )
     recipe = parser.add_argument_group("training (default: the recipe of the network)")
     for name in ("epochs", "dense_epochs", "batch_size", "train", "cutout"):
         recipe.add_argument(f"--{name.replace('_', '-')}", type=cli.whole_number(1), metavar="N")

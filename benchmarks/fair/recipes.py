@@ -29,7 +29,7 @@ class Recipe:
         bf16: compute forward passes of training in bfloat16 where torch does.
 
     Raises:
-        PruningError: no epoch is left after the dense network.
+        PruningError: no epoch is left after the dense network, or a setting is out of its bounds.
     """
 
     epochs: int = 12
@@ -49,6 +49,9 @@ class Recipe:
                 f"{self.dense_epochs} of {self.epochs} epochs are for the dense network: give at least 1, "
                 "and leave at least 1 for training after pruning (--epochs, --dense-epochs)"
             )
+
+        for rate in (self.rate, self.later_rate):
+            self.training(self.epochs, rate)  # which refuses a setting out of its bounds
 
     @property
     def later_epochs(self) -> int:

@@ -128,7 +128,7 @@ class DataFlags:
     std: Annotated[
         list[float] | None, Setting("what each channel of images is divided by", metavar="X", least=0)
     ] = None
-    workers: Annotated[int, Setting("processes that read images", metavar="N", least=0)] = 0
+    workers: Annotated[int, Setting("processes that read images of a folder", metavar="N", least=0)] = 0
     seed: Annotated[
         int, Setting("seed of weights, order and splits", metavar="SEED", least=0, most=2**63 - 1)
     ] = 0
