@@ -117,26 +117,22 @@ def prune(
         budget: limits on the cost of the result; percentages refer to this model.
         score: importance of a channel, by name or as a function (see `score_channels`). By default it is
             `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
-        calibration: batches (inputs, targets). They serve to score channels, to recalibrate BatchNorm,
-            and to measure the mean of each removed channel, which is folded into the layers that
-            consume it. Without them, only channels that are constant on the example inputs are folded.
+        calibration: batches (inputs, targets), to score channels, to recalibrate BatchNorm, and to measure
+            the means of removed channels, which are folded into the layers that consume them.
         loss: loss of the calibration batches, for the score `taylor`.
         ignored: layers that keep their channels: name patterns, types or instances.
         remove: names of whole layers to remove first (see `removable`).
-        towards: budget of the last of several steps, as counts. The step then keeps every channel that
-            a plan for this budget keeps: it removes none to meet a limit with room in the final budget.
+        towards: budget of the last of several steps, as counts; channels that its plan keeps are kept.
         check: compare the outputs with those that the plan implies (see `verify`).
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
-            squares on the calibration inputs, instead of recalibrating BatchNorm (see
-            `pruning.surgery.refit.refit`). Targets may be None.
+            squares on the calibration inputs (see `pruning.surgery.refit.refit`). Targets may be None.
         ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. With `refit`, at most nine
             tenths of each group are dropped by default.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
         outputs, also: which outputs count, and other ways to call the model, as in `trace`.
 
     Raises:
-        PruningError: if the model cannot be traced or has no prunable group, if the budget cannot be
-            met, if an option is invalid, or if the outputs are not equivalent.
+        PruningError: if the model has no prunable group, the budget cannot be met, or an option is invalid.
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths

@@ -93,8 +93,8 @@ def slim(
 ) -> Slimmed:
     """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
-    The given network is validated. If it is trained, stage 1 is paced (`PacedPull`), and a range test finds
-    peak learning rates where none are given. The result is the best network within the budget.
+    If the given network is trained, stage 1 is paced (`PacedPull`), and a range test finds peak learning
+    rates where none are given. The result is the best network within the budget.
 
     1. Train with a pull on the BatchNorm scales.
     2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
@@ -104,9 +104,8 @@ def slim(
         model: the dense model, trained or not; it is not changed.
         batches, loss: training batches (a list or a DataLoader) and loss, see `fit`.
         example_inputs, ignored: see `trace`; the inputs are by default two examples of the first batch.
-        config, budget: the settings; or only the budget, for the settings `SlimConfig.within(budget)`.
+        config, budget: the settings, or only the budget. target: result of `feasible`, if known.
         validate: maps a model to its validation score, higher is better; or batches for the accuracy.
-        target: result of `feasible`, if known.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
         teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
         run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.

@@ -22,8 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph.deformable import count_deformable
-from pruning.graph.layers import holds_layers, is_read_by_parent, rule_for
+from pruning.graph.layers import holds_layers, is_read_by_parent
 from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
