@@ -56,7 +56,8 @@ class Case(NamedTuple):
 CASES = {
     "plain": Case("plain CNN, image folder", "benchmarks.trained_networks:PlainCNN", (), 32, 25),
     "mobilenet_v2": Case(
-        "mobilenet_v2 (half width), image folder", "mobilenet_v2", ("width_mult=0.5", "num_classes=3"), 32, 25
+        "mobilenet_v2 of half width, image folder", "mobilenet_v2", ("width_mult=0.5", "num_classes=3"), 32,
+        100,
     ),
     "resnet8": Case(
         "ResNet-8, {images}", "benchmarks.trained_networks:ResNet8", (), 64, 12, "fashion-mnist"
@@ -167,7 +168,7 @@ def data_of(args: argparse.Namespace, case: Case) -> Data:
         given = {**images_of(args, case), "batch_size": case.batch_size}
         return make_data("data:loaders", arguments=given)
     chosen = Preprocessing.chosen(
-        {"resize": trained_networks.SIZE, "crop": trained_networks.SIZE, "augment": "flip"}, None
+        {"resize": trained_networks.SIZE, "crop": trained_networks.SIZE, "augment": "none"}, None
     )
     return make_data(str(args.runs / "pictures"), batch_size=case.batch_size, preprocessing=chosen)
 
@@ -178,7 +179,7 @@ def data_flags(args: argparse.Namespace, case: Case) -> list[str]:
         return ["--data", "data:loaders", "--data-arg",
                 *(f"{key}={value}" for key, value in images_of(args, case).items())]  # fmt: skip
     size = str(trained_networks.SIZE)
-    return ["--data", str(args.runs / "pictures"), "--resize", size, "--crop", size, "--augment", "flip"]
+    return ["--data", str(args.runs / "pictures"), "--resize", size, "--crop", size, "--augment", "none"]
 
 
 def markdown(results: dict[str, Any]) -> str:

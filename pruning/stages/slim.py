@@ -150,7 +150,7 @@ def _sparsify(state: Pipeline) -> None:
         log(f"{label}: no prunable group has BatchNorm scales, so {_without_scales(state)}")
         strength, train = 0.0, replace(train, epochs=0 if state.given.trained else train.epochs)
     elif strength is None and state.given.trained:
-        pace = config.prune.floor
+        pace = config.prune.floor or config.prune.multiple
     sparsify(
         state.network,
         state.batches,
