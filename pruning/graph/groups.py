@@ -116,6 +116,32 @@ class WidthAttribute:
 
 
 @dataclass(frozen=True)
+class HeldWidth:
+    """An attribute of a module that equals a width, and may be one.
+
+    Attributes:
+        attribute: the attribute, and the channels that it may count.
+        value: the number that it holds.
+        layer: name of a layer of this width.
+    """
+
+    attribute: WidthAttribute
+    value: int
+    layer: str
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the name of the attribute."""
+        return self.attribute.module, self.attribute.attribute
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attribute.name} = {self.value} was the width of {self.layer} and is not read in the "
+            "traced passes; if other code needs it, name a call of that code by also=, or ignore the layer"
+        )
+
+
+@dataclass(frozen=True)
 class LayerUse:
     """How often a forward pass of one example uses the weight and the bias of a layer.
 
@@ -147,6 +173,7 @@ class Trace:
         outputs: which outputs of the model count; the others may change their size.
         also: other ways to call the model, which were traced with it.
         inferred: rules of types of modules that multiply by a weight of their own.
+        stale: attributes that equal a width and that the traced passes do not read. Pruning leaves them.
     """
 
     groups: dict[str, Group]
@@ -161,6 +188,7 @@ class Trace:
     outputs: Outputs = field(default=None, repr=False, compare=False)
     also: tuple[Entry, ...] = field(default=(), repr=False, compare=False)
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
+    stale: tuple[HeldWidth, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -9,7 +9,6 @@ something else: a comparison of the outputs detects that.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,23 +18,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Trace, WidthAttribute
-from pruning.graph.plan import Plan
-from pruning.surgery.apply import apply, cut_channels
-from pruning.surgery.verify import compare_with_masked
+from pruning.graph.groups import Group, WidthAttribute
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.bisection import Structure, faulty_groups, structure_of
 from pruning.tracing.labels import Flow
+from pruning.tracing.narrowed_runs import NarrowedRuns, merged
 from pruning.tracing.ties import NONE
 from pruning.utils.entries import Entry
-from pruning.utils.meta import Shapes, on_meta, to_meta
-from pruning.utils.modules import call, copied
-from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, map_tensors, tensors
+from pruning.utils.outputs import Outputs
+from pruning.utils.tree import Inputs
 
 
 @dataclass(frozen=True)
-class _CountedSize:
+class CountedSize:
     """A size that an operation was given, and the channels that it counts.
 
     Attributes:
@@ -48,7 +43,7 @@ class _CountedSize:
     owned: dict[str, torch.Tensor]
 
 
-_CURE = (
+CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
@@ -83,7 +78,7 @@ class WidthProbe:
         also: tuple[Entry, ...] = (),
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
+        self.runs = NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
@@ -99,16 +94,14 @@ class WidthProbe:
             others = [name for name in groups if name not in suspect]
             at_fault |= faulty_groups(self.runs.error, others, self.structures)
         reasons = {
-            name: f"the model's code is tied to its width: with fewer channels, {error}. {_CURE}"
+            name: f"the model's code is tied to its width: with fewer channels, {error}. {CURE}"
             for name, error in at_fault.items()
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
-        reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
-        attributes = _following(
-            self.model, self.runs, _counted_sizes(found, labels, reasons), self.structures
-        )
+        reasons |= {name: f"{why}. {CURE}" for name, why in misplaced.items()}
+        attributes = following(self.model, self.runs, _counted_sizes(found, labels, reasons), self.structures)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
-        return reasons, _merged(attributes.values())
+        return reasons, merged(attributes.values())
 
     def _misplaced(self, names: list[str]) -> dict[str, str]:
         """Return the groups of which a slice or split would select other channels after pruning."""
@@ -154,94 +147,13 @@ def _own_code(model: nn.Module, group: Group) -> str:
     return ""
 
 
-class _NarrowedRuns:
-    """Run narrowed copies of a model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        found: Flow,
-        groups: dict[str, Group],
-        labels: Mapping[str, np.ndarray],
-        outputs: Outputs,
-        also: tuple[Entry, ...],
-    ):
-        self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        self.outputs, self.also = outputs, also
-        places = [found.ties.find(taken) for taken, _ in found.by_position]
-        #: By group, for each channel the number of the slice that it belongs to.
-        self.pieces = (
-            {name: _same_marks([np.isin(own, place) for place in places]) for name, own in labels.items()}
-            if places
-            else {}
-        )
-        self.unused = found.probe
-        self.on_meta = found.probe is not None
-        self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
-
-    def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
-        """Return the error of the model without the last channels of these groups; empty if it runs."""
-        probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
-        try:
-            cut_channels(probe, *self._narrower(names, sizes))
-            with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = counted(call(probe.eval(), self.example), self.outputs)
-                for entry in self.also:
-                    got = got + tensors(entry.on_copy(probe, to_meta if self.on_meta else None))
-        except Exception as error:  # whatever the narrowed copy raises
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before, after = self.found.outputs, [t.shape for t in got]
-        return "" if after == before else f"its outputs change from {before} to {after}"
-
-    def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
-        """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
-
-        Args:
-            share: least share of the channels to remove from each slice.
-        """
-        traced, plan = self._narrower(names, sizes, share)
-        small = apply(self.model, traced, plan)
-        return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
-
-    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
-        """Whether the outputs are right when these groups are narrowed and their attributes updated.
-
-        An attribute may equal a width by chance, or hold another quantity, such as a factor.
-        """
-        together = _merged(sizes.values())
-        return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
-
-    def _narrower(
-        self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0
-    ) -> tuple[Trace, Plan]:
-        """Return a trace and a plan that remove the last channels of each slice of each group.
-
-        Every second group loses one channel more: groups whose widths the code compares would otherwise
-        fit together by chance.
-        """
-        keep = {}
-        for i, name in enumerate(names):
-            channels = np.arange(self.groups[name].channels)
-            pieces = self.pieces.get(name, np.zeros_like(channels))
-            each = [channels[pieces == piece] for piece in np.unique(pieces)]
-            last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
-            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        return Trace(self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also), Plan(keep)
-
-
-def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
-    """Return a number for each channel; two channels have the same number if all their marks agree."""
-    return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
-
-
 # --- attributes that hold a size ------------------------------------------------------------
 
 
-def _following(
+def following(
     model: nn.Module,
-    runs: _NarrowedRuns,
-    sizes: Mapping[str, list[_CountedSize]],
+    runs: NarrowedRuns,
+    sizes: Mapping[str, list[CountedSize]],
     structures: Mapping[str, Structure],
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Return the groups that can be narrowed if attributes are updated, with these attributes."""
@@ -271,12 +183,12 @@ def _following(
 
 def _counted_sizes(
     found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]
-) -> dict[str, list[_CountedSize]]:
+) -> dict[str, list[CountedSize]]:
     """Return for each of the groups the sizes that count its channels."""
     belongs: dict[int, tuple[str, int]] = {}
     for group, own in labels.items():
         belongs.update((label, (group, channel)) for channel, label in enumerate(own.tolist()))
-    sizes: dict[str, list[_CountedSize]] = {name: [] for name in names}
+    sizes: dict[str, list[CountedSize]] = {name: [] for name in names}
     seen = set()
     for extent in found.extents:
         counted = found.ties.find(extent.labels)
@@ -288,11 +200,11 @@ def _counted_sizes(
         for group, channel in filter(None, map(belongs.get, counted.tolist())):
             owned.setdefault(group, torch.zeros(len(labels[group]), dtype=torch.long))[channel] += 1
         for group in sizes.keys() & owned.keys():
-            sizes[group].append(_CountedSize(extent.module, len(counted), owned))
+            sizes[group].append(CountedSize(extent.module, len(counted), owned))
     return sizes
 
 
-def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
+def _candidates(model: nn.Module, sizes: list[CountedSize]) -> Iterator[tuple[WidthAttribute, ...]]:
     """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
     choices: list[list[tuple[WidthAttribute, ...]]] = []
     for size in sizes:
@@ -305,17 +217,4 @@ def _candidates(model: nn.Module, sizes: list[_CountedSize]) -> Iterator[tuple[W
             choices.append([*((each,) for each in held), *several, ()])
     for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
         if any(chosen):
-            yield _merged(chosen)
-
-
-def _merged(sets: Iterable[tuple[WidthAttribute, ...]]) -> tuple[WidthAttribute, ...]:
-    """Return the union of several sets of attributes; each attribute, or entry of a sequence, once."""
-    merged: list[WidthAttribute] = []
-    taken: dict[tuple[str, str], set[int]] = {}
-    for size in itertools.chain.from_iterable(sets):
-        entries = taken.setdefault((size.module, size.attribute), set())
-        wanted = set(size.entries) or {0}
-        if not entries & wanted:
-            entries |= wanted
-            merged.append(size)
-    return tuple(merged)
+            yield merged(chosen)
