@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -191,6 +191,37 @@ class WidthAttribute:
 
 
 @dataclass(frozen=True)
+class HeldWidth:
+    """An attribute of a module that equals a width, and may be one.
+
+    Attributes:
+        attribute: the attribute, and the channels that it may count.
+        value: the number that it holds.
+        owner: what has this width: the name of a layer, or a group.
+    """
+
+    attribute: WidthAttribute
+    value: int
+    owner: str
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the name of the attribute."""
+        return self.attribute.module, self.attribute.attribute
+
+    @property
+    def groups(self) -> Set[str]:
+        """The groups whose channels the attribute may count."""
+        return self.attribute.counted.owners.keys()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attribute.name} = {self.value} was the width of {self.owner} and is not read in the "
+            "traced passes; if other code needs it, name a call of that code by also=, or ignore the layer"
+        )
+
+
+@dataclass(frozen=True)
 class LayerUse:
     """How often a forward pass of one example uses the weight and the bias of a layer.
 
@@ -224,6 +255,7 @@ class Trace:
         inferred: rules of types of modules that multiply by a weight of their own.
         products: products of activations whose MACs depend on the groups.
         rescales: factors that keep scales which the code computes from widths.
+        stale: attributes that equal a width and that the traced passes do not read. Pruning leaves them.
     """
 
     groups: dict[str, Group]
@@ -240,6 +272,7 @@ class Trace:
     inferred: Mapping[type[nn.Module], Rule] = field(default_factory=dict, repr=False, compare=False)
     products: tuple[ProductUse, ...] = field(default=(), repr=False)
     rescales: tuple[Rescale, ...] = field(default=(), repr=False)
+    stale: tuple[HeldWidth, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:

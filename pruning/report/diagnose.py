@@ -57,6 +57,7 @@ class Diagnosis:
         groups: groups that can be narrowed.
         skipped: layers that keep all their channels, each with the reason and the cure.
         sizes: names of attributes that hold a number of channels; pruning updates them.
+        stale: attributes that equal a width, but that the traced passes do not read; pruning leaves them.
         uncounted: layers with weights whose MACs are not counted, name to type.
         trial: empty if the network passes the equivalence check with every second channel removed;
             otherwise the error message.
@@ -76,6 +77,7 @@ class Diagnosis:
     groups: list[GroupFacts]
     skipped: dict[str, str]
     sizes: list[str]
+    stale: list[str]
     uncounted: dict[str, str]
     trial: str
 
@@ -118,6 +120,9 @@ class Diagnosis:
             lines += [f"  {layer}: {reason}" for layer, reason in self.skipped.items()]
         if self.sizes:
             lines += ["", f"attributes that pruning updates to the new widths: {_listed(self.sizes)}"]
+        if self.stale:
+            lines += ["", f"attributes that equal a width, and that pruning leaves: {len(self.stale)}"]
+            lines += [f"  {held}" for held in self.stale]
         if self.uncounted:
             listed = _listed([f"{name} ({kind})" for name, kind in self.uncounted.items()])
             lines += ["", f"layers with weights whose MACs are not counted: {listed}"]
@@ -179,6 +184,7 @@ def doctor(
         groups,
         traced.skipped,
         [size.name for size in traced.sizes],
+        [str(held) for held in traced.stale],
         uncounted(model),
         _trial(model, traced, inputs),
     )

@@ -58,6 +58,13 @@ class Step:
     latency: LatencyFound | None = None
     refits: tuple[LayerFit, ...] = ()
 
+    @property
+    def stale(self) -> list[str]:
+        """Attributes that equaled a width which changed, and that code which was not traced may read."""
+        widths = self.trace.widths
+        narrowed = {name for name, width in self.plan.widths.items() if width < widths[name]}
+        return [str(held) for held in self.trace.stale if held.groups & narrowed]
+
 
 @dataclass(frozen=True)
 class StepSettings:

@@ -6,7 +6,7 @@ only if the attribute is updated. `pruning.tracing.probing` finds such attribute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -61,23 +61,37 @@ def attributes_with(module: nn.Module, value: int) -> Iterator[tuple[str, tuple[
     >>> list(attributes_with(module, 5))
     [('width', ()), ('parts', (1, 2)), ('parts', (1,)), ('parts', (2,))]
     """
+    for attribute, held in numbers_of(module).items():
+        if isinstance(held, int):
+            if held == value:
+                yield attribute, ()
+            continue
+        entries = tuple(i for i, v in enumerate(held) if v == value)
+        if entries:
+            yield attribute, entries
+        if len(entries) > 1:
+            yield from ((attribute, (i,)) for i in entries)
+
+
+def numbers_of(module: nn.Module) -> dict[str, int | Sequence[int]]:
+    """Return the attributes of a module, and of its class, that are whole numbers or sequences of these.
+
+    >>> numbers_of(nn.Unflatten(1, (2, 3)))
+    {'dim': 1, 'unflattened_size': (2, 3)}
+    """
     own: dict[str, object] = {}
     for kind in reversed(type(module).__mro__[: type(module).__mro__.index(nn.Module)]):
         own.update(vars(kind))
     own.update(vars(module))
+    found: dict[str, int | Sequence[int]] = {}
     for attribute, held in own.items():
         if attribute.startswith("__") or attribute == "_version":
             continue
-        if type(held) is int and held == value:
-            yield attribute, ()
-        elif (
+        if type(held) is int or (
             isinstance(held, list | tuple)
             and type(held) in (list, tuple, torch.Size)
             and len(held) <= MOST_ENTRIES
             and {*map(type, held)} == {int}
         ):
-            entries = tuple(i for i, v in enumerate(held) if v == value)
-            if entries:
-                yield attribute, entries
-            if len(entries) > 1:
-                yield from ((attribute, (i,)) for i in entries)
+            found[attribute] = held
+    return found

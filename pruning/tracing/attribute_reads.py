@@ -1,18 +1,24 @@
-"""Find which attributes of its modules the code of a model reads in a forward pass."""
+"""Find which attributes of its modules the code of a model reads."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
+import torch
 from torch import nn
 
 
 @contextlib.contextmanager
-def attribute_reads(model: nn.Module) -> Iterator[dict[str, set[str]]]:
+def attribute_reads(
+    model: nn.Module, modules: Collection[str] | None = None
+) -> Iterator[dict[str, set[str]]]:
     """Yield a mapping that receives, by name of a module, the attributes of it that are read in the block.
 
-    For the block, modules have types of their own, which derive from theirs.
+    For the block, these modules have types of their own, which derive from theirs.
+
+    Args:
+        modules: names of the modules; by default, all.
 
     >>> model = nn.Sequential(nn.Linear(3, 4))
     >>> with attribute_reads(model) as reads:
@@ -22,14 +28,32 @@ def attribute_reads(model: nn.Module) -> Iterator[dict[str, set[str]]]:
     {'out_features'}
     """
     reads: dict[str, set[str]] = {}
-    kinds = {name: type(module) for name, module in model.named_modules()}
+    watched = [
+        (name, module, type(module))
+        for name, module in model.named_modules()
+        if modules is None or name in modules
+    ]
     try:
-        for name, module in model.named_modules():
-            module.__class__ = _recording(kinds[name], reads.setdefault(name, set()))
+        for name, module, kind in watched:
+            module.__class__ = _recording(kind, reads.setdefault(name, set()))
         yield reads
     finally:
-        for name, module in model.named_modules():
-            module.__class__ = kinds[name]
+        for _, module, kind in watched:
+            module.__class__ = kind
+
+
+def attributes_read(
+    model: nn.Module, places: Collection[tuple[str, str]], run: Callable[[nn.Module], object]
+) -> set[tuple[str, str]]:
+    """Return which attributes, given by module and name, a run of a model reads.
+
+    Args:
+        places: the attributes. run: runs the model; an error ends it.
+    """
+    modules = {module for module, _ in places}
+    with torch.no_grad(), attribute_reads(model, modules) as reads, contextlib.suppress(Exception):
+        run(model)  # which may raise anything
+    return {(module, attribute) for module, attribute in places if attribute in reads.get(module, ())}
 
 
 def _recording(kind: type[nn.Module], read: set[str]) -> type[nn.Module]:

@@ -67,7 +67,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
     dim = (op.given.get("dim") or 0) % x.ndim
     pieces = pytree.tree_leaves(op.output)
     lengths = [1 if piece.ndim < x.ndim else piece.shape[dim] for piece in pieces]
-    if dim in varying(first) and lengths[0] < x.shape[dim]:
+    if dim in varying(first) and 0 < lengths[0] < x.shape[dim]:  # an empty slice holds no channels
         start, step = (op.given.get("start") or 0) % x.shape[dim], op.given.get("step") or 1
         reason = f"{labels.where()} selects channels of it by position"
         alone, grid, whole = varying(first) == [dim], labels.is_grid(first), first

@@ -9,34 +9,26 @@ something else: a comparison of the outputs detects that.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
-import torch
 from torch import nn
 
-from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
-from pruning.graph.plan import Plan
-from pruning.surgery.apply import apply, cut_channels
-from pruning.surgery.verify import compare_with_masked
-from pruning.tracing.attribute_reads import attribute_reads
+from pruning.graph.groups import Group, Rescale, WidthAttribute
 from pruning.tracing.bisection import faulty_groups, structure_of
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes, tie_inputs
+from pruning.tracing.narrowed_runs import NarrowedRuns
 from pruning.tracing.record import Flow
-from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
 from pruning.tracing.ties import NONE
 from pruning.utils.entries import Entry
-from pruning.utils.meta import Shapes, on_meta, to_meta
-from pruning.utils.modules import call, copied
-from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, map_tensors, tensors
+from pruning.utils.outputs import Outputs
+from pruning.utils.tree import Inputs
 
-_CURE = (
+CURE = (
     "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
     "module that uses them, to let it be pruned"
 )
@@ -72,7 +64,7 @@ class WidthProbe:
         also: tuple[Entry, ...] = (),
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
-        self.runs = _NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
+        self.runs = NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
         #: By module, the attributes that its code reads, if only those are to be tried.
         self.reads: dict[str, set[str]] | None = None
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
@@ -96,11 +88,11 @@ class WidthProbe:
             others = [name for name in groups if name not in suspect]
             at_fault |= faulty_groups(self.runs.error, others, self.structures)
         reasons = {
-            name: f"the model's code is tied to its width: with fewer channels, {error}. {_CURE}"
+            name: f"the model's code is tied to its width: with fewer channels, {error}. {CURE}"
             for name, error in at_fault.items()
         }
         misplaced = self._misplaced([name for name in groups if name not in at_fault])
-        reasons |= {name: f"{why}. {_CURE}" for name, why in misplaced.items()}
+        reasons |= {name: f"{why}. {CURE}" for name, why in misplaced.items()}
         attributes = self._following(reasons)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
         return reasons, merged(attributes.values())
@@ -206,125 +198,3 @@ def _own_code(model: nn.Module, group: Group) -> str:
         if any(getattr(code, "__module__", "").partition(".")[0] != "torch" for code in codes):
             return f"{member.layer} ({kind.__name__})"
     return ""
-
-
-class _NarrowedRuns:
-    """Run narrowed copies of a model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        found: Flow,
-        groups: dict[str, Group],
-        labels: dict[str, np.ndarray],
-        outputs: Outputs,
-        also: tuple[Entry, ...],
-    ):
-        self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
-        self.labels, self.outputs, self.also = labels, outputs, also
-        #: By group, for each channel the number of the slice that it belongs to.
-        self.pieces: dict[str, np.ndarray] = {}
-        #: By group that a product sums over, the ways to keep the product's scale, and the one it needs.
-        self.choices: dict[str, list[tuple[Rescale, ...]]] = {}
-        self.scales: dict[str, tuple[Rescale, ...]] = {}
-        self._mark(labels)
-        self.unused = found.probe
-        self.on_meta = found.probe is not None
-        self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
-
-    def add(self, group: Group, labels: np.ndarray) -> None:
-        """Add a group of the model, with the labels of its channels."""
-        self.groups[group.name], self.labels[group.name] = group, labels
-        self._mark({group.name: labels})
-
-    def _mark(self, labels: Mapping[str, np.ndarray]) -> None:
-        """Note for groups which slices their channels belong to, and how scales may be kept."""
-        places = [self.found.channels(taken) for taken, _ in self.found.by_position]
-        for name, own in labels.items() if places else ():
-            self.pieces[name] = _same_marks([np.isin(own, place) for place in places])
-        if self.found.left:
-            groups = {name: self.groups[name] for name in labels}
-            self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
-
-    def reads(self) -> dict[str, set[str]] | None:
-        """Return the attributes that each module's code reads; None if the model does not run like that."""
-        probe = on_meta(self.model) if self.on_meta else copied(self.model)
-        try:
-            with torch.no_grad(), attribute_reads(probe.eval()) as reads:
-                call(probe, self.example)
-        except Exception:  # of code that depends on the types of modules, whatever it raises
-            return None
-        return reads
-
-    def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
-        """Return the error of the model without the last channels of these groups; empty if it runs."""
-        probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
-        try:
-            cut_channels(probe, *self._narrower(names, sizes))
-            with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
-                got = counted(call(probe.eval(), self.example), self.outputs)
-                for entry in self.also:
-                    got = got + tensors(entry.on_copy(probe, to_meta if self.on_meta else None))
-        except Exception as error:  # whatever the narrowed copy raises
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before, after = self.found.outputs, [t.shape for t in got]
-        return "" if after == before else f"its outputs change from {before} to {after}"
-
-    def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
-        """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
-
-        Args:
-            share: least share of the channels to remove from each slice.
-        """
-        some = list(names)
-        problem = self._mismatch(some, sizes, share)
-        summed = [name for name in some if name in self.choices and name not in self.scales]
-        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
-            before = dict(self.scales)
-            self.scales.update(
-                {name: self.choices[name][min(i, len(self.choices[name]) - 1)] for name in summed}
-            )
-            if not self._mismatch(some, sizes, share):
-                return ""
-            self.scales = before
-        return problem
-
-    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
-        traced, plan = self._narrower(names, sizes, share)
-        small = apply(self.model, traced, plan)
-        return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
-
-    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
-        """Whether the outputs are right when these groups are narrowed and their attributes updated.
-
-        An attribute may equal a width by chance, or hold another quantity, such as a factor.
-        """
-        together = merged(sizes.values())
-        return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
-
-    def _narrower(
-        self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0
-    ) -> tuple[Trace, Plan]:
-        """Return a trace and a plan that remove the last channels of each slice of each group.
-
-        Every second group loses one channel more: groups whose widths the code compares would otherwise
-        fit together by chance.
-        """
-        keep = {}
-        for i, name in enumerate(names):
-            channels = np.arange(self.groups[name].channels)
-            pieces = self.pieces.get(name, np.zeros_like(channels))
-            each = [channels[pieces == piece] for piece in np.unique(pieces)]
-            last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
-            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
-        rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
-        traced = Trace(
-            self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also, rescales=rescales
-        )
-        return traced, Plan(keep)
-
-
-def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
-    """Return a number for each channel; two channels have the same number if all their marks agree."""
-    return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)

@@ -6,7 +6,8 @@ groups from the tied labels, and `pruning.tracing.probing` finds groups whose wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -24,9 +25,7 @@ from pruning.graph.layers import (
     parts,
     require_rules,
     rule_for,
-    rule_of,
 )
-from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.surgery.batchnorm import can_fold
 from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
@@ -34,28 +33,14 @@ from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
 from pruning.tracing.shared import loses_alike, shared_parameters
 from pruning.tracing.ties import NONE
+from pruning.tracing.unreached import missed, unreached
+from pruning.tracing.unread import Unread, find_unread
 from pruning.utils.batch import find_batch
 from pruning.utils.entries import Also, entries_of
 from pruning.utils.modules import buffers_unchanged, call, eval_mode
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
 from pruning.utils.wrappers import unwrapped, without_prefixes
-
-_OTHER_CODE = (
-    "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
-)
-
-_PROJECTION = (
-    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
-    "layer behind it to let it be pruned"
-)
-
-_OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
-
-_NOT_RUN = (
-    "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
-    "Give inputs that reach it, or ignore the layers before it"
-)
 
 
 @buffers_unchanged
@@ -102,11 +87,8 @@ def trace(
     groups, labels, reasons = _prunable(model, found, ignored_by)
 
     probe = WidthProbe(model, inputs, found, groups, labels, outputs, entries)
-    bound, sizes = probe.code_bound()
-    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
-    if compare:
-        bound |= probe.mixing([name for name in groups if name not in bound], sizes)
-    for name, reason in bound.items():
+    unread = _probed(probe, ignored_by, compare)
+    for name, reason in unread.reasons.items():
         reasons.update({member.layer: reason for member in groups.pop(name).side("out")})
 
     foldable = _foldable(model, found)
@@ -115,9 +97,26 @@ def trace(
     return Trace(
         groups, _skipped(model, found, groups, reasons), foldable,
         _uses(model, found, foldable, batch.size), frozenset(ignored_by), found.other_macs / batch.size,
-        inputs, sizes, batch, outputs, entries, inferred,
+        inputs, unread.sizes, batch, outputs, entries, inferred,
         _products(found, {name: labels[name] for name in groups}, batch.size), probe.rescales(groups),
+        unread.stale,
     )  # fmt: skip
+
+
+def _probed(probe: WidthProbe, ignored_by: dict[str, str], compare: bool) -> Unread:
+    """Return the groups that cannot be narrowed as they are, and the attributes that hold widths.
+
+    Groups that can only be narrowed together take the place of their parts in the probe.
+    """
+    model, found, groups = probe.model, probe.found, probe.groups
+    bound, sizes = probe.code_bound()
+    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
+    if compare:
+        bound |= probe.mixing([name for name in groups if name not in bound], sizes)
+    apart = unreached(model, found, groups, ignored_by)
+    left = [name for name in groups if name not in bound and name not in apart]
+    unread = find_unread(probe, left, sizes)
+    return replace(unread, reasons=apart | bound | unread.reasons)
 
 
 def _products(found: Flow, labels: Mapping[str, np.ndarray], size: int) -> tuple[ProductUse, ...]:
@@ -169,7 +168,7 @@ def _skipped(
     pruned = {member.layer for group in groups.values() for member in group.side("out")}
     ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
     skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
-    return skipped | dict(_missed(model, found))
+    return skipped | dict(missed(model, found))
 
 
 def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
@@ -194,34 +193,6 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
         kind = type(model).__name__
         reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
         raise PruningError(f"{kind} has no prunable group ({reasons or 'no layer was found'})")
-
-
-def _missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
-    """Yield layers whose channels the pass did not label, each with the reason."""
-    shown = {name for name, _ in found.sides} | found.read_elsewhere
-    holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
-    for name, layer in model.named_modules():
-        own = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
-            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
-            continue
-        if not own or name in shown or not makes_channels(layer):
-            continue
-        weight = rule_of(layer).weight
-        if weight and weight not in own:
-            yield (
-                name,
-                "its weight is computed from others, by code or hooks; remove them "
-                "(remove_spectral_norm), prune, and add them again",
-            )
-        elif name not in holders:
-            inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
-            yield name, _OTHER_CODE if inside else _NOT_RUN
-    for name, why in found.functional.items():
-        owner, _, attribute = name.rpartition(".")
-        rule = rule_for(model.get_submodule(owner))
-        if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
-            yield name, why
 
 
 def _obstacle(

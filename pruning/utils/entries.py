@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.utils.modules import call, copied
+from pruning.utils.modules import call, copied, device_of
 from pruning.utils.tree import Inputs, fresh, map_tensors
 
 #: Another way to call a model: inputs, or a function of the model, which may also change the model.
@@ -40,7 +40,10 @@ class Entry:
             convert: changes the tensors of inputs, for example to another device.
         """
         if self.function is not None:
-            return self.function(model)
+            # On the meta device, the tensors that the function makes are there, too.
+            device = device_of(model)
+            with device if device.type == "meta" else contextlib.nullcontext():
+                return self.function(model)
         if self.prepare is not None:
             self.prepare(model)
         inputs = fresh(self.inputs)

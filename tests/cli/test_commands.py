@@ -53,6 +53,15 @@ def test_outputs_that_do_not_count_may_change_their_size(run, tmp_path):
     assert run("doctor", *features, "--weights", "small.pth", "--outputs", "logits")[0] == 0
 
 
+def test_attributes_that_may_be_widths_are_listed(run):
+    held = ("--model", "mine:Held", "--input-shape", "1x10x10")
+    listed = "width = 8 was the width of features.0 and is not read in the traced passes"
+    code, out, _ = run("doctor", *held)
+    assert code == 0 and f"attributes that equal a width, and that pruning leaves: 1\n  {listed}" in out
+    code, out, _ = run("prune", *held, "--score", "l2", *BUDGET)
+    assert code == 0 and f"not changed: {listed}" in out
+
+
 def test_a_wrapped_network_is_pruned_and_loads_without_the_wrapper(run):
     shape = ("--input-shape", "1x10x10")
     assert run("prune", "--model", "mine:wrapped", *shape, "--score", "l2", *BUDGET)[0] == 0

@@ -82,3 +82,23 @@ def test_channels_at_constant_positions_are_not_pruned(pieces, width, first, sec
     assert "stem" not in traced.groups and not traced.sizes
     assert "in attributes of the module" in traced.skipped.get("stem", "in attributes of the module")
     assert prune(model, images, Budget(macs="90%"), score="l2").difference < 1e-5
+
+
+@pytest.mark.parametrize("share", [16, 0])
+def test_an_empty_slice_of_channels_holds_none(share):
+    class Partial(nn.Module):
+        """Treats a share of the channels differently: here all of them, or none."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+            self.last = nn.Conv2d(16, 3, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            x = torch.cat((torch.tanh(x[:, :share]), x[:, share:]), 1)
+            return self.last(torch.relu(self.second(x)))
+
+    net, images = Partial().eval(), torch.randn(2, 3, 8, 8)
+    step = prune(net, images, Budget(macs="50%"), score="l2", widths={"first": 7, "second": 5})
+    assert step.model.first.out_channels == 7 and step.difference < 1e-4

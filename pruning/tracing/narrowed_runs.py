@@ -1,0 +1,218 @@
+"""Run copies of a model without some channels, to see whether its code works with fewer of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
+from pruning.graph.plan import Plan
+from pruning.surgery.apply import apply, cut_channels
+from pruning.surgery.verify import compare_with_masked
+from pruning.tracing.attribute_reads import attribute_reads
+from pruning.tracing.record import Flow
+from pruning.tracing.scales import rescaling_choices
+from pruning.tracing.size_attributes import merged
+from pruning.utils.entries import Entry
+from pruning.utils.meta import Shapes, on_meta, to_meta
+from pruning.utils.modules import call, copied
+from pruning.utils.outputs import Outputs, counted
+from pruning.utils.tree import Inputs, map_tensors, tensors
+
+
+class NarrowedRuns:
+    """Run narrowed copies of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        found: Flow,
+        groups: dict[str, Group],
+        labels: dict[str, np.ndarray],
+        outputs: Outputs,
+        also: tuple[Entry, ...],
+    ):
+        self.model, self.inputs, self.found, self.groups = model, inputs, found, groups
+        self.labels, self.outputs, self.also = labels, outputs, also
+        #: By group, for each channel the number of the slice that it belongs to.
+        self.pieces: dict[str, np.ndarray] = {}
+        #: By group that a product sums over, the ways to keep the product's scale, and the one it needs.
+        self.choices: dict[str, list[tuple[Rescale, ...]]] = {}
+        self.scales: dict[str, tuple[Rescale, ...]] = {}
+        self._mark(labels)
+        #: Shapes of the outputs of the whole model.
+        self.expected = found.outputs
+        #: Whether the copies also run in training mode.
+        self.training = False
+        #: Attributes that follow the widths in all runs.
+        self.sizes: tuple[WidthAttribute, ...] = ()
+        self.unused = found.probe
+        self.on_meta = found.probe is not None
+        self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
+
+    def add(self, group: Group, labels: np.ndarray) -> None:
+        """Add a group of the model, with the labels of its channels."""
+        self.groups[group.name], self.labels[group.name] = group, labels
+        self._mark({group.name: labels})
+
+    def _mark(self, labels: Mapping[str, np.ndarray]) -> None:
+        """Note for groups which slices their channels belong to, and how scales may be kept."""
+        places = [self.found.channels(taken) for taken, _ in self.found.by_position]
+        for name, own in labels.items() if places else ():
+            self.pieces[name] = _same_marks([np.isin(own, place) for place in places])
+        if self.found.left:
+            groups = {name: self.groups[name] for name in labels}
+            self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
+
+    def probe(self) -> nn.Module:
+        """Return a copy of the model, on the meta device if it runs there."""
+        probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
+        return probe
+
+    def with_training(self) -> NarrowedRuns:
+        """Return such runs that also run the copies in training mode."""
+        runs = copy.copy(self)
+        runs.unused, runs.training = None, True
+        return runs
+
+    def with_sizes(self, sizes: tuple[WidthAttribute, ...]) -> NarrowedRuns:
+        """Return such runs in which attributes follow the widths."""
+        runs = copy.copy(self)
+        runs.unused, runs.sizes = None, sizes
+        return runs
+
+    def with_entry(self, entry: Entry) -> NarrowedRuns:
+        """Return such runs that also call the copies in another way; raise what it raises.
+
+        The entry's own inputs are the example inputs.
+        """
+        runs = copy.copy(self)
+        runs.unused, runs.also = None, (*self.also, entry)
+        with torch.no_grad():
+            got = tensors(entry.run(self.probe().eval(), runs.convert))
+        runs.expected = [*self.expected, *(t.shape for t in got)]
+        return runs
+
+    @property
+    def convert(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the tensors of the inputs of other calls."""
+        return to_meta if self.on_meta else None
+
+    def run(self, probe: nn.Module) -> list[Tensor]:
+        """Run a copy of the model in all ways, and return its outputs in eval mode."""
+        with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
+            got = counted(call(probe.eval(), self.example), self.outputs)
+            for entry in self.also:
+                got = got + tensors(entry.on_copy(probe, self.convert))
+            if self.training:
+                call(probe.train(), self.example)
+        return got
+
+    def reads(self) -> dict[str, set[str]] | None:
+        """Return the attributes that each module's code reads; None if the model does not run like that."""
+        probe = self.probe().eval()
+        try:
+            with torch.no_grad(), attribute_reads(probe) as reads:
+                call(probe, self.example)
+        except Exception:  # of code that depends on the types of modules, whatever it raises
+            return None
+        return reads
+
+    def training_error(self, names: Iterable[str]) -> str:
+        """Return the error of the narrowed model in training mode; empty if it runs."""
+        probe = self.probe()
+        try:
+            cut_channels(probe, *self._narrower(names, ()))
+            with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
+                call(probe.train(), self.example)
+        except Exception as error:  # whatever the narrowed copy raises
+            return described(error)
+        return ""
+
+    def error(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...] = ()) -> str:
+        """Return the error of the model without the last channels of these groups; empty if it runs."""
+        probe = self.probe()
+        try:
+            cut_channels(probe, *self._narrower(names, sizes))
+            got = [tensor.shape for tensor in self.run(probe)]
+        except Exception as error:  # whatever the narrowed copy raises
+            return described(error)
+        return "" if got == self.expected else f"its outputs change from {self.expected} to {got}"
+
+    def mismatch(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0) -> str:
+        """Return how the outputs of the narrowed copy differ from the masked model's; empty if they agree.
+
+        Args:
+            share: least share of the channels to remove from each slice.
+        """
+        some = list(names)
+        problem = self._mismatch(some, sizes, share)
+        summed = [name for name in some if name in self.choices and name not in self.scales]
+        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
+            for name in summed:
+                self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
+            if not self._mismatch(some, sizes, share):
+                return ""
+            for name in summed:
+                del self.scales[name]
+        return problem
+
+    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
+        traced, plan = self._narrower(names, sizes, share)
+        small = apply(self.model, traced, plan)
+        return compare_with_masked(self.model, small, traced, plan, self.inputs)[0]
+
+    def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
+        """Whether the outputs are right when these groups are narrowed and their attributes updated.
+
+        An attribute may equal a width by chance, or hold another quantity, such as a factor.
+        """
+        together = merged(sizes.values())
+        return not (self.error(sizes, together) or self.mismatch(sizes, together, 1 / 3))
+
+    def _narrower(
+        self, names: Iterable[str], sizes: tuple[WidthAttribute, ...], share: float = 0.0
+    ) -> tuple[Trace, Plan]:
+        """Return a trace and a plan that remove the last channels of each slice of each group.
+
+        Every second group loses one channel more: groups whose widths the code compares would otherwise
+        fit together by chance.
+        """
+        keep = {}
+        for i, name in enumerate(names):
+            channels = np.arange(self.groups[name].channels)
+            pieces = self.pieces.get(name, np.zeros_like(channels))
+            each = [channels[pieces == piece] for piece in np.unique(pieces)]
+            last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
+            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
+        sizes = merged((self.sizes, sizes)) if self.sizes else sizes
+        rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
+        traced = Trace(
+            self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also, rescales=rescales
+        )
+        return traced, Plan(keep)
+
+
+def _same_marks(marks: list[np.ndarray]) -> np.ndarray:
+    """Return a number for each channel; two channels have the same number if all their marks agree."""
+    return np.unique(np.stack(marks), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def described(error: Exception) -> str:
+    """Describe an error in one line; without a message, by the line of code that raised it.
+
+    >>> described(ValueError("no such size"))
+    'ValueError: no such size'
+    """
+    kind, said = type(error).__name__, str(error).strip()
+    if said:
+        return f"{kind}: {said.splitlines()[0]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{kind} at `{frames[-1].line}`" if frames and frames[-1].line else kind

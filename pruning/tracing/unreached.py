@@ -1,0 +1,126 @@
+"""Layers and parameters that the traced passes did not reach, or not as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from pruning.graph.groups import Group, Member
+from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
+from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
+from pruning.tracing.labels import MOST_ELEMENTS
+from pruning.tracing.record import Flow
+
+_OTHER_CODE = (
+    "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
+)
+
+_PROJECTION = (
+    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
+    "layer behind it to let it be pruned"
+)
+
+_OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
+
+_NOT_RUN = (
+    "it does not run on the example inputs, and would not fit if channels that it reads were pruned. "
+    "Give inputs that reach it, or ignore the layers before it"
+)
+
+#: Modules that only hold others.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
+    """Yield layers whose channels the pass did not label, each with the reason."""
+    shown = {name for name, _ in found.sides} | found.read_elsewhere
+    holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
+    for name, layer in model.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
+            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
+            continue
+        if not own or name in shown or not makes_channels(layer):
+            continue
+        weight = rule_of(layer).weight
+        if weight and weight not in own:
+            yield (
+                name,
+                "its weight is computed from others, by code or hooks; remove them "
+                "(remove_spectral_norm), prune, and add them again",
+            )
+        elif name not in holders:
+            inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
+            yield name, _OTHER_CODE if inside else _NOT_RUN
+    for name, why in found.functional.items():
+        owner, _, attribute = name.rpartition(".")
+        rule = rule_for(model.get_submodule(owner))
+        if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
+            yield name, why
+
+
+def unreached(
+    model: nn.Module, found: Flow, groups: Mapping[str, Group], ignored: Iterable[str]
+) -> dict[str, str]:
+    """Return the groups whose channels tensors may hold that the passes did not reach, with the reason.
+
+    These are norms and embeddings (a BatchNorm for each domain) and parameters of modules (an optional
+    embedding) of the width of a layer beside them. With narrower layers, other inputs would fail.
+
+    Args:
+        ignored: layers that the caller ignores; nothing is reported for them.
+    """
+    ignored = set(ignored)
+    reasons: dict[str, str] = {}
+    for name, owner, widths in _unreached_tensors(model, found):
+        if owner in ignored:
+            continue
+        scope = _scope(model, name)
+        beside = [
+            group.name
+            for group in groups.values()
+            if any(_beside(model, member, scope, widths) for member in group.members)
+        ]
+        other = f"list {owner} as ignored if it is not used" if owner else "delete it if it is not used"
+        why = (
+            f"{name} does not run on the example inputs, and may hold the same channels; give a call that "
+            f"reaches it by also=, or {other}"
+        )
+        reasons = dict.fromkeys(beside, why) | reasons
+    return reasons
+
+
+def _unreached_tensors(model: nn.Module, found: Flow) -> Iterator[tuple[str, str, set[int]]]:
+    """Yield norms, embeddings and parameters outside layers: name, module to ignore, possible widths."""
+    reached = {name for name, _ in found.sides} | found.read_elsewhere
+    layers = [module for module in model.modules() if rule_for(module) is not None]
+    inside = {id(child) for layer in layers for child in layer.modules()}
+    for name, module in model.named_modules():
+        rule = rule_for(module)
+        if rule is not None:
+            held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if held and name not in reached and rule.kind in ("channelwise", "norm", "embedding"):
+                yield name, name, {layer_width(module, "out")}
+        if id(module) in inside:
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{attribute}".lstrip(".")
+            if full not in reached and full not in found.functional and parameter.numel() <= MOST_ELEMENTS:
+                yield full, name, {size for size in parameter.shape if size > 1}
+
+
+def _scope(model: nn.Module, name: str) -> str:
+    """Return the module whose code uses a module or parameter: the first that holds it and has code."""
+    owner = name.rpartition(".")[0]
+    while owner and isinstance(model.get_submodule(owner), _CONTAINERS):
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _beside(model: nn.Module, member: Member, scope: str, widths: set[int]) -> bool:
+    """Whether a layer is inside a module and has one of these widths on its side."""
+    inside = not scope or f"{member.layer}.".startswith(f"{scope}.")
+    if not inside or member.side == "self":
+        return False
+    return layer_width(model.get_submodule(member.layer), member.side) in widths

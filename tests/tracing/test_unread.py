@@ -1,0 +1,218 @@
+"""Widths that only other code reads follow where a call proves it, and are listed otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, PruningError, doctor, load, prune, save, trace
+
+pytestmark = pytest.mark.quick
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+class Split(nn.Module):
+    """Chunks by default; with a flag, or in another method, it splits by an attribute."""
+
+    def __init__(self, into, out):
+        super().__init__()
+        self.part, self.exports, self.first = out // 2, False, nn.Conv2d(into, out, 1)
+        self.middle, self.last = nn.Conv2d(out // 2, out // 2, 3, 1, 1), nn.Conv2d(3 * (out // 2), out, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.joined(list(y.split((self.part, self.part), 1) if self.exports else y.chunk(2, 1)))
+
+    def forward_split(self, x):
+        return self.joined(list(self.first(x).split((self.part, self.part), 1)))
+
+    def joined(self, parts):
+        return self.last(torch.cat([*parts, torch.relu(self.middle(parts[-1]))], 1))
+
+
+class Flagged(Split):
+    forward_split = None
+
+
+class Method(Split):
+    def forward(self, x):
+        return self.joined(list(self.first(x).chunk(2, 1)))
+
+
+def by_flag(model):
+    model[0].exports = True
+
+
+def by_method(model):
+    model[0].forward = model[0].forward_split
+
+
+@pytest.mark.parametrize(("kind", "change"), [(Flagged, by_flag), (Method, by_method), (Split, by_flag)])
+def test_attributes_follow_that_a_flag_or_another_forward_method_reads(kind, change, tmp_path):
+    factory = lambda: nn.Sequential(kind(3, 16), nn.ReLU(), nn.Conv2d(16, 2, 1)).eval()  # noqa: E731
+    net = factory()
+    step = prune(net, IMAGES, Budget(macs="60%"), score="l2", widths={"0.first": 5})
+    assert step.model[0].part == 5 and net[0].part == 8 and not step.stale
+    expected = step.model(IMAGES)
+    save(tmp_path / "small.pth", step.model)
+    for small in (step.model, load(tmp_path / "small.pth", factory)):
+        change(small)
+        assert torch.allclose(small(IMAGES), expected, atol=1e-5)
+
+
+class Trains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width, self.first = 16, nn.Conv2d(3, 16, 3, 1, 1)
+        self.second, self.head = nn.Conv2d(16, 16, 3, 1, 1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = torch.relu(self.second(torch.relu(self.first(x))))
+        if self.training:
+            y = y.reshape(len(x), self.channels(), -1).unflatten(2, x.shape[2:])
+        return self.head(y.mean((2, 3)))
+
+    def channels(self):
+        return self.width
+
+
+class TrainsBySixteen(Trains):
+    def channels(self):
+        return 16
+
+
+def test_attributes_follow_that_only_training_reads():
+    step = prune(Trains(), IMAGES, Budget(macs="50%"), score="l2", widths={"second": 7})
+    assert step.model.width == 7
+    step.model.train()(IMAGES).sum().backward()
+
+
+def test_groups_that_fail_in_training_alone_are_left_with_the_reason():
+    found = trace(TrainsBySixteen(), IMAGES)
+    assert found.widths == {"first": 16}
+    assert "in training mode, the model's code is tied to its width" in found.skipped["second"]
+
+
+def test_a_model_that_does_not_train_on_the_inputs_is_pruned_as_before():
+    class Never(Trains):
+        def forward(self, x):
+            assert not self.training
+            return super().forward(x)
+
+    assert trace(Never(), IMAGES).widths == {"first": 16, "second": 16}
+
+
+class Latent(nn.Module):
+    """Other methods read widths: one computes only, the other also writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent, self.hidden = 12, 24
+        self.encoder, self.decoder, self.out = nn.Linear(20, 12), nn.Linear(12, 24), nn.Linear(24, 20)
+
+    def forward(self, x):
+        return self.decoded(torch.relu(self.encoder(x)))
+
+    def decoded(self, z):
+        return self.out(torch.relu(self.decoder(z)))
+
+    def sample(self, n):
+        return self.decoded(torch.randn(n, self.latent))
+
+    def log(self, path):
+        with open(path, "w") as file:
+            file.write(str(self.hidden))
+
+
+def test_attributes_follow_that_a_method_reads_which_only_computes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, x = Latent(), torch.randn(2, 20)
+    step = prune(net, x, Budget(macs="50%"), score="l2", widths={"encoder": 5, "decoder": 11})
+    assert step.model.latent == 5 and step.model.sample(3).shape == (3, 20)
+    assert step.model.hidden == 24 and not [*tmp_path.iterdir()], "a method that writes is never called"
+    (listed,) = step.stale
+    assert listed.startswith("hidden = 24 was the width of decoder and is not read") and "also=" in listed
+    found = doctor(net, x)
+    assert found.stale == step.stale and listed in str(found)
+    kept = prune(net, x, Budget(macs="80%"), score="l2", ignored=["decoder"])
+    assert kept.stale == [], "its width did not change"
+    followed = prune(net, x, Budget(macs="50%"), score="l2", also=[lambda m: torch.zeros(1, m.hidden).sum()])
+    assert followed.stale == [], "it is read in a traced call"
+
+
+def test_attributes_that_only_make_the_model_are_not_listed():
+    class Planes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.planes = 3
+            self.layers = nn.Sequential(self.layer(16), self.layer(8), nn.Conv2d(8, 2, 1))
+
+        def layer(self, planes):
+            made = nn.Conv2d(self.planes, planes, 3)
+            self.planes = planes
+            return made
+
+        def forward(self, x):
+            return self.layers(x)
+
+    assert trace(Planes(), IMAGES).stale == ()
+
+
+class Domains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+        self.offset, self.last = nn.Parameter(torch.zeros(1, 8, 1, 1)), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x, domain=0):
+        y = self.out(torch.relu(self.norms[domain](self.conv(x))))
+        return self.last(y + self.offset if domain else y)
+
+
+def test_norms_and_parameters_that_no_call_reaches_are_named_and_never_pruned_around():
+    net = Domains().eval()
+    found = trace(net, IMAGES)
+    assert found.widths == {}
+    assert found.skipped["conv"].startswith("norms.1 does not run on the example inputs")
+    assert found.skipped["out"].startswith("offset does not run on the example inputs")
+    assert all("also=" in found.skipped[name] for name in ("conv", "out"))
+    assert trace(net, IMAGES, ["norms.1"]).widths == {"conv": 16}
+    reached = trace(net, IMAGES, also=[(IMAGES, 1)])
+    assert reached.widths == {"conv": 16, "out": 8}
+    with pytest.raises(PruningError, match="no prunable group"):
+        prune(net, IMAGES, Budget(macs="50%"), score="l2")
+    small = prune(net, IMAGES, Budget(macs="50%"), score="l2", also=[(IMAGES, 1)]).model
+    assert copy.deepcopy(small)(IMAGES, 1).shape == net(IMAGES, 1).shape
+
+
+class Heads(nn.Module):
+    """Attention; only training reads the number of heads, and only `blank` the width of all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.depth, self.inner = 4, 6, 24
+        self.qkv, self.out = nn.ModuleList(nn.Linear(12, 24) for _ in range(3)), nn.Linear(24, 12)
+
+    def forward(self, x):
+        heads = self.heads if self.training else -1
+        q, k, v = (y(x).view(*x.shape[:2], heads, self.depth).transpose(1, 2) for y in self.qkv)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def blank(self, n):
+        return self.out(torch.ones(n, self.inner))
+
+
+def test_attributes_follow_that_count_heads_and_positions_of_heads():
+    net, x = nn.Sequential(nn.Linear(5, 12), Heads(), nn.Linear(12, 3)), torch.randn(2, 7, 5)
+    found = trace(net, x)
+    widths = {name: 3 if width == 4 else 5 for name, width in found.widths.items() if width in (4, 6)}
+    small = prune(net, x, Budget(macs="90%"), score="l2", widths=widths).model
+    assert sorted(widths.values()) == [3, 5] and found.stale == ()
+    assert (small[1].heads, small[1].depth, small[1].inner) == (3, 5, 15)
+    small.train()(x).sum().backward()
+    assert small[1].blank(2).shape == small[1](small[0](x))[:, 0].shape
