@@ -68,8 +68,10 @@ def following(
     likely = {name: several[0] for name, several in candidates.items()}
     if not likely or runs.is_exact(likely):
         return likely
-    if reads is not None and (alike := _alike(runs, candidates, structures)):
-        return alike
+    if reads is not None:
+        alike = _alike(runs, candidates, structures)
+        if not alike or runs.is_exact(alike):
+            return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
     failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
@@ -95,7 +97,7 @@ def _alike(
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Return attributes that work for the first group of each structure, for all groups of that structure.
 
-    They are tried together; nothing is returned if they do not work.
+    Whether they work together is not tried.
     """
     works: dict[tuple[Structure, int], int | None] = {}
     chosen = {}
@@ -107,7 +109,7 @@ def _alike(
         place = works[like]
         if place is not None:
             chosen[name] = several[place]
-    return chosen if chosen and runs.is_exact(chosen) else {}
+    return chosen
 
 
 def with_heads(
