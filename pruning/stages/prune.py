@@ -97,8 +97,7 @@ def prune(
         model: the model to prune.
         example_inputs: inputs to trace and verify the model with, batch dimension first.
         budget: limits on the cost of the result; percentages refer to this model.
-        score: importance of a channel, by name or as a function (see `score_channels`). By default it is
-            `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
+        score: importance of a channel, by name or as a function; by default see `default_score`.
         calibration: batches (inputs, targets). They serve to score channels, to recalibrate BatchNorm,
             and to measure the mean of each removed channel, which is folded into the layers that
             consume it. Without them, only channels that are constant on the example inputs are folded.
@@ -110,10 +109,9 @@ def prune(
             that the final budget has room for.
         check: compare the outputs with those that the plan implies (see `verify`).
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
-            squares on the calibration inputs (see `pruning.surgery.refit.refit`). This takes the place of
-            recalibrating BatchNorm, and of training where there is none. Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`. With `refit`, at most nine tenths
-            of each group are dropped by default, as no training wins back a group that has almost gone.
+            squares on the calibration inputs (see `pruning.surgery.refit.refit`), instead of
+            recalibrating BatchNorm. Targets may be None.
+        ranking, per_cost, floor, most, multiple, widths: see `PlanOptions`; `most` is 0.9 with `refit`.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
 
     Raises:
@@ -127,7 +125,7 @@ def prune(
     most = default_most(refit) if most is None else most
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths)
     batches = list(calibration)
-    score = default_score(batches, refit) if score is None else score
+    score = score or default_score(batches, refit)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit)
     return prune_step(
         model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
@@ -135,7 +133,9 @@ def prune(
 
 
 def default_score(calibration: Sequence[Batch], refit: bool) -> str:
-    """Return the name of the score that suits calibration batches, and a refit or none.
+    """Return the score that suits calibration batches, with a refit or without.
+
+    It is `reconstruction` with a refit, `fisher` if all targets are None, and `taylor` otherwise.
 
     >>> default_score([([], None)], refit=False)
     'fisher'
@@ -146,7 +146,10 @@ def default_score(calibration: Sequence[Batch], refit: bool) -> str:
 
 
 def default_most(refit: bool) -> float:
-    """Return the largest share of a group that a step drops by default, with a refit or without."""
+    """Return the largest share of a group that a step drops by default.
+
+    With a refit a tenth is kept, because no training wins back a group that has almost gone.
+    """
     return 0.9 if refit else 1.0
 
 
