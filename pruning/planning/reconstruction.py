@@ -132,16 +132,19 @@ class _Reader:
     def add(self, use: WeightUse, gradient: Tensor) -> None:
         """Add one use: its inputs, and the gradients of the loss for its outputs."""
         x = use.input.detach()
-        examples = 1 if x.ndim == len(self.form.kernel) + 1 and self.form.kernel else len(x)
+        examples = 1 if x.ndim == len(self.form.kernel) + 1 else len(x)
         most = ROWS if self.form.kernel else None
-        rows = torch.cat([block for (block, _) in self.form.rows(x, gradient, most=most)])
+        rows = torch.cat([block for (block, _) in self.form.rows(x, use.output.detach(), most=most)])
         rows = rows.unflatten(0, (examples, -1)).permute(2, 0, 1, 3)  # (parts, examples, positions, inputs)
         start = examples - examples // 4
         for fold, part in enumerate((rows[:, :start], rows[:, start:])):
             if part.shape[1]:
                 self._add_inputs(fold, part)
-        g = torch.cat([block for (_, block) in self.form.rows(x, gradient)])
-        g = g.unflatten(0, (examples, -1)).permute(2, 0, 1, 3)
+        # Gradients: (parts, examples, positions, outputs)
+        channels = gradient.detach().reshape(examples, -1, gradient.shape[-1]).mT
+        if self.form.kernel:
+            channels = gradient.detach().reshape(examples, self.matrix.shape[2] * len(self.matrix), -1)
+        g = channels.double().unflatten(1, (len(self.matrix), -1)).permute(1, 0, 3, 2)
         total = g.sum(2)
         inner = (g - g.mean(2, keepdim=True)).flatten(1, 2)
         self.common_gradient = self.common_gradient.to(g) + total.mT @ total
