@@ -243,6 +243,12 @@ class Tracer(TorchDispatchMode):
                 "pruned"
             )
 
+    def note_shape(self, x: Tensor) -> None:
+        """Record that the code reads the shape of a tensor: it may compare a width with a constant."""
+        labels = self.labels.carried(x)
+        if labels is not None and not self.depth and varying(labels):
+            self.labels.note_sizes(labels, labels)
+
     def note_normalized(self, x: Tensor) -> None:
         """Record that the code normalizes over a given size, which on the meta device may be wrong."""
         labels = self.labels.of(x)
