@@ -24,7 +24,7 @@ from pruning.graph.layers import is_weighted, layer_width, weight_of
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import dropped_positions, kept_positions
 from pruning.surgery.linear_form import WeightUse, weight_uses
-from pruning.utils.modules import eval_mode
+from pruning.utils.modules import eval_mode, parameter_places
 from pruning.utils.tree import Inputs
 
 #: Ridge penalties that are tried, relative to the mean variance of a layer's inputs.
@@ -102,7 +102,11 @@ def refit(
         weights = _weights(dense, [name for name, layer in dense.named_modules() if is_weighted(layer)])
         order = [weights[use.weight] for use in weight_uses(dense, batches[0], weights)]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
+        shared = {name for places in parameter_places(dense).values() if places[1:] for name, _ in places}
         for name in dict.fromkeys(order[first:]):
+            if name in shared:
+                fits.append(LayerFit(name, nan, nan, reason="another layer has the same weight"))
+                continue
             drop = dropped.get((name, "out"), torch.zeros(0, dtype=torch.long))
             keep = kept_positions(layer_width(dense.get_submodule(name), "out"), drop)
             layer = _Layer(name, order.count(name), keep, trace.foldable.get(name))

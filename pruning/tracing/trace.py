@@ -31,6 +31,7 @@ from pruning.tracing.grouping import channel_groups
 from pruning.tracing.labels import Flow
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
+from pruning.tracing.shared import tie_shared
 from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread
 from pruning.utils.batch import find_batch
@@ -132,7 +133,8 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    shared = _shared_parameters(model)
+    tied = tie_shared(model, found)
+    shared = {name: other for name, other in _shared_parameters(model).items() if name not in tied}
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}

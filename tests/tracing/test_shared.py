@@ -1,0 +1,113 @@
+"""Layers that share a parameter are narrowed together, and share it afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, count, load, prune, save, trace
+from pruning.load_pruned import load_pruned
+
+pytestmark = pytest.mark.quick
+
+
+class Language(nn.Module):
+    """The head has the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(30, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))))
+
+
+class Twins(nn.Module):
+    """Two layers with one weight, and biases of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(3, 12, 3)
+        self.second.weight = self.first.weight
+        self.out = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        return self.out(torch.relu(torch.cat([self.first(x), self.second(x.flip(3))], 1)))
+
+
+TOKENS, IMAGES = torch.randint(0, 30, (4, 7)), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs", "places", "widths"),
+    [
+        (Language, TOKENS, ("embedding", "head"), {"embedding": 6, "up": 11}),
+        (Twins, IMAGES, ("first", "second"), {"first": 5}),
+    ],
+)
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_layers_with_one_weight_are_narrowed_together(factory, inputs, places, widths, score, tmp_path):
+    net = factory().eval()
+    assert trace(net, inputs).widths.keys() == widths.keys()
+    loss = lambda outputs, _: outputs.square().mean()  # noqa: E731
+    budget = Budget(params="90%")
+    calibration = [(inputs, torch.zeros(len(inputs)))]
+    step = prune(net, inputs, budget, score=score, calibration=calibration, loss=loss, widths=widths)
+    one, other = (step.model.get_submodule(name).weight for name in places)
+    assert one is other and step.difference < 1e-4
+    assert (
+        step.after.params
+        == count(step.model, inputs).params
+        == sum(p.numel() for p in step.model.parameters())
+    )
+    save(tmp_path / "small.pth", step.model)
+    for again in (load(tmp_path / "small.pth", factory), load_pruned(tmp_path / "small.pth", factory)):
+        assert torch.equal(again(inputs), step.model(inputs))
+        one, other = (again.get_submodule(name).weight for name in places)
+        assert one is other
+    step.model(inputs).square().mean().backward()
+    assert one.shape == other.shape
+
+
+def test_the_channels_of_a_dimension_that_only_one_layer_has_are_fixed():
+    class Read(Language):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(30, 2)
+
+        def forward(self, tokens):
+            return self.last(super().forward(tokens))
+
+    found = trace(Read(), TOKENS)
+    assert found.widths == {"embedding": 16, "up": 32}
+    assert "is the same tensor as" in found.skipped["head"] and "untie" in found.skipped["head"]
+
+
+def test_a_refit_leaves_shared_weights():
+    net, batches = Language().eval(), [(TOKENS, None)] * 2
+    step = prune(net, TOKENS, Budget(macs="60%"), score="l2", calibration=batches, refit=True)
+    assert step.model.embedding.weight is step.model.head.weight
+    assert (
+        next(fit for fit in step.refits if fit.layer == "head").reason == "another layer has the same weight"
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_input_channels_of_layers_with_one_weight_are_tied(first):
+    """If one of them reads the model's input, both keep their input channels."""
+    layers = [nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2)]
+    net = nn.Sequential(*layers if first else [nn.Linear(5, 10), *layers]).eval()
+    shared = (0, 2) if first else (1, 3)
+    net[shared[1]].weight = net[shared[0]].weight
+    x = torch.randn(3, 10 if first else 5)
+    found = trace(net, x)
+    if first:
+        assert found.widths == {} and "one of the two layers has a fixed size" in found.skipped["0"]
+        return
+    step = prune(net, x, Budget(macs="50%"), score="l2")
+    assert step.plan.widths.keys() == {"0"} and step.difference < 1e-4
+    assert step.model[1].weight is step.model[3].weight
