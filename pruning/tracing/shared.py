@@ -24,8 +24,10 @@ def tie_shared(model: nn.Module, found: Flow) -> set[str]:
     made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
     known = np.unique(np.concatenate([np.arange(0), *made]))
     for places in parameter_places(model).values():
+        if len(places) < 2:
+            continue
         dims = [_sides(model, found, name, attribute) for name, attribute in places]
-        if len(places) < 2 or not all(dims):
+        if not all(dims):
             continue
         names = [f"{name}.{attribute}".lstrip(".") for name, attribute in places]
         handled.update(names)
@@ -35,8 +37,8 @@ def tie_shared(model: nn.Module, found: Flow) -> set[str]:
             given = any(not np.isin(found.ties.find(each), known).all() for each in labels)
             if given or len(labels) < len(dims):
                 reason = (
-                    f"{names[0]} is the same tensor as {names[1]}, and one of the two layers has a fixed size "
-                    "along this dimension; untie them to let it be pruned"
+                    f"{names[0]} is the same tensor as {names[1]}, and one of the two layers has a fixed "
+                    "size along this dimension; untie them to let it be pruned"
                 )
                 found.fixed += [(each, reason) for each in labels]
             for other in labels[1:]:

@@ -82,6 +82,8 @@ class Tracer(TorchDispatchMode):
     def _hook(self, name: str, module: nn.Module) -> set[int]:
         """Hook a module; return the ids of its tensors if it is a layer with a rule."""
         own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks; its tensors keep their size
+            return {id(t) for t in (*own.values(), *module.buffers(recurse=False))}
         if not _is_known(module, own):
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
