@@ -74,6 +74,12 @@ class Held(Net):
         path.write_text(str(self.width))
 
 
+class Divides(Net):
+    def forward(self, x):
+        maps = self.features[:4](x)
+        return self.head(self.features[4:](maps / maps.shape[1]).mean((2, 3)))
+
+
 def wrapped():
     return nn.DataParallel(Net())
 

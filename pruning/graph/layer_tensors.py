@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.graph.computed import is_computed, set_computed
-from pruning.graph.layers import channels_stand_alone, is_depthwise, parts, rule_of
+from pruning.graph.layers import channels_stand_alone, is_depthwise, is_weighted, parts, rule_of
 from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
 from pruning.graph.rule import Side
 
@@ -84,6 +84,22 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     return values.movedim(dim, 0).reshape(values.shape[dim], -1)
 
 
+def masks(layer: nn.Module) -> list[str]:
+    """Return the buffers of a convolution or linear layer that have the shape of its weight.
+
+    Code of a subclass multiplies the weight by such a buffer: the mask of a causal convolution.
+
+    >>> layer = nn.Linear(4, 6)
+    >>> layer.register_buffer("mask", torch.ones(6, 4))
+    >>> masks(layer)
+    ['mask']
+    """
+    weight = getattr(layer, rule_of(layer).weight, None)
+    if not is_weighted(layer) or not isinstance(weight, Tensor) or weight.ndim < 2:
+        return []
+    return [name for name, buffer in layer.named_buffers(recurse=False) if buffer.shape == weight.shape]
+
+
 def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     """Keep only the given channels of one side of a layer, in place.
 
@@ -102,12 +118,14 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         return
     rule, depthwise, alone = rule_of(layer), is_depthwise(layer), channels_stand_alone(layer)
     size = rule.width(layer, side) // parts(layer)
-    for name, dim in (rule.out if side == "out" else rule.into).items():
+    held = rule.out if side == "out" else rule.into
+    like_weight = masks(layer) if rule.weight in held else []
+    for name, dim in (*held.items(), *((name, held[rule.weight]) for name in like_weight)):
         tensor = getattr(layer, name, None)
         if tensor is None:
             continue
         index, dim = keep, 0 if depthwise else dim
-        if name == rule.weight and dim == 1 and parts(layer) > 1:
+        if (name == rule.weight or name in like_weight) and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
         kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
         if isinstance(tensor, nn.Parameter):

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pruning.errors import PruningError
 from pruning.graph.groups import Group, Ignored, Trace
 from pruning.graph.layers import makes_channels
 from pruning.graph.plan import Plan
 from pruning.planning.cost import Cost, CostModel, uncounted
 from pruning.surgery.apply import apply
-from pruning.surgery.verify import verify, with_random_weights
+from pruning.surgery.verify import compare_with_masked, with_random_weights
+from pruning.tracing.left_out import groups_at_fault, without_groups
 from pruning.tracing.trace import trace
 from pruning.utils.entries import Also
 from pruning.utils.modules import buffers_unchanged
@@ -168,7 +168,7 @@ def doctor(
         >>> list(found.skipped), found.trial
         (['3'], '')
     """
-    traced = trace(model, inputs, ignored, outputs=outputs, also=also)
+    traced, trial = _tried(model, trace(model, inputs, ignored, outputs=outputs, also=also), inputs)
     cost_model = CostModel(model, traced)
     full = cost_model.full
     cost = cost_model(full)
@@ -186,23 +186,26 @@ def doctor(
         [size.name for size in traced.sizes],
         [str(held) for held in traced.stale],
         uncounted(model),
-        _trial(model, traced, inputs),
+        trial,
     )
 
 
-def _trial(model: nn.Module, traced: Trace, inputs: Inputs) -> str:
-    """Remove every second channel; return what is wrong with the result, or "" if it is right."""
-    plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
-    if not plan.keep:
-        return ""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            # A weight of 0 would hide errors in the channels that it reads; random weights do not.
-            randomized = with_random_weights(model, inputs)
-            verify(randomized, apply(randomized, traced, plan), traced, plan, inputs)
-    except PruningError as error:
-        return str(error)
-    return ""
+def _tried(model: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Trace, str]:
+    """Remove every second channel; return the trace without groups at fault, and what else is wrong."""
+    with torch.random.fork_rng(devices=[]):
+        # A weight of 0 would hide errors in the channels that it reads; random weights do not.
+        randomized = with_random_weights(model, inputs)
+    while traced.groups:
+        plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
+        small = apply(randomized, traced, plan)
+        problem = compare_with_masked(randomized, small, traced, plan, inputs)[0]
+        if not problem:
+            break
+        at_fault = groups_at_fault(randomized, traced, plan, inputs)
+        if not at_fault:
+            return traced, f"surgery is not equivalent to the plan: {problem}"
+        traced = without_groups(traced, at_fault)
+    return traced, ""
 
 
 def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupFacts:

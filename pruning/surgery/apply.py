@@ -19,7 +19,15 @@ from pruning.graph.layers import is_inferred, is_registered, layer_width, parts,
 from pruning.graph.plan import Plan
 from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import mark_changed, update_attributes
-from pruning.utils.modules import buffers_unchanged, call, copied, eval_mode, hooked, on_input
+from pruning.utils.modules import (
+    buffers_unchanged,
+    call,
+    copied,
+    eval_mode,
+    hooked,
+    on_input,
+    parameter_places,
+)
 from pruning.utils.tree import Inputs, fresh
 from pruning.utils.wrappers import unwrapped
 
@@ -79,7 +87,7 @@ def cut_channels(model: nn.Module, trace: Trace, plan: Plan) -> None:
 
 def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str, Side], Tensor]) -> None:
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
-    shared = _shared_tensors(model)
+    shared = [places for places in parameter_places(model).values() if len(places) > 1]
     # Remove output channels first: fewer elements are then gathered for the input channels.
     for (name, side), drop in sorted(dropped.items(), key=lambda item: item[0][1] != "out"):
         if side == "self":
@@ -90,19 +98,10 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
             if is_registered(layer):
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
-    for (module, attribute), *others in shared:
-        for other, same in others:
-            setattr(other, same, getattr(module, attribute))
+    for (first, attribute), *others in shared:  # each was narrowed for itself
+        for name, other in others:
+            setattr(model.get_submodule(name), other, model.get_submodule(first).get_parameter(attribute))
     update_attributes(model, trace, plan)
-
-
-def _shared_tensors(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Return the parameters that several layers share: for each, the layers and its names in them."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append((module, name))
-    return [several for several in holders.values() if len(several) > 1]
 
 
 def output_factors(model: nn.Module, trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor]:

@@ -29,7 +29,7 @@ from pruning.surgery.apply import dropped_positions, kept_positions, output_fact
 from pruning.surgery.linear_form import WeightUse
 from pruning.surgery.paused_pass import PassDiffers, PausedPass, Reached, Site, find_sites
 from pruning.surgery.ridge import Sums, best_ridge
-from pruning.utils.modules import eval_mode
+from pruning.utils.modules import eval_mode, parameter_places
 from pruning.utils.tree import Inputs
 
 #: The passes of all batches run at once if their inputs of a layer need at most this many bytes.
@@ -43,6 +43,9 @@ HELD_OUT = 4
 
 #: Why a layer that lost inputs was left as it was.
 _UNSEEN = "no linear or convolution function of torch multiplies by its weight itself"
+
+#: Why a layer that has a parameter of another layer was left as it was.
+_SHARED = "another layer has the same weight"
 
 #: A refit must reduce the squared error on the held-out rows at least by this share.
 LEAST_GAIN = 0.01
@@ -109,6 +112,7 @@ def refit(
         sites = _plain_where_shared(find_sites(dense, batches[0], _weights(dense)))
         order = [site.layer for site in sites]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
+        shared = {name for places in parameter_places(dense).values() if places[1:] for name, _ in places}
         nothing = torch.zeros(0, dtype=torch.long)
         keep = {
             name: _Kept(
@@ -118,9 +122,12 @@ def refit(
                 factors.get((name, "out")),
             )
             for name in order[first:]
+            if name not in shared
         }
         pair = _Pair(small, dense, sites, keep, batches)
         fits = [fit for rows in pair.layers(first) if (fit := _fit(small, rows)) is not None]
+    fits += [LayerFit(name, nan, nan, reason=_SHARED) for name in {*order[first:]} & shared]
+    fits.sort(key=lambda fit: order.index(fit.layer))
     fits += [LayerFit(name, nan, nan, reason=_UNSEEN) for name in readers if name not in order]
     return tuple(fits)
 
@@ -253,7 +260,7 @@ class _Pair:
             pairs = [self._start(stack, inputs) for inputs in self.batches] if together else []
             for number, site in enumerate(self.sites):
                 reached = [_proceed(pair) for pair in pairs]
-                if number >= first and site.layer not in done:
+                if number >= first and site.layer in self.keep and site.layer not in done:
                     done.add(site.layer)
                     yield self._rows(site, reached if together and self.uses[site.layer] == 1 else None)
 

@@ -88,6 +88,8 @@ class StatisticsOverKept(TorchDispatchMode):
 
     def __enter__(self) -> StatisticsOverKept:
         for name, module in self.model.named_modules() if self.dropped else ():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             self.handles += [
                 module.register_forward_pre_hook(self._enter(name), prepend=True),
                 module.register_forward_hook(self._leave),

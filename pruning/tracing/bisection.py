@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pruning.graph.groups import Group
+from pruning.graph.groups import Group, Trace
 from pruning.graph.layers import Side, layer_width, rule_of
 from pruning.tracing.record import Flow
 
@@ -63,7 +63,7 @@ class Structure:
     sizes: tuple[object, ...]
 
 
-def structure_of(model: nn.Module, found: Flow, group: Group) -> Structure:
+def structure_of(model: nn.Module, found: Flow | Trace, group: Group) -> Structure:
     """Describe a group by the types, roles and sizes of its members, without their places in the model."""
     shape: list[str] = []
     sizes: list[object] = [group.channels]

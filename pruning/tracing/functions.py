@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -13,6 +14,10 @@ from pruning.utils.tree import tensors_among
 
 #: Functions that pack sequences of different lengths; each channel stays along the last dimension.
 _PACKING = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
+
+
+#: Functions by which code reads the shape of a tensor.
+_SHAPES = frozenset((vars(torch._C.TensorBase)["shape"].__get__, Tensor.size, Tensor.__len__))
 
 
 class FunctionFollower(Protocol):
@@ -29,6 +34,8 @@ class FunctionFollower(Protocol):
     def note_function(self, weight: int, function: str) -> None: ...
 
     def note_normalized(self, x: Tensor) -> None: ...
+
+    def note_shape(self, x: Tensor) -> None: ...
 
 
 class Functions(TorchFunctionMode):
@@ -48,6 +55,9 @@ class Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if func in _SHAPES:
+            self.tracer.note_shape(args[0])
+            return func(*args, **kwargs)
         deforming = getattr(func, "_qualified_op_name", "") == "torchvision::deform_conv2d"
         if func in FUNCTIONS or deforming:
             given = {**dict(zip(("input", "weight", "offset", "mask"), args, strict=False)), **kwargs}

@@ -62,6 +62,10 @@ class Labels:
             known = torch.from_numpy(self.found.sides[name, "self"].labels)
         return known
 
+    def carried(self, tensor: Tensor) -> Tensor | None:
+        """Return the labels that a tensor got in this pass; None for parameters outside the layers."""
+        return self._of.get(tensor)
+
     def put(self, tensor: object, labels: Tensor | None) -> None:
         """Set the labels of an output; fix them if it is no tensor or of another rank."""
         if not isinstance(tensor, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +35,8 @@ class Weights:
         self.inferred: set[type[nn.Module]] = set()
         self._by_memory: dict[int, tuple[str, str, Tensor]] = {}
         for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):  # its tensors keep their size
+                continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 self._by_memory.setdefault(_memory(parameter), (name, attribute, parameter))
 

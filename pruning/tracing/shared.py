@@ -1,4 +1,7 @@
-"""Parameters that several layers share, such as those of an embedding and of the output layer behind it."""
+"""Parameters that several layers share, such as those of an embedding and of the output layer behind it.
+
+The channels of such layers are tied. A group is then narrowed only if all layers lose the same elements.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import numpy as np
 from torch import nn
 
 from pruning.graph.groups import Group
-from pruning.graph.layers import rule_for
+from pruning.graph.layers import is_depthwise, parts, rule_for
+from pruning.graph.rule import Side
+from pruning.tracing.record import Flow
+from pruning.utils.modules import parameter_places
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
@@ -16,15 +22,70 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
 
     A layer that has two names is one layer; its first name counts.
     """
-    holders: dict[int, list[str]] = {}
-    for layer, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append(f"{layer}.{own}" if layer else own)
-    return {
-        name: [other for other in names if other != name]
-        for names in holders.values()
-        for name in (names if len(names) > 1 else ())
-    }
+    several = [_names(places) for places in parameter_places(model).values() if len(places) > 1]
+    return {name: [other for other in names if other != name] for names in several for name in names}
+
+
+def _names(places: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the full names of a parameter."""
+    return [f"{layer}.{own}" if layer else own for layer, own in places]
+
+
+def tie_shared(model: nn.Module, found: Flow) -> None:
+    """Tie the channels of layers that share a parameter.
+
+    A dimension along which all layers have channels ties these, such as that of the features of an embedding
+    and of the head that has its weight. Along another dimension (the tokens), channels are fixed.
+
+    Args:
+        model: the traced model. found: the record of its passes; ties and fixed labels are added.
+    """
+    made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
+    known = np.unique(np.concatenate([np.arange(0), *made]))
+    for places in parameter_places(model).values():
+        if len(places) < 2:
+            continue
+        dims = [_sides(model, found, name, attribute) for name, attribute in places]
+        if not all(dims):
+            continue
+        names = _names(places)
+        for dim in sorted(set().union(*dims)):
+            labels = [found.sides[held[dim]].labels for held in dims if dim in held]
+            # A layer that reads the model's input keeps its input channels, and so do the others.
+            given = any(not np.isin(found.ties.find(each), known).all() for each in labels)
+            if given or len(labels) < len(dims):
+                reason = (
+                    f"{names[0]} is the same tensor as {names[1]}, and one of the two layers has a fixed "
+                    "size along this dimension; untie them to let it be pruned"
+                )
+                found.fixed += [(each, reason) for each in labels]
+            for other in labels[1:]:
+                found.ties.union(labels[0], other)
+
+
+def _sides(model: nn.Module, found: Flow, name: str, attribute: str) -> dict[int, tuple[str, Side]]:
+    """Return by dimension of a parameter the side of the layer whose channels lie along it.
+
+    Nothing is returned for a layer whose sides do not have one channel for each position.
+    """
+    layer = model.get_submodule(name)
+    rule = rule_for(layer)
+    if rule is None or rule.kind == "recurrent" or is_depthwise(layer) or parts(layer) > 1:
+        return {}
+    tensor = layer.get_parameter(attribute)
+    sides: dict[int, tuple[str, Side]] = {}
+    held: tuple[tuple[Side, int | None], ...] = (
+        ("out", rule.out.get(attribute)),
+        ("in", rule.into.get(attribute)),
+    )
+    for side, dim in held:
+        if dim is None:
+            continue
+        use = found.sides.get((name, side))
+        if use is None or len(use.labels) != tensor.shape[dim]:
+            return {}
+        sides[dim % tensor.ndim] = name, side
+    return sides
 
 
 def loses_alike(model: nn.Module, group: Group, names: Iterable[str]) -> bool:

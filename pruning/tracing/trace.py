@@ -31,7 +31,7 @@ from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
-from pruning.tracing.shared import loses_alike, shared_parameters
+from pruning.tracing.shared import loses_alike, shared_parameters, tie_shared
 from pruning.tracing.ties import NONE
 from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread
@@ -80,9 +80,9 @@ def trace(
     >>> traced.skipped
     {'2': "its channels are the model's output, whose size is kept"}
     """
-    _require_traceable(model, inputs)
-    entries = entries_of(also)
     ignored_by = _match(model, ignored)
+    _require_traceable(model, inputs, ignored_by)
+    entries = entries_of(also)
     found = flow(model, call, inputs, outputs, entries)
     groups, labels, reasons = _prunable(model, found, ignored_by)
 
@@ -148,6 +148,7 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    tie_shared(model, found)
     shared = shared_parameters(model)
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
@@ -171,14 +172,18 @@ def _skipped(
     return skipped | dict(missed(model, found))
 
 
-def _require_traceable(model: nn.Module, inputs: Inputs) -> None:
-    """Raise `PruningError` for a model or inputs that cannot be traced."""
+def _require_traceable(model: nn.Module, inputs: Inputs, ignored: Iterable[str]) -> None:
+    """Raise `PruningError` for a model or inputs that cannot be traced, but for layers that are ignored."""
+    ignored = set(ignored)
     if torch.is_inference_mode_enabled():
         raise PruningError("torch.inference_mode() is on, and its tensors cannot be trained; turn it off")
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and name not in ignored:
             where = f"{name} is TorchScript, which" if name else "TorchScript"
-            raise PruningError(f"{where} has no layers to narrow; give the nn.Module that it was made from")
+            cure = f", or list {name} as ignored" if name else ""
+            raise PruningError(
+                f"{where} has no layers to narrow; give the nn.Module that it was made from{cure}"
+            )
     empty = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if empty:
         raise PruningError(f"{empty[0]} has no values yet; run the model once on an example")

@@ -82,6 +82,8 @@ class Tracer(TorchDispatchMode):
     def _hook(self, name: str, module: nn.Module) -> set[int]:
         """Hook a module; return the ids of its tensors if it is a layer with a rule."""
         own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks; its tensors keep their size
+            return {id(t) for t in (*own.values(), *module.buffers(recurse=False))}
         if not is_known(module, own):
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
@@ -244,6 +246,12 @@ class Tracer(TorchDispatchMode):
                 f"{self.labels.where()} calls {function} with it; put it in a layer of torch to let it be "
                 "pruned"
             )
+
+    def note_shape(self, x: Tensor) -> None:
+        """Record that the code reads the shape of a tensor: it may compare a width with a constant."""
+        labels = self.labels.carried(x)
+        if labels is not None and not self.depth and varying(labels):
+            self.labels.note_sizes(labels, labels)
 
     def note_normalized(self, x: Tensor) -> None:
         """Record that the code normalizes over a given size, which on the meta device may be wrong."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from pruning.graph.groups import Group, Member
@@ -102,7 +103,7 @@ def _unreached_tensors(model: nn.Module, found: Flow) -> Iterator[tuple[str, str
             held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if held and name not in reached and rule.kind in ("channelwise", "norm", "embedding"):
                 yield name, name, {layer_width(module, "out")}
-        if id(module) in inside:
+        if id(module) in inside or isinstance(module, torch.jit.ScriptModule):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{attribute}".lstrip(".")

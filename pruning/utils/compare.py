@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruning.errors import PruningError
 from pruning.utils.entries import Entry
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
 from pruning.utils.outputs import Outputs, counted
@@ -29,7 +30,9 @@ def outputs_of(model: nn.Module, inputs: Inputs, outputs: Outputs = None) -> lis
     try:
         with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
             return counted(call(model, fresh(inputs)), outputs)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+    except PruningError:
+        raise
+    except Exception as error:  # of the model: its code may depend on widths
         return error
 
 

@@ -214,6 +214,24 @@ def copied(
         ) from error
 
 
+def parameter_places(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """Return by `id` of each parameter the modules that hold it, each with the name of the attribute.
+
+    A module that has several names counts once.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> model[1].weight = model[0].weight
+    >>> [places for places in parameter_places(model).values() if len(places) > 1]
+    [[('0', 'weight'), ('1', 'weight')]]
+    """
+    places: dict[int, list[tuple[str, str]]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((name, attribute))
+    return places
+
+
 # ---- Fresh weights
 
 

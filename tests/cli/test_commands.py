@@ -62,6 +62,14 @@ def test_attributes_that_may_be_widths_are_listed(run):
     assert code == 0 and f"not changed: {listed}" in out
 
 
+def test_a_group_whose_width_is_a_number_in_the_code_is_named_and_left_out(run):
+    net = ("--model", "mine:Divides", "--input-shape", "1x10x10")
+    code, out, _ = run("prune", *net, "--score", "l2", "--max-channels", 12)
+    assert code == 0 and "left out: features.0: with fewer channels, the model does not compute" in out
+    code, out, _ = run("doctor", *net)
+    assert code == 0 and "features.0: with fewer channels" in out and "trial passed" in out
+
+
 def test_a_wrapped_network_is_pruned_and_loads_without_the_wrapper(run):
     shape = ("--input-shape", "1x10x10")
     assert run("prune", "--model", "mine:wrapped", *shape, "--score", "l2", *BUDGET)[0] == 0

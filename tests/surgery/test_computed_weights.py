@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import pruning
-from pruning import Plan, trace
+from pruning import Budget, Plan, prune, save, trace
 from pruning.load_pruned import load_pruned
 from pruning.planning.cost import CostModel
 from pruning.planning.scores import taylor
@@ -101,3 +101,38 @@ def test_weights_of_which_no_part_can_be_computed_are_kept_with_the_cure(norm):
     traced = trace(net, torch.randn(2, 6))
     assert set(traced.widths) == {"2"}
     assert "add" in traced.skipped["0"] and "again" in traced.skipped["0"]
+
+
+class Causal(nn.Conv2d):
+    """A convolution whose weight is multiplied by a mask: the pixels above and to the left."""
+
+    def __init__(self, into, out, groups=1):
+        super().__init__(into, out, 3, padding=1, groups=groups)
+        mask = torch.ones_like(self.weight)
+        mask[..., 1, 1:] = mask[..., 2, :] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight * self.mask, self.bias, padding=1, groups=self.groups)
+
+
+class Written(Causal):
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return nn.Conv2d.forward(self, x)
+
+
+@pytest.mark.parametrize("kind", [Causal, Written])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_masks_of_weights_are_narrowed_with_them(kind, groups, tmp_path):
+    def make():
+        layers = [kind(3, 16), nn.ReLU(), kind(16, 16, groups), nn.ReLU(), nn.Conv2d(16, 4, 1)]
+        return nn.Sequential(*layers).eval()
+
+    net, images = make(), torch.randn(2, 3, 8, 8)
+    step = prune(net, images, Budget(macs="50%"), score="l2")
+    assert step.plan.widths and step.difference < 1e-4
+    for layer in (step.model[0], step.model[2]):
+        assert layer.mask.shape == layer.weight.shape
+    save(tmp_path / "small.pth", step.model)
+    assert torch.equal(pruning.load(tmp_path / "small.pth", make)(images), step.model(images))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, doctor, load, prune, save, trace
+from pruning import Budget, PruningError, doctor, load, prune, save, trace
 from pruning.checkpoint import read, write
 from pruning.errors import CheckpointError
 from pruning.load_pruned import load_pruned
@@ -208,3 +208,73 @@ def test_a_damaged_attribute_in_a_checkpoint_is_refused(value, tmp_path):
     write(tmp_path / "net.pth", content)
     with pytest.raises(ValueError, match="does not fit Halves"):
         load_pruned(tmp_path / "net.pth", Halves)
+
+
+class Checked(nn.Module):
+    """Its code compares the number of channels with an attribute, or with a constant."""
+
+    def __init__(self, check, channels=16):
+        super().__init__()
+        self.check, self.channels, self.conv = check, channels, nn.Conv2d(channels, channels, 3, 1, 1)
+
+    def forward(self, x):
+        self.check(self, x)
+        return self.conv(nn.functional.interpolate(x, scale_factor=2))
+
+
+def asserts(module, x):
+    assert x.shape[1] == module.channels
+
+
+def asserts_size(module, x):
+    assert x.size(1) == module.channels, "wrong width"
+
+
+def raises(module, x):
+    if x.shape[1] != module.channels:
+        raise ValueError(f"expected {module.channels} channels")
+
+
+def needs_sixteen(module, x):
+    if x.shape[1] != 16:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("check", [asserts, asserts_size, raises])
+def test_an_attribute_follows_with_which_a_width_is_compared(check):
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), Checked(check), nn.ReLU(), nn.Conv2d(16, 3, 1)]
+    net = nn.Sequential(*layers).eval()
+    step = prune(net, torch.randn(2, 3, 8, 8), Budget(macs="50%"), score="l2", widths={"0": 5})
+    assert step.model[2].channels == 5 == step.model[2].conv.in_channels and net[2].channels == 16
+
+
+def test_a_width_that_is_compared_with_a_constant_is_left_with_a_reason_that_can_be_read():
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), Checked(needs_sixteen), nn.Conv2d(16, 3, 1)]
+    net = nn.Sequential(*layers).eval()
+    found = trace(net, torch.randn(2, 3, 8, 8))
+    assert found.widths == {"2.conv": 16}
+    assert "AssertionError at `raise AssertionError`" in found.skipped["0"]
+
+
+class Scaled(nn.Module):
+    """Divides by the square root of the number of channels."""
+
+    def forward(self, x):
+        return x / x.shape[1] ** 0.5
+
+
+def test_a_width_that_is_used_as_a_number_is_left_out_and_planning_goes_on():
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), Scaled(), nn.Conv2d(16, 12, 1), nn.ReLU(), nn.Conv2d(12, 2, 1)]
+    net, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    step = prune(net, images, Budget(macs="75%"), score="l2")
+    assert step.plan.widths["3"] < 12 and step.model[0].out_channels == 16 and step.difference < 1e-4
+    assert step.after.macs <= 0.75 * step.before.macs
+    for reason in (step.left_out["0"], step.trace.skipped["0"]):
+        assert "its code may use the width as a number" in reason
+    found = doctor(net, images)
+    assert [group.name for group in found.groups] == ["3"] and "as a number" in found.skipped["0"]
+    assert found.trial == ""
+    with pytest.raises(PruningError, match=r"cannot be reached.*Groups were left out \(0: .*as a number"):
+        prune(net, images, Budget(macs="30%"), score="l2")
+    with pytest.raises(PruningError, match="no prunable group"):
+        prune(net, images, Budget(macs="90%"), score="l2", ignored=["3"])

@@ -1,4 +1,4 @@
-"""Parameters that layers share: an embedding and the output layer lose the same columns."""
+"""Layers that share a parameter are narrowed together, and share it afterwards."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, Plan, load, prune, save, trace
-from pruning.planning import count
+from pruning import Budget, Plan, count, load, prune, save, trace
+from pruning.load_pruned import load_pruned
 from pruning.planning.cost import CostModel
 from pruning.surgery.apply import apply
 
@@ -17,55 +17,144 @@ pytestmark = pytest.mark.quick
 
 
 class Language(nn.Module):
-    """A model of tokens whose output layer has the weight of its embedding."""
+    """The head has the weight of the embedding."""
 
-    def __init__(self, words: int = 11, width: int = 8):
+    def __init__(self):
         super().__init__()
-        self.embed, self.mix = nn.Embedding(words, width), nn.Linear(width, width)
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
-        self.out.weight = self.embed.weight
+        self.embedding, self.up, self.down = nn.Embedding(30, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
 
-    def forward(self, ids):
-        x = self.embed(ids)
-        return self.out(self.norm(x + torch.tanh(self.mix(x))))
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))))
 
 
-def network():
+class Twins(nn.Module):
+    """Two layers with one weight, and biases of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(3, 12, 3)
+        self.second.weight = self.first.weight
+        self.out = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        return self.out(torch.relu(torch.cat([self.first(x), self.second(x.flip(3))], 1)))
+
+
+TOKENS, IMAGES = torch.randint(0, 30, (4, 7)), torch.randn(2, 3, 8, 8)
+
+
+def test_a_narrowed_embedding_and_its_head_compute_what_slices_of_their_weight_do():
     torch.manual_seed(0)
-    return Language().eval(), torch.randint(0, 11, (2, 5))
-
-
-def test_tied_embeddings_are_narrowed_together_and_stay_tied():
-    net, ids = network()
-    traced, kept = trace(net, ids), [0, 3, 4, 7]
-    small = apply(net, traced, Plan({"embed": kept}))
-    assert small.out.weight is small.embed.weight and small.out.weight.shape == (11, 4)
-    assert net.out.weight is net.embed.weight and net.out.weight.shape == (11, 8)
+    net, kept = Language().eval(), [0, 3, 4, 7]
+    traced = trace(net, TOKENS)
+    small = apply(net, traced, Plan({"embedding": kept}))
+    assert small.head.weight is small.embedding.weight and small.head.weight.shape == (30, 4)
+    assert net.head.weight is net.embedding.weight and net.head.weight.shape == (30, 16)
     by_hand = copy.deepcopy(net)
-    for layer in (by_hand.mix, by_hand.norm):
-        layer.weight = nn.Parameter(
-            layer.weight[kept][:, kept] if layer.weight.ndim == 2 else layer.weight[kept]
-        )
-        layer.bias = nn.Parameter(layer.bias[kept])
-    by_hand.embed.weight = by_hand.out.weight = nn.Parameter(net.embed.weight[:, kept])
+    by_hand.up.weight = nn.Parameter(net.up.weight[:, kept])
+    by_hand.down.weight, by_hand.down.bias = (nn.Parameter(x[kept]) for x in net.down.parameters())
+    by_hand.norm.weight, by_hand.norm.bias = (nn.Parameter(x[kept]) for x in net.norm.parameters())
+    by_hand.embedding.weight = by_hand.head.weight = nn.Parameter(net.embedding.weight[:, kept])
     by_hand.norm.normalized_shape = (4,)
-    torch.testing.assert_close(small(ids), by_hand(ids))
+    torch.testing.assert_close(small(TOKENS), by_hand(TOKENS))
     cost = CostModel(net, traced)
-    assert cost({}) == count(net, ids) and cost({"embed": 4}) == count(small, ids)
+    assert cost({}) == count(net, TOKENS) and cost({"embedding": 4}) == count(small, TOKENS)
 
 
-def test_a_narrowed_network_with_tied_embeddings_reloads_with_the_tie(tmp_path):
-    net, ids = network()
-    step = prune(net, ids, Budget(params="50%"), score="l2")
-    save(tmp_path / "small.pt", step.model)
-    loaded = load(tmp_path / "small.pt", factory=Language)
-    assert loaded.out.weight is loaded.embed.weight
-    assert torch.equal(loaded(ids), step.model(ids))
+@pytest.mark.parametrize(
+    ("factory", "inputs", "places", "widths"),
+    [
+        (Language, TOKENS, ("embedding", "head"), {"embedding": 6, "up": 11}),
+        (Twins, IMAGES, ("first", "second"), {"first": 5}),
+    ],
+)
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_layers_with_one_weight_are_narrowed_together(factory, inputs, places, widths, score, tmp_path):
+    net = factory().eval()
+    assert trace(net, inputs).widths.keys() == widths.keys()
+    loss = lambda outputs, _: outputs.square().mean()  # noqa: E731
+    budget = Budget(params="90%")
+    calibration = [(inputs, torch.zeros(len(inputs)))]
+    step = prune(net, inputs, budget, score=score, calibration=calibration, loss=loss, widths=widths)
+    one, other = (step.model.get_submodule(name).weight for name in places)
+    assert one is other and step.difference < 1e-4
+    assert (
+        step.after.params
+        == count(step.model, inputs).params
+        == sum(p.numel() for p in step.model.parameters())
+    )
+    save(tmp_path / "small.pth", step.model)
+    for again in (load(tmp_path / "small.pth", factory), load_pruned(tmp_path / "small.pth", factory)):
+        assert torch.equal(again(inputs), step.model(inputs))
+        one, other = (again.get_submodule(name).weight for name in places)
+        assert one is other
+    step.model(inputs).square().mean().backward()
+    assert one.shape == other.shape
 
 
-def test_layers_that_lose_different_elements_of_a_shared_weight_are_skipped():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    net[2].weight = net[0].weight
-    traced = trace(net, torch.randn(2, 6))
-    assert not traced.groups and "untie them" in traced.skipped["0"] and "untie them" in traced.skipped["2"]
+def test_the_channels_of_a_dimension_that_only_one_layer_has_are_fixed():
+    class Read(Language):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(30, 2)
+
+        def forward(self, tokens):
+            return self.last(super().forward(tokens))
+
+    found = trace(Read(), TOKENS)
+    assert found.widths == {"embedding": 16, "up": 32}
+    assert "is the same tensor as" in found.skipped["head"] and "untie" in found.skipped["head"]
+
+
+def test_a_refit_leaves_shared_weights():
+    net, batches = Language().eval(), [(TOKENS, None)] * 2
+    step = prune(net, TOKENS, Budget(macs="60%"), score="l2", calibration=batches, refit=True)
+    assert step.model.embedding.weight is step.model.head.weight
+    assert (
+        next(fit for fit in step.refits if fit.layer == "head").reason == "another layer has the same weight"
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_input_channels_of_layers_with_one_weight_are_tied(first):
+    """If one of them reads the model's input, both keep their input channels."""
+    layers = [nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2)]
+    net = nn.Sequential(*layers if first else [nn.Linear(5, 10), *layers]).eval()
+    shared = (0, 2) if first else (1, 3)
+    net[shared[1]].weight = net[shared[0]].weight
+    x = torch.randn(3, 10 if first else 5)
+    found = trace(net, x)
+    if first:
+        assert found.widths == {} and "one of the two layers has a fixed size" in found.skipped["0"]
+        assert "untie them" in found.skipped["0"] and "untie them" in found.skipped["2"]
+        return
+    step = prune(net, x, Budget(macs="50%"), score="l2")
+    assert step.plan.widths.keys() == {"0"} and step.difference < 1e-4
+    assert step.model[1].weight is step.model[3].weight
+
+
+class Depthwise(nn.Module):
+    """Two depthwise convolutions with one weight, on the same channels or each on channels of its own."""
+
+    def __init__(self, same: bool):
+        super().__init__()
+        self.same = same
+        self.stem, self.other, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
+        self.second.weight = self.first.weight
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.first(self.stem(x)))
+        return self.out(y) + self.last(self.second(y if self.same else self.other(x)))
+
+
+def test_depthwise_layers_with_one_weight_are_narrowed_where_they_lose_the_same_channels():
+    step = prune(Depthwise(True).eval(), IMAGES, Budget(macs="50%"), score="l2")
+    assert step.plan.widths["stem"] < 8 and step.difference < 1e-4
+    assert step.model.first.weight is step.model.second.weight
+    found = trace(Depthwise(False).eval(), IMAGES)
+    assert not found.groups and all("untie them" in found.skipped[name] for name in ("first", "second"))

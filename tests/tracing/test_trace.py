@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, PruningError, load, prune, save, trace
+from pruning import Budget, PruningError, doctor, load, prune, save, trace
 
 pytestmark = pytest.mark.quick
 
@@ -219,3 +219,21 @@ def test_channels_mixed_by_a_layers_own_code_are_skipped_and_the_rest_is_pruned(
     assert "4 (Standardized) has code of its own" in traced.skipped["2"]
     step = prune(net, nets.images(), Budget(params="70%"), score="l2", ranking="group")
     assert step.model[2].out_channels == 8 and step.model[0].out_channels < 8 > 6 > step.model[4].out_channels
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["script", "trace"])
+@pytest.mark.parametrize("inner", [nn.Conv2d(8, 8, 1), nn.Sequential(nn.Flatten(), nn.Linear(8 * 16, 8))])
+def test_torchscript_that_is_ignored_keeps_its_channels(kind, inner):
+    inner = inner.eval()
+    scripted = (
+        torch.jit.script(inner) if kind == "script" else torch.jit.trace(inner, torch.randn(2, 8, 4, 4))
+    )
+    last = nn.Conv2d(8, 2, 1) if isinstance(inner, nn.Conv2d) else nn.Linear(8, 2)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), scripted, last]
+    net, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(PruningError, match=r"4 is TorchScript.*or list 4 as ignored"):
+        trace(net, images)
+    step = prune(net, images, Budget(macs="60%"), score="l2", ignored=["4"])
+    assert step.plan.widths.keys() == {"0"} and step.difference < 1e-4
+    assert doctor(net, images, ["4"]).trial == ""

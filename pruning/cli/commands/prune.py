@@ -50,6 +50,7 @@ def execute(args: argparse.Namespace) -> None:
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
     lines += _narrow_groups({g: step.trace.groups[g].channels for g in narrowed}, step.plan.widths)
+    lines += [f"left out: {name}: {why}" for name, why in step.left_out.items()]
     lines += [f"not changed: {held}" for held in step.stale]
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
 
