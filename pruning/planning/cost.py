@@ -164,9 +164,12 @@ class _BiasCounter:
         self.total = 0
         layers = (m for m in model.modules() if is_weighted(m))
         self.handles = [m.register_forward_hook(self._add) for m in layers if bias_of(m) is not None]
+        for module in model.modules():  # it multiplies by the weight of its output layer itself
+            if isinstance(module, nn.MultiheadAttention) and module.out_proj.bias is not None:
+                self.handles.append(module.register_forward_hook(self._add))
 
-    def _add(self, layer: nn.Module, args: object, output: Tensor) -> None:
-        self.total += output.numel()
+    def _add(self, layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self.total += output.numel() if isinstance(output, Tensor) else output[0].numel()
 
     def __enter__(self) -> _BiasCounter:
         return self
