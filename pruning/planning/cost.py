@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruning.errors import PruningError
 from pruning.graph.deformable import count_deformable
 from pruning.graph.groups import Trace
-from pruning.graph.layers import WEIGHTED, bias_of, is_weighted, rule_for
+from pruning.graph.layers import WEIGHTED, bias_of, is_read_by_parent, is_weighted, rule_for
 from pruning.graph.recurrent import RECURRENT
 from pruning.planning.cost_rows import RowTable
 from pruning.surgery.statistics import plain_attention
@@ -164,11 +164,15 @@ class _BiasCounter:
 
     def __init__(self, model: nn.Module):
         self.total = 0
-        layers = (m for m in model.modules() if is_weighted(m))
-        self.handles = [m.register_forward_hook(self._add) for m in layers if bias_of(m) is not None]
+        layers = {m: m for m in model.modules() if is_weighted(m)}
+        for parent in model.modules():  # a layer that its parent reads does not run itself
+            layers.update((m, parent) for m in parent.children() if is_read_by_parent(parent, m))
+        self.handles = [
+            runs.register_forward_hook(self._add) for m, runs in layers.items() if bias_of(m) is not None
+        ]
 
-    def _add(self, layer: nn.Module, args: object, output: Tensor) -> None:
-        self.total += output.numel()
+    def _add(self, layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self.total += (output if isinstance(output, Tensor) else output[0]).numel()
 
     def __enter__(self) -> _BiasCounter:
         return self

@@ -52,7 +52,10 @@ def test_a_latency_table_covers_every_layer_that_runs_and_its_path_never_widens(
     net, images = nets.make(name), nets.images()
     measured, order, traced = table(net, images)
     reads_in_steps = {name for name in traced.uses if is_recurrent(net.get_submodule(name))}
-    assert measured.times.keys() == traced.uses.keys() - reads_in_steps
+    not_run = {
+        name for name in traced.uses if name.endswith("attention.out_proj")
+    }  # its owner reads its weight
+    assert measured.times.keys() == traced.uses.keys() - reads_in_steps - not_run
     path = measured.path(order)
     assert np.array_equal(path[0], CostModel(net, traced).full)
     times = [measured.milliseconds(widths) for widths in path]

@@ -52,9 +52,12 @@ def test_widths_equal_the_plan_and_a_second_plan_can_be_applied(name):
     traced = trace(net, images)
     plan = some_plan(traced, seed=1)
     small = apply(net, traced, plan)
-    for group, kept in plan.widths.items():
-        before, after = net.get_submodule(group), small.get_submodule(group)
-        share = kept / traced.groups[group].channels
+    shares: dict[str, float] = {}
+    for group, kept in plan.widths.items():  # a layer of attention has heads and positions
+        layer = group.partition("/")[0]
+        shares[layer] = shares.get(layer, 1.0) * kept / traced.groups[group].channels
+    for layer, share in shares.items():
+        before, after = net.get_submodule(layer), small.get_submodule(layer)
         if isinstance(before, nn.Linear):
             assert after.out_features == before.out_features * share == len(after.weight)
         else:
