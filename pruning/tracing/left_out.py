@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 
 from torch import nn
 
-from pruning.graph.groups import Trace
+from pruning.graph.groups import Positions, ProductUse, Trace
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import compare_with_masked
@@ -51,4 +52,13 @@ def without_groups(trace: Trace, reasons: dict[str, str]) -> Trace:
     skipped = {
         member.layer: why for name, why in reasons.items() for member in trace.groups[name].side("out")
     }
-    return replace(trace, groups=left, skipped=trace.skipped | skipped)
+    products = tuple(
+        ProductUse(use.macs, *(_owned_by(left, positions) for positions in (use.rows, use.columns)))
+        for use in trace.products
+    )
+    return replace(trace, groups=left, skipped=trace.skipped | skipped, products=products)
+
+
+def _owned_by(groups: Container[str], positions: Positions) -> Positions:
+    """Return positions without the owners that are not among some groups."""
+    return replace(positions, owners={g: owned for g, owned in positions.owners.items() if g in groups})

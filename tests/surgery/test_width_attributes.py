@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, PruningError, doctor, load, prune, save, trace
+from pruning import Budget, Plan, PruningError, count, doctor, load, prune, save, trace
 from pruning.checkpoint import read, write
 from pruning.errors import CheckpointError
 from pruning.load_pruned import load_pruned
+from pruning.planning.cost import CostModel
+from pruning.surgery.apply import apply
+from pruning.tracing.left_out import without_groups
 
 pytestmark = pytest.mark.quick
 
@@ -278,3 +281,25 @@ def test_a_width_that_is_used_as_a_number_is_left_out_and_planning_goes_on():
         prune(net, images, Budget(macs="30%"), score="l2")
     with pytest.raises(PruningError, match="no prunable group"):
         prune(net, images, Budget(macs="90%"), score="l2", ignored=["3"])
+
+
+class Alike(nn.Module):
+    """Attention whose queries are its keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.value, self.head = nn.Linear(5, 16), nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        key = torch.tanh(self.stem(x))
+        return self.head((key @ key.transpose(1, 2) / 4).softmax(-1) @ self.value(x))
+
+
+def test_products_of_a_group_that_is_left_out_count_at_full_width():
+    net, x = Alike().eval(), torch.randn(1, 7, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"stem": 16, "value": 12}
+    left = without_groups(traced, {"stem": "as an example"})
+    assert left.widths == {"value": 12} and left.skipped["stem"] == "as an example"
+    small = apply(net, left, Plan({"value": range(5)}))
+    assert CostModel(net, left)({"value": 5}) == count(small, x) != count(net, x)
