@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     stages: dict[str, float] = {}
 
     def ended(line: str) -> None:
-        stages[line.partition(",")[0]] = round(time.perf_counter() - started, 2)
+        if line.startswith("stage"):
+            stages[line.partition(",")[0]] = round(time.perf_counter() - started, 2)
 
     train, validation = splits(dataset, args)
     validate = partial(accuracy, batches=validation)
