@@ -51,10 +51,11 @@ def reconstruction_losses(
         PruningError: if there is no batch, or values are not finite.
 
     >>> from pruning.tracing.trace import trace
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     >>> batches = [(torch.randn(64, 3), None)]
     >>> losses = reconstruction_losses(net, trace(net, torch.zeros(1, 3)), batches, SampledLoss())["0"]
-    >>> int((losses < 1e-3 * losses.max()).sum())  # 4 channels of rank 3
+    >>> int((losses < 1e-2 * losses.max()).sum())  # 4 channels of rank 3
     1
     """
     if not batches:

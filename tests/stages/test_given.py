@@ -119,10 +119,17 @@ def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budge
     assert result.score == max(met), "the best of all that met the budget"
 
 
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """The result of a run that was not interrupted, its folder and its lines."""
+    folder, lines = tmp_path_factory.mktemp("whole"), []
+    return pipeline(trained, Run(folder, {}), lines), folder, lines
+
+
 @pytest.mark.parametrize("epochs", range(1, 7))
-def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained, epochs, tmp_path):
-    lines, again = [], []
-    expected = pipeline(trained, Run(tmp_path / "whole", {}), lines)
+def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained, whole, epochs, tmp_path):
+    expected, folder, lines = whole
+    again = []
 
     class Killed(Exception):
         pass
@@ -143,7 +150,7 @@ def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained
     assert same(resumed.model, expected.model) and same(resumed.sparsified, expected.sparsified)
     assert (resumed.stage, resumed.score, resumed.epochs) == (expected.stage, expected.score, expected.epochs)
     assert resumed.reference == expected.reference and lines[-len(again) :] == again
-    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
+    histories = [(run / "history.jsonl").read_text() for run in (folder, tmp_path / "cut")]
     assert histories[0] == histories[1]
 
 
