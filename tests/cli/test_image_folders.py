@@ -60,6 +60,7 @@ def test_preprocessing_is_computed_as_stated(tmp_path):
         assert image.shape == (3, 12, 12)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_needs_no_flags_again(photos, tmp_path):
     words = (*NET, "--model-arg", "width=7", "--data", "pictures", *CHOSEN)
     code, out, err = photos("prune", *words, "--max-params", "80%", "--score", "l1")
@@ -96,6 +97,7 @@ def test_the_number_of_outputs_is_that_of_the_classes(photos):
     assert code == 2 and "--model-arg classes=3" in err
 
 
+@pytest.mark.slow
 def test_costs_are_the_same_in_every_command(photos, tmp_path):
     words = (*NET, "--data", "pictures", "--crop", 12)
     params = 6 * 28 + 7 * 3  # BatchNorm folded

@@ -135,6 +135,7 @@ def test_a_damaged_folder_of_tiles_is_named(tiles, message):
         data.load("cifar10", folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_reads_tiles_and_names_what_is_missing(run, tiles):
     folder, _, _ = tiles
     net = ("--model", "models:resnet20", "--data", "cifar10", "--data-dir", folder, "--batch-size", 8)

@@ -102,6 +102,7 @@ def test_multihead_attention_is_narrowed_in_heads_and_positions(kind, heads, pla
     assert small.attention.embed_dim == len(kept) and small.attention.num_heads == len(heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["post", "pre", "time first"])
 @pytest.mark.parametrize(("heads", "places"), KEPT)
 def test_encoders_are_narrowed_in_heads_positions_and_hidden_layers(kind, heads, places):

@@ -127,6 +127,7 @@ def test_a_layer_whose_weight_hooks_compute_is_skipped():
     assert set(step.plan.keep) == {"2"} and "computed from others" in step.trace.skipped["0"]
 
 
+@pytest.mark.slow
 def test_recurrent_layers_lose_input_channels_and_share_units_with_the_layer_of_their_initial_state():
     class Starts(nn.Module):
         """A layer that computes an initial state can be narrowed, one that feeds a custom RNN cannot."""
