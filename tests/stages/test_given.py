@@ -10,6 +10,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
+from killed import Killed, MortalRun
 from nets import ShuffledBatches, batches, same
 from torch import nn
 
@@ -131,20 +132,8 @@ def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained
     expected, folder, lines = whole
     again = []
 
-    class Killed(Exception):
-        pass
-
-    class Mortal(Run):
-        saves = 0
-
-        def save(self, state):
-            super().save(state)
-            self.saves += 1
-            if self.saves == epochs:
-                raise Killed
-
     with pytest.raises(Killed):
-        pipeline(trained, Mortal(tmp_path / "cut", {}))
+        pipeline(trained, MortalRun(tmp_path / "cut", {}, epochs))
     torch.manual_seed(12345)
     resumed = pipeline(trained, Run(tmp_path / "cut", {}, resume=True), again)
     assert same(resumed.model, expected.model) and same(resumed.sparsified, expected.sparsified)
@@ -201,8 +190,8 @@ def test_given_rates_are_not_searched(trained):
     assert "range tests" not in lines[0]
 
 
-def test_every_validation_is_with_the_statistics_of_the_present_weights(trained):
-    """The first is that of the given network, whose statistics are as given."""
+def compared_with_fresh_statistics():
+    """Return a list of pairs, and a validation that adds its score and that with fresh statistics."""
     pairs = []
 
     def validate(model):
@@ -211,6 +200,12 @@ def test_every_validation_is_with_the_statistics_of_the_present_weights(trained)
             pairs.append((score, accuracy(model, batches())))
         return score
 
+    return pairs, validate
+
+
+def test_every_validation_is_with_the_statistics_of_the_present_weights(trained):
+    """The first is that of the given network, whose statistics are as given."""
+    pairs, validate = compared_with_fresh_statistics()
     lagging = copied(trained)
     for m in lagging.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -220,14 +215,7 @@ def test_every_validation_is_with_the_statistics_of_the_present_weights(trained)
 
 
 def test_untrained_networks_with_short_epochs_are_validated_so_too():
-    pairs = []
-
-    def validate(model):
-        score = accuracy(model, batches())
-        with fresh_statistics(model, batches()):
-            pairs.append((score, accuracy(model, batches())))
-        return score
-
+    pairs, validate = compared_with_fresh_statistics()
     result = pipeline(nets.make("lenet"), None, [], validate=validate)
     assert not result.reference.trained
     assert all(abs(score - fresh) <= 1 / 64 for score, fresh in pairs[1:]), pairs

@@ -10,6 +10,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
+from killed import Killed, MortalRun
 from nets import ShuffledBatches, batches, same
 
 from pruning import Budget, PruningError, SlimConfig, prune, slim, trace
@@ -57,9 +58,6 @@ def test_restart_trains_the_last_stage_from_fresh_weights(tmp_path):
     assert not same(result.model, kept.model)
     assert same(result.dense, kept.dense), "stage 1 does not depend on it"
 
-    class Killed(Exception):
-        pass
-
     def killed(line):
         if line.startswith("stage 2, iteration 2/2"):
             raise Killed
@@ -88,21 +86,8 @@ def test_an_interrupted_pipeline_resumes_to_the_same_result(epochs, tmp_path):
     whole = Run(tmp_path / "whole", {"seed": 0})
     expected = pipeline(whole)
 
-    class Killed(Exception):
-        pass
-
-    class Mortal(Run):
-        saves = 0
-
-        def save(self, state):
-            super().save(state)
-            self.saves += 1
-            if self.saves == epochs:
-                self.note(stage="lost", epoch=0)  # an event after the last saved state
-                raise Killed
-
     with pytest.raises(Killed):
-        pipeline(Mortal(tmp_path / "cut", {"seed": 0}))
+        pipeline(MortalRun(tmp_path / "cut", {"seed": 0}, epochs))
     torch.manual_seed(12345)
     resumed = pipeline(Run(tmp_path / "cut", {"seed": 0}, resume=True))
     assert same(resumed.model, expected.model) and same(resumed.dense, expected.dense)
