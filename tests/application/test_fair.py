@@ -23,6 +23,7 @@ from benchmarks.fair.methods import METHODS, distances, narrowed, summed_layers
 from benchmarks.fair.recipes import NETWORKS, Recipe, network
 from benchmarks.fair.training import Workshop
 from pruning import PruningError, trace
+from pruning.deploy import Exported, time_forward
 from pruning.planning.cost import deployed_cost
 
 TINY = """
@@ -148,13 +149,23 @@ def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, me
 
 
 @pytest.mark.slow
-def test_times_are_those_of_onnx_runtime(tmp_path):
+def test_times_are_those_of_onnx_runtime(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
+    timed = []
+
+    def time_recorded(models, *args, **kwargs):
+        timed.extend((name, type(model)) for name, model in models.items())
+        return time_forward(models, *args, **kwargs)
+
+    monkeypatch.setattr("benchmarks.fair.measure.time_forward", time_recorded)
     digits = data.load("mnist5k", quiet=True)
     workshop = Workshop("plain", Recipe(), digits, "digits", tmp_path)
     small = narrowed(workshop.new(0), {"0": 2, "3": 2}, workshop.example)
     found = times(small, workshop, seconds=0.2)
-    assert found["milliseconds"] > 0 and all(found[key][0] > 0 for key in ("time ratio", "time control"))
+    assert timed == [("dense", Exported), ("pruned", Exported), ("again", Exported)]
+    for middle, low, high in (found["time ratio"], found["time control"]):
+        assert 0 < low <= middle <= high
+    assert found["milliseconds"] > 0
 
 
 def test_a_locked_cell_is_left_to_the_process_that_computes_it(tmp_path):
