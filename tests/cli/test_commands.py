@@ -158,7 +158,9 @@ def test_prune_refits_without_labels_being_needed(run):
 
 def test_prune_warns_where_little_of_a_group_is_left(run):
     words = ("prune", *NET, "--model-arg", "width=24", "--score", "l2", "--max-macs")
-    code, out, _ = run(*words, "4%")
+    code, _, err = run(*words, "4%")
+    assert code == 2 and "Raise the budget, or the share of a group that is dropped at most" in err
+    code, out, _ = run(*words, "4%", "--most", 1)
     assert code == 0
     kept = {name: int(width) for name, width in re.findall(r"(features\.\d) 24→(\d+)", out)}
     few = [f"{name} {width} of 24" for name, width in kept.items() if width < 3]
