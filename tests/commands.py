@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,22 @@ def children_in_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", run)
+        yield
+
+
+@contextlib.contextmanager
+def few_digits(train: int = 700, validation: int = 200, test: int = 200) -> Iterator[None]:
+    """Let the data set `mnist5k` have fewer images in this process."""
+    from data import datasets
+
+    load = datasets._LOADERS["mnist5k"]
+
+    def load_first(folder: Path) -> datasets.Dataset:
+        whole, counts = load(folder), {"train": train, "validation": validation, "test": test}
+        return replace(whole, **{name: getattr(whole, name).first(n) for name, n in counts.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(datasets._LOADERS, "mnist5k", load_first)
         yield
 
 
