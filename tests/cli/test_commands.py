@@ -175,6 +175,9 @@ def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):
     (tmp_path / "run.toml").write_text('max-mac = "60%"\n')
     code, _, err = run("prune", "--config", "run.toml")
     assert code == 2 and "'max-mac'" in err and "'max-macs'" in err
+    (tmp_path / "run.toml").write_text("[model-arg]\nwidth = 6\n")
+    code, _, err = run("prune", "--config", "run.toml")
+    assert code == 2 and 'is a table, a plain value was expected: write model-arg = ["width=6"]' in err
 
 
 def test_a_model_without_batchnorm_is_slimmed_without_a_penalty(run):
