@@ -37,16 +37,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         PruningError: the file cannot be read, a name is no flag of the parser (the message says which
             is similar), or a value is of another kind.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PruningError(
-            f"{path} cannot be read as a recipe: there is no such file; check the path"
-        ) from error
-    except OSError as error:
-        raise PruningError(f"{path} cannot be read as a recipe: {error.strerror}") from error
-    except ValueError as error:
-        raise PruningError(f"{path} cannot be read as a recipe, because it is not TOML: {error}") from error
+    content = _content(path)
     known = [
         option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"
     ]
@@ -80,6 +71,20 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         else:
             raise PruningError(f"{path}: {name} is a {type(value).__name__}, a plain value was expected")
     return flags
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PruningError(
+            f"{path} cannot be read as a recipe: there is no such file; check the path"
+        ) from error
+    except OSError as error:
+        raise PruningError(f"{path} cannot be read as a recipe: {error.strerror}") from error
+    except ValueError as error:
+        raise PruningError(f"{path} cannot be read as a recipe, because it is not TOML: {error}") from error
 
 
 def _without_table(name: str, table: dict[str, Any]) -> str:

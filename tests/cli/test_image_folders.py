@@ -129,6 +129,16 @@ def test_wrong_flags_of_images_are_refused(photos, words, message):
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
 
 
+def test_a_folder_without_classes_or_with_an_empty_one_is_refused(photos, tmp_path):
+    words = ("doctor", "--model", "squeezenet1_1", "--data")
+    code, _, err = photos(*words, "pictures/a")
+    assert code == 2 and "pictures/a is no image folder: it has no subfolders; expected images in" in err
+    assert len(err.splitlines()) == 1, err
+    (tmp_path / "pictures" / "d").mkdir()
+    code, _, err = photos(*words, "pictures")
+    assert code == 2 and "no valid file for the classes d" in err
+
+
 def test_flags_of_images_are_refused_for_other_data(run):
     code, _, err = run("doctor", "--model", "mine:Net", "--data", "mine:digits", "--crop", 12)
     assert code == 2 and "--crop is for images of a folder" in err
