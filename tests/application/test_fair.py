@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, module
-from killed import Killed
+from commands import few_digits, module
+from killed import Killed, killed
 
 import data
 from benchmarks.fair import page
@@ -39,21 +38,17 @@ def tiny(image_shape, classes):
 """
 FLAGS = ("--networks", "tiny_fair:tiny", "--data", "mnist5k", "--epochs", 3, "--dense-epochs", 1)
 FLAGS += ("--train", 150, "--batch-size", 50, "--seconds", 0.01, "--seeds", 0, "--budgets", "50%")
-#: Run the benchmark, and kill its process as soon as it has written a file of the given name.
-KILLED = """
-import os, runpy, signal, sys
-file, replace = sys.argv.pop(1), os.replace
-def replace_and_die(source, target, **options):
-    replace(source, target, **options)
-    if os.path.basename(target) == file:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replace_and_die
-runpy.run_module("benchmarks.fair", run_name="__main__", alter_sys=True)
-"""
 
 
 def where(folder):
     return ("--results", folder / "fair.json", "--runs", folder / "runs", "--page", folder / "fair.md")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """A fifth of the embedded digits."""
+    with few_digits():
+        yield
 
 
 @pytest.fixture
@@ -144,9 +139,8 @@ def test_every_method_meets_the_budget_in_the_same_epochs(tiny):
 def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, monkeypatch):
     """It is killed in the stages of slimming, then in the training of a cell from scratch."""
     flags = ("--methods", "uniform", "slimming", "--epochs", 4)
-    environment = {**os.environ, "PYTHONPATH": f"{tiny}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, "state.pth", *map(str, (*FLAGS, *flags, *where(tiny)))]
-    process = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    words = (*FLAGS, *flags, *where(tiny))
+    process = killed("state.pth", signal.SIGKILL, "benchmarks.fair", *words, cwd=tiny)
     assert process.returncode == -signal.SIGKILL and list((tiny / "runs").rglob("state.pth"))
     assert cells(tiny) == {}, "a cell that is not complete is not in the results"
     replace = os.replace
@@ -158,9 +152,9 @@ def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, mo
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", replace_and_die)
-        module("benchmarks.fair", *FLAGS, *flags, *where(tiny))
+        module("benchmarks.fair", *words)
     assert cells(tiny).keys() == {"slimming"} and list((tiny / "runs").rglob("trained.state"))
-    module("benchmarks.fair", *FLAGS, *flags, *where(tiny))
+    module("benchmarks.fair", *words)
     assert not list((tiny / "runs").rglob("*.state"))
 
     whole = tiny / "whole"
