@@ -137,14 +137,32 @@ def read_flags(
         given: values of fields that are not taken from flags.
     """
     values = dict(given)
+    left_out: set[str] = set()
     for each in fields_of(cls):
         if each.name in given:
             continue
         if each.stage is not None:
             values[each.name] = read_flags(each.kind, args, each.stage)
         elif each.setting is not None and stage.has(each.setting):
-            values[each.name] = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            value = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            if not stage.last and (value in each.setting.last_only or each.setting.follows in left_out):
+                left_out.add(each.name)
+                continue
+            values[each.name] = value
     return cls(**values)
+
+
+def later_flags(*sources: FlagsOf | type) -> dict[str, object]:
+    """Return the flags that earlier versions did not have, by destination, with their defaults.
+
+    The file of a run holds them only where they are not the default, so that earlier runs are resumed.
+    """
+    found = {}
+    for source in sources:
+        for flag in _flags(source if isinstance(source, FlagsOf) else FlagsOf(source)):
+            if flag.setting.later:
+                found[_destination(flag.name)] = flag.default
+    return found
 
 
 def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
@@ -167,6 +185,8 @@ def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
                 text = f"{text} (default: {each.setting.none})"
             if stage.when:
                 text = f"{stage.when}: {text}"
+            if isinstance(default, tuple | Mapping):
+                default = list(default)
             name = _name(each.name, each.setting, stage)
             yield Flag(name, each.kind, each.several, each.setting, group, text.replace("%", "%%"), default)
 

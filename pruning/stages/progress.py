@@ -17,7 +17,8 @@ from pruning.stages.given import Given
 from pruning.stages.prune import Step
 from pruning.stages.run import Run, RunState
 from pruning.stages.scales import ChannelScales, joined
-from pruning.training.loop import Epoch, TrainingState
+from pruning.training.loop import Epoch
+from pruning.training.state import TrainingState
 from pruning.utils.modules import copied, device_of
 
 

@@ -185,8 +185,9 @@ def _add_teacher(state: Pipeline, teacher: nn.Module | None) -> None:
         return
     teacher = teacher or (state.model if state.given.trained else state.progress.dense)
     state.batches, state.loss = with_teacher(
-        teacher, state.batches, config.distill, config.temperature, state.loss
-    )
+        teacher, state.batches, config.distill, config.temperature, state.loss,
+        features=config.distill_features, changing=config.prune.recover.mixes or config.finetune.mixes,
+    )  # fmt: skip
 
 
 def _find_superfluous_layers(state: Pipeline) -> None:

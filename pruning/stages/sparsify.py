@@ -15,8 +15,9 @@ from pruning.stages.scale_pull import ScalePull
 from pruning.tracing.trace import trace
 from pruning.training.batches import Batch, BatchSource, length
 from pruning.training.config import TrainConfig
-from pruning.training.loop import Epoch, TrainingState, fit
+from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
+from pruning.training.state import TrainingState
 from pruning.utils.tree import Inputs
 
 
@@ -59,7 +60,7 @@ def sparsify(
     >>> int((net[1].weight == 0).sum())
     3
     """
-    traced, steps = trace(model, example_inputs, ignored), length(batches) or 0
+    traced, steps = trace(model, example_inputs, ignored), config.steps(length(batches) or 0)
     if pace is not None and budget is not None and config.epochs * steps:
         pull: ScalePull | PacedPull = _paced(budget, model, traced, config.epochs * steps, pace)
     else:

@@ -153,6 +153,17 @@ def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
             del norm.forward
 
 
+def without_averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which backward passes leave each process its own gradients, if wanted.
+
+    They are averaged with those of the next pass outside it.
+    """
+    inner = getattr(model, "_orig_mod", model)  # of a compiled module
+    if wanted and isinstance(inner, nn.parallel.DistributedDataParallel):
+        return inner.no_sync()
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def unsynchronized(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm use the batches of this process alone within the block, also in `data_parallel`."""
@@ -229,6 +240,7 @@ def _sync_batch_norm(
             x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
         )
     # nn.SyncBatchNorm rejects CPU tensors: its kernels (batch_norm_stats) exist for GPUs only.
+    dtype, x = x.dtype, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
     sums = torch.stack([x.sum(dims), x.square().sum(dims)])
@@ -243,4 +255,4 @@ def _sync_batch_norm(
     normalized = (x - average.view(shape)) * torch.rsqrt(variance + eps).view(shape)
     if weight is not None:
         normalized = normalized * weight.view(shape)
-    return normalized if bias is None else normalized + bias.view(shape)
+    return (normalized if bias is None else normalized + bias.view(shape)).to(dtype)

@@ -13,6 +13,8 @@ from pruning.cli.commands.results import finish, start
 from pruning.errors import PruningError
 from pruning.stages.finetune import tune
 from pruning.training.config import TrainConfig
+from pruning.training.distillation import require_features
+from pruning.training.loop import require_trainable
 from pruning.training.losses import accuracy, require_classifier
 from pruning.training.optimizers import require_small
 
@@ -29,6 +31,12 @@ def execute(args: argparse.Namespace) -> None:
     teacher = None
     if args.teacher is not None:
         teacher = build.network_with(args, args.teacher)
+    require_features(model, teacher, args.distill_features)
+    if args.distill_features and teacher is None:
+        raise PruningError(
+            "--distill-features are compared with a teacher's: give --teacher and --distill, too"
+        )
+    require_trainable(model, [config], data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)
 
@@ -46,6 +54,7 @@ def execute(args: argparse.Namespace) -> None:
         teacher=teacher,
         distill=args.distill,
         temperature=args.temperature,
+        features=args.distill_features,
         int8=args.int8,
     )
     after = validate(tuned)
