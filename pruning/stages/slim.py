@@ -146,8 +146,8 @@ def _sparsify(state: Pipeline) -> None:
         if state.given.trained and not state.target.excess(scales.dense):
             progress.consider("the given network", state.given.score, state.network)
     pace = None
-    if strength is None and not scales.norms:
-        log(f"{label}: no prunable group has BatchNorm scales, so {_without_scales(state)}")
+    if strength is None and not scales.pulled_groups:
+        log(f"{label}: no prunable group has scales or weights to shrink, so {_without_scales(state)}")
         strength, train = 0.0, replace(train, epochs=0 if state.given.trained else train.epochs)
     elif strength is None and state.given.trained:
         pace = config.prune.floor or config.prune.multiple

@@ -1,4 +1,4 @@
-"""Stage 1: train with an L1 penalty that drives the BatchNorm scales of superfluous channels to 0."""
+"""Stage 1: train with a penalty that drives the scales or weights of superfluous channels to 0."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sparsify(
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
-    """Train a model in place so that the BatchNorm scales of superfluous channels become 0.
+    """Train a model in place so that the scales of superfluous channels, or their weights, become 0.
 
     Args:
         example_inputs: inputs to trace the model with.
