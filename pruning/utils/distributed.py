@@ -60,9 +60,37 @@ def process_group(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        yield device
+        with lost_processes():
+            yield device
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Report in one line that another process has ended, within the block.
+
+    The processes wait for each other in every step, so none can go on alone.
+
+    Raises:
+        PruningError: if a collective operation fails because a process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise PruningError(
+            f"process {rank()} of {size()} stops, because another process of this training has ended: its "
+            "own message says why; then continue the run with --resume"
+        ) from error
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Return whether an error of torch.distributed is that of a connection to another process."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure")
+    return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))
 
 
 def broadcast(value: T) -> T:
