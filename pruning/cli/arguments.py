@@ -19,7 +19,7 @@ from pruning.utils.settings import Setting, Stage, fields_of
 GROUPS = {
     "budget": "budget: a count (2000, 50k) or a percentage of the dense network (25%)",
     "latency": "budget of latency, measured on this machine",
-    "stage 1": "stage 1: train with an L1 penalty on the BatchNorm scales",
+    "stage 1": "stage 1: train with a penalty on the scales of channels",
     "stage 2": "stage 2: remove channels, and train after each pruning step",
     "stage 3": "stage 3: fine-tune the pruned network",
     "training": "training, in every stage",

@@ -214,7 +214,7 @@ class SlimConfig:
         >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.01, 0.03).finetune)]
         [0.1, 0.03]
         """
-        sparsify, recover, finetune = (training.own_rate for training in self._trainings)
+        sparsify, recover, finetune = (training.own_rate for training in self.trainings)
         rates = (
             SPARSIFY_RATE if sparsify is None else sparsify,
             RECOVER_RATE if recover is None else recover / 2,
@@ -228,7 +228,7 @@ class SlimConfig:
             rates = (gentle, rate / 2, rates[2] if is_other else rate)
         rated = [
             stage if stage.lr is not None else replace(stage, lr=lr)
-            for stage, lr in zip(self._trainings, rates, strict=True)
+            for stage, lr in zip(self.trainings, rates, strict=True)
         ]
         prune = replace(self.prune, recover=rated[1])
         return replace(self, sparsify=rated[0], prune=prune, finetune=rated[2])
@@ -236,17 +236,17 @@ class SlimConfig:
     @property
     def has_rates(self) -> bool:
         """Return whether every stage has a peak learning rate, so that none needs to be found."""
-        return self.rate is not None or all(stage.lr is not None for stage in self._trainings)
+        return self.rate is not None or all(stage.lr is not None for stage in self.trainings)
 
     @property
-    def _trainings(self) -> tuple[TrainConfig, TrainConfig, TrainConfig]:
-        """The trainings of the stages."""
+    def trainings(self) -> tuple[TrainConfig, TrainConfig, TrainConfig]:
+        """Return the trainings of the three stages."""
         return self.sparsify, self.prune.recover, self.finetune
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain data; those that earlier versions did not have only if given."""
         found = stored(self)
         stages = (found["sparsify"], found["prune"]["recover"], found["finetune"])
-        for stage, config in zip(stages, self._trainings, strict=True):
+        for stage, config in zip(stages, self.trainings, strict=True):
             stage["warmup"] = config.rise
         return found

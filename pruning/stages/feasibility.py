@@ -52,8 +52,8 @@ def feasible(
         with torch.no_grad(), eval_mode(model, teacher):
             require_comparable(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
     require_features(model, teacher or model, config.distill_features)
-    require_trainable(model, (config.sparsify, config.prune.recover, config.finetune))
     target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+    require_trainable(model, config.trainings)
     if config.finetune.optimizer == "soap":
         require_small(model.parameters(), target.limits().get("params"))
     if config.restart:

@@ -43,9 +43,7 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        teacher: network whose outputs are the soft targets (see `distillation`).
-        features: modules whose outputs are compared, too (see `distillation`).
-        distill: weight of the soft targets in the loss, 0 to 1.
+        teacher, features: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
@@ -65,10 +63,8 @@ def finetune(
         batches, loss = with_teacher(
             teacher, batches, distill, temperature, loss, features=features, changing=config.mixes
         )
-    if int8 and config.compile:
-        raise PruningError("int8=True rounds by hooks, which compiled networks leave out: set compile=False")
-    if int8 and extra is not None:
-        raise PruningError("int8=True stores the ranges of activations in extra: leave extra out")
+    if int8:
+        _require_rounding(config, extra)
 
     def train(extra: Stateful | None) -> nn.Module:
         return fit(
@@ -82,6 +78,13 @@ def finetune(
         return train(extra)
     with Rounding(model) as rounding:
         return train(rounding)
+
+
+def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:
+    if config.compile:
+        raise PruningError("int8=True rounds by hooks, which compiled networks leave out: set compile=False")
+    if extra is not None:
+        raise PruningError("int8=True stores the ranges of activations in extra: leave extra out")
 
 
 def tune(

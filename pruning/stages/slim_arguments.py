@@ -11,7 +11,6 @@ from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget
 from pruning.stages.config import SlimConfig
 from pruning.training.batches import Batch, BatchSource, first_batch, to_device
-from pruning.training.loop import require_trainable
 from pruning.training.losses import Validate, accuracy, validation_score, why_not_classifier
 from pruning.utils.batch import find_batch
 from pruning.utils.modules import device_of, require_module
@@ -27,7 +26,7 @@ def two_examples(model: nn.Module, batches: BatchSource) -> Inputs:
 def settings_of(
     model: nn.Module, config: SlimConfig | None, budget: Budget | LatencyBudget | None, batches: BatchSource
 ) -> SlimConfig:
-    """Return the settings given by `config` or `budget`; reject batches that do not suit them."""
+    """Return the settings given by `config` or `budget`; reject batches that can be read only once."""
     require_module(model)
     if (config is None) == (budget is None):
         given = "neither" if config is None else "both"
@@ -37,9 +36,7 @@ def settings_of(
             f"training batches are a {type(batches).__name__}, an iterator that can be read only once: give "
             "a list or a DataLoader, which can be read in every epoch"
         )
-    config = config or SlimConfig.within(budget or Budget())
-    require_trainable(model, (config.sparsify, config.prune.recover, config.finetune), batches)
-    return config
+    return config or SlimConfig.within(budget or Budget())
 
 
 def validation_of(

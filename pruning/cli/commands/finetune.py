@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from pruning.training.loop import require_trainable
 from pruning.training.losses import accuracy, require_classifier
 from pruning.training.optimizers import require_small
 
+#: Peak learning rate of sgd and soap; other optimizers have their own.
+RATE = 0.05
+
 
 def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.required_data(args)
@@ -25,6 +29,9 @@ def execute(args: argparse.Namespace) -> None:
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
     example = build.examples(args, model, data, trains=True)
     config = read_flags(TrainConfig, args)
+    if config.lr is None:
+        args.rate = RATE if config.own_rate is None else config.peak
+        config = replace(config, lr=args.rate)
     # Refuse impossible settings before creating the run folder.
     if config.optimizer == "soap":
         require_small(model.parameters())

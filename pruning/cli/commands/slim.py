@@ -27,7 +27,7 @@ def execute(args: argparse.Namespace) -> None:
     example = build.examples(args, model, data, trains=True)
     # Refuse impossible settings before creating the run folder.
     target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
-    require_trainable(model, (config.sparsify, config.prune.recover, config.finetune), data.train)
+    require_trainable(model, config.trainings, data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)
     print(
