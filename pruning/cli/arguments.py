@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from pruning.utils.settings import Setting, Stage, fields_of
 
@@ -211,6 +211,15 @@ class Parser(argparse.ArgumentParser):
         """Print the message in one line, and exit with code 2."""
         line = " ".join(message.split())
         self.exit(2, f"error: {line} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest choice where a value is none."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
+            error.message += f"; did you mean {near[0]}?" if near else ""
+            raise
 
     def parsed(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; an unknown flag is refused, with the name of one that is near."""

@@ -20,6 +20,7 @@ pruning.errors.PruningError: Sampling.count 0: expected a whole number from 1
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import types
@@ -204,8 +205,10 @@ def require_valid(config: object) -> None:
         if each.setting is None or each.several or (each.optional and value is None):
             continue
         if not each.setting.allows(value, each.kind):
+            near = difflib.get_close_matches(str(value), each.setting.choices, 1)
             raise PruningError(
                 f"{type(config).__name__}.{each.name} {value!r}: expected {each.setting.expected(each.kind)}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
             )
 
 

@@ -44,7 +44,7 @@ def test_an_optimizer_trains_every_stage_and_soap_the_last_one_alone():
     [
         (("--optimizer", "adamv"), "did you mean 'adam"),
         (("--optimizer", "adamw", "--optimizer-arg", "beta=1"), "did you mean 'betas'"),
-        (("--schedule", "cosin"), "cosine"),
+        (("--schedule", "cosin"), "did you mean cosine?"),
         (("--precision", "fp16"), "precision fp16 needs a GPU"),
         (("--accumulate", 1000), "accumulate 1000 is larger than the epoch"),
         (("--optimizer", "rprop"), "rprop has no weight decay"),

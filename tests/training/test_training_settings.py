@@ -115,7 +115,7 @@ def test_an_optimizer_may_be_made_by_a_function():
         ({"optimizer_args": ["betas"]}, "expected KEY=VALUE"),
         ({"optimizer": "lbfgs"}, "evaluates the loss several times"),
         ({"optimizer": 3}, "expected the name of an optimizer"),
-        ({"schedule": "cosines"}, "expected one of one-cycle, cosine, step, constant"),
+        ({"schedule": "cosines"}, "one-cycle, cosine, step, constant; did you mean 'cosine'"),
         ({"milestones": (0.5, 1.5)}, "milestones 1.5"),
         ({"accumulate": 0}, "expected a whole number from 1"),
         ({"precision": "int8"}, "expected one of fp32, bf16, fp16"),
