@@ -22,8 +22,8 @@ RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 
 #: Flags that do not affect the result of a run, or that config.json stores in another form.
 _OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
-#: Flags that earlier runs did not have; they are kept where they are given.
-_LATER = {"rate"}
+#: Flags that earlier runs did not have, with their defaults; they are kept where they are given.
+_LATER = flags.later_flags(SlimConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict
     kept = {
         key: value
         for key, value in vars(args).items()
-        if key not in _OF_ONE_CALL and not (key in _LATER and value is None)
+        if key not in _OF_ONE_CALL and not (key in _LATER and value == _LATER[key])
     }
     return {**kept, "data": dataset, "stages": config.to_json()}
 

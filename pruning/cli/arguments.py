@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from pruning.utils.settings import Setting, Stage, fields_of
 
@@ -19,7 +19,7 @@ from pruning.utils.settings import Setting, Stage, fields_of
 GROUPS = {
     "budget": "budget: a count (2000, 50k) or a percentage of the dense network (25%)",
     "latency": "budget of latency, measured on this machine",
-    "stage 1": "stage 1: train with an L1 penalty on the BatchNorm scales",
+    "stage 1": "stage 1: train with a penalty on the scales of channels",
     "stage 2": "stage 2: remove channels, and train after each pruning step",
     "stage 3": "stage 3: fine-tune the pruned network",
     "training": "training, in every stage",
@@ -143,14 +143,32 @@ def read_flags(
         given: values of fields that are not taken from flags.
     """
     values = dict(given)
+    left_out: set[str] = set()
     for each in fields_of(cls):
         if each.name in given:
             continue
         if each.stage is not None:
             values[each.name] = read_flags(each.kind, args, each.stage)
         elif each.setting is not None and stage.has(each.setting):
-            values[each.name] = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            value = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            if not stage.last and (value in each.setting.last_only or each.setting.follows in left_out):
+                left_out.add(each.name)
+                continue
+            values[each.name] = value
     return cls(**values)
+
+
+def later_flags(*sources: FlagsOf | type) -> dict[str, object]:
+    """Return the flags that earlier versions did not have, by destination, with their defaults.
+
+    The file of a run holds them only where they are not the default, so that earlier runs are resumed.
+    """
+    found = {}
+    for source in sources:
+        for flag in _flags(source if isinstance(source, FlagsOf) else FlagsOf(source)):
+            if flag.setting.later:
+                found[_destination(flag.name)] = flag.default
+    return found
 
 
 def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
@@ -173,6 +191,8 @@ def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
                 text = f"{text} (default: {each.setting.none})"
             if stage.when:
                 text = f"{stage.when}: {text}"
+            if isinstance(default, tuple | Mapping):
+                default = list(default)
             name = _name(each.name, each.setting, stage)
             yield Flag(name, each.kind, each.several, each.setting, group, text.replace("%", "%%"), default)
 
@@ -197,6 +217,15 @@ class Parser(argparse.ArgumentParser):
         """Print the message in one line, and exit with code 2."""
         line = " ".join(message.split())
         self.exit(2, f"error: {line} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest choice where a value is none."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
+            error.message += f"; did you mean {near[0]}?" if near else ""
+            raise
 
     def parsed(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; an unknown flag is refused, with the name of one that is near."""

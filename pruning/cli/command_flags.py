@@ -252,8 +252,8 @@ COMMANDS: dict[str, Command] = {
         (
             flags.ModelFlags,
             flags.DataFlags,
-            FlagsOf(TrainConfig, {"epochs": 20, "lr": 0.05, "weight_decay": 1e-3}),
-            FlagsOf(SlimConfig, only=("distill", "temperature")),
+            FlagsOf(TrainConfig, {"epochs": 20, "lr": None, "weight_decay": 1e-3}),
+            FlagsOf(SlimConfig, only=("distill", "temperature", "distill_features")),
             FinetuneFlags,
             flags.RunFlags,
             flags.ResultFlags,
