@@ -23,7 +23,7 @@ RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 #: Flags that do not affect the result of a run, or that config.json stores in another form.
 _OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
 #: Flags that earlier runs did not have; they are kept where they are given.
-_LATER = {"rate"}
+_LATER = {"alike", "rate"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict
     kept = {
         key: value
         for key, value in vars(args).items()
-        if key not in _OF_ONE_CALL and not (key in _LATER and value is None)
+        if key not in _OF_ONE_CALL and not (key in _LATER and value in (None, (), []))
     }
     return {**kept, "data": dataset, "stages": config.to_json()}
 

@@ -60,13 +60,26 @@ class PruneConfig:
         ),
     ] = 1
 
+    alike: Annotated[
+        tuple[str, ...],
+        Setting("groups that match one of these patterns get one width: '*/heads'", metavar="PATTERN"),
+    ] = ()
+
     def __post_init__(self) -> None:
         require_valid(self)
+        _ = self.options  # checks the patterns
+        object.__setattr__(self, "alike", tuple(self.alike))  # the command line gives a list
 
     @property
     def options(self) -> PlanOptions:
         """Return the planning options, which are the same in every step."""
-        return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
+        return PlanOptions(
+            ranking=self.ranking,
+            floor=self.floor,
+            most=self.most,
+            multiple=self.multiple,
+            alike=self.alike,
+        )
 
 
 #: Default settings of the stages.
@@ -214,5 +227,9 @@ class SlimConfig:
         return self.rate is not None or all(stage.lr is not None for stage in stages)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as plain data; `rate`, which earlier versions did not have, only if given."""
-        return {key: value for key, value in asdict(self).items() if key != "rate" or value is not None}
+        """Return the settings as plain data; those that earlier versions did not have only if given."""
+        data = {key: value for key, value in asdict(self).items() if key != "rate" or value is not None}
+        alike = list(data["prune"].pop("alike"))
+        if alike:
+            data["prune"]["alike"] = alike
+        return data

@@ -35,7 +35,7 @@ ELSEWHERE = {
 
 
 #: Flags that runs of earlier versions did not have; they are resumed without them.
-LATER = {"augment", "crop", "cutout", "mean", "rate", "resize", "std"}
+LATER = {"alike", "augment", "crop", "cutout", "mean", "rate", "resize", "std"}
 
 #: Facts of the checkpoint from which the weights came that still hold.
 KEPT = ("preprocessing", "normalisation", "classes", "dataset", "given_accuracy")
@@ -60,7 +60,7 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(args).items()
-        if key not in ELSEWHERE and not (key in LATER and value is None)
+        if key not in ELSEWHERE and not (key in LATER and value in (None, (), []))
     }
 
 
