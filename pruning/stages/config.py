@@ -65,14 +65,30 @@ class PruneConfig:
             least=1,
         ),
     ] = 1
+    alike: Annotated[
+        tuple[str, ...],
+        Setting(
+            "groups that match one of these patterns get one width: '*/heads'",
+            metavar="PATTERN",
+            later="setting",
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         require_valid(self)
+        _ = self.options  # checks the patterns
+        object.__setattr__(self, "alike", tuple(self.alike))  # the command line gives a list
 
     @property
     def options(self) -> PlanOptions:
         """Return the planning options, which are the same in every step."""
-        return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
+        return PlanOptions(
+            ranking=self.ranking,
+            floor=self.floor,
+            most=self.most,
+            multiple=self.multiple,
+            alike=self.alike,
+        )
 
 
 #: Default settings of the stages.
