@@ -219,6 +219,9 @@ def test_features_that_do_not_exist_or_do_not_fit_are_refused():
         distillation(Net(1, width=9), 0.5, features=["hidden"])(Net(), INPUTS, TARGETS)
     with pytest.raises(PruningError, match="distill is 0"):
         SlimConfig(Budget(macs="50%"), distill_features=["hidden"])
+    once = TrainConfig(1, compile=True)
+    with pytest.raises(PruningError, match="compile=False"):
+        SlimConfig(Budget(macs="50%"), finetune=once, distill=0.5, distill_features=["hidden"])
 
 
 def test_slim_compares_features_of_narrower_networks():
