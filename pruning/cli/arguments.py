@@ -28,6 +28,9 @@ GROUPS = {
     "run": "run",
 }
 
+#: Titles of groups in the help of a command without stages.
+_WITHOUT_STAGES = {"stage 2": "channels that are removed", "training": "training"}
+
 #: Where runs go that are told no folder.
 RUNS = Path("runs")
 
@@ -118,9 +121,12 @@ def add_flags(parser: argparse.ArgumentParser, *sources: FlagsOf | type) -> None
         wanted = source if isinstance(source, FlagsOf) else FlagsOf(source)
         for flag in _flags(wanted):
             flags.setdefault(flag.name, flag)  # one flag may hold for several stages
-    for group in ("", *GROUPS):
+    titles = dict(GROUPS)
+    if not any(flag.group == "stage 1" for flag in flags.values()):
+        titles |= _WITHOUT_STAGES
+    for group in ("", *titles):
         members = [flag for flag in flags.values() if flag.group == group]
-        place = parser.add_argument_group(GROUPS[group]) if group and members else parser
+        place = parser.add_argument_group(titles[group]) if group and members else parser
         for flag in members:
             flag.add_to(place)
 

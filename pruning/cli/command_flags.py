@@ -13,7 +13,7 @@ from pruning.cli import arguments, flags
 from pruning.cli.arguments import FlagsOf
 from pruning.deploy.formats import SUFFIXES
 from pruning.planning.budget import PLACES
-from pruning.planning.options import SCORES
+from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training.config import TrainConfig
 from pruning.utils.settings import Setting
@@ -63,16 +63,15 @@ class PruneFlags:
         ),
     ] = False
     most: Annotated[
-        float | None,
+        float,
         Setting(
             "largest share of a group's channels that is removed",
             metavar="SHARE",
             above=0,
             most=1,
-            none="1, or with --refit 0.9",
             group="stage 2",
         ),
-    ] = None
+    ] = MOST
     output: Annotated[
         Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
     ] = Path("small.pth")

@@ -51,7 +51,7 @@ class ModelFlags(FactoryFlags):
         Setting("state dict, or a checkpoint of this toolkit", metavar="FILE", parse=arguments.existing_file),
     ] = None
     device: Annotated[str, Setting("cpu or cuda", metavar="DEVICE", parse=arguments.device)] = "cpu"
-    threads: Annotated[int, Setting("most CPU threads", metavar="N", least=1)] = 2
+    threads: Annotated[int, Setting("largest number of CPU threads", metavar="N", least=1)] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class DataFlags:
         Setting(
             "mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with one subfolder per class "
             "(or train, val and test, each of such); or module:factory that returns train, validation and "
-            "test batches",
+            "test batches (default: the folder or named data set that the checkpoint of --weights says)",
             metavar="NAME",
         ),
     ] = None
@@ -143,7 +143,8 @@ class ShapeFlags:
     input_shape: Annotated[
         str | None,
         Setting(
-            "shape of one example, such as 3x224x224: traces with random examples where no data is given",
+            "shape of one example, such as 3x224x224: traces with random examples where no data is given "
+            "(default: as the checkpoint of --weights says)",
             metavar="CxHxW",
         ),
     ] = None

@@ -174,7 +174,7 @@ def number_of_classes(name: str) -> int | None:
     torchvision_module()
     from pruning.cli.image_folder import class_names  # which needs torchvision
 
-    return len(class_names(Path(name)))
+    return len(class_names(Path(name))) or None
 
 
 def _validation_split(examples: int, seed: int) -> tuple[list[int], list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
@@ -22,6 +22,8 @@ class PruneConfig:
     Raises:
         PruningError: a setting is out of its bounds.
     """
+
+    GROUP: ClassVar[str] = "stage 2"
 
     iterations: Annotated[
         int,
@@ -124,7 +126,7 @@ class SlimConfig:
     distill: Annotated[
         float,
         Setting(
-            "weight of the teacher's outputs in the loss of stages 2 and 3; 0 trains without a teacher",
+            "weight of the teacher's outputs in the loss, from stage 2 on; 0 trains without a teacher",
             metavar="WEIGHT",
             least=0,
             most=1,
