@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
 from pruning.cli.argument_types import within
+from pruning.cli.parsers import HelpFormatter as HelpFormatter
+from pruning.cli.parsers import Parser as Parser
+from pruning.cli.parsers import Several as Several
 from pruning.utils.settings import Setting, Stage, fields_of
 
 #: Groups of flags by the name that settings give them, in the order of the help text.
@@ -206,39 +208,6 @@ def _destination(name: str) -> str:
 # --- parsers ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message in one line, and exit with code 2."""
-        line = " ".join(message.split())
-        self.exit(2, f"error: {line} (see {self.prog} --help)\n")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Name the nearest choice where a value is none."""
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
-            error.message += f"; did you mean {near[0]}?" if near else ""
-            raise
-
-    def parsed(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line; an unknown flag is refused, with the name of one that is near."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            self.refuse(unknown)
-        return args
-
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit because of unknown words on the command line."""
-        names = [option for action in self._actions for option in action.option_strings]
-        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        near = difflib.get_close_matches(words[0], names, 1) if words else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-
-
 def parse_flags(
     cls: type[Settings], description: str | None, argv: Sequence[str] | None = None
 ) -> tuple[Settings, Parser]:
@@ -255,26 +224,3 @@ def parse_flags(
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add_flags(parser, cls)
     return read_flags(cls, parser.parsed(argv)), parser
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every flag that has one, and the description as it was written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default in ([], ()):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Several(argparse.Action):
-    """Collect the values of a flag: they replace the default, and add up where the flag is repeated."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(() if before is self.default else before), *(values or ())])

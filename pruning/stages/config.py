@@ -198,6 +198,11 @@ class SlimConfig:
                 "exact zeros, which stage 1 needs; set it to 0"
             )
         object.__setattr__(self, "distill_features", tuple(self.distill_features))
+        if self.distill_features and (self.prune.recover.compile or self.finetune.compile):
+            raise PruningError(
+                "SlimConfig.distill_features are read by hooks, which compiled networks leave out: expected "
+                "compile=False"
+            )
         if self.distill_features and not self.distill:
             raise PruningError(
                 "SlimConfig.distill_features are compared with a teacher's, and distill is 0: expected a "
