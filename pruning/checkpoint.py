@@ -125,7 +125,7 @@ def load(
     Linear(in_features=4, out_features=3, bias=True)
     """
     content = read(path)
-    make, arguments = factory or _find_class(path, content["class"]), content["arguments"]
+    make, arguments = factory or find_class(path, content["class"]), content["arguments"]
     if factory is not None and not takes(factory, arguments):
         arguments = {}
     try:
@@ -243,7 +243,7 @@ def _channel_counts(model: nn.Module) -> dict[str, Attributes]:
     return layers
 
 
-def _find_class(path: str | Path, name: str) -> type[nn.Module]:
+def find_class(path: str | Path, name: str) -> type[nn.Module]:
     """Import the class of a checkpoint by its name, `module:Class`."""
     module_name, _, qualified = name.partition(":")
     try:

@@ -61,7 +61,7 @@ def run(tmp_path, monkeypatch, toolkit):
     (tmp_path / "mine.py").write_text(user.MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("pruning.cli.arguments.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("pruning.cli.argument_types.RUNS", tmp_path / "runs")
     sys.modules.pop("mine", None)
     return toolkit
 

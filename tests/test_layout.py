@@ -43,6 +43,9 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "torchvision",
         "onnx",
         "onnxruntime",
+        "transformers",
+        "safetensors",
+        "lightning",
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed

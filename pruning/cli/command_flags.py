@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pruning.cli import arguments, flags
+from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
 from pruning.deploy.formats import SUFFIXES
 from pruning.planning.budget import PLACES
@@ -31,7 +31,7 @@ class Command(NamedTuple):
 class DoctorFlags:
     json: Annotated[
         Path | None,
-        Setting("also write the report to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+        Setting("also write the report to this file, as JSON", metavar="FILE", parse=argument_types.new_file),
     ] = None
 
 
@@ -73,7 +73,7 @@ class PruneFlags:
         ),
     ] = MOST
     output: Annotated[
-        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
+        Path, Setting("checkpoint to write", metavar="FILE", parse=argument_types.new_file, group="run")
     ] = Path("small.pth")
 
 
@@ -83,7 +83,7 @@ class FinetuneFlags:
 
     teacher: Annotated[
         Path | None,
-        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=arguments.existing_file),
+        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=argument_types.existing_file),
     ] = None
     int8: Annotated[
         bool,
@@ -117,7 +117,7 @@ class SensitivityFlags:
         Setting(
             "folder for curves.json (from which an interrupted analysis goes on), curves.csv and the figures",
             metavar="FOLDER",
-            parse=arguments.folder,
+            parse=argument_types.folder,
             group="run",
         ),
     ] = Path("sensitivity")
@@ -128,7 +128,9 @@ class TestFlags:
     against: Annotated[
         Path | None,
         Setting(
-            "weights of the dense --model, to compare with", metavar="FILE", parse=arguments.existing_file
+            "weights of the dense --model, to compare with",
+            metavar="FILE",
+            parse=argument_types.existing_file,
         ),
     ] = None
     split: Annotated[
@@ -143,7 +145,9 @@ class TestFlags:
     ] = 3.0
     json: Annotated[
         Path | None,
-        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+        Setting(
+            "also write the figures to this file, as JSON", metavar="FILE", parse=argument_types.new_file
+        ),
     ] = None
 
 
@@ -155,7 +159,7 @@ class ExportFlags:
         Setting(
             "file to write (default: the checkpoint's name with the format's suffix)",
             metavar="FILE",
-            parse=arguments.new_file,
+            parse=argument_types.new_file,
         ),
     ] = None
     optimize: Annotated[
@@ -176,7 +180,9 @@ class DemoFlags:
     against: Annotated[
         Path | None,
         Setting(
-            "weights of the dense network, to show beside it", metavar="FILE", parse=arguments.existing_file
+            "weights of the dense network, to show beside it",
+            metavar="FILE",
+            parse=argument_types.existing_file,
         ),
     ] = None
     output: Annotated[
@@ -184,7 +190,7 @@ class DemoFlags:
         Setting(
             "HTML file (default: the checkpoint's name with the suffix .html)",
             metavar="FILE",
-            parse=arguments.new_file,
+            parse=argument_types.new_file,
         ),
     ] = None
     classes: Annotated[
@@ -201,7 +207,9 @@ class ReportFlags:
     run: Annotated[Path, Setting("folder of the run", metavar="RUN", positional=True)]
     output: Annotated[
         Path | None,
-        Setting("HTML file (default: report.html in that folder)", metavar="FILE", parse=arguments.new_file),
+        Setting(
+            "HTML file (default: report.html in that folder)", metavar="FILE", parse=argument_types.new_file
+        ),
     ] = None
 
 

@@ -21,8 +21,8 @@ class AlikeGroups:
 
     Args:
         cost_model: of the model.
-        alike: patterns; the groups that one of them matches have one width. Patterns that match the same
-            group form one set.
+        alike: patterns, or several of them joined by commas; the groups that one of them matches have one
+            width. Patterns that match the same group form one set.
 
     Attributes:
         groups: the first group of each set. full: the full widths of the sets, (sets,).
@@ -36,7 +36,8 @@ class AlikeGroups:
         names = cost_model.groups
         self.of_group = np.arange(len(names))
         for pattern in alike:
-            matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
+            parts = [part.strip() for part in pattern.split(",")]
+            matched = [i for i, name in enumerate(names) if any(fnmatchcase(name, part) for part in parts)]
             if not matched:
                 raise PruningError(
                     f"alike={pattern!r} matches no group of this model; its groups: "

@@ -122,7 +122,7 @@ class Diagnosis:
             lines += [
                 "",
                 f"{len(self.without_scale)} groups have no BatchNorm scale ({_listed(self.without_scale)}): "
-                "stage 1 cannot sparsify them; score by taylor, l1 or l2",
+                "stage 1 pulls other norms or their weights instead; score by taylor, l1 or l2",
             ]
         if self.skipped:
             lines += ["", f"{len(self.skipped)} layers keep all their channels:"]

@@ -65,14 +65,30 @@ class PruneConfig:
             least=1,
         ),
     ] = 1
+    alike: Annotated[
+        tuple[str, ...],
+        Setting(
+            "groups that match one of these patterns get one width: '*/heads'",
+            metavar="PATTERN",
+            later="setting",
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         require_valid(self)
+        _ = self.options  # checks the patterns
+        object.__setattr__(self, "alike", tuple(self.alike))  # the command line gives a list
 
     @property
     def options(self) -> PlanOptions:
         """Return the planning options, which are the same in every step."""
-        return PlanOptions(ranking=self.ranking, floor=self.floor, most=self.most, multiple=self.multiple)
+        return PlanOptions(
+            ranking=self.ranking,
+            floor=self.floor,
+            most=self.most,
+            multiple=self.multiple,
+            alike=self.alike,
+        )
 
 
 #: Default settings of the stages.
@@ -182,6 +198,11 @@ class SlimConfig:
                 "exact zeros, which stage 1 needs; set it to 0"
             )
         object.__setattr__(self, "distill_features", tuple(self.distill_features))
+        if self.distill_features and (self.prune.recover.compile or self.finetune.compile):
+            raise PruningError(
+                "SlimConfig.distill_features are read by hooks, which compiled networks leave out: expected "
+                "compile=False"
+            )
         if self.distill_features and not self.distill:
             raise PruningError(
                 "SlimConfig.distill_features are compared with a teacher's, and distill is 0: expected a "

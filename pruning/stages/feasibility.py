@@ -75,8 +75,8 @@ def reachable(
     under which all groups narrow alike.
 
     Args:
-        config: the floor and the multiple to plan with. If it allows removing whole layers, the
-            budget may also be met by the network without some or all removable layers.
+        config: the floor, the multiple and the groups of one width to plan with. If it allows removing
+            whole layers, the budget may also be met by the network without some or all removable layers.
 
     Raises:
         PruningError: if no widths meet the budget; the message states the least cost.
@@ -87,7 +87,11 @@ def reachable(
     """
     traced = trace(model, example_inputs, ignored)
     cost_model = CostModel(model, traced)
-    options = PlanOptions(floor=config.floor, multiple=config.multiple) if config else DEFAULT_OPTIONS
+    options = (
+        PlanOptions(floor=config.floor, multiple=config.multiple, alike=config.alike)
+        if config
+        else DEFAULT_OPTIONS
+    )
     if isinstance(budget, LatencyBudget):
         scores = even_scores(traced)
         plan, _ = plan_latency(model, example_inputs, traced, cost_model, scores, budget, options)

@@ -6,6 +6,7 @@
 from pruning.surgery.apply import channel_constants
 from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate
 from pruning.surgery.layer_removal import Removable, removable, without_layer
+from pruning.surgery.optimizer_state import transfer
 from pruning.surgery.verify import with_random_weights
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "fold_batchnorm",
     "recalibrate",
     "removable",
+    "transfer",
     "with_random_weights",
     "without_layer",
 ]

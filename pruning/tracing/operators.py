@@ -90,7 +90,7 @@ def join(labels: Labels, op: Operation) -> None:
     rank = op.output.ndim
     dim = (op.given.get("dim") or 0) % rank
     pieces = [t for t in op.operands if t.numel() or t.ndim == rank]
-    stacked = rank > op.operands[0].ndim
+    stacked = rank > max(t.ndim for t in op.operands)  # `cat` takes empty vectors beside tensors of any rank
     found = [labels.of(piece) for piece in pieces]
     if any(map(labels.is_composite, found)):
         return join_grids(labels, op, pieces, dim, stacked)

@@ -182,10 +182,24 @@ def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):
     assert code == 2 and 'is a table, a plain value was expected: write model-arg = ["width=6"]' in err
 
 
-def test_a_model_without_batchnorm_is_slimmed_without_a_penalty(run):
+def test_slim_gives_groups_that_are_alike_one_width_and_stores_the_patterns(run, tmp_path):
+    words = ("slim", *NET, *SHORT, "--max-params", "50%", "--multiple", 2)
+    code, _, err = run(*words, "--alike", "nothing.*", "--output", "none")
+    assert code == 2 and "alike='nothing.*' matches no group" in err and "Traceback" not in err
+    assert not (tmp_path / "none").exists()
+    code, _, err = run(*words, "--alike", "features.*", "--output", "alike")
+    assert code == 0, err
+    assert 'alike = ["features.*"]' in (tmp_path / "alike" / "config.toml").read_text()
+    stored = torch.load(tmp_path / "alike" / "best.pth", weights_only=True)["layers"]
+    widths = {stored[name]["out_channels"] for name in ("features.0", "features.4")}
+    assert len(widths) == 1 and widths.pop() % 2 == 0
+    assert run("slim", "--config", "alike/config.toml", "--output", "alike", "--resume")[0] == 0
+
+
+def test_a_model_without_batchnorm_is_pulled_by_its_weights(run):
     words = ("--model", "mine:plain", "--data", "mine:digits", *SHORT, "--max-macs", "60%")
     code, out, _ = run("slim", *words)
-    assert code == 0 and "without a pull" in out
+    assert code == 0 and "without a pull" not in out
 
 
 def test_sensitivity_writes_figures_and_resumes(run, tmp_path):

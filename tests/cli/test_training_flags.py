@@ -79,6 +79,18 @@ def test_slim_trains_with_the_given_settings_and_repeats_them_from_its_file(run,
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--int8", "--compile"), "compiled networks leave out the hooks"),
+        (("--distill-features", "head"), "give --teacher and --distill"),
+    ],
+)
+def test_settings_of_finetune_that_exclude_each_other_are_refused(run, tmp_path, words, message):
+    code, _, err = run("finetune", *NET, *words, "--output", "out")
+    assert code == 2 and message in err and not (tmp_path / "out").exists(), err
+
+
 def test_finetune_takes_the_default_rate_of_the_optimizer(run, tmp_path):
     for optimizer, rate in (("adamw", 1e-3), ("sgd", 0.05)):
         words = ("--epochs", 1, "--optimizer", optimizer, "--schedule", "constant", "--output", optimizer)

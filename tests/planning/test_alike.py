@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from pruning import Budget, PruningError, prune, trace
 from pruning.planning.cost import CostModel
 from pruning.planning.options import PlanOptions
 from pruning.planning.search import plan_within
+from pruning.stages.config import SlimConfig
+from pruning.stages.feasibility import feasible
 
 pytestmark = pytest.mark.quick
 
@@ -40,6 +43,24 @@ def test_alike_groups_each_keep_their_most_important_channels():
     options = PlanOptions(alike=["0", "2", "[02]"])
     plan = plan_within(Budget(channels=11), traced, CostModel(net, traced), scores, options)
     assert dict(plan.keep) == {"0": (3, 4, 5), "2": (0, 1, 2), "4": (0, 1, 2, 3, 4)}
+
+
+def test_a_pattern_may_be_several_joined_by_commas():
+    net, x = network((6, 6, 6))
+    step = prune(net, x, Budget(macs="40%"), score="l2", alike=["0, 4"])
+    assert step.plan.widths["0"] == step.plan.widths["4"]
+    with pytest.raises(PruningError, match="matches no group"):
+        prune(net, x, Budget(macs="40%"), score="l2", alike=["x,y"])
+
+
+def test_slim_refuses_groups_that_cannot_be_alike_before_it_trains():
+    net, x = network()
+    config = SlimConfig.within(Budget(macs="50%"))
+    for alike, message in ((("*",), "different numbers of channels"), (("x",), "matches no group")):
+        with pytest.raises(PruningError, match=message):
+            feasible(net, x, replace(config, prune=replace(config.prune, alike=alike)))
+    with pytest.raises(PruningError, match="expected a list of names"):
+        replace(config.prune, alike="[02]")
 
 
 @pytest.mark.parametrize("seed", range(5))

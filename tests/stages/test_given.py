@@ -173,12 +173,23 @@ def test_iterations_that_have_nothing_to_do_are_not_run(trained, tmp_path):
     assert skipped + len(steps) == 12 and skipped > 0 and result.epochs == 2 + len(steps) + 2
 
 
-def test_a_trained_network_without_scales_is_not_trained_in_stage_1():
+def test_a_trained_network_without_norms_is_pulled_by_its_weights():
     torch.manual_seed(0)
     lines, model = [], fit(nets.make("plain"), batches(), TrainConfig(30, lr=0.1))
     result = pipeline(model, None, lines)
-    assert result.reference.trained and same(result.sparsified, model)
-    assert "so there is nothing to train" in lines[1]
+    scales = ChannelScales(result.sparsified, trace(result.sparsified, nets.images()))
+    assert result.reference.trained and scales.rows and scales.left().macs < scales.dense.macs
+    assert "weights ≠ 0 in" in lines[1]
+
+
+def test_a_trained_network_that_cannot_be_pulled_is_not_trained_in_stage_1():
+    torch.manual_seed(0)
+    lines, model = [], fit(nets.make("plain"), batches(), TrainConfig(30, lr=0.1))
+    for layer in model:
+        if hasattr(layer, "weight"):
+            torch.nn.utils.parametrizations.weight_norm(layer)  # its weight is computed
+    result = pipeline(model, None, lines)
+    assert same(result.sparsified, model) and "so there is nothing to train" in lines[1]
 
 
 def test_given_rates_are_not_searched(trained):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from pruning import Budget, PruningError, SlimConfig, finetune, slim
+from pruning import Budget, PruningError, SlimConfig, finetune, sensitivity, slim
 from pruning.stages import PruneConfig
 from pruning.training import TrainConfig, accuracy, cross_entropy, fit
 from pruning.training.distillation import distillation, with_teacher
@@ -66,6 +66,17 @@ def test_outputs_that_hold_logits_train_distill_and_validate_as_logits(kind):
         nets.append((net, accuracy(net, batches)))
     (plain, score), (held, other) = nets
     assert same(plain, held) and score == other
+
+
+def test_sensitivity_is_measured_on_outputs_that_hold_logits():
+    batches = [(INPUTS, TARGETS)] * 2
+
+    class Logits(Net):
+        def forward(self, x):
+            return KINDS["mapping"](super().forward(x), None)
+
+    found = [sensitivity(net, INPUTS[:2], batches) for net in (Net(0), Logits(0))]
+    assert found[0].to_json() == found[1].to_json()
 
 
 def test_the_loss_that_an_output_holds_is_the_default_loss():
@@ -208,6 +219,9 @@ def test_features_that_do_not_exist_or_do_not_fit_are_refused():
         distillation(Net(1, width=9), 0.5, features=["hidden"])(Net(), INPUTS, TARGETS)
     with pytest.raises(PruningError, match="distill is 0"):
         SlimConfig(Budget(macs="50%"), distill_features=["hidden"])
+    once = TrainConfig(1, compile=True)
+    with pytest.raises(PruningError, match="compile=False"):
+        SlimConfig(Budget(macs="50%"), finetune=once, distill=0.5, distill_features=["hidden"])
 
 
 def test_slim_compares_features_of_narrower_networks():

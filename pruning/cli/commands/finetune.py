@@ -43,6 +43,10 @@ def execute(args: argparse.Namespace) -> None:
         raise PruningError(
             "--distill-features are compared with a teacher's: give --teacher and --distill, too"
         )
+    if config.compile and (args.int8 or args.distill_features):
+        raise PruningError(
+            "--compile: compiled networks leave out the hooks of --int8 and --distill-features"
+        )
     require_trainable(model, [config], data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)

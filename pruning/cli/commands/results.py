@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from pruning.checkpoint import provenance, save, write_loader
-from pruning.cli import arguments, build, config_file
+from pruning.cli import argument_types, build, config_file
 from pruning.cli.arguments import later_flags
 from pruning.cli.factories import arguments_of
 from pruning.cli.sources import Data
@@ -51,7 +51,7 @@ def start(args: argparse.Namespace) -> Run:
     if args.output is None:
         if args.resume:
             raise PruningError("--resume needs --output FOLDER: the run to continue")
-        args.output = distributed.broadcast(arguments.next_run())
+        args.output = distributed.broadcast(argument_types.next_run())
     run = Run(args.output, settings(args), resume=args.resume)
     if run.writes:
         if args.tensorboard:
@@ -65,7 +65,7 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(args).items()
-        if key not in ELSEWHERE and not (key in LATER and value == LATER[key])
+        if key not in ELSEWHERE and not (key in LATER and (value or None) == (LATER[key] or None))
     }
 
 
