@@ -12,6 +12,7 @@ from typing import Annotated
 import models
 from eval.cli import COMMITTED, ROOT, ScriptFlags, Seed, Threads
 from pruning import PruningError, SlimConfig, cli
+from pruning.cli import argument_types
 from pruning.cli import arguments as flags
 from pruning.cli.flags import STAGES, RunFlags
 from pruning.utils.settings import Setting
@@ -22,8 +23,8 @@ RECIPE_MNIST5K = RECIPE.with_name("mnist5k.toml")
 
 #: Flags that do not affect the result of a run, or that config.json stores in another form.
 _OF_ONE_CALL = {"output", "resume", "publish", "data_dir", "data", "recipe", "reference", "tensorboard"}
-#: Flags that earlier runs did not have; they are kept where they are given.
-_LATER = {"alike", "rate"}
+#: Flags that earlier runs did not have, with their defaults; they are kept where they are given.
+_LATER = flags.later_flags(SlimConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +95,15 @@ def settings(args: argparse.Namespace, dataset: str, config: SlimConfig) -> dict
     kept = {
         key: value
         for key, value in vars(args).items()
-        if key not in _OF_ONE_CALL and not (key in _LATER and value in (None, (), []))
+        if key not in _OF_ONE_CALL and not (key in _LATER and (value or None) == (_LATER[key] or None))
     }
     return {**kept, "data": dataset, "stages": config.to_json()}
 
 
 def _newest_run() -> Path:
-    configs = sorted(flags.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(argument_types.RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise PruningError(f"{flags.RUNS}/ holds no run to resume")
+        raise PruningError(f"{argument_types.RUNS}/ holds no run to resume")
     return configs[-1].parent
 
 

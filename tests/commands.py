@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,28 @@ def children_in_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", run)
+        yield
+
+
+@contextlib.contextmanager
+def few_digits(train: int = 700, validation: int = 200, test: int = 200) -> Iterator[None]:
+    """Let the data set `mnist5k` have fewer images in this process, of all classes."""
+    import torch
+
+    from data import datasets
+
+    load = datasets._LOADERS["mnist5k"]
+
+    def load_few(folder: Path) -> datasets.Dataset:
+        whole, few = load(folder), {}
+        for name, count in {"train": train, "validation": validation, "test": test}.items():
+            images, labels = getattr(whole, name)
+            places = torch.linspace(0, len(labels) - 1, count).long()
+            few[name] = datasets.Split(images[places], labels[places])
+        return replace(whole, **few)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(datasets._LOADERS, "mnist5k", load_few)
         yield
 
 

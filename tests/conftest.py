@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from browser import Browser
 from commands import called
 
+TESTS = Path(__file__).parent
+
 # One thread for each worker and for its subprocesses: more would slow down the other workers.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import, which comes later
+
+
+#: Files that take longest. They start first, so that the workers end at about the same time.
+LONGEST = (
+    "application/test_measurements.py",
+    "deploy/test_export.py",
+    "application/test_benchmarks.py",
+    "application/test_fair.py",
+    "cli/test_cli.py",
+    "planning/test_latency.py",
+    "cli/test_commands.py",
+    "application/test_documents.py",
+    "application/test_programs.py",
+    "application/test_notebooks.py",
+    "stages/test_given.py",
+    "stages/test_slim.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files; `--no-loadscope-reorder` keeps that order, which each worker computes alike."""
+    order = {str(TESTS / name): at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +61,7 @@ def run(tmp_path, monkeypatch, toolkit):
     (tmp_path / "mine.py").write_text(user.MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("pruning.cli.arguments.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("pruning.cli.argument_types.RUNS", tmp_path / "runs")
     sys.modules.pop("mine", None)
     return toolkit
 

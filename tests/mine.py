@@ -51,7 +51,7 @@ def broken():
 
 class Says(Net):
     def forward(self, x):
-        return {"logits": super().forward(x)}
+        return {"scores": super().forward(x)}
 
 
 class Pair(Net):

@@ -172,3 +172,21 @@ def test_scripts_run_on_the_gpu_and_their_networks_on_both_devices(tmp_path):
     words = ("--data", "mnist5k", "--epoch-end", 1, "--checkpoint-dir", folder, *cuda)
     script("train_lenet5.py", *words, cwd=tmp_path)
     script("test_lenet5.py", "--data", "mnist5k", "--best-checkpoint", folder / "epoch-1.pth", *cuda)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_network_trains_in_lower_precision_and_resumes(precision):
+    config = TrainConfig(6, 3e-3, "adamw", precision=precision, clip_norm=1.0)
+
+    def train(resume=None):
+        net, states = on_cuda(make("lenet")), []
+        torch.manual_seed(1)
+        finetune(net, ShuffledBatches(), config, resume=resume,
+                 on_epoch=lambda epoch: states.append(copy.deepcopy(epoch.state())))  # fmt: skip
+        return net, states
+
+    whole, states = train()
+    resumed, _ = train(states[2])
+    assert accuracy(whole, batches()) > 0.5
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **NEAR)

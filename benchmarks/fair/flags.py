@@ -14,7 +14,7 @@ from benchmarks.fair.recipes import RECIPES, Recipe
 from benchmarks.fair.training import Workshop
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli
-from pruning.cli.arguments import device
+from pruning.cli.argument_types import device
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
+from pruning.cli.argument_types import within
+from pruning.cli.parsers import HelpFormatter as HelpFormatter
+from pruning.cli.parsers import Parser as Parser
+from pruning.cli.parsers import Several as Several
 from pruning.utils.settings import Setting, Stage, fields_of
 
 #: Groups of flags by the name that settings give them, in the order of the help text.
 GROUPS = {
     "budget": "budget: a count (2000, 50k) or a percentage of the dense network (25%)",
     "latency": "budget of latency, measured on this machine",
-    "stage 1": "stage 1: train with an L1 penalty on the BatchNorm scales",
+    "stage 1": "stage 1: train with a penalty on the scales of channels",
     "stage 2": "stage 2: remove channels, and train after each pruning step",
     "stage 3": "stage 3: fine-tune the pruned network",
     "training": "training, in every stage",
@@ -28,11 +30,10 @@ GROUPS = {
     "run": "run",
 }
 
-#: Where runs go that are told no folder.
-RUNS = Path("runs")
+#: Titles of groups in the help of a command without stages.
+_WITHOUT_STAGES = {"stage 2": "channels that are removed", "training": "training"}
 
 Settings = TypeVar("Settings")
-Number = TypeVar("Number", int, float)
 
 #: Of settings that belong to no stage.
 _NO_STAGE = Stage(last=True)
@@ -105,9 +106,9 @@ class Flag(NamedTuple):
         if setting.parse is not None:
             return setting.parse(text)
         if self.kind is int:
-            return _within(int, setting, text)
+            return within(int, setting, text)
         if self.kind is float:
-            return _within(float, setting, text)
+            return within(float, setting, text)
         return self.kind(text)
 
 
@@ -118,9 +119,12 @@ def add_flags(parser: argparse.ArgumentParser, *sources: FlagsOf | type) -> None
         wanted = source if isinstance(source, FlagsOf) else FlagsOf(source)
         for flag in _flags(wanted):
             flags.setdefault(flag.name, flag)  # one flag may hold for several stages
-    for group in ("", *GROUPS):
+    titles = dict(GROUPS)
+    if not any(flag.group == "stage 1" for flag in flags.values()):
+        titles |= _WITHOUT_STAGES
+    for group in ("", *titles):
         members = [flag for flag in flags.values() if flag.group == group]
-        place = parser.add_argument_group(GROUPS[group]) if group and members else parser
+        place = parser.add_argument_group(titles[group]) if group and members else parser
         for flag in members:
             flag.add_to(place)
 
@@ -137,14 +141,32 @@ def read_flags(
         given: values of fields that are not taken from flags.
     """
     values = dict(given)
+    left_out: set[str] = set()
     for each in fields_of(cls):
         if each.name in given:
             continue
         if each.stage is not None:
             values[each.name] = read_flags(each.kind, args, each.stage)
         elif each.setting is not None and stage.has(each.setting):
-            values[each.name] = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            value = getattr(args, _destination(_name(each.name, each.setting, stage)))
+            if not stage.last and (value in each.setting.last_only or each.setting.follows in left_out):
+                left_out.add(each.name)
+                continue
+            values[each.name] = value
     return cls(**values)
+
+
+def later_flags(*sources: FlagsOf | type) -> dict[str, object]:
+    """Return the flags that earlier versions did not have, by destination, with their defaults.
+
+    The file of a run holds them only where they are not the default, so that earlier runs are resumed.
+    """
+    found = {}
+    for source in sources:
+        for flag in _flags(source if isinstance(source, FlagsOf) else FlagsOf(source)):
+            if flag.setting.later:
+                found[_destination(flag.name)] = flag.default
+    return found
 
 
 def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
@@ -167,6 +189,8 @@ def _flags(source: FlagsOf, stage: Stage = _NO_STAGE) -> Iterator[Flag]:
                 text = f"{text} (default: {each.setting.none})"
             if stage.when:
                 text = f"{stage.when}: {text}"
+            if isinstance(default, tuple | Mapping):
+                default = list(default)
             name = _name(each.name, each.setting, stage)
             yield Flag(name, each.kind, each.several, each.setting, group, text.replace("%", "%%"), default)
 
@@ -182,30 +206,6 @@ def _destination(name: str) -> str:
 
 
 # --- parsers ----------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message in one line, and exit with code 2."""
-        line = " ".join(message.split())
-        self.exit(2, f"error: {line} (see {self.prog} --help)\n")
-
-    def parsed(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line; an unknown flag is refused, with the name of one that is near."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            self.refuse(unknown)
-        return args
-
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit because of unknown words on the command line."""
-        names = [option for action in self._actions for option in action.option_strings]
-        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        near = difflib.get_close_matches(words[0], names, 1) if words else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def parse_flags(
@@ -224,106 +224,3 @@ def parse_flags(
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add_flags(parser, cls)
     return read_flags(cls, parser.parsed(argv)), parser
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every flag that has one, and the description as it was written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default in ([], ()):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Several(argparse.Action):
-    """Collect the values of a flag: they replace the default, and add up where the flag is repeated."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(() if before is self.default else before), *(values or ())])
-
-
-# --- types of values --------------------------------------------------------------------
-
-
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return an argument type: a whole number within inclusive bounds."""
-    bounds = Setting("", least=least, most=most)
-    return lambda text: _within(int, bounds, text)
-
-
-def number(least: float, most: float | None = None) -> Callable[[str], float]:
-    """Return an argument type: a finite number within inclusive bounds."""
-    bounds = Setting("", least=least, most=most)
-    return lambda text: _within(float, bounds, text)
-
-
-def _within(kind: Callable[[str], Number], setting: Setting, text: str) -> Number:
-    """The number that a text stands for. Raises `ArgumentTypeError` for another text or another number."""
-    whole = kind is int
-    try:
-        value = kind(text)
-        if setting.allows(value, int if whole else float):
-            return value
-    except ValueError:
-        pass
-    expected = setting.expected(int if whole else float)
-    instead = f", or {setting.none}" if setting.none is not None else ""
-    raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}{instead}")
-
-
-#: An argument type: a seed of torch's generators.
-seed = whole_number(0, 2**63 - 1)
-
-
-def existing_file(text: str) -> Path:
-    """Argument type: a file to read."""
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file; check the path")
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
-    return Path(text)
-
-
-def new_file(text: str) -> Path:
-    """Argument type: a file to write, which is no folder."""
-    if not text or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """Argument type: a folder to write to, which need not exist."""
-    place = Path(text)
-    there = next(path for path in (place, *place.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
-    return place
-
-
-def device(text: str) -> str:
-    """Argument type: a device that torch can use here and that stores values."""
-    if text == "cpu":
-        return text
-    import torch  # not for the default
-
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else "it is not available"
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
-    if torch.device(text).type == "meta":
-        raise argparse.ArgumentTypeError(f"{text!r} holds no values to prune: expected cpu or cuda")
-    return text
-
-
-def next_run() -> Path:
-    """Return the next free numbered folder of `RUNS`."""
-    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()]
-    return RUNS / str(max(numbers, default=0) + 1)

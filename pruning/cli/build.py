@@ -29,13 +29,18 @@ from pruning.utils.tree import Inputs, tensors
 
 def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
     """Return the budget that flags name: of latency, or of counts."""
+    limits = (args.max_params, args.max_macs, args.max_channels)
     if args.max_latency is None:
         if (args.runtime, args.runtime_batch, args.runtime_threads) != (PLACES[0], 1, 1):
             raise PruningError(
                 "--runtime, --runtime-batch and --runtime-threads are for --max-latency: give it, too"
             )
+        if not any(limits):
+            raise PruningError(
+                "a budget is needed: --max-macs 50%, or --max-params, --max-channels or --max-latency"
+            )
         return read_flags(Budget, args)
-    if any(limit is not None for limit in (args.max_params, args.max_macs, args.max_channels)):
+    if any(limit is not None for limit in limits):
         raise PruningError("--max-latency stands alone: give no --max-params, --max-macs or --max-channels")
     return read_flags(LatencyBudget, args)
 
@@ -145,7 +150,12 @@ def data_of(args: argparse.Namespace) -> Data | None:
 
 
 def required_data(args: argparse.Namespace) -> Data:
-    """Return the data that flags name. Raises `PruningError` where they name none."""
+    """Return the data that flags name, or else the checkpoint of --weights.
+
+    Raises:
+        PruningError: neither does, or the checkpoint names a factory, which is not imported.
+    """
+    args.data = args.data or _recorded_data(args)
     flags = read_flags(DataFlags, args)
     if flags.data is None:
         raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
@@ -171,6 +181,17 @@ def required_data(args: argparse.Namespace) -> Data:
         if getattr(flags, name) is not None:
             raise PruningError(f"--{name} is for images of a folder; --data {flags.data} is none")
     return data
+
+
+def _recorded_data(args: argparse.Namespace) -> str | None:
+    """The data that the checkpoint of --weights was made with; a factory of the user's is not imported."""
+    name = stored_facts(getattr(args, "weights", None)).get("dataset")
+    if not isinstance(name, str):
+        return None
+    if not (name in BUILT_IN or Path(name).is_dir()):
+        raise PruningError(f"data is needed: --data (the checkpoint was made with {name!r})")
+    print(f"data {name!r}, as {args.weights} says")
+    return name
 
 
 def _preprocessing(flags: DataFlags, stored: Mapping[str, Any]) -> Preprocessing:
@@ -307,5 +328,8 @@ def _inputs(args: argparse.Namespace, data: Data | None) -> Inputs:
     if shape is not None:
         return torch.randn(2, *shape, device=args.device)
     if data is None:
+        stored = stored_facts(getattr(args, "weights", None)).get("inputs") or []
+        if [each.get("dtype") for each in stored] == ["float32"]:
+            return torch.randn(2, *stored[0]["shape"], device=args.device)
         raise PruningError("inputs are needed to run the model on: --data, or --input-shape CxHxW")
     return to_device((data.examples, None), torch.device(args.device))[0]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pruning.cli import arguments, flags
+from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
 from pruning.deploy.formats import SUFFIXES
 from pruning.planning.budget import PLACES
-from pruning.planning.options import SCORES
+from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training.config import TrainConfig
 from pruning.utils.settings import Setting
@@ -31,7 +31,7 @@ class Command(NamedTuple):
 class DoctorFlags:
     json: Annotated[
         Path | None,
-        Setting("also write the report to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+        Setting("also write the report to this file, as JSON", metavar="FILE", parse=argument_types.new_file),
     ] = None
 
 
@@ -63,18 +63,17 @@ class PruneFlags:
         ),
     ] = False
     most: Annotated[
-        float | None,
+        float,
         Setting(
             "largest share of a group's channels that is removed",
             metavar="SHARE",
             above=0,
             most=1,
-            none="1, or with --refit 0.9",
             group="stage 2",
         ),
-    ] = None
+    ] = MOST
     output: Annotated[
-        Path, Setting("checkpoint to write", metavar="FILE", parse=arguments.new_file, group="run")
+        Path, Setting("checkpoint to write", metavar="FILE", parse=argument_types.new_file, group="run")
     ] = Path("small.pth")
 
 
@@ -84,7 +83,7 @@ class FinetuneFlags:
 
     teacher: Annotated[
         Path | None,
-        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=arguments.existing_file),
+        Setting("checkpoint of --model, for --distill", metavar="FILE", parse=argument_types.existing_file),
     ] = None
     int8: Annotated[
         bool,
@@ -118,7 +117,7 @@ class SensitivityFlags:
         Setting(
             "folder for curves.json (from which an interrupted analysis goes on), curves.csv and the figures",
             metavar="FOLDER",
-            parse=arguments.folder,
+            parse=argument_types.folder,
             group="run",
         ),
     ] = Path("sensitivity")
@@ -129,7 +128,9 @@ class TestFlags:
     against: Annotated[
         Path | None,
         Setting(
-            "weights of the dense --model, to compare with", metavar="FILE", parse=arguments.existing_file
+            "weights of the dense --model, to compare with",
+            metavar="FILE",
+            parse=argument_types.existing_file,
         ),
     ] = None
     split: Annotated[
@@ -144,7 +145,9 @@ class TestFlags:
     ] = 3.0
     json: Annotated[
         Path | None,
-        Setting("also write the figures to this file, as JSON", metavar="FILE", parse=arguments.new_file),
+        Setting(
+            "also write the figures to this file, as JSON", metavar="FILE", parse=argument_types.new_file
+        ),
     ] = None
 
 
@@ -156,7 +159,7 @@ class ExportFlags:
         Setting(
             "file to write (default: the checkpoint's name with the format's suffix)",
             metavar="FILE",
-            parse=arguments.new_file,
+            parse=argument_types.new_file,
         ),
     ] = None
     optimize: Annotated[
@@ -177,7 +180,9 @@ class DemoFlags:
     against: Annotated[
         Path | None,
         Setting(
-            "weights of the dense network, to show beside it", metavar="FILE", parse=arguments.existing_file
+            "weights of the dense network, to show beside it",
+            metavar="FILE",
+            parse=argument_types.existing_file,
         ),
     ] = None
     output: Annotated[
@@ -185,7 +190,7 @@ class DemoFlags:
         Setting(
             "HTML file (default: the checkpoint's name with the suffix .html)",
             metavar="FILE",
-            parse=arguments.new_file,
+            parse=argument_types.new_file,
         ),
     ] = None
     classes: Annotated[
@@ -202,7 +207,9 @@ class ReportFlags:
     run: Annotated[Path, Setting("folder of the run", metavar="RUN", positional=True)]
     output: Annotated[
         Path | None,
-        Setting("HTML file (default: report.html in that folder)", metavar="FILE", parse=arguments.new_file),
+        Setting(
+            "HTML file (default: report.html in that folder)", metavar="FILE", parse=argument_types.new_file
+        ),
     ] = None
 
 
@@ -253,8 +260,8 @@ COMMANDS: dict[str, Command] = {
         (
             flags.ModelFlags,
             flags.DataFlags,
-            FlagsOf(TrainConfig, {"epochs": 20, "lr": 0.05, "weight_decay": 1e-3}),
-            FlagsOf(SlimConfig, only=("distill", "temperature")),
+            FlagsOf(TrainConfig, {"epochs": 20, "lr": None, "weight_decay": 1e-3}),
+            FlagsOf(SlimConfig, only=("distill", "temperature", "distill_features")),
             FinetuneFlags,
             flags.RunFlags,
             flags.ResultFlags,

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pruning.errors import PruningError
 from pruning.utils.files import replace_file
@@ -36,10 +37,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         PruningError: the file cannot be read, a name is no flag of the parser (the message says which
             is similar), or a value is of another kind.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruningError(f"{path} cannot be read as a recipe: {error}") from error
+    content = _content(path)
     known = [
         option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"
     ]
@@ -53,10 +51,8 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
                 f"{path}: a recipe cannot name another one ({name} = {value!r}); give it its flags"
             )
         if isinstance(value, dict):
-            raise PruningError(
-                f"{path}: [{name}] is a table, a plain value was expected: write its keys at the top of "
-                "the file; they are flags of one command, without the hyphens before them"
-            )
+            how = _without_table(name, value)
+            raise PruningError(f"{path}: [{name}] is a table, a plain value was expected: {how}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise PruningError(
@@ -75,6 +71,27 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         else:
             raise PruningError(f"{path}: {name} is a {type(value).__name__}, a plain value was expected")
     return flags
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PruningError(
+            f"{path} cannot be read as a recipe: there is no such file; check the path"
+        ) from error
+    except OSError as error:
+        raise PruningError(f"{path} cannot be read as a recipe: {error.strerror}") from error
+    except ValueError as error:
+        raise PruningError(f"{path} cannot be read as a recipe, because it is not TOML: {error}") from error
+
+
+def _without_table(name: str, table: dict[str, Any]) -> str:
+    """How to write what a table holds."""
+    if name in ("model-arg", "data-arg"):
+        return f"write {name} = {_toml([f'{key}={value}' for key, value in table.items()])}"
+    return "write its keys at the top of the file; they are flags of one command, without their hyphens"
 
 
 def write_recipe(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pruning.cli import arguments
+from pruning.cli import argument_types
 from pruning.cli.arguments import FlagsOf
 from pruning.cli.preprocessing import AUGMENTATIONS
 from pruning.planning.budget import Budget, LatencyBudget
@@ -48,10 +48,12 @@ class ModelFlags(FactoryFlags):
 
     weights: Annotated[
         Path | None,
-        Setting("state dict, or a checkpoint of this toolkit", metavar="FILE", parse=arguments.existing_file),
+        Setting(
+            "state dict, or a checkpoint of this toolkit", metavar="FILE", parse=argument_types.existing_file
+        ),
     ] = None
-    device: Annotated[str, Setting("cpu or cuda", metavar="DEVICE", parse=arguments.device)] = "cpu"
-    threads: Annotated[int, Setting("most CPU threads", metavar="N", least=1)] = 2
+    device: Annotated[str, Setting("cpu or cuda", metavar="DEVICE", parse=argument_types.device)] = "cpu"
+    threads: Annotated[int, Setting("largest number of CPU threads", metavar="N", least=1)] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class DataFlags:
         Setting(
             "mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with one subfolder per class "
             "(or train, val and test, each of such); or module:factory that returns train, validation and "
-            "test batches",
+            "test batches (default: the folder or named data set that the checkpoint of --weights says)",
             metavar="NAME",
         ),
     ] = None
@@ -143,7 +145,8 @@ class ShapeFlags:
     input_shape: Annotated[
         str | None,
         Setting(
-            "shape of one example, such as 3x224x224: traces with random examples where no data is given",
+            "shape of one example, such as 3x224x224: traces with random examples where no data is given "
+            "(default: as the checkpoint of --weights says)",
             metavar="CxHxW",
         ),
     ] = None
@@ -158,7 +161,10 @@ class CheckpointFlags(FactoryFlags):
     checkpoint: Annotated[
         Path,
         Setting(
-            "checkpoint of a network", metavar="CHECKPOINT", positional=True, parse=arguments.existing_file
+            "checkpoint of a network",
+            metavar="CHECKPOINT",
+            positional=True,
+            parse=argument_types.existing_file,
         ),
     ]
     input_shape: Annotated[
@@ -219,7 +225,7 @@ class RunFlags:
         Setting(
             "folder of this run alone (default: the next free runs/N)",
             metavar="FOLDER",
-            parse=arguments.folder,
+            parse=argument_types.folder,
         ),
     ] = None
     resume: Annotated[bool, Setting("continue the run in --output")] = False

@@ -39,7 +39,11 @@ def image_folder(root: Path, preprocessing: Preprocessing) -> tuple[dict[str, Vi
         try:
             sets[split] = VisibleImageFolder(str(place), transform, loader=read_image)
         except FileNotFoundError as error:
-            raise PruningError(f"{place} is no image folder: {error}") from error
+            has_folders = any(path.is_dir() for path in place.iterdir())
+            reason = str(error).rstrip(".") if has_folders else "it has no subfolders"
+            raise PruningError(
+                f"{place} is no image folder: {reason}; expected images in one subfolder per class"
+            ) from error
     return sets, places["validation"] != places["train"]
 
 

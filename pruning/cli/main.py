@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from pruning.cli.arguments import HelpFormatter, Parser, add_flags
 from pruning.cli.command_flags import COMMANDS
 from pruning.cli.config_file import read_recipe
-from pruning.errors import UserError
+from pruning.errors import PruningError, UserError
 from pruning.utils.interrupts import INTERRUPTED, noting_interrupts
 
 #: Exit code of bad usage or input.
@@ -73,8 +74,17 @@ def parse(
     first.add_argument("--output", type=Path)
     given, _ = first.parse_known_args(argv)
     at = next((i for i, word in enumerate(rest) if word in commands), None)
+    if at is None and rest and not rest[0].startswith("-"):
+        near = difflib.get_close_matches(rest[0], commands, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(commands)}"
+        parser.error(f"there is no command {rest[0]!r}: {hint}")
     if given.config is None and given.resume and given.output is not None:
         before = given.output / "config.toml"  # of the run that goes on
+        if not (given.output / "config.json").exists():
+            raise PruningError(
+                f"{given.output} holds no run to resume (config.json is missing): start a new run without "
+                "--resume, or give the folder of a run"
+            )
         given.config = before if before.exists() else None
     if given.config is not None and at is not None:
         recipe = read_recipe(given.config, commands[rest[at]], rest)

@@ -33,7 +33,8 @@ class Preprocessing:
         augment: how training images vary, a key of `AUGMENTATIONS`.
 
     Raises:
-        PruningError: there are not three means and standard deviations, or the crop is above `resize`.
+        PruningError: there are not three means and standard deviations, a mean is not from 0 to 1, or the
+            crop is above `resize`.
 
     >>> Preprocessing(resize=73, crop=64).augment
     'crop'
@@ -48,6 +49,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
             raise PruningError("--mean and --std of images have three numbers each: for red, green and blue")
+        if not all(0 <= mean <= 1 for mean in self.mean):
+            given = " ".join(f"{mean:g}" for mean in self.mean)
+            raise PruningError(
+                f"--mean {given}: expected numbers from 0 to 1, because pixels are scaled to 0 to 1 first; "
+                "divide --mean and --std of pixels up to 255 by 255"
+            )
         if self.crop > self.resize:
             raise PruningError(
                 f"--crop {self.crop} is above --resize {self.resize}, which is the shorter side of the image "

@@ -112,7 +112,7 @@ def make_data(
             pixels; 0 for none.
         workers: processes that read images of a folder.
         seed: seed of the validation split, where one is made.
-        device: where named data sets are held.
+        device: where named data sets are held; memory of other batches is pinned for a GPU.
         arguments: keyword arguments of the factory.
 
     Raises:
@@ -132,10 +132,12 @@ def make_data(
             f"{similar(name, list(BUILT_IN))}"
         )
     chosen = preprocessing or Preprocessing.of_size(image_size)
-    return _of_folder(name, chosen, batch_size, workers, seed)
+    return _of_folder(name, chosen, batch_size, workers, seed, device)
 
 
-def _of_folder(name: str, chosen: Preprocessing, batch_size: int, workers: int, seed: int) -> Data:
+def _of_folder(
+    name: str, chosen: Preprocessing, batch_size: int, workers: int, seed: int, device: str
+) -> Data:
     """Data of an image folder."""
     torchvision_module()
     from pruning.cli.image_folder import image_folder  # which needs torchvision
@@ -146,7 +148,7 @@ def _of_folder(name: str, chosen: Preprocessing, batch_size: int, workers: int, 
     classes = shown_classes(sets["train"])
     if not separate:
         _hold_out_validation(sets, seed)
-    loaders = {split: _loader(split, images, batch_size, workers) for split, images in sets.items()}
+    loaders = {split: _loader(split, images, batch_size, workers, device) for split, images in sets.items()}
     return Data(name, **loaders, preprocessing=chosen, classes=classes)
 
 
@@ -172,7 +174,7 @@ def number_of_classes(name: str) -> int | None:
     torchvision_module()
     from pruning.cli.image_folder import class_names  # which needs torchvision
 
-    return len(class_names(Path(name)))
+    return len(class_names(Path(name))) or None
 
 
 def _validation_split(examples: int, seed: int) -> tuple[list[int], list[int]]:
@@ -189,14 +191,16 @@ def _hold_out_validation(sets: dict[str, Dataset[Batch]], seed: int) -> None:
     sets["validation"] = Subset(sets["validation"], held_out)
 
 
-def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int) -> _Loader:
+def _loader(split: str, images: Dataset[Batch], batch_size: int, workers: int, device: str) -> _Loader:
     return _Loader(
         images,
         batch_size,
         shuffle=split == "train",
         num_workers=workers,
         drop_last=split == "train" and _size(images) > batch_size,
-        persistent_workers=workers > 0,
+        # Workers that persist would go on with random numbers that a resumed run does not know.
+        persistent_workers=False,
+        pin_memory=device.startswith("cuda"),
     )
 
 

@@ -84,6 +84,30 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     return values.movedim(dim, 0).reshape(values.shape[dim], -1)
 
 
+def scale_rows(layer: nn.Module, name: str, values: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of a tensor of a layer, as `output_rows` returns them, by factors, in place.
+
+    Args:
+        layer, name, values: see `output_rows`.
+        factors: (output channels,).
+
+    >>> weight = torch.ones(2, 3)
+    >>> scale_rows(nn.Linear(3, 2), "weight", weight, torch.tensor([0.0, 2.0]))
+    >>> weight
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+    if has_hidden_channels(layer):
+        values, dim = values.unflatten(0, (gates(layer), -1)), 1
+    else:
+        dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
+    if dim == 1 and not has_hidden_channels(layer) and parts(layer) > 1:
+        values, factors = values.unflatten(0, (parts(layer), -1)), factors.view(parts(layer), 1, -1)
+        values.mul_(factors.reshape(*factors.shape, *[1] * (values.ndim - 3)))
+        return
+    values.mul_(factors.view(-1, *[1] * (values.ndim - dim - 1)))
+
+
 def masks(layer: nn.Module) -> list[str]:
     """Return the buffers of a convolution or linear layer that have the shape of its weight.
 

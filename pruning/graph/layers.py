@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -48,6 +49,9 @@ TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = 
 
 #: Rows that users added, by the id of their handle.
 _REGISTERED: OrderedDict[int, tuple[type[nn.Module], Rule]] = OrderedDict()
+
+#: By type, the rule that `TABLE` gives it.
+_IN_TABLE: WeakKeyDictionary[type, Rule | None] = WeakKeyDictionary()
 
 
 def register_layer(kind: type[nn.Module], rule: Rule, *, replace: bool = False) -> RemovableHandle:
@@ -181,12 +185,16 @@ def rule_for(layer: nn.Module) -> Rule | None:
 
 
 def _registered_rule(kind: type) -> Rule | None:
+    if not _REGISTERED:
+        return None
     rules = dict(_REGISTERED.values())
     return next((rules[base] for base in kind.__mro__ if base in rules), None) if rules else None
 
 
 def _table_rule(kind: type) -> Rule | None:
-    return next((rule for types, rule in TABLE if issubclass(kind, types)), None)
+    if kind not in _IN_TABLE:
+        _IN_TABLE[kind] = next((rule for types, rule in TABLE if issubclass(kind, types)), None)
+    return _IN_TABLE[kind]
 
 
 def rule_of(layer: nn.Module) -> Rule:

@@ -12,6 +12,9 @@ from pruning.errors import PruningError
 #: How channels of different groups are compared.
 RANKINGS = ("global", "group")
 
+#: Largest share of a group's channels that a step without training drops by default.
+MOST = 0.9
+
 #: Names of the scores by which channels are ranked; `scores.BY_NAME` defines them.
 SCORES = ("taylor", "bn_scale", "l1", "l2", "random", "sensitivity", "fisher", "reconstruction")
 

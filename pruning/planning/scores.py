@@ -84,13 +84,20 @@ def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Los
 
 @torch.no_grad()
 def l1(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Score a channel by the L1 norm of the weights that make it (Li et al., ICLR 2017)."""
+    """Score a channel by the L1 norm of the weights that make it (Li et al., ICLR 2017), as a share.
+
+    The scores of a group add up to 1. So the scores of groups whose weights differ in size compare, and a sum
+    of scores is the share of the group's weights that a plan drops.
+    """
     return _weight_norm(model, trace.groups, 1)
 
 
 @torch.no_grad()
 def l2(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Score a channel by the L2 norm of the weights that make it."""
+    """Score a channel by the squared L2 norm of the weights that make it, as a share of its group's sum.
+
+    The scores of a group add up to 1, as those of `l1`.
+    """
     return _weight_norm(model, trace.groups, 2)
 
 
@@ -323,5 +330,5 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
                     rows = output_rows(layer, weight, getattr(layer, weight).detach())
                     norms = torch.linalg.vector_norm(rows, order, dim=1)
                     total += _per_channel(group, member, norms**order)
-        scores[name] = total ** (1 / order)
+        scores[name] = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
     return scores

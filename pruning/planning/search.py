@@ -134,7 +134,8 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
         widths = ", ".join(f"{g} {int(w)}" for g, w in zip(cost_model.groups, lowest, strict=True))
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
-            f"network still has {reached}. Raise the budget, lower the floors, or ignore fewer layers"
+            f"network still has {reached}. Raise the budget, or the share of a group that is dropped at "
+            "most (`most`), lower the floors, or ignore fewer layers"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.batchnorm import recalibrate
 from pruning.training.config import TrainConfig
 from pruning.training.loop import fit
-from pruning.training.losses import IGNORED, logits_for
+from pruning.training.losses import IGNORED, class_logits, logits_for
 from pruning.utils.modules import call, eval_mode
 from pruning.utils.tree import Inputs
 
@@ -130,7 +131,9 @@ class Evaluator:
 
     def _require_every_class(self, model: nn.Module, count: int) -> None:
         with torch.no_grad(), eval_mode(model):
-            classes = logits_for(self.validation[0][1], call(model, self.inputs[0])).shape[1]
+            targets = self.validation[0][1]
+            outputs = class_logits(call(model, self.inputs[0]), targets)
+            classes = logits_for(targets, outputs).shape[1]
         present = set(torch.cat([targets.flatten().cpu() for _, targets in self.validation]).tolist())
         missing = [c for c in range(classes) if c not in present]
         if missing and count >= (10 * classes if len(present) > 1 else 10):
@@ -145,7 +148,8 @@ class Evaluator:
         losses, hits = [], []
         with torch.inference_mode(), eval_mode(model):
             for inputs, targets in self.validation:
-                logits, counted = call(model, inputs), targets != IGNORED
+                counted = targets != IGNORED
+                logits = cast(Tensor, class_logits(call(model, inputs), targets))
                 losses.append(F.cross_entropy(logits, targets, reduction="none")[counted].float().cpu())
                 hits.append((logits.argmax(1) == targets)[counted].float().cpu())
         values = torch.stack([torch.cat(losses), torch.cat(hits)], 1)

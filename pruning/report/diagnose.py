@@ -13,6 +13,7 @@ from pruning.graph.groups import Group, Ignored, Trace
 from pruning.graph.layers import makes_channels
 from pruning.graph.plan import Plan
 from pruning.planning.cost import Cost, CostModel, uncounted
+from pruning.planning.options import MOST
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import compare_with_masked, with_random_weights
 from pruning.tracing.left_out import groups_at_fault, without_groups
@@ -54,6 +55,7 @@ class Diagnosis:
         model: class name of the model.
         cost: cost of the network, BatchNorm folded.
         least: cost with one channel left in every group.
+        least_step: least cost after a step that drops at most nine tenths of each group, as by default.
         groups: groups that can be narrowed.
         skipped: layers that keep all their channels, each with the reason and the cure.
         sizes: names of attributes that hold a number of channels; pruning updates them.
@@ -74,6 +76,7 @@ class Diagnosis:
     model: str
     cost: Cost
     least: Cost
+    least_step: Cost
     groups: list[GroupFacts]
     skipped: dict[str, str]
     sizes: list[str]
@@ -85,6 +88,13 @@ class Diagnosis:
         """Return everything as dicts, lists, numbers and strings."""
         return asdict(self)
 
+    def _share(self, cost: Cost) -> str:
+        """Format a cost with its share of the network's."""
+        return (
+            f"{cost.params:,} params ({cost.params / max(1, self.cost.params):.1%}), "
+            f"{cost.macs:,} MACs ({cost.macs / max(1, self.cost.macs):.1%})"
+        )
+
     @property
     def without_scale(self) -> list[str]:
         """Return the names of the groups without a BatchNorm scale."""
@@ -93,9 +103,8 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.cost}",
-            f"least cost, with one channel per group: {self.least.params:,} params "
-            f"({self.least.params / max(1, self.cost.params):.1%}), {self.least.macs:,} MACs "
-            f"({self.least.macs / max(1, self.cost.macs):.1%})",
+            f"least cost, with one channel per group: {self._share(self.least)}",
+            f"after one step of `prune`, with a tenth of each group: {self._share(self.least_step)}",
             "",
             f"{len(self.groups)} groups can be narrowed; removing one channel frees (params, MACs):"
             if self.groups
@@ -113,7 +122,7 @@ class Diagnosis:
             lines += [
                 "",
                 f"{len(self.without_scale)} groups have no BatchNorm scale ({_listed(self.without_scale)}): "
-                "stage 1 cannot sparsify them; score by taylor, l1 or l2",
+                "stage 1 pulls other norms or their weights instead; score by taylor, l1 or l2",
             ]
         if self.skipped:
             lines += ["", f"{len(self.skipped)} layers keep all their channels:"]
@@ -181,6 +190,7 @@ def doctor(
         type(model).__name__,
         cost,
         cost_model(np.ones_like(full)),
+        cost_model(np.ceil((1 - MOST) * full - 1e-9)),
         groups,
         traced.skipped,
         [size.name for size in traced.sizes],

@@ -101,8 +101,9 @@ def _read_run(folder: Path) -> tuple[dict[str, object], list[Event]]:
             "wrote (its --output)"
         ) from error
     except (OSError, ValueError) as error:
+        reason = "it is a file" if isinstance(error, NotADirectoryError) else error
         raise PruningError(
-            f"{folder} holds no run that can be read: {error}. Give the folder that a run wrote"
+            f"{folder} holds no run that can be read: {reason}. Give the folder that a run wrote"
         ) from error
     if not (events and isinstance(settings, dict) and all(isinstance(event, dict) for event in events)
             and "stage" in events[0]):  # fmt: skip

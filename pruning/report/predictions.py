@@ -12,6 +12,7 @@ from pruning.errors import PruningError
 from pruning.training.batches import to_device
 from pruning.training.losses import IGNORED, classes_of
 from pruning.utils.modules import call, device_of, eval_mode
+from pruning.utils.outputs import logits_of
 from pruning.utils.tree import Inputs
 
 #: Largest image that is stored, in pixels; larger ones would take too much space in the run's folder.
@@ -107,6 +108,7 @@ def differing_predictions(
 
 def _checked(logits: object, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (N, classes) and targets (N,); raise `PruningError` for any others."""
+    logits = logits_of(logits)
     targets = classes_of(targets, logits)
     if isinstance(logits, Tensor) and isinstance(targets, Tensor) and (logits.ndim, targets.ndim) == (2, 1):
         return logits, targets

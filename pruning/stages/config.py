@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 from pruning.errors import PruningError
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.options import RANKINGS, SCORES, PlanOptions
 from pruning.training.config import OPTIMIZERS, TrainConfig
-from pruning.utils.settings import Setting, Stage, require_valid
+from pruning.utils.settings import Setting, Stage, require_valid, stored
 
 #: Peak learning rates of an untrained network in stages 1 and 2; `OPTIMIZERS` has those of stage 3.
 SPARSIFY_RATE, RECOVER_RATE = 0.1, 0.05
@@ -23,13 +23,19 @@ class PruneConfig:
         PruningError: a setting is out of its bounds.
     """
 
+    GROUP: ClassVar[str] = "stage 2"
+
     iterations: Annotated[
         int,
         Setting("pruning steps, each of which reduces the cost by the same ratio", metavar="N", least=1),
     ]
     recover: Annotated[
         TrainConfig,
-        Stage("recover", when="after each pruning step", unset={"lr": str(RECOVER_RATE)}),
+        Stage(
+            "recover",
+            when="after each pruning step",
+            unset={"lr": str(RECOVER_RATE)},
+        ),
     ]
     score: Annotated[str, Setting("importance of a channel", choices=SCORES)] = "taylor"
     layers: Annotated[
@@ -59,10 +65,13 @@ class PruneConfig:
             least=1,
         ),
     ] = 1
-
     alike: Annotated[
         tuple[str, ...],
-        Setting("groups that match one of these patterns get one width: '*/heads'", metavar="PATTERN"),
+        Setting(
+            "groups that match one of these patterns get one width: '*/heads'",
+            metavar="PATTERN",
+            later="setting",
+        ),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -94,7 +103,8 @@ class SlimConfig:
 
     The defaults are the settings with which this project prunes its main example; only the budget has
     no default. Peak learning rates that are not given are those of an untrained network (`SPARSIFY_RATE`,
-    `RECOVER_RATE`, `OPTIMIZERS`), or, of a trained one, the result of a range test.
+    `RECOVER_RATE`, `OPTIMIZERS`; of other optimizers their own default), or, of a trained one, the result of
+    a range test.
 
     Raises:
         PruningError: a setting is out of its bounds, or `sparsify.ema` is not 0.
@@ -132,7 +142,7 @@ class SlimConfig:
     distill: Annotated[
         float,
         Setting(
-            "weight of the teacher's outputs in the loss of stages 2 and 3; 0 trains without a teacher",
+            "weight of the teacher's outputs in the loss, from stage 2 on; 0 trains without a teacher",
             metavar="WEIGHT",
             least=0,
             most=1,
@@ -148,6 +158,16 @@ class SlimConfig:
             group="training",
         ),
     ] = 4.0
+    distill_features: Annotated[
+        tuple[str, ...],
+        Setting(
+            "modules whose outputs are compared with the teacher's, too: layer3, or STUDENT=TEACHER where "
+            "the names differ; where widths differ, a projection is learned",
+            metavar="NAME",
+            group="training",
+            later="setting",
+        ),
+    ] = ()
     restart: Annotated[
         bool,
         Setting(
@@ -165,6 +185,7 @@ class SlimConfig:
             metavar="RATE",
             above=0,
             group="training",
+            later="setting",
         ),
     ] = None
 
@@ -175,6 +196,17 @@ class SlimConfig:
             raise PruningError(
                 f"SlimConfig.sparsify.ema {self.sparsify.ema}: expected 0, because averaged weights have no "
                 "exact zeros, which stage 1 needs; set it to 0"
+            )
+        object.__setattr__(self, "distill_features", tuple(self.distill_features))
+        if self.distill_features and (self.prune.recover.compile or self.finetune.compile):
+            raise PruningError(
+                "SlimConfig.distill_features are read by hooks, which compiled networks leave out: expected "
+                "compile=False"
+            )
+        if self.distill_features and not self.distill:
+            raise PruningError(
+                "SlimConfig.distill_features are compared with a teacher's, and distill is 0: expected a "
+                "weight above 0"
             )
 
     @classmethod
@@ -205,31 +237,39 @@ class SlimConfig:
         >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.01, 0.03).finetune)]
         [0.1, 0.03]
         """
-        rates = (SPARSIFY_RATE, RECOVER_RATE, OPTIMIZERS[self.finetune.optimizer])
+        sparsify, recover, finetune = (training.own_rate for training in self.trainings)
+        rates = (
+            SPARSIFY_RATE if sparsify is None else sparsify,
+            RECOVER_RATE if recover is None else recover / 2,
+            OPTIMIZERS[str(self.finetune.optimizer)] if finetune is None else finetune,
+        )
         if self.rate is not None:
             rates = (self.rate, self.rate / 2, self.rate)
         elif gentle is not None and rate is not None:
             # Fresh weights, or steps of another size, need another rate.
             is_other = self.restart or self.finetune.optimizer != self.sparsify.optimizer
             rates = (gentle, rate / 2, rates[2] if is_other else rate)
-        stages = (self.sparsify, self.prune.recover, self.finetune)
-        sparsify, recover, finetune = (
+        rated = [
             stage if stage.lr is not None else replace(stage, lr=lr)
-            for stage, lr in zip(stages, rates, strict=True)
-        )
-        prune = replace(self.prune, recover=recover)
-        return replace(self, sparsify=sparsify, prune=prune, finetune=finetune)
+            for stage, lr in zip(self.trainings, rates, strict=True)
+        ]
+        prune = replace(self.prune, recover=rated[1])
+        return replace(self, sparsify=rated[0], prune=prune, finetune=rated[2])
 
     @property
     def has_rates(self) -> bool:
         """Return whether every stage has a peak learning rate, so that none needs to be found."""
-        stages = (self.sparsify, self.prune.recover, self.finetune)
-        return self.rate is not None or all(stage.lr is not None for stage in stages)
+        return self.rate is not None or all(stage.lr is not None for stage in self.trainings)
+
+    @property
+    def trainings(self) -> tuple[TrainConfig, TrainConfig, TrainConfig]:
+        """Return the trainings of the three stages."""
+        return self.sparsify, self.prune.recover, self.finetune
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain data; those that earlier versions did not have only if given."""
-        data = {key: value for key, value in asdict(self).items() if key != "rate" or value is not None}
-        alike = list(data["prune"].pop("alike"))
-        if alike:
-            data["prune"]["alike"] = alike
-        return data
+        found = stored(self)
+        stages = (found["sparsify"], found["prune"]["recover"], found["finetune"])
+        for stage, config in zip(stages, self.trainings, strict=True):
+            stage["warmup"] = config.rise
+        return found

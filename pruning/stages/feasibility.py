@@ -17,8 +17,10 @@ from pruning.planning.search import DEFAULT_OPTIONS, plan_within
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.surgery.layer_removal import removable, without_layer
 from pruning.tracing.trace import require_groups, trace
-from pruning.training.distillation import require_same_logits
+from pruning.training.distillation import require_features
+from pruning.training.loop import require_trainable
 from pruning.training.optimizers import require_small
+from pruning.training.output_comparison import require_comparable
 from pruning.utils.modules import call, eval_mode, fresh_weights
 from pruning.utils.tree import Inputs, fresh
 
@@ -39,7 +41,8 @@ def feasible(
     Raises:
         PruningError: if the budget cannot be met (see `reachable`), if the teacher's outputs cannot be
             compared with the model's, if the budget leaves more parameters than the optimizer
-            supports, or if `config.restart` is set and a layer cannot be reinitialized.
+            supports, if `config.restart` is set and a layer cannot be reinitialized, or if a stage cannot
+            train (see `require_trainable`).
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> feasible(net, torch.zeros(1, 3), SlimConfig.within(Budget(params="50%")))
@@ -47,8 +50,10 @@ def feasible(
     """
     if teacher is not None and config.distill:
         with torch.no_grad(), eval_mode(model, teacher):
-            require_same_logits(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
+            require_comparable(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
+    require_features(model, teacher or model, config.distill_features)
     target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+    require_trainable(model, config.trainings)
     if config.finetune.optimizer == "soap":
         require_small(model.parameters(), target.limits().get("params"))
     if config.restart:

@@ -13,8 +13,9 @@ from pruning.training.batches import Batch, BatchSource
 from pruning.training.config import TrainConfig
 from pruning.training.distillation import with_teacher
 from pruning.training.fake_quantize import Rounding
-from pruning.training.loop import Epoch, Stateful, TrainingState, fit
+from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
+from pruning.training.state import Stateful, TrainingState
 
 
 def finetune(
@@ -25,6 +26,7 @@ def finetune(
     teacher: nn.Module | None = None,
     distill: float = 0.9,
     temperature: float = 4.0,
+    features: Sequence[str] = (),
     int8: bool = False,
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
@@ -41,8 +43,7 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        teacher: network whose logits are the soft targets (see `distillation`).
-        distill: weight of the soft targets in the loss, 0 to 1.
+        teacher, features: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
@@ -59,9 +60,11 @@ def finetune(
     False
     """
     if teacher is not None and distill:
-        batches, loss = with_teacher(teacher, batches, distill, temperature, loss)
-    if int8 and extra is not None:
-        raise PruningError("int8=True stores the ranges of activations in extra: leave extra out")
+        batches, loss = with_teacher(
+            teacher, batches, distill, temperature, loss, features=features, changing=config.mixes
+        )
+    if int8:
+        _require_rounding(config, extra)
 
     def train(extra: Stateful | None) -> nn.Module:
         return fit(
@@ -77,6 +80,13 @@ def finetune(
         return train(rounding)
 
 
+def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:
+    if config.compile:
+        raise PruningError("int8=True rounds by hooks, which compiled networks leave out: set compile=False")
+    if extra is not None:
+        raise PruningError("int8=True stores the ranges of activations in extra: leave extra out")
+
+
 def tune(
     model: nn.Module,
     batches: BatchSource,
@@ -87,6 +97,7 @@ def tune(
     teacher: nn.Module | None = None,
     distill: float = 0.9,
     temperature: float = 4.0,
+    features: Sequence[str] = (),
     int8: bool = False,
     loss: Loss = cross_entropy,
 ) -> nn.Module:
@@ -97,7 +108,7 @@ def tune(
     Args:
         validate: function from a model to its validation score; higher is better.
         run: stores the state after every epoch; if it holds a state, training resumes from it.
-        batches, config, teacher, distill, temperature, int8, loss: see `finetune`.
+        batches, config, teacher, distill, temperature, features, int8, loss: see `finetune`.
 
     Returns:
         The copy in eval mode.
@@ -117,6 +128,7 @@ def tune(
         teacher=teacher,
         distill=distill,
         temperature=temperature,
+        features=features,
         int8=int8,
         loss=loss,
         validate=validate,

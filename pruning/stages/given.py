@@ -15,8 +15,10 @@ from pruning.training.losses import (
     Loss,
     Validate,
     accuracy,
+    class_logits,
     classes_of,
     cross_entropy,
+    logits_for,
     loss_of,
     validation_score,
     why_not_classifier,
@@ -130,8 +132,8 @@ def class_counts(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
             inputs, targets = to_device(batch, device)
             outputs = None
             if not classes or targets.is_floating_point():
-                outputs = call(model, fresh(inputs))
-                classes = outputs.shape[1]
+                outputs = class_logits(call(model, fresh(inputs)), targets)
+                classes = logits_for(classes_of(targets, outputs), outputs).shape[1]
             labels = classes_of(targets, outputs).flatten().cpu()
             found = torch.bincount(labels[labels >= 0].long(), minlength=classes)
             longer = torch.zeros(max(len(counts), len(found)), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Drive BatchNorm scales to 0 step by step, at the pace of a budget: stage 1 of a trained network."""
+"""Drive the scales of channels to 0 step by step, at the pace of a budget: stage 1 of a trained network."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Pulled(NamedTuple):
         alive: by group, the channels whose scales are not 0.
         budget: the budget of the pull, as counts.
         reached: whether the next zero would go beyond the budget, or none is possible.
+        sign: what is 0 for a channel that is not alive: γ, or weights.
     """
 
     zero: int
@@ -48,17 +49,31 @@ class Pulled(NamedTuple):
     alive: dict[str, int]
     budget: Budget
     reached: bool
+    sign: str = "γ"
+
+    @property
+    def what(self) -> str:
+        return "scales" if self.sign == "γ" else "channels"
 
     def __str__(self) -> str:
         end = "reached" if self.reached else "not yet reached"
         return (
-            f"{self.zero} of {self.scales} scales are 0 (γ ≠ 0 in {joined(self.alive)}): {self.left}; "
-            f"{self.budget} {end}"
+            f"{self.zero} of {self.scales} {self.what} are 0 ({self.sign} ≠ 0 in {joined(self.alive)}): "
+            f"{self.left}; {self.budget} {end}"
         )
 
 
-class PullState(TypedDict):
-    """The state of a pull between two steps; by group, (channels,) flags of the scales."""
+class _References(TypedDict, total=False):
+    """The part of `PullState` that is empty where no weights are pulled."""
+
+    references: dict[str, float]
+
+
+class PullState(_References):
+    """The state of a pull between two steps; by group, (channels,) flags of the scales.
+
+    `references` is that of `ChannelScales`.
+    """
 
     step: int
     zero: dict[str, Tensor]
@@ -67,7 +82,7 @@ class PullState(TypedDict):
 
 
 class PacedPull(ChannelScales):
-    """Shrink BatchNorm scales γ to 0 at the pace of a budget; call `after_step` after each optimizer step.
+    """Shrink scales γ of channels to 0 at the pace of a budget; call `after_step` after each optimizer step.
 
     The cost without the channels whose scales are 0 falls linearly with the steps, from that of the network
     to the budget, which it reaches at `REACHED` of the steps and never goes below. The strength of the
@@ -75,6 +90,9 @@ class PacedPull(ChannelScales):
     and become exactly 0 when they are due, whatever optimizer, learning rate, precision or accumulation of
     gradients the training has. Scales at 0 stay there. Every group keeps `floor` channels, and `EVEN`
     times its width in a network that meets the budget with all groups narrowed alike.
+
+    In a group without norms, all weights and biases θ that make a channel are shrunk in its place, and its
+    importance is |Σ θ ∂L/∂θ|.
 
     Next are the channels whose scale changes the loss least for what they free: |γ ∂L/∂γ|, the first-order
     change of the loss (Molchanov et al., arXiv 1906.10771), averaged over the steps, divided by the freed
@@ -91,7 +109,7 @@ class PacedPull(ChannelScales):
         cost_model: cost model of the model; built here if not given.
 
     Raises:
-        PruningError: if no prunable group has a BatchNorm with a scale, or if `steps` is below 1.
+        PruningError: if no prunable group has scales or weights to shrink, or if `steps` is below 1.
 
     >>> from pruning.tracing.trace import trace
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
@@ -114,20 +132,20 @@ class PacedPull(ChannelScales):
         cost_model: CostModel | None = None,
     ):
         super().__init__(model, traced, cost_model)
-        if not self.norms:
+        if not self.pulled_groups:
             raise PruningError(
-                "no prunable group of this model has a BatchNorm with a scale, which this pull shrinks: "
-                "train without it, and prune by the score taylor, l1 or l2"
+                "no prunable group of this model has scales or weights that can be trained, which this pull "
+                "shrinks: train without it, and prune by the score taylor, l1 or l2"
             )
         if steps < 1:
             raise PruningError(f"steps {steps}: expected the number of optimizer steps to come, from 1")
         self.budget = budget.resolve(self.dense)
         self.steps = steps
         self.weights = resource_weights(self.dense, self.budget)
-        floors = floor if isinstance(floor, Mapping) else dict.fromkeys(self.norms, floor)
+        floors = floor if isinstance(floor, Mapping) else dict.fromkeys(self.pulled_groups, floor)
         even = self._even_widths()
         self.floor = {
-            group: max(1, floors.get(group, 1), math.ceil(EVEN * even[group])) for group in self.norms
+            group: max(1, floors.get(group, 1), math.ceil(EVEN * even[group])) for group in self.pulled_groups
         }
         self.step = 0
         self.importance: dict[str, Tensor] = {}
@@ -145,6 +163,10 @@ class PacedPull(ChannelScales):
         if self.step % max(1, self.steps // CHOICES) == 0 or self.step == self.steps:
             self._choose()
         factor = HORIZON * self.steps / (HORIZON * self.steps + 2)
+        for group, weights in self.rows.items():
+            zero, pulled = self.zero[group], self.pulled[group]
+            if zero.any() or pulled.any():
+                weights.scale(torch.where(zero, 0.0, torch.where(pulled, factor, 1.0)))
         for group, norms in self.norms.items():
             for weight, positions, channels in norms:
                 zero, pulled = (
@@ -158,35 +180,42 @@ class PacedPull(ChannelScales):
         alive = self.alive()
         zero = sum(int((values == 0).sum()) for values in self.magnitudes().values())
         scales = sum(len(flags) for flags in self.zero.values())
-        return Pulled(zero, scales, self.left(), alive, self.budget, self.reached)
+        return Pulled(zero, scales, self.left(), alive, self.budget, self.reached, self.sign)
 
     @torch.no_grad()
     def copy_zeros(self, model: nn.Module) -> None:
         """Set the same scales to 0 in another copy of the model, such as a moving average of its weights."""
-        for group, norms in ChannelScales(model, self.trace, self.cost_model).norms.items():
+        scales = ChannelScales(model, self.trace, self.cost_model)
+        for group, weights in scales.rows.items():
+            weights.scale(torch.where(self.zero[group], 0.0, 1.0))
+        for group, norms in scales.norms.items():
             for weight, positions, channels in norms:
                 zero = self.zero[group].to(weight.device)[channels]
                 weight[positions] = torch.where(zero, 0.0, weight[positions])
 
     def state_dict(self) -> PullState:
         """Return the state of the pull, without the scales, which are part of the model."""
-        return {
+        found: PullState = {
             "step": self.step,
             "zero": {group: flags.clone() for group, flags in self.zero.items()},
             "pulled": {group: flags.clone() for group, flags in self.pulled.items()},
             "importance": {group: values.clone() for group, values in self.importance.items()},
         }
+        if self.rows:
+            found["references"] = self.references()
+        return found
 
     def load_state_dict(self, state: PullState) -> None:
         """Restore a state returned by `state_dict`."""
         self.step = state["step"]
         self.zero, self.pulled = dict(state["zero"]), dict(state["pulled"])
         self.importance = dict(state["importance"])
+        self.set_references(state.get("references", {}))
         self.reached = False
 
     def _even_widths(self) -> dict[str, float]:
         """Return the largest widths at which all groups are narrowed alike and the budget is met."""
-        full = {group: self.trace.groups[group].channels for group in self.norms}
+        full = {group: self.trace.groups[group].channels for group in self.pulled_groups}
         low, high = 0.0, 1.0
         for _ in range(30):
             share = (low + high) / 2
@@ -239,16 +268,31 @@ class PacedPull(ChannelScales):
         return [(group, channel) for _, group, channel in sorted(found)]
 
     def _measure(self) -> None:
-        """Update the importance of every channel by the gradients of the last step, if there are any."""
-        for group, norms in self.norms.items():
-            change = torch.zeros(self.trace.groups[group].channels)
-            for weight, positions, channels in norms:
-                if weight.grad is None:
-                    return
-                product = (weight.detach() * weight.grad)[positions].float().cpu()
-                change.scatter_add_(0, channels.cpu(), product)
-            before = self.importance.get(group, change.abs())
-            self.importance[group] = before.lerp(change.abs(), 1 - MEMORY)
+        """Update the importance of every channel by the gradients of the last step, if there are any.
+
+        A step that a scaled loss skips has gradients that are not finite; it does not count.
+        """
+        found: dict[str, Tensor] = {}
+        for group in self.pulled_groups:
+            change = self._first_order_change(group)
+            if change is None or not bool(torch.isfinite(change).all()):
+                return
+            found[group] = change.abs()
+        for group, change in found.items():
+            before = self.importance.get(group, change)
+            self.importance[group] = before.lerp(change, 1 - MEMORY)
+
+    def _first_order_change(self, group: str) -> Tensor | None:
+        """Return Σ γ ∂L/∂γ of every channel, (channels,), on the CPU; None without gradients."""
+        if group in self.rows:
+            return self.rows[group].first_order_change()
+        change = torch.zeros(self.trace.groups[group].channels)
+        for weight, positions, channels in self.norms[group]:
+            if weight.grad is None:
+                return None
+            product = (weight.detach() * weight.grad)[positions].float().cpu()
+            change.scatter_add_(0, channels.cpu(), product)
+        return change
 
 
 def _above(cost: Cost, planned: Mapping[str, float]) -> bool:

@@ -80,7 +80,7 @@ class Pipeline:
         return f"; {100 * below:.1f} points below the given network: {advice}" if below else ""
 
     def scales(self, network: nn.Module) -> ChannelScales:
-        """Read the BatchNorm scales of a network."""
+        """Read the scales of a network's channels."""
         return ChannelScales(network, trace(network, self.example_inputs, self.settings.ignored))
 
     def equalized(self, network: nn.Module) -> nn.Module:

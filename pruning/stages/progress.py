@@ -17,7 +17,8 @@ from pruning.stages.given import Given
 from pruning.stages.prune import Step
 from pruning.stages.run import Run, RunState
 from pruning.stages.scales import ChannelScales, joined
-from pruning.training.loop import Epoch, TrainingState
+from pruning.training.loop import Epoch
+from pruning.training.state import TrainingState
 from pruning.utils.modules import copied, device_of
 
 
@@ -155,7 +156,7 @@ class Progress:
         self.note(
             stage="sparsify", alive=alive, scales=_rounded(scales), **asdict(start), validation=validation
         )
-        return f"γ ≠ 0 in {joined(alive)}: {start}; validation {validation:.4f}"
+        return f"{scales.sign} ≠ 0 in {joined(alive)}: {start}; validation {validation:.4f}"
 
     def note_step(self, label: str, step: Step, validation: float) -> str:
         """Record a pruning step, before the training that follows it, and return the log line."""
@@ -179,5 +180,6 @@ class Progress:
 
 
 def _rounded(scales: ChannelScales) -> dict[str, list[float]]:
-    """Return the largest |γ| of every channel, by group, rounded for the history."""
-    return {group: [round(x, 5) for x in sizes.tolist()] for group, sizes in scales.magnitudes().items()}
+    """Return the largest |γ| of every channel, by group with norms, rounded for the history."""
+    sizes = scales.magnitudes()
+    return {group: [round(x, 5) for x in sizes[group].tolist()] for group in scales.norms}

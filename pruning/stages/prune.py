@@ -13,7 +13,7 @@ from pruning.graph.plan import Plan
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.cost import Cost, CostModel
 from pruning.planning.latency import LatencyFound
-from pruning.planning.options import PlanOptions
+from pruning.planning.options import MOST, PlanOptions
 from pruning.planning.scores import Score, score_channels
 from pruning.planning.search import DEFAULT_OPTIONS
 from pruning.planning.width_sweep import Batch
@@ -66,6 +66,16 @@ class Step:
         narrowed = {name for name, width in self.plan.widths.items() if width < widths[name]}
         return [str(held) for held in self.trace.stale if held.groups & narrowed]
 
+    @property
+    def thin(self) -> dict[str, str]:
+        """The groups that keep less than a tenth of their channels, and how many: `3 of 64`."""
+        before = self.trace.widths
+        return {
+            name: f"{width} of {before[name]}"
+            for name, width in self.plan.widths.items()
+            if 10 * width < before[name]
+        }
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -109,7 +119,7 @@ def prune(
     ranking: str = "global",
     per_cost: bool = True,
     floor: int | Mapping[str, int] | None = None,
-    most: float | Mapping[str, float] | None = None,
+    most: float | Mapping[str, float] = MOST,
     multiple: int = 1,
     widths: Mapping[str, int | str] | None = None,
     alike: Sequence[str] = (),
@@ -134,8 +144,8 @@ def prune(
         check: compare the outputs with those that the plan implies (see `verify`).
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs (see `pruning.surgery.refit.refit`). Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. With `refit`, at most nine
-            tenths of each group are dropped by default.
+        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. At most nine tenths of
+            each group are dropped by default, so that no group is left with hardly a channel.
         dense: the network whose time a `LatencyBudget` is relative to; by default the model.
         outputs, also: which outputs count, and other ways to call the model, as in `trace`.
 
@@ -146,7 +156,7 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    most, batches = default_most(refit) if most is None else most, list(calibration)
+    batches = list(calibration)
     score = default_score(batches, refit) if score is None else score
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
@@ -164,11 +174,6 @@ def default_score(calibration: Sequence[Batch], refit: bool) -> str:
     if refit:
         return "reconstruction"
     return "fisher" if calibration and all(targets is None for _, targets in calibration) else "taylor"
-
-
-def default_most(refit: bool) -> float:
-    """Return the largest share of a group that a step drops by default, with a refit or without."""
-    return 0.9 if refit else 1.0
 
 
 @buffers_unchanged

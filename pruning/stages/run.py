@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pruning import checkpoint
 from pruning.errors import PruningError
-from pruning.training.loop import TrainingState
+from pruning.training.state import TrainingState
 from pruning.utils import distributed
 
 

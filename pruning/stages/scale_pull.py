@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +13,29 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.planning.budget import Budget
 from pruning.planning.cost import Cost, CostModel
+from pruning.stages.channel_weights import ChannelWeights
 from pruning.stages.scales import ChannelScales
 
 #: A threshold so large that a scale of 0 stays 0, whatever its gradient.
 HOLD = 1e30
 
+#: The attributes that the search for λ consists of.
+_STATE = ("strength", "resistance", "distance", "way")
+
 
 class ScalePull(ChannelScales):
-    """Shrink the BatchNorm scales γ by an L1 penalty; call `step` after each optimizer step.
+    """Shrink the scales γ of channels by an L1 penalty; call `step` after each optimizer step.
 
-    Network Slimming (Liu et al., ICCV 2017) adds λ Σ|γ| to the loss. This class takes the proximal
-    step instead, γ ← sign(γ) max(|γ| − lr λ w, 0), which gives exact zeros under any optimizer. The
-    weight w of a group is the share of the network's params plus the share of its MACs that removing
-    one of its channels frees (MorphNet, Gordon et al., CVPR 2018); `refresh` updates it as scales
-    become 0. Under a budget the two shares are weighted by the relative excess of the dense network
-    over each limit. In each group the channel with the largest scale is spared, so that no group
-    loses all its channels.
+    Network Slimming (Liu et al., ICCV 2017) adds λ Σ|γ| to the loss. This class takes the proximal step
+    instead, γ ← sign(γ) max(|γ| − lr λ w, 0), which gives exact zeros under any optimizer: like the weight
+    decay of AdamW, it is decoupled from how an optimizer scales gradients. In a group without a norm, the
+    weights θ of a channel take the step of group lasso (Yuan & Lin, J. R. Stat. Soc. B 68:49, 2006), θ ← θ
+    max(1 − lr λ w r / ‖θ‖, 0), where r is the mean ‖θ‖ of the group at first; so both lose the same share at
+    the same λ. The weight w of a group is the share of the network's params plus the share of its MACs that
+    removing one of its channels frees (MorphNet, Gordon et al., CVPR 2018); `refresh` updates it as scales
+    become 0. Under a budget the two shares are weighted by the relative excess of the dense network over each
+    limit. In each group the channel with the largest scale is spared, so that no group loses all its
+    channels.
 
     Args:
         model: the model in training.
@@ -39,7 +47,7 @@ class ScalePull(ChannelScales):
         cost_model: cost model of the model; built here if not given.
 
     Raises:
-        PruningError: if no prunable group has a BatchNorm with a scale (unless `strength` is 0), or if
+        PruningError: if no prunable group has scales or weights to shrink (unless `strength` is 0), or if
             neither a strength nor a budget is given.
 
     >>> from pruning.tracing.trace import trace
@@ -64,16 +72,18 @@ class ScalePull(ChannelScales):
                 "one of the two"
             )
         super().__init__(model, traced, cost_model)
-        if not self.norms and strength != 0:
+        if not self.pulled_groups and strength != 0:
             raise PruningError(
-                "no prunable group of this model has a BatchNorm with a scale, which stage 1 shrinks; train "
-                "without the penalty (strength 0) and score by taylor, l1 or l2"
+                "no prunable group of this model has scales or weights that can be trained, which stage 1 "
+                "shrinks; train without the penalty (strength 0) and score by taylor, l1 or l2"
             )
         self.strength = strength or 0.0
         self.budget = budget if strength is None else None
         self.weights = resource_weights(self.dense, budget)
         #: (scales γ of a norm, λ w of each of them)
         self.thresholds: list[tuple[Tensor, Tensor]] = []
+        #: (weights of a group, λ w of each channel)
+        self.row_thresholds: list[tuple[ChannelWeights, Tensor]] = []
         #: `resistance`: Σ lr λ spent, divided by the Σ lr λ that would have sufficed without gradients.
         #: `distance`, `way`: at the last refresh, the Σ lr λ needed to meet the budget without gradients,
         #: and the sum of the learning rates still to come.
@@ -83,6 +93,8 @@ class ScalePull(ChannelScales):
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move every scale towards 0 by lr λ w; a scale with a smaller magnitude becomes exactly 0."""
+        for weights, limits in self.row_thresholds:
+            weights.shrink(lr * limits)
         for weight, threshold in self.thresholds:
             weight.copy_(weight.sign() * (weight.abs() - lr * threshold).clamp_(min=0))
 
@@ -97,27 +109,39 @@ class ScalePull(ChannelScales):
         share = freed_shares(self.cost_model, alive, self.weights, self.dense)
         if self.budget is not None:
             self._update_strength(self._distance(magnitudes, share), way)
-        self.thresholds = []
-        for group, norms in self.norms.items():
-            spared = int(magnitudes[group].argmax())
-            for weight, positions, channels in norms:
-                threshold = torch.zeros_like(weight, requires_grad=False)
-                strength = self.strength * share[group] / len(norms)  # split among the channel's norms
-                threshold[positions] = torch.where(channels == spared, 0.0, strength).to(threshold.dtype)
-                if self.budget is not None and not self.distance:
-                    # The budget is met: shrink no other scale, but keep scales that are 0 at 0.
-                    is_zero = magnitudes[group].to(channels.device)[channels] == 0
-                    threshold[positions] = torch.where(is_zero, HOLD, threshold[positions])
-                self.thresholds.append((weight, threshold))
+        self.thresholds, self.row_thresholds = [], []
+        for group in self.pulled_groups:
+            is_zero = magnitudes[group] == 0
+            each = self.strength * share[group] / max(1, len(self.norms.get(group, ())))
+            by_channel = torch.full((len(is_zero),), each)
+            by_channel[int(magnitudes[group].argmax())] = 0.0
+            if self.budget is not None and not self.distance:
+                # The budget is met: shrink no other scale, but keep scales that are 0 at 0.
+                by_channel = torch.where(is_zero, HOLD, by_channel)
+            self._set_thresholds(group, by_channel)
 
-    def state_dict(self) -> dict[str, float]:
+    def _set_thresholds(self, group: str, by_channel: Tensor) -> None:
+        """Set λ w of every channel of a group."""
+        if group in self.rows:
+            weights = self.rows[group]
+            if by_channel.any():
+                self.row_thresholds.append((weights, by_channel.to(weights.rows[0].parameter.device)))
+            return
+        for weight, positions, channels in self.norms[group]:
+            threshold = torch.zeros_like(weight, requires_grad=False)
+            threshold[positions] = by_channel.to(channels.device)[channels].to(threshold.dtype)
+            self.thresholds.append((weight, threshold))
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of the search for λ, without the scales, which are part of the model."""
-        return {key: getattr(self, key) for key in ("strength", "resistance", "distance", "way")}
+        found: dict[str, Any] = {key: getattr(self, key) for key in _STATE}
+        return {**found, "references": self.references()} if self.rows else found
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state returned by `state_dict`."""
-        for key in self.state_dict():
+        for key in _STATE:
             setattr(self, key, state[key])
+        self.set_references(state.get("references", {}))
 
     def _update_strength(self, distance: float, way: float) -> None:
         """Update λ from the remaining distance (see `_distance`) and the learning rates still to come."""

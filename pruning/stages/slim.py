@@ -36,6 +36,7 @@ from pruning.stages.slim_arguments import settings_of, two_examples, validation_
 from pruning.stages.sparsify import sparsify
 from pruning.training.batches import BatchSource
 from pruning.training.distillation import with_teacher
+from pruning.training.loop import require_trainable
 from pruning.training.losses import (
     Loss,
     Validate,
@@ -96,21 +97,20 @@ def slim(
     If the given network is trained, stage 1 is paced (`PacedPull`), and a range test finds peak learning
     rates where none are given. The result is the best network within the budget.
 
-    1. Train with a pull on the BatchNorm scales.
+    1. Train with a pull on the scales of channels.
     2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
     3. Fine-tune, or train from newly initialized weights, and keep the best epoch.
 
     Args:
         model: the dense model, trained or not; it is not changed.
-        batches, loss: training batches (a list or a DataLoader) and loss, see `fit`.
-        example_inputs, ignored: see `trace`; the inputs are by default two examples of the first batch.
+        batches, loss: see `fit`. example_inputs, ignored: see `trace`; by default two training examples.
         config, budget: the settings, or only the budget. target: result of `feasible`, if known.
         validate: maps a model to its validation score, higher is better; or batches for the accuracy.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
         teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
         run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.
 
-    Raises `PruningError` before any training if `feasible` does.
+    Raises `PruningError` before any training if `feasible` or `require_trainable` does.
     """
     model, ignored = unwrapped(model), tuple(ignored)
     config = settings_of(model, config, budget, batches)
@@ -121,6 +121,7 @@ def slim(
     target = (
         progress.target or target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
     )
+    require_trainable(model, config.trainings, batches)
     progress.state["target"] = target.limits()
     settings = StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options)
     given = progress.given or progress.record(assess(model, score, examples, calibration, loss))
@@ -146,8 +147,8 @@ def _sparsify(state: Pipeline) -> None:
         if state.given.trained and not state.target.excess(scales.dense):
             progress.consider("the given network", state.given.score, state.network)
     pace = None
-    if strength is None and not scales.norms:
-        log(f"{label}: no prunable group has BatchNorm scales, so {_without_scales(state)}")
+    if strength is None and not scales.pulled_groups:
+        log(f"{label}: no prunable group has scales or weights to shrink, so {_without_scales(state)}")
         strength, train = 0.0, replace(train, epochs=0 if state.given.trained else train.epochs)
     elif strength is None and state.given.trained:
         pace = config.prune.floor or config.prune.multiple
@@ -185,8 +186,9 @@ def _add_teacher(state: Pipeline, teacher: nn.Module | None) -> None:
         return
     teacher = teacher or (state.model if state.given.trained else state.progress.dense)
     state.batches, state.loss = with_teacher(
-        teacher, state.batches, config.distill, config.temperature, state.loss
-    )
+        teacher, state.batches, config.distill, config.temperature, state.loss,
+        features=config.distill_features, changing=config.prune.recover.mixes or config.finetune.mixes,
+    )  # fmt: skip
 
 
 def _find_superfluous_layers(state: Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1: train with an L1 penalty that drives the BatchNorm scales of superfluous channels to 0."""
+"""Stage 1: train with a penalty that drives the scales or weights of superfluous channels to 0."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pruning.stages.scale_pull import ScalePull
 from pruning.tracing.trace import trace
 from pruning.training.batches import Batch, BatchSource, length
 from pruning.training.config import TrainConfig
-from pruning.training.loop import Epoch, TrainingState, fit
+from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
+from pruning.training.state import TrainingState
 from pruning.utils.tree import Inputs
 
 
@@ -39,7 +40,7 @@ def sparsify(
     label: str = "",
     resume: TrainingState | None = None,
 ) -> nn.Module:
-    """Train a model in place so that the BatchNorm scales of superfluous channels become 0.
+    """Train a model in place so that the scales of superfluous channels, or their weights, become 0.
 
     Args:
         example_inputs: inputs to trace the model with.
@@ -59,7 +60,7 @@ def sparsify(
     >>> int((net[1].weight == 0).sum())
     3
     """
-    traced, steps = trace(model, example_inputs, ignored), length(batches) or 0
+    traced, steps = trace(model, example_inputs, ignored), config.steps(length(batches) or 0)
     if pace is not None and budget is not None and config.epochs * steps:
         pull: ScalePull | PacedPull = _paced(budget, model, traced, config.epochs * steps, pace)
     else:

@@ -27,6 +27,7 @@ from pruning.utils.modules import (
     hooked,
     on_input,
     parameter_places,
+    submodule,
 )
 from pruning.utils.tree import Inputs, fresh
 from pruning.utils.wrappers import unwrapped
@@ -60,7 +61,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     narrowed = [
         weight
         for name, side in dropped
-        if side != "self" and (weight := _weight_along(model.get_submodule(name), side)) is not None
+        if side != "self" and (weight := _weight_along(submodule(model, name), side)) is not None
     ]
     small = copied(model, {id(weight): weight for weight in narrowed})
     # Fold while every layer still has its full width, then narrow.
@@ -93,14 +94,14 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
         if side == "self":
             _narrow_tensor(model, name, dims[name, side], drop)
         else:
-            layer = model.get_submodule(name)
+            layer = submodule(model, name)
             narrow(layer, side, kept_positions(layer_width(layer, side), drop))
             if is_registered(layer):
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
     for (first, attribute), *others in shared:  # each was narrowed for itself
         for name, other in others:
-            setattr(model.get_submodule(name), other, model.get_submodule(first).get_parameter(attribute))
+            setattr(submodule(model, name), other, submodule(model, first).get_parameter(attribute))
     update_attributes(model, trace, plan)
 
 
@@ -119,7 +120,7 @@ def output_factors(model: nn.Module, trace: Trace, plan: Plan) -> dict[tuple[str
         width = (
             operator.attrgetter(layer)(model).shape[rescale.dim]
             if side == "self"
-            else layer_width(model.get_submodule(layer), side)
+            else layer_width(submodule(model, layer), side)
         )
         whole = factors.setdefault((layer, side), torch.ones(width, dtype=torch.double))
         whole[rescale.index] *= share**rescale.power
@@ -135,9 +136,9 @@ def _scale(model: nn.Module, name: str, side: Side, trace: Trace, factors: Tenso
     if side == "self":
         owner, _, attribute = name.rpartition(".")
         dims = [r.dim for r in trace.rescales if (r.layer, r.side) == (name, side)]
-        tensors = [(model.get_submodule(owner), attribute, dims[0])]
+        tensors = [(submodule(model, owner), attribute, dims[0])]
     else:
-        layer = model.get_submodule(name)
+        layer = submodule(model, name)
         tensors = [(layer, key, dim) for key, dim in rule_of(layer).out.items()]
     for module, attribute, dim in tensors:
         tensor = getattr(module, attribute, None)
@@ -163,7 +164,7 @@ def kept_positions(width: int, drop: Tensor) -> Tensor:
 def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
     """Remove positions from a parameter or buffer, in place."""
     owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module = submodule(model, owner)
     tensor = getattr(module, attribute)
     keep = kept_positions(tensor.shape[dim], drop).to(tensor.device)
     kept = tensor.detach().index_select(dim, keep)
@@ -201,7 +202,7 @@ def may_leave_constants(model: nn.Module, trace: Trace, plan: Plan) -> bool:
     Otherwise `channel_constants(..., exact_only=True)` finds no constant.
     """
     for (name, side), drop in dropped_positions(trace, plan).items():
-        layer = model.get_submodule(name) if side == "out" else None
+        layer = submodule(model, name) if side == "out" else None
         weight = weight_of(layer) if layer is not None else None
         if layer is None or weight is None:
             continue  # an input, or a norm without scales
@@ -243,7 +244,7 @@ def channel_constants(
     with hooked(handles), torch.no_grad(), eval_mode(model):
         for group in trace.groups.values():
             for member in group.side("in"):
-                layer = model.get_submodule(member.layer)
+                layer = submodule(model, member.layer)
                 if _pads_with_zeros(layer) or is_inferred(layer) or member.layer in seen:
                     continue
                 seen[member.layer] = _Statistics(member.dim)
@@ -301,7 +302,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 
 def fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, constants: Tensor) -> None:
     """Fold the constants of dropped input channels into a layer's bias, or into the norm behind it."""
-    layer = model.get_submodule(name)
+    layer = submodule(model, name)
     values = torch.zeros_like(constants, dtype=torch.double)
     values[drop] = constants.double()[drop]
     with torch.no_grad():
@@ -318,7 +319,7 @@ def fold_constants(model: nn.Module, name: str, trace: Trace, drop: Tensor, cons
             if reader.bias is not None:
                 reader.bias.add_(shift.to(reader.bias))
             elif name in trace.foldable:
-                mean = model.get_submodule(trace.foldable[name]).get_buffer("running_mean")
+                mean = submodule(model, trace.foldable[name]).get_buffer("running_mean")
                 mean.sub_(shift.to(mean))
 
 
@@ -328,7 +329,7 @@ def foldable_constants(trace: Trace, model: nn.Module, constants: Constants) -> 
         name: value
         for name, value in constants.items()
         if name in trace.foldable
-        or ((read := readers(model.get_submodule(name))) and all(each.bias is not None for each in read))
+        or ((read := readers(submodule(model, name))) and all(each.bias is not None for each in read))
     }
 
 
@@ -342,7 +343,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
       (0): Identity()
     )
     """
-    replaced = model.get_submodule(name)
+    replaced = submodule(model, name)
     for parent in list(model.modules()):
         for child in [child for child, held in parent._modules.items() if held is replaced]:
             setattr(parent, child, module)

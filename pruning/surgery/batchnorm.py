@@ -18,7 +18,7 @@ from pruning.graph.layer_tensors import readers
 from pruning.graph.layers import layer_width, parts
 from pruning.surgery.apply import replace_module
 from pruning.utils.compare import compare, doubled, outputs_of
-from pruning.utils.modules import call, copied, device_of, eval_mode, hooked, on_input
+from pruning.utils.modules import call, copied, device_of, eval_mode, hooked, on_input, submodule
 from pruning.utils.tree import Inputs, map_tensors, tensors
 from pruning.utils.wrappers import unwrapped
 
@@ -101,7 +101,7 @@ def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
     """Return a copy with these norms (layer name to norm name) folded."""
     folded = copied(model)
     for name, norm_name in pairs.items():
-        layer, norm = folded.get_submodule(name), _batchnorm(folded, norm_name)
+        layer, norm = submodule(folded, name), _batchnorm(folded, norm_name)
         if isinstance(layer, nn.Linear):
             replace_module(folded, name, fuse_linear_bn_eval(layer, norm))
         else:
@@ -113,7 +113,7 @@ def _folded(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
 
 def _batchnorm(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
     """Return the BatchNorm of this name."""
-    norm = model.get_submodule(name)
+    norm = submodule(model, name)
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     return norm
 
@@ -222,19 +222,19 @@ def equalize(model: nn.Module, trace: Trace, inputs: Inputs) -> nn.Module:
     equal = copied(model)
     expected = outputs_of(model, inputs)
     for group in trace.groups.values():
-        norms = [m for m in group.side("out") if _has_scale(equal.get_submodule(m.layer))]
+        norms = [m for m in group.side("out") if _has_scale(submodule(equal, m.layer))]
         readers_of = [m.layer for m in group.side("in")]
-        if len(norms) != 1 or any(parts(equal.get_submodule(name)) > 1 for name in readers_of):
+        if len(norms) != 1 or any(parts(submodule(equal, name)) > 1 for name in readers_of):
             continue
-        if len(norms[0].index) != layer_width(equal.get_submodule(norms[0].layer), "out"):
+        if len(norms[0].index) != layer_width(submodule(equal, norms[0].layer), "out"):
             continue  # a norm over several groups
         behind = {name: trace.foldable[name] for name in readers_of if name in trace.foldable}
         touched = {*(m.layer for m in group.members if m.side != "self"), *behind.values()}
-        before = {name: copy.deepcopy(equal.get_submodule(name)) for name in touched}
+        before = {name: copy.deepcopy(submodule(equal, name)) for name in touched}
         with torch.no_grad():
             _equalize_group(equal, group, norms[0])
             for name, norm_name in behind.items():
-                _restore_size(equal.get_submodule(name), before[name], _batchnorm(equal, norm_name))
+                _restore_size(submodule(equal, name), before[name], _batchnorm(equal, norm_name))
         if compare(expected, outputs_of(equal, inputs))[0]:
             for name, layer in before.items():
                 replace_module(equal, name, layer)
@@ -251,7 +251,7 @@ def _equalize_group(model: nn.Module, group: Group, norm_member: Member) -> None
     norm.weight.div_(size)
     norm.bias.div_(size)
     for member in group.side("in"):
-        layer = model.get_submodule(member.layer)
+        layer = submodule(model, member.layer)
         factors = torch.ones(layer_width(layer, "in")).to(size)
         factors[member.index] = by_channel[member.channel]
         for reader in readers(layer):
@@ -286,7 +286,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
     """Whether a norm can be folded into a layer: neither has code of its own; the model is in eval mode."""
-    layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    layer, norm = submodule(model, name), submodule(model, norm_name)
     return (
         _is_plain(layer, _INTO)
         and _is_plain(norm, _NORMS)

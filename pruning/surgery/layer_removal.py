@@ -22,7 +22,7 @@ from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
 from pruning.surgery.linear_form import weight_uses
 from pruning.utils.meta import Shapes, without_storage
-from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input
+from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input, submodule
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
 from pruning.utils.wrappers import unwrapped
 
@@ -73,7 +73,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
         candidate = None
         if name in traced.groups:
             candidate = _hidden(model, traced.groups[name], seen)
-        elif _passes_input_on(model.get_submodule(name), uses[0]):
+        elif _passes_input_on(submodule(model, name), uses[0]):
             kept = any(f"{layer}.".startswith(f"{name}.") for layer in traced.ignored)
             candidate = None if kept else Removable(name, (name,))
         if candidate is not None and _runs(probe, candidate, example, seen):
@@ -159,11 +159,11 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
 def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Removable | None:
     """Return the layer that makes a group's channels if exactly one layer reads all of them, else None."""
     makers = [m.layer for m in group.side("out")]
-    weighted = [m for m in makers if isinstance(model.get_submodule(m), WEIGHTED)]
+    weighted = [m for m in makers if isinstance(submodule(model, m), WEIGHTED)]
     consumers = group.side("in")
     if len(weighted) != 1 or len(consumers) != 1 or group.side("self"):
         return None
-    layer, consumer = model.get_submodule(weighted[0]), model.get_submodule(consumers[0].layer)
+    layer, consumer = submodule(model, weighted[0]), submodule(model, consumers[0].layer)
     if len(consumers[0].index) != group.channels or len(seen.get(consumers[0].layer, ())) != 1:
         return None
     if not _is_fittable(layer) or not _is_fittable(consumer):
@@ -245,7 +245,7 @@ def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, li
 
 def _fittable(model: nn.Module, name: str) -> _Fittable:
     """Return the layer of this name, which must be one that can be refitted."""
-    layer = model.get_submodule(name)
+    layer = submodule(model, name)
     assert _is_fittable(layer)
     return layer
 
@@ -301,7 +301,7 @@ def _refit(
         if bias is not None and joined.bias is not None:
             refitted.get_parameter("bias").copy_(bias.to(joined.weight))
         elif bias is not None and norm is not None:
-            smaller.get_submodule(norm).get_buffer("running_mean").sub_(bias.to(joined.weight))
+            submodule(smaller, norm).get_buffer("running_mean").sub_(bias.to(joined.weight))
 
 
 def _least_squares(pairs: Iterable[tuple[Tensor, Tensor]], offset: bool) -> tuple[Tensor, Tensor | None]:

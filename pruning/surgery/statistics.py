@@ -94,8 +94,9 @@ class StatisticsOverKept(TorchDispatchMode):
                 module.register_forward_pre_hook(self._enter(name), prepend=True),
                 module.register_forward_hook(self._leave),
             ]
-        if self.dropped:
-            self.plain.enter_context(plain_attention())
+        if not self.dropped:
+            return self
+        self.plain.enter_context(plain_attention())
         return super().__enter__()
 
     def _enter(self, name: str) -> Callable[..., None]:
@@ -105,6 +106,8 @@ class StatisticsOverKept(TorchDispatchMode):
         self.path.pop()
 
     def __exit__(self, *error: object) -> None:
+        if not self.dropped:
+            return
         super().__exit__(*error)
         self.plain.close()
         for handle in self.handles:
@@ -117,7 +120,7 @@ class StatisticsOverKept(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        place = self.calls.place(self.path[-1], func) if self.dropped else None
+        place = self.calls.place(self.path[-1], func)
         if place not in self.dropped:
             return func(*args, **(kwargs or {}))
         dim, drop = self.dropped[place]

@@ -28,7 +28,7 @@ from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, joined, outputs_of, outputs_of_entry, to_double
 from pruning.utils.entries import default_dtype
-from pruning.utils.modules import copied, hooked, on_input
+from pruning.utils.modules import copied, hooked, on_input, submodule
 from pruning.utils.tree import Inputs, fresh, tensors_among
 from pruning.utils.wrappers import unwrapped
 
@@ -151,7 +151,7 @@ def masked_copy(model: nn.Module, trace: Trace, plan: Plan, constants: Constants
     masked, constants = copied(model), foldable_constants(trace, model, constants)
     dims = {(m.layer, m.side): m.dim for group in trace.groups.values() for m in group.members}
     for (name, side), drop in dropped_positions(trace, plan).items():
-        layer = masked.get_submodule(name) if side != "self" else None
+        layer = submodule(masked, name) if side != "self" else None
         if layer is None:
             continue
         if side == "in":
@@ -188,7 +188,7 @@ def _run_masked(
     handles: list[RemovableHandle] = []
     with hooked(handles), contextlib.ExitStack() as stack:
         for (name, side), drop in dropped_positions(trace, plan).items():
-            layer = model.get_submodule(name) if side != "self" else None
+            layer = submodule(model, name) if side != "self" else None
             if layer is not None and side == "out" and has_hidden_channels(layer):
                 stack.enter_context(_with_zeros(layer, _hidden_columns(layer, drop)))
             elif layer is not None and (is_inferred(layer) or _is_read_by_parent(model, name)):
@@ -238,7 +238,7 @@ def _with_zeros(layer: nn.Module, zeros: Mapping[str, tuple[int, Tensor]]) -> It
 
 def _is_read_by_parent(model: nn.Module, name: str) -> bool:
     """Whether the layer itself does not run, so that it cannot be hooked."""
-    return is_read_by_parent(model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name))
+    return is_read_by_parent(submodule(model, name.rpartition(".")[0]), submodule(model, name))
 
 
 def _hidden_columns(layer: nn.Module, drop: Tensor) -> dict[str, tuple[int, Tensor]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
+from pruning.utils.modules import submodule
 
 #: Longer lists are not searched for widths.
 MOST_ENTRIES = 64
@@ -28,7 +29,7 @@ def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
         removed = len(size.counted.dropped(dropped))
         if not removed:
             continue
-        module = model.get_submodule(size.module)
+        module = submodule(model, size.module)
         value = getattr(module, size.attribute)
         if size.entries:
             value = type(value)(v - removed if i in size.entries else v for i, v in enumerate(value))

@@ -10,6 +10,7 @@ from torch import nn
 from pruning.graph.groups import Group, Trace
 from pruning.graph.layers import Side, layer_width, rule_of
 from pruning.tracing.record import Flow
+from pruning.utils.modules import submodule
 
 _SIDES: tuple[Side, ...] = ("out", "in")
 
@@ -69,9 +70,9 @@ def structure_of(model: nn.Module, found: Flow | Trace, group: Group) -> Structu
     sizes: list[object] = [group.channels]
     for member in group.members:
         owner, _, role = member.layer.rpartition(".")
-        kinds = [type(model.get_submodule(owner)).__name__, "" if role.isdecimal() else role, member.side]
+        kinds = [type(submodule(model, owner)).__name__, "" if role.isdecimal() else role, member.side]
         if member.side != "self":
-            layer = model.get_submodule(member.layer)
+            layer = submodule(model, member.layer)
             kinds.append(type(layer).__name__)
             sizes += [layer_width(layer, side) for side in _SIDES if rule_of(layer).count(side)]
         shape.append(".".join(kinds))

@@ -14,6 +14,7 @@ from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.ties import NONE, Ties
+from pruning.utils.modules import submodule
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _components(
     makers = [
         (name, use.labels)
         for (name, side), use in sides.items()
-        if side == "out" and makes_channels(model.get_submodule(name))
+        if side == "out" and makes_channels(submodule(model, name))
     ]
     for _, labels in makers:
         plain = labels[(labels != NONE) & ~np.isin(labels, along_axes)] if len(along_axes) else labels[:, 0]
@@ -185,12 +186,9 @@ def _components(
         at, column = np.nonzero(use.labels != NONE)
         labels = use.labels[at, column]
         components = connected.find(labels)
-        by_component = np.argsort(components, kind="stable")
-        bounds = np.flatnonzero(np.diff(components[by_component], prepend=-2))
-        for chosen in np.split(by_component, bounds[1:]) if len(at) else ():
-            in_order = np.sort(chosen)
+        for in_order in _by_value(components):
             part = _Part(name, side, at[in_order], labels[in_order], use.dim)
-            parts_of.setdefault(int(components[chosen[0]]), []).append(part)
+            parts_of.setdefault(int(components[in_order[0]]), []).append(part)
 
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     roots: dict[int, tuple[str, np.ndarray]] = {}
@@ -205,6 +203,14 @@ def _components(
         yield root, made, parts_of[component]
 
 
+def _by_value(values: np.ndarray) -> list[np.ndarray]:
+    """Return for each distinct value, in order, the places where it occurs, sorted."""
+    if not len(values) or (values == values[0]).all():
+        return [np.arange(len(values))] if len(values) else []
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+
+
 def _split(
     root: str, made: np.ndarray, parts_of: list[_Part], reasons: dict[int, str]
 ) -> Iterator[tuple[Group, np.ndarray, str]]:
@@ -214,14 +220,14 @@ def _split(
         root: the name of the first group. made: the labels of its channels.
     """
     channels = _in_order(made, [part.labels for part in parts_of])
-    number = {int(label): c for c, label in enumerate(channels)}
+    order = np.argsort(channels)
     owned = np.zeros((len(channels), len(parts_of) + 1), dtype=np.int64)
     channel_of = []
     for column, part in enumerate(parts_of):
-        channel = np.array([number[int(label)] for label in part.labels])
-        np.add.at(owned[:, column], channel, 1)
+        channel = order[np.searchsorted(channels, part.labels, sorter=order)]
+        owned[:, column] = np.bincount(channel, minlength=len(channels))
         channel_of.append(channel)
-    owned[:, -1] = [int(label) in reasons for label in channels]
+    owned[:, -1] = [label in reasons for label in channels.tolist()] if reasons else 0
     kind, first = _unique_rows(owned)
     for count, which in enumerate(np.argsort(first)):
         chosen = np.flatnonzero(kind == which)
@@ -235,7 +241,8 @@ def _split(
                 owner = torch.from_numpy(renumbered[channel[inside]])
                 members.append(Member(part.layer, part.side, index, owner, part.dim))
         name = root if not count else f"{root}/{count + 1}"
-        reason = next((reasons[int(x)] for x in channels[chosen] if int(x) in reasons), "")
+        fixed = owned[chosen[0], -1]
+        reason = reasons[int(channels[chosen[0]])] if fixed else ""
         yield Group(name, len(chosen), tuple(members)), channels[chosen], reason
 
 
@@ -248,5 +255,7 @@ def _in_order(first: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each row the number of its distinct row, and where each distinct row occurs first."""
+    if (rows == rows[0]).all():
+        return np.zeros(len(rows), dtype=np.int64), np.zeros(1, dtype=np.int64)
     _, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     return kind.reshape(-1), first

@@ -13,6 +13,7 @@ from pruning.graph.groups import Group, HeldWidth, Positions, WidthAttribute
 from pruning.graph.layers import layer_width, rule_for
 from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import attributes_with, numbers_of
+from pruning.utils.modules import submodule
 
 #: Methods whose use of an attribute changes nothing in a network that is made.
 _DESCRIBING = frozenset(("extra_repr", "__repr__", "__str__", "__init_subclass__"))
@@ -51,7 +52,7 @@ def _widths(model: nn.Module, groups: Mapping[str, Group]) -> Iterator[tuple[Pos
             if member.side != "self":
                 sides.setdefault((member.layer, member.side), {})[name] = member.index, member.channel
     for (layer, side), owners in sides.items():
-        yield Positions(layer_width(model.get_submodule(layer), side), owners), layer, layer
+        yield Positions(layer_width(submodule(model, layer), side), owners), layer, layer
     for name, group in groups.items():
         channels = torch.arange(group.channels)
         yield Positions(group.channels, {name: (channels, channels)}), name.partition("/")[0], f"group {name}"

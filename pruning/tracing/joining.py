@@ -16,6 +16,7 @@ from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.record import Flow
 from pruning.tracing.ties import NONE
+from pruning.utils.modules import submodule
 
 
 def tie_equal_sizes(
@@ -35,7 +36,7 @@ def tie_equal_sizes(
     by_attribute: dict[tuple[str, str, tuple[int, ...]], list[np.ndarray]] = {}
     for extent in found.extents:
         if np.isin(found.channels(extent.labels), channels).any():
-            module = model.get_submodule(extent.module)
+            module = submodule(model, extent.module)
             for attribute, entries in attributes_with(module, len(extent.labels)):
                 if reads and attribute not in reads.get(extent.module, ()):
                     continue

@@ -44,6 +44,7 @@ class Labels:
         #: By `id` of the bias of an inferred layer, the labels of the layer's outputs.
         self.own: dict[int, Tensor] = {}
         self._uniform = WeakTensorKeyDictionary()
+        self._deferred = WeakTensorKeyDictionary()
         self._positions = WeakTensorKeyDictionary()
         #: The place of the running operator, if it computes statistics and outputs are compared.
         self.place: tuple[str, str, int] | None = None
@@ -53,6 +54,8 @@ class Labels:
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the labels of a tensor; None where it holds no channels."""
+        if self.is_deferred(tensor):
+            self._deferred.pop(tensor)()
         known = self._of.get(tensor) if id(tensor) not in self.own else self.own[id(tensor)]
         if known is None and id(tensor) in self.loose and tensor.numel() <= MOST_ELEMENTS:
             name = self.loose[id(tensor)]
@@ -65,6 +68,25 @@ class Labels:
     def carried(self, tensor: Tensor) -> Tensor | None:
         """Return the labels that a tensor got in this pass; None for parameters outside the layers."""
         return self._of.get(tensor)
+
+    def defer(self, tensor: Tensor, label: Callable[[], None]) -> None:
+        """Let a function give a tensor its labels once they are asked for, with the present path."""
+        path = [*self.path]
+
+        def run() -> None:
+            now, self.path = self.path, path
+            label()
+            self.path = now
+
+        self._deferred[tensor] = run
+
+    def is_deferred(self, tensor: Tensor) -> bool:
+        """Whether a tensor gets its labels once they are asked for."""
+        return bool(self._deferred) and tensor in self._deferred
+
+    def has_one_channel(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no channels, or a single one, so that its size does not follow a width."""
+        return self.is_deferred(tensor) or not varying(self.of(tensor))
 
     def put(self, tensor: object, labels: Tensor | None) -> None:
         """Set the labels of an output; fix them if it is no tensor or of another rank."""

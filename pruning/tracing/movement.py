@@ -96,6 +96,18 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
     return _move(labels, op, first)
 
 
+def selects_one(labels: Labels, op: Operation) -> bool:
+    """Whether an operation selects one position of a dimension along which channels lie, or passes it on."""
+    if op.name in ("slice", "select", "detach", "alias", "unsqueeze") and labels.is_deferred(op.operands[0]):
+        return True
+    if op.name not in ("slice", "select"):
+        return False
+    x, output = op.operands[0], op.output
+    dim = (op.given.get("dim") or 0) % x.ndim
+    one = output.ndim < x.ndim or output.shape[dim] == 1
+    return one and x.shape[dim] > 1 and dim in varying(labels.of(x))
+
+
 def _counted(first: Tensor, dim: int, start: int, lengths: list[int]) -> Iterator[Tensor]:
     """Yield labels whose number the code may hold: those of each piece, and those before a slice's bounds."""
     for length in lengths:

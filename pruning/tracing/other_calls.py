@@ -13,6 +13,7 @@ from torch import nn
 
 from pruning.tracing.held_widths import names_read
 from pruning.utils.entries import Entry
+from pruning.utils.modules import submodule
 from pruning.utils.tree import Inputs
 
 #: Most calls that are made for one attribute of one type of module.
@@ -52,7 +53,7 @@ def other_calls(model: nn.Module, modules: list[str], attribute: str, inputs: In
         model: its copies will be called. modules: names of modules of one type.
         inputs: example inputs of the model.
     """
-    first = model.get_submodule(modules[0])
+    first = submodule(model, modules[0])
     kind, read = type(first), names_read(type(first))
     changes: list[tuple[str, Callable[[nn.Module], None]]] = []
     for name, value in vars(first).items():
@@ -90,12 +91,12 @@ def _replace_forward(module: nn.Module, name: str) -> None:
 
 
 def _call_method(model: nn.Module, module: str, name: str, count: int) -> object:
-    return getattr(model.get_submodule(module), name)(*[ARGUMENT] * count)
+    return getattr(submodule(model, module), name)(*[ARGUMENT] * count)
 
 
 def _prepare(model: nn.Module, modules: list[str], change: Callable[[nn.Module], None]) -> None:
     for name in modules:
-        change(model.get_submodule(name))
+        change(submodule(model, name))
 
 
 def computes(kind: type[nn.Module], name: str, seen: frozenset[str] = frozenset()) -> bool:

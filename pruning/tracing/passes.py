@@ -21,6 +21,7 @@ from pruning.tracing.labels import FIXED_SIZE
 from pruning.tracing.products import AxesNeeded
 from pruning.tracing.record import Flow
 from pruning.tracing.tracer import Tracer
+from pruning.utils.batch import Pass
 from pruning.utils.entries import Entry, exchanges_modules
 from pruning.utils.meta import to_meta, without_computing
 from pruning.utils.modules import copied
@@ -81,12 +82,13 @@ def _follow(
             output = run(probe, inputs)
             tracer.finish(output, outputs)
         found.outputs = [leaf.shape for leaf in counted(output, outputs)]
+        found.done.shapes = [leaf.shape for leaf in tensors(output)]
         for entry in also:
             _follow_entry(probe, found, entry)
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
-            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[])
+            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[], done=Pass())
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
                 Tracer(probe.train(), in_training) as tracer,
@@ -112,5 +114,8 @@ def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
     found.outputs += [leaf.shape for leaf in tensors(output)]
     if exchanged:
         return
-    with Tracer(probe, replace(found, uses={}, other_macs=0.0, products=[])) as tracer, tracer.functions:
+    with (
+        Tracer(probe, replace(found, uses={}, other_macs=0.0, products=[], done=Pass())) as tracer,
+        tracer.functions,
+    ):
         tracer.finish_entry(entry.run(probe, convert), entry.name)

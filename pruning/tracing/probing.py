@@ -25,6 +25,7 @@ from pruning.tracing.record import Flow
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
 from pruning.tracing.ties import NONE
 from pruning.utils.entries import Entry
+from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
@@ -191,9 +192,9 @@ def _own_code(model: nn.Module, group: Group) -> str:
     """Describe the first layer of a group, readers before makers, with code outside torch; else ""."""
     if group.reductions:
         where = group.reductions[0].module
-        return f"{where} ({type(model.get_submodule(where)).__name__})".lstrip()
+        return f"{where} ({type(submodule(model, where)).__name__})".lstrip()
     for member in (*group.side("in"), *group.side("out")):
-        kind = type(model.get_submodule(member.layer))
+        kind = type(submodule(model, member.layer))
         codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))
         if any(getattr(code, "__module__", "").partition(".")[0] != "torch" for code in codes):
             return f"{member.layer} ({kind.__name__})"

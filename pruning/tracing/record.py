@@ -12,6 +12,7 @@ from torch import nn
 from pruning.graph.rule import Side
 from pruning.tracing.axes import Axes, ProductUse
 from pruning.tracing.ties import Ties
+from pruning.utils.batch import Pass
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Flow:
         read_elsewhere: layers in the table whose tensors code outside the layer reads as well.
         functional: parameters outside the layers that the model's code passes to a convolution or
             linear function, each with the reason why their channels are not pruned.
+        done: what the pass in eval mode did, to find its batch.
         outputs: shapes of the outputs in eval mode that count, also of other calls of the model.
         probe: the copy of the model that ran, if it is on the meta device.
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
@@ -85,6 +87,7 @@ class Flow:
     other_macs: float = 0.0
     read_elsewhere: set[str] = field(default_factory=set)
     functional: dict[str, str] = field(default_factory=dict)
+    done: Pass = field(default_factory=Pass)
     outputs: list[torch.Size] = field(default_factory=list)
     probe: nn.Module | None = None
     axes: Axes | None = None

@@ -18,6 +18,7 @@ from pruning.graph.layers import makes_channels, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.grouping import positions_by_group
 from pruning.tracing.record import Flow
+from pruning.utils.modules import submodule
 
 #: Powers of the width that scales of products are tried for.
 POWERS = (0.5, 1.0)
@@ -60,14 +61,14 @@ def _places(
     """Return what may be multiplied: layers or tensors outside them, sides, positions and dimensions."""
     makers: list[tuple[str, Side, Tensor, int]] = []
     for (name, side), use in found.sides.items():
-        if side == "out" and makes_channels(model.get_submodule(name)):
+        if side == "out" and makes_channels(submodule(model, name)):
             index = np.flatnonzero(np.isin(use.labels, left))
             if len(index):
                 makers.append((name, side, torch.from_numpy(index), 0))
     norms = [
         (member.layer, member.side, member.index.unique(), member.dim)
         for member in group.members
-        if member.side == "self" or (member.side == "out" and _is_norm(model.get_submodule(member.layer)))
+        if member.side == "self" or (member.side == "out" and _is_norm(submodule(model, member.layer)))
     ]
     return [*makers[-1:], *norms]
 

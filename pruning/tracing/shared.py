@@ -14,7 +14,7 @@ from pruning.graph.groups import Group
 from pruning.graph.layers import is_depthwise, parts, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow
-from pruning.utils.modules import parameter_places
+from pruning.utils.modules import parameter_places, submodule
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
@@ -68,7 +68,7 @@ def _sides(model: nn.Module, found: Flow, name: str, attribute: str) -> dict[int
 
     Nothing is returned for a layer whose sides do not have one channel for each position.
     """
-    layer = model.get_submodule(name)
+    layer = submodule(model, name)
     rule = rule_for(layer)
     if rule is None or rule.kind == "recurrent" or is_depthwise(layer) or parts(layer) > 1:
         return {}
@@ -102,7 +102,7 @@ def _owners(model: nn.Module, group: Group, name: str) -> dict[int, list[tuple[i
     """Return, by dimension of a parameter, its positions and the channels of the group that own them."""
     layer, _, own = name.rpartition(".")
     parameter = model.get_parameter(name)
-    rule = rule_for(model.get_submodule(layer))
+    rule = rule_for(submodule(model, layer))
     found: dict[int, list[tuple[int, int]]] = {}
     for member in group.members:
         if (member.layer, member.side) == (name, "self"):

@@ -16,6 +16,7 @@ from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.bisection import Structure
 from pruning.tracing.grouping import positions_by_group
 from pruning.tracing.record import Flow
+from pruning.utils.modules import submodule
 
 
 class Runs(Protocol):
@@ -78,7 +79,7 @@ def following(
     for name, several in candidates.items():
         like = structures[name], len(several)
         for chosen in () if like in hopeless else several:
-            kind = tuple((type(model.get_submodule(s.module)), s.attribute, s.entries) for s in chosen)
+            kind = tuple((type(submodule(model, s.module)), s.attribute, s.entries) for s in chosen)
             if failures[kind] >= MOST_FAILURES:
                 continue
             if runs.is_exact({name: chosen}):
@@ -123,14 +124,12 @@ def with_heads(
     Code that the example inputs do not reach, as that of a cache, may read `num_heads`. An attribute that
     the pass reads, but does not need, has the same value by chance.
     """
-    kinds = {
-        (type(model.get_submodule(a.module)), a.attribute) for several in chosen.values() for a in several
-    }
+    kinds = {(type(submodule(model, a.module)), a.attribute) for several in chosen.values() for a in several}
     for kind in sorted(kinds, key=lambda kind: kind[1]):
         if _names_heads(kind[1]):
             continue
         fewer = {
-            name: tuple(a for a in several if (type(model.get_submodule(a.module)), a.attribute) != kind)
+            name: tuple(a for a in several if (type(submodule(model, a.module)), a.attribute) != kind)
             for name, several in chosen.items()
         }
         if all(fewer.values()) and runs.is_exact(fewer):
@@ -168,7 +167,7 @@ def _held(model: nn.Module, size: CountedSize, reads: Reads | None) -> tuple[Wid
     """Return the attributes of the module whose code ran that are equal to a size."""
     return tuple(
         WidthAttribute(size.module, attribute, entries, size.counted)
-        for attribute, entries in attributes_with(model.get_submodule(size.module), size.counted.size)
+        for attribute, entries in attributes_with(submodule(model, size.module), size.counted.size)
         if reads is None or attribute in reads.get(size.module, ())
     )
 

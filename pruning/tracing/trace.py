@@ -37,7 +37,7 @@ from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread
 from pruning.utils.batch import find_batch
 from pruning.utils.entries import Also, entries_of
-from pruning.utils.modules import buffers_unchanged, call, eval_mode
+from pruning.utils.modules import buffers_unchanged, call, eval_mode, submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
 from pruning.utils.wrappers import unwrapped, without_prefixes
@@ -92,7 +92,7 @@ def trace(
         reasons.update({member.layer: reason for member in groups.pop(name).side("out")})
 
     foldable = _foldable(model, found)
-    batch = find_batch(model, inputs, batch_size)
+    batch = find_batch(model, inputs, batch_size, found.done)
     inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
     return Trace(
         groups, _skipped(model, found, groups, reasons), foldable,
@@ -137,7 +137,7 @@ def _uses(model: nn.Module, found: Flow, foldable: Mapping[str, str], size: int)
     """Return how often each layer is used for one of `size` examples."""
     return {
         name: LayerUse(
-            used / size, positions / size, bias_of(model.get_submodule(name)) is not None or name in foldable
+            used / size, positions / size, bias_of(submodule(model, name)) is not None or name in foldable
         )
         for name, (used, positions) in found.uses.items()
     }
@@ -213,7 +213,7 @@ def _obstacle(
     for member in group.members:
         if member.side == "self":
             continue
-        layer = model.get_submodule(member.layer)
+        layer = submodule(model, member.layer)
         if 1 < parts(layer) == layer_width(layer, member.side):
             return (
                 f"{member.layer} works on {parts(layer)} parts with one channel each, none of which "
@@ -230,13 +230,13 @@ def _obstacle(
         if member.side == "self":
             names = [member.layer]
         else:
-            names = [f"{owner}.{p}" for p, _ in model.get_submodule(owner).named_parameters(recurse=False)]
+            names = [f"{owner}.{p}" for p, _ in submodule(model, owner).named_parameters(recurse=False)]
         for full in names:
             if full in frozen:
                 return f"{full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared and not loses_alike(model, group, [full, *shared[full]]):
                 return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
-        if problem := _computed(owner, model.get_submodule(owner)):
+        if problem := _computed(owner, submodule(model, owner)):
             return problem
     return ""
 
@@ -277,7 +277,7 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
                 "pattern from named_modules(), a module type, or one of its modules"
             )
         for name in matched:
-            inner = model.get_submodule(name).modules()
+            inner = submodule(model, name).modules()
             ignored_by.update({first[id(module)]: repr(described) for module in inner})
     return ignored_by
 

@@ -11,6 +11,7 @@ with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
 from pruning.tracing.labels import Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
+from pruning.tracing.movement import selects_one
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import Weights
@@ -36,6 +38,7 @@ from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation
+from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs, counted, named_outputs
 from pruning.utils.tree import tensors, tensors_among
 
@@ -43,6 +46,11 @@ from pruning.utils.tree import tensors, tensors_among
 _FILLING = frozenset(
     f"aten::{name}"
     for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "randn", "rand")
+)
+
+#: Operations that create a uniform tensor of the size of another one, whose values they do not read.
+_FILLING_LIKE = frozenset(
+    f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")
 )
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
@@ -91,7 +99,7 @@ class Tracer(TorchDispatchMode):
             self.functions.layers[id(own["weight"])] = name, module
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
         else:
-            parent = self.probe.get_submodule(name.rpartition(".")[0])
+            parent = submodule(self.probe, name.rpartition(".")[0])
             if not is_read_by_parent(parent, module):
                 self.owners.update((id(t), name) for t in own.values())
             self._add_hooks(module, self._enter_layer(name, module), self._leave_layer(name, module))
@@ -167,9 +175,8 @@ class Tracer(TorchDispatchMode):
         self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         output = run_operation(func, args, kwargs)
-        if func._schema.name in _FILLING or (
-            func._schema.name in _COPYING and any(map(self.labels.is_uniform, tensors_among(args)))
-        ):
+        self.found.done.note_batch(func, args)
+        if self._fills(func._schema.name, args):
             self.labels.mark_uniform(output)
             return output
         if not self.depth:
@@ -181,11 +188,20 @@ class Tracer(TorchDispatchMode):
             place = self.calls.place(self.labels.path[-1][0], func)
             self.labels.place = None if self.probe.training else place  # outputs are compared in eval mode
             self.labels.fix_positions(operation.operands)
-            if operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
+            if selects_one(self.labels, operation):  # code may read no more than its shape
+                self.labels.defer(operation.output, partial(follow, self.labels, operation))
+            elif operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
         if self.labels.has_uniform:
             self._pass_uniform(func, tensors_among((args, kwargs)), output)
         return output
+
+    def _fills(self, name: str, args: tuple[object, ...]) -> bool:
+        """Whether an operation makes a uniform tensor whose size follows no width."""
+        if name in _FILLING_LIKE:
+            return isinstance(args[0], Tensor) and self.labels.has_one_channel(args[0])
+        copies = name in _COPYING and any(map(self.labels.is_uniform, tensors_among(args)))
+        return name in _FILLING or copies
 
     def _pass_uniform(self, func: OpOverload, operands: list[Tensor], output: object) -> None:
         """Note which tensors are uniform after an operation."""
@@ -305,9 +321,7 @@ class Tracer(TorchDispatchMode):
             if name in self.found.read_elsewhere:
                 reason = f"the code of another module reads what {name} holds"
                 self.labels.fix(torch.from_numpy(use.labels), reason)
-        self.labels.close_slices(
-            lambda name, value: any(attributes_with(self.probe.get_submodule(name), value))
-        )
+        self.labels.close_slices(lambda name, value: any(attributes_with(submodule(self.probe, name), value)))
 
 
 def _kept_output(name: str, count: int) -> str:

@@ -12,6 +12,7 @@ from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
 from pruning.tracing.labels import MOST_ELEMENTS
 from pruning.tracing.record import Flow
+from pruning.utils.modules import submodule
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
@@ -56,7 +57,7 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
             yield name, _OTHER_CODE if inside else _NOT_RUN
     for name, why in found.functional.items():
         owner, _, attribute = name.rpartition(".")
-        rule = rule_for(model.get_submodule(owner))
+        rule = rule_for(submodule(model, owner))
         if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
             yield name, why
 
@@ -114,7 +115,7 @@ def _unreached_tensors(model: nn.Module, found: Flow) -> Iterator[tuple[str, str
 def _scope(model: nn.Module, name: str) -> str:
     """Return the module whose code uses a module or parameter: the first that holds it and has code."""
     owner = name.rpartition(".")[0]
-    while owner and isinstance(model.get_submodule(owner), _CONTAINERS):
+    while owner and isinstance(submodule(model, owner), _CONTAINERS):
         owner = owner.rpartition(".")[0]
     return owner
 
@@ -124,4 +125,4 @@ def _beside(model: nn.Module, member: Member, scope: str, widths: set[int]) -> b
     inside = not scope or f"{member.layer}.".startswith(f"{scope}.")
     if not inside or member.side == "self":
         return False
-    return layer_width(model.get_submodule(member.layer), member.side) in widths
+    return layer_width(submodule(model, member.layer), member.side) in widths

@@ -21,6 +21,7 @@ from pruning.tracing.other_calls import other_calls
 from pruning.tracing.probing import CURE, WidthProbe
 from pruning.tracing.size_attributes import CountedSize, following, merged
 from pruning.utils.entries import Entry
+from pruning.utils.modules import submodule
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _tried(
     by_kind: dict[tuple[type[nn.Module], str], list[HeldWidth]] = {}
     for each in held:
         module, attribute = each.place
-        by_kind.setdefault((type(probe.model.get_submodule(module)), attribute), []).append(each)
+        by_kind.setdefault((type(submodule(probe.model, module)), attribute), []).append(each)
     left: list[HeldWidth] = []
     for kind, several in by_kind.items():
         runs = probe.runs.with_sizes(sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
@@ -66,6 +68,10 @@ def to_device(batch: object, device: torch.device) -> Batch:
             raise PruningError(
                 "a batch holds numpy arrays: tensors were expected; convert with torch.from_numpy(x).float()"
             )
+        if isinstance(leaf, UserDict):  # a tokenizer's, which is a leaf for torch
+            changed = copy.copy(leaf)
+            changed.data = pytree.tree_map(move, leaf.data)
+            return changed
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)

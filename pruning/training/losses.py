@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeGuard
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.training.batches import Batch, first_batch, to_device
 from pruning.utils.modules import call, device_of, eval_mode
+from pruning.utils.outputs import held, logits_of
 from pruning.utils.tree import Inputs
 
 #: Examples with this target are left out of the loss and the accuracy, as in torch.
@@ -26,13 +28,19 @@ Loss: TypeAlias = Callable[..., Tensor]
 Validate: TypeAlias = Callable[[nn.Module], float]
 
 
-def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
+def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross entropy of a classifier on a batch.
 
+    If the outputs hold a `loss`, as those of transformers do when their inputs hold the labels, it is
+    returned instead, unless labels are smoothed or the targets are probabilities.
+
     Args:
-        model: classifier that returns logits (N, classes, ...).
+        model: classifier that returns logits (N, classes, ...), or an object or mapping with `logits`;
+            those of tokens may have the shape (N, tokens, classes).
         inputs: a tensor, a sequence of arguments or a mapping of keyword arguments.
         targets: integer classes (N, ...), or probabilities of the logits' shape.
+        label_smoothing: share of each target that is spread over all classes (Szegedy et al.,
+            arXiv 1512.00567).
 
     Raises:
         PruningError: if the outputs or targets are not those of a classifier (see `logits_for`).
@@ -41,14 +49,62 @@ def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
     >>> cross_entropy(nn.Linear(4, 3), inputs, targets).shape
     torch.Size([])
     """
-    logits = call(model, inputs)
-    if _are_probabilities(targets, logits):
-        return F.cross_entropy(logits, targets)
+    outputs = call(model, inputs)
+    logits = class_logits(outputs, targets)
+    if isinstance(logits, Tensor) and _are_probabilities(targets, logits):
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    own = held(outputs, "loss")
+    if isinstance(own, Tensor) and own.numel() == 1 and not label_smoothing:
+        return own.reshape(())
     logits = logits_for(targets, logits)
     try:
-        return F.cross_entropy(logits, targets.long())
+        return F.cross_entropy(logits, targets.long(), label_smoothing=label_smoothing)
     except IndexError as error:
         raise _no_such_class(logits, targets) from error
+
+
+def with_label_smoothing(loss: Loss, share: float) -> Loss:
+    """Return a loss with label smoothing: the default loss, or one that has a method of this name.
+
+    Raises:
+        PruningError: if it is another loss.
+
+    >>> with_label_smoothing(nn.MSELoss(), 0.1)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    pruning.errors.PruningError: label smoothing 0.1 is for the default loss, and MSELoss is given: ...
+    """
+    if not share:
+        return loss
+    if loss is cross_entropy:
+        return functools.partial(cross_entropy, label_smoothing=share)
+    own = getattr(loss, "with_label_smoothing", None)
+    if own is None:
+        shown = getattr(loss, "__name__", type(loss).__name__)
+        raise PruningError(
+            f"label smoothing {share:g} is for the default loss, and {shown} is given: smooth the targets "
+            f"there, as nn.CrossEntropyLoss(label_smoothing={share:g}) does"
+        )
+    return own(share)
+
+
+def learned_by(loss: Loss, model: nn.Module, batches: Iterable[object]) -> nn.Module | None:
+    """Return the module that is trained together with a model, if a loss has one (see `Distillation`)."""
+    begin = getattr(loss, "begin_training", None)
+    return None if begin is None else begin(model, batches)
+
+
+def class_logits(outputs: object, targets: object = None) -> object:
+    """Return the logits that outputs are or hold, with the classes along dimension 1.
+
+    >>> class_logits({"logits": torch.zeros(2, 5, 3)}, torch.zeros(2, 5)).shape  # of tokens
+    torch.Size([2, 3, 5])
+    """
+    logits = logits_of(outputs)
+    if not isinstance(logits, Tensor) or isinstance(outputs, Tensor) or logits.ndim != 3:
+        return logits
+    is_of_tokens = isinstance(targets, Tensor) and targets.shape == logits.shape[:2]
+    return logits.movedim(-1, 1) if is_of_tokens else logits
 
 
 def loss_of(loss: Loss) -> Callable[..., Tensor]:
@@ -157,7 +213,7 @@ def why_not_classifier(model: nn.Module, batches: Iterable[Batch]) -> str | None
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
         inputs, targets = to_device(first_batch(batches), device_of(model))
         try:
-            outputs = call(model, inputs)
+            outputs = class_logits(call(model, inputs), targets)
             logits_for(classes_of(targets, outputs), outputs)
         except PruningError as error:
             return str(error)
@@ -183,8 +239,8 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the share of examples whose largest logit (along dimension 1) is the target's, 0 to 1.
 
     Args:
-        model: classifier that returns logits (N, classes, ...). It runs in eval mode; the modes of its
-            modules are restored.
+        model: classifier that returns or holds logits, see `cross_entropy`. It runs in eval mode; the
+            modes of its modules are restored.
         batches: pairs (inputs, targets), see `cross_entropy`. Targets of -100 (`IGNORED`) are left out.
 
     Raises:
@@ -199,7 +255,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
     with torch.inference_mode(), eval_mode(model):
         for batch in batches:
             inputs, targets = to_device(batch, device)
-            outputs = call(model, inputs)
+            outputs = class_logits(call(model, inputs), targets)
             targets = classes_of(targets, outputs)
             logits = logits_for(targets, outputs)
             counted = targets != IGNORED

@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 
 from pruning.errors import PruningError
 from pruning.training.batches import Batch, to_device
-from pruning.training.config import TrainConfig
-from pruning.training.loop import make_optimizer
-from pruning.training.losses import Loss, classes_of, cross_entropy, loss_of
+from pruning.training.config import DEFAULT_RATE, TrainConfig
+from pruning.training.losses import Loss, class_logits, classes_of, cross_entropy, loss_of
+from pruning.training.state import make_optimizer
 from pruning.utils import distributed
 from pruning.utils.modules import call, copied, device_of, eval_mode
 from pruning.utils.tree import fresh, tensors
 
-#: Rates that are tried, ascending, with `STEPS` optimizer steps each.
+#: Rates that are tried, ascending, with `STEPS` optimizer steps each; `_scale` scales them.
 RATES = tuple(1e-4 * 2**i for i in range(13))
 STEPS = 6
 #: The result is this share of the largest rate at which the loss does not rise: a rise shows only after
@@ -40,10 +40,10 @@ def range_test(
 ) -> float:
     """Return a peak learning rate at which training keeps what a trained network has learned.
 
-    A copy of the network takes a few steps at each of several rates, from 1e-4 on, each twice the one
-    before, with the optimizer of `config` (range test: Smith, arXiv 1506.01186). The test ends at the first
-    rate at which the loss of the batches rises above their loss before training. The result is `MARGIN`
-    times the rate before it.
+    A copy of the network takes a few steps at each of several rates, each twice the one before, with the
+    optimizer of `config` (range test: Smith, arXiv 1506.01186): from 1e-4 on, or from a thousandth of the
+    default rate of an optimizer of torch.optim. The test ends at the first rate at which the loss of the
+    batches rises above their loss before training. The result is `MARGIN` times the rate before it.
 
     Args:
         model: the trained network; it is not changed, and neither are the random generators.
@@ -71,9 +71,14 @@ def range_test(
         limit = _tolerance(model, given, before)
         optimizer = make_optimizer(tried, config, device)
         order = itertools.cycle(range(len(given)))
-        kept = RATES[0] / 2
+        scale = _scale(config)
+        kept = RATES[0] / 2 * scale
         for rate in tqdm(
-            RATES, desc="range test", unit="rate", disable=distributed.rank() > 0 or None, leave=False
+            [rate * scale for rate in RATES],
+            desc="range test",
+            unit="rate",
+            disable=distributed.rank() > 0 or None,
+            leave=False,
         ):
             rises = _rises(tried, optimizer, rate, [(given[i], before[i]) for i in _take(order)], scalar)
             if not statistics.fmean(rises) <= limit:  # NaN counts as a rise
@@ -106,10 +111,11 @@ def recovery_rate(
     # A trial that ends above this has not recovered, but collapsed.
     most = min(mean_loss(model, given, scalar), constant_loss(model, given) or math.inf)
     losses: dict[int, float] = {}
+    first = FIRST * _scale(config)
 
     def after(exponent: int) -> float:
         if exponent not in losses:
-            rate = FIRST * 10 ** (exponent / 2)
+            rate = first * 10 ** (exponent / 2)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 found = _loss_after(copied(model).train(), given, config, rate, scalar)
             losses[exponent] = found if found < most else math.inf
@@ -121,7 +127,13 @@ def recovery_rate(
             best += step
         if best > 0:
             break
-    return FIRST * 10 ** (best / 2)
+    return first * 10 ** (best / 2)
+
+
+def _scale(config: TrainConfig) -> float:
+    """Return the factor of the rates to try: the optimizer's default as a share of `DEFAULT_RATE`."""
+    own = config.own_rate
+    return 1.0 if own is None else own / DEFAULT_RATE
 
 
 def _loss_after(
@@ -199,7 +211,8 @@ def _tolerance(model: nn.Module, batches: Sequence[Batch], before: Sequence[floa
 def constant_loss(model: nn.Module, batches: Sequence[Batch]) -> float | None:
     """Return the cross entropy of the best constant prediction; None if the batches have no classes."""
     with torch.no_grad(), eval_mode(model):
-        outputs = call(model, fresh(to_device(batches[0], device_of(model))[0]))
+        inputs, targets = to_device(batches[0], device_of(model))
+        outputs = class_logits(call(model, fresh(inputs)), targets)
     found = [targets for _, targets in batches]
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,10 @@ from pruning.errors import PruningError
 from pruning.utils.compare import compare, outputs_of
 from pruning.utils.meta import on_meta, run_operation, to_meta
 from pruning.utils.modules import call, copied
+from pruning.utils.paths import Path, lists_with_paths, map_with_paths, tensors_with_paths
 from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
 
 T = TypeVar("T")
-
-#: Where a tensor or a list is in nested inputs: indices of sequences and keys of mappings.
-Path: TypeAlias = tuple[int | str, ...]
 
 #: Share of the work that has to grow with the examples: the rest does not depend on the batch.
 LEAST_SHARE = 0.5
@@ -64,12 +62,12 @@ class Batch:
                 return type(value)(value[i] for i in chosen(len(value)).tolist())
             return value
 
-        return _mapped(select, inputs)
+        return map_with_paths(select, inputs)
 
     def perturbed(self, inputs: T) -> T:
         """Return inputs in which the first half of the examples differs."""
         some, generator = self.size // 2, torch.Generator().manual_seed(0)
-        held = dict(_tensors_with_paths(inputs))
+        held = dict(tensors_with_paths(inputs))
         floats = {path for path in self.dims if path in held and held[path].is_floating_point()}
 
         def perturb(path: Path, value: object) -> object:
@@ -84,10 +82,12 @@ class Batch:
                 part.copy_(value.narrow(dim, self.size - some, some))
             return changed
 
-        return _mapped(perturb, inputs)
+        return map_with_paths(perturb, inputs)
 
 
-def find_batch(model: nn.Module, inputs: Inputs, size: int | None = None) -> Batch:
+def find_batch(
+    model: nn.Module, inputs: Inputs, size: int | None = None, traced: Pass | None = None
+) -> Batch:
     """Find the batch of example inputs: the dimension, or the list, along which examples are independent.
 
     A candidate is a list of tensors, or a dimension of the tensors, the first one first. With one example
@@ -100,6 +100,7 @@ def find_batch(model: nn.Module, inputs: Inputs, size: int | None = None) -> Bat
         model: it is not changed.
         inputs: example inputs.
         size: the number of examples, where the caller states it.
+        traced: what a forward pass in eval mode did, where the caller has run one.
 
     Returns:
         The batch; size 1 without dimensions if there is none, as in a network on one graph.
@@ -115,7 +116,9 @@ def find_batch(model: nn.Module, inputs: Inputs, size: int | None = None) -> Bat
         raise PruningError(
             f"batch_size {size!r}: expected a whole number from 1, the examples in the example inputs"
         )
-    search = _Search(model, inputs, size)
+    search = _Search(model, inputs, size, traced)
+    if traced is not None and (found := next(filter(search.is_shown, search.candidates()), None)):
+        return found
     found = next(filter(search.accepts, search.candidates()), None) if search.base else None
     if found is not None:
         return found
@@ -133,18 +136,18 @@ def usual_batch(inputs: object) -> Batch:
     >>> usual_batch((torch.zeros(1), torch.zeros(4, 3))).size
     4
     """
-    for path, value in _lists_with_paths(inputs):
+    for path, value in lists_with_paths(inputs):
         if path and all(isinstance(each, Tensor) and 0 < each.ndim < 4 for each in value):
             return Batch(len(value), lists=frozenset([path]))
-    shapes = {path: tensor.shape for path, tensor in _tensors_with_paths(inputs) if tensor.ndim}
+    shapes = {path: tensor.shape for path, tensor in tensors_with_paths(inputs) if tensor.ndim}
     if not shapes:
         return Batch()
     size = max(shapes.values(), key=lambda shape: len(shape) > 1)[0]
     return Batch(size, {path: 0 for path, shape in shapes.items() if shape[0] == size})
 
 
-@dataclass(frozen=True)
-class _Pass:
+@dataclass
+class Pass:
     """What a forward pass did.
 
     Attributes:
@@ -152,35 +155,45 @@ class _Pass:
         shapes: of the outputs.
     """
 
-    flops: float
-    batches: frozenset[int]
-    shapes: list[torch.Size]
+    flops: float = 0.0
+    batches: set[int] = field(default_factory=set)
+    shapes: list[torch.Size] = field(default_factory=list)
+
+    def note_batch(self, func: OpOverload, args: Sequence[object]) -> None:
+        """Note the batch of an operation if it is a convolution or a BatchNorm."""
+        if func._schema.name.endswith(("convolution", "batch_norm")) and isinstance(args[0], Tensor):
+            self.batches.add(args[0].shape[0])
 
 
 class _Search:
     """Try candidates for the batch of inputs."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, size: int | None):
-        self.model, self.inputs, self.stated = model, inputs, size
+    def __init__(self, model: nn.Module, inputs: Inputs, size: int | None, traced: Pass | None):
+        self.model, self.inputs, self.stated, self.traced = model, inputs, size, traced
         self.probe: nn.Module | None = None
-        self.base: _Pass | None = None
-        for make, example in ((on_meta, map_tensors(to_meta, inputs)), (copied, inputs)):
-            with contextlib.suppress(Exception):  # of any kind: the model reads values, or does not run
-                self.probe, self.example = make(model), example
-                self.base = self._run(example)
-                break
+        self.example = inputs
 
-    def _run(self, inputs: Inputs) -> _Pass:
+    @functools.cached_property
+    def base(self) -> Pass | None:
+        """What a pass on the inputs does, on the meta device if the model runs there; None if it fails."""
+        for make, example in ((on_meta, map_tensors(to_meta, self.inputs)), (copied, self.inputs)):
+            with contextlib.suppress(Exception):  # of any kind: the model reads values, or does not run
+                self.probe, self.example = make(self.model), example
+                return self._run(example)
+        return None
+
+    def _run(self, inputs: Inputs) -> Pass:
         assert self.probe is not None
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _Work() as work:
             output = call(self.probe.eval(), fresh(inputs))
-        return _Pass(work.flops, frozenset(work.batches), [t.shape for t in tensors(output)])
+        work.done.shapes = [t.shape for t in tensors(output)]
+        return work.done
 
     def candidates(self) -> Iterator[Batch]:
         """Yield the candidates: lists, first dimensions, other dimensions; those of most elements first."""
-        shapes = {path: tuple(t.shape) for path, t in _tensors_with_paths(self.example)}
+        shapes = {path: tuple(t.shape) for path, t in tensors_with_paths(self.inputs)}
         deepest = max((len(shape) for shape in shapes.values()), default=0)
-        lists = {path: len(value) for path, value in _lists_with_paths(self.example) if path}
+        lists = {path: len(value) for path, value in lists_with_paths(self.inputs) if path}
         for length in sorted({*lists.values()} & self._sizes({*lists.values()})):
             yield Batch(length, lists=frozenset(path for path, n in lists.items() if n == length))
         for dim in range(deepest):
@@ -216,9 +229,9 @@ class _Search:
         """Whether a candidate is the batch."""
         base = self.base
         assert base is not None
-        shown = base.batches == {batch.size} and all(s[:1] in ((), (batch.size,)) for s in base.shapes)
-        if shown and 0 in batch.dims.values() and self._is_alone(batch):
+        if self.is_shown(batch):
             return True
+        shown = _agrees(base, batch)
         try:
             grown = self._run(batch.resized(self.example, batch.size + 1))
         except Exception:  # of any kind: it is no batch, or the code fixes its size
@@ -238,9 +251,15 @@ class _Search:
             return not any(base.shapes)
         return self.stated is not None or shown or self._is_independent(batch, dims)
 
+    def is_shown(self, batch: Batch) -> bool:
+        """Whether one pass shows that a candidate is the batch."""
+        done = self.traced or self.base
+        agrees = done is not None and 0 in batch.dims.values() and _agrees(done, batch)
+        return agrees and self._is_alone(batch)
+
     def _is_alone(self, batch: Batch) -> bool:
         """Whether no other tensor could share or be confused with the batch."""
-        first = [t.shape[0] for _, t in _tensors_with_paths(self.example) if t.ndim]
+        first = [t.shape[0] for _, t in tensors_with_paths(self.inputs) if t.ndim]
         return first.count(batch.size) == 1
 
     def _is_proportional(self, size: int, ratio: float) -> bool:
@@ -270,6 +289,11 @@ class _Search:
         return not compare(*kept)[0]
 
 
+def _agrees(done: Pass, batch: Batch) -> bool:
+    """Whether all convolutions, BatchNorms and outputs have the size of a batch first."""
+    return done.batches == {batch.size} and all(s[:1] in ((), (batch.size,)) for s in done.shapes)
+
+
 def _grown(before: torch.Size, after: torch.Size) -> list[int]:
     """Return the dimensions along which a tensor grew."""
     return [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if b > a]
@@ -280,8 +304,7 @@ class _Work(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
-        self.batches: set[int] = set()
+        self.done = Pass()
 
     def __torch_dispatch__(
         self,
@@ -293,49 +316,6 @@ class _Work(TorchDispatchMode):
         kwargs = kwargs or {}
         output = run_operation(func, args, kwargs)
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
-        if func._schema.name.endswith(("convolution", "batch_norm")) and isinstance(args[0], Tensor):
-            self.batches.add(args[0].shape[0])
+            self.done.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+        self.done.note_batch(func, args)
         return output
-
-
-# --- nested inputs with paths -----------------------------------------------------------------
-
-
-def _entries(value: object) -> list[tuple[int | str, object]]:
-    """Return the entries of a sequence or mapping with their keys; nothing for other objects."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    return list(enumerate(value)) if isinstance(value, list | tuple) else []
-
-
-def _tensors_with_paths(inputs: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    if isinstance(inputs, Tensor):
-        yield path, inputs
-    for key, value in _entries(inputs):
-        yield from _tensors_with_paths(value, (*path, key))
-
-
-def _lists_with_paths(inputs: object, path: Path = ()) -> Iterator[tuple[Path, list[object]]]:
-    if isinstance(inputs, list | tuple) and inputs and not hasattr(inputs, "_fields"):
-        yield path, list(inputs)
-    for key, value in _entries(inputs):
-        yield from _lists_with_paths(value, (*path, key))
-
-
-def _mapped(change: Callable[[Path, object], object], value: T, path: Path = ()) -> T:
-    """Return nested inputs in which `change` replaced tensors and sequences, given their paths."""
-    changed = change(path, value)
-    if changed is not value:
-        return changed  # type: ignore[return-value]
-    entries = [(key, _mapped(change, each, (*path, key))) for key, each in _entries(value)]
-    if not entries:
-        return value
-    if isinstance(value, UserDict):
-        made = type(value).__new__(type(value))
-        made.__dict__.update({**vars(value), "data": dict(entries)})
-        return made
-    if isinstance(value, Mapping):
-        return dict(entries)  # type: ignore[return-value]
-    values = [each for _, each in entries]
-    return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)  # type: ignore

@@ -60,9 +60,37 @@ def process_group(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        yield device
+        with lost_processes():
+            yield device
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Report in one line that another process has ended, within the block.
+
+    The processes wait for each other in every step, so none can go on alone.
+
+    Raises:
+        PruningError: if a collective operation fails because a process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise PruningError(
+            f"process {rank()} of {size()} stops, because another process of this training has ended: its "
+            "own message says why; then continue the run with --resume"
+        ) from error
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Return whether an error of torch.distributed is that of a connection to another process."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure")
+    return isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in signs))
 
 
 def broadcast(value: T) -> T:
@@ -153,6 +181,17 @@ def data_parallel(model: nn.Module) -> Iterator[nn.Module]:
             del norm.forward
 
 
+def without_averaging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which backward passes leave each process its own gradients, if wanted.
+
+    They are averaged with those of the next pass outside it.
+    """
+    inner = getattr(model, "_orig_mod", model)  # of a compiled module
+    if wanted and isinstance(inner, nn.parallel.DistributedDataParallel):
+        return inner.no_sync()
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def unsynchronized(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm use the batches of this process alone within the block, also in `data_parallel`."""
@@ -229,6 +268,7 @@ def _sync_batch_norm(
             x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, size()
         )
     # nn.SyncBatchNorm rejects CPU tensors: its kernels (batch_norm_stats) exist for GPUs only.
+    dtype, x = x.dtype, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1] * size()
     sums = torch.stack([x.sum(dims), x.square().sum(dims)])
@@ -243,4 +283,4 @@ def _sync_batch_norm(
     normalized = (x - average.view(shape)) * torch.rsqrt(variance + eps).view(shape)
     if weight is not None:
         normalized = normalized * weight.view(shape)
-    return normalized if bias is None else normalized + bias.view(shape)
+    return (normalized if bias is None else normalized + bias.view(shape)).to(dtype)

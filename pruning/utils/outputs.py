@@ -27,6 +27,30 @@ def named_outputs(output: object) -> dict[str, Tensor]:
     return dict(_named(output, "", set()))
 
 
+def held(output: object, name: str) -> object:
+    """Return what an output holds under a key or an attribute, as the outputs of transformers do; else None.
+
+    >>> held({"logits": 1}, "logits"), held([1], "logits")
+    (1, None)
+    """
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return getattr(output, name, None)
+
+
+def logits_of(output: object) -> object:
+    """Return the tensor `logits` that an output holds; any other output is returned as it is.
+
+    >>> import torch
+    >>> logits_of({"logits": torch.zeros(2, 3)}).shape, logits_of(torch.zeros(2, 4)).shape
+    (torch.Size([2, 3]), torch.Size([2, 4]))
+    """
+    found = held(output, "logits")
+    return found if isinstance(found, Tensor) else output
+
+
 def counted(output: object, outputs: Outputs) -> list[Tensor]:
     """Return the tensors of a model's output that count.
 

@@ -20,12 +20,13 @@ pruning.errors.PruningError: Sampling.count 0: expected a whole number from 1
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pruning.errors import PruningError
 
@@ -47,6 +48,10 @@ class Setting:
             applies to all stages; `last`: one flag, for the last stage only.
         flag: whether the command line has a flag for it.
         positional: whether it is a positional argument.
+        last_only: values of a flag of all stages that only the last stage takes; the others keep the
+            default of this field, and of the fields whose setting `follows` it.
+        later: `setting`: earlier versions did not have it; `flag`: they had no flag for it. Files of runs
+            hold it only where it is not the default.
     """
 
     help: str
@@ -63,6 +68,9 @@ class Setting:
     stages: Literal["each", "all", "last"] = "all"
     flag: bool = True
     positional: bool = False
+    last_only: tuple[str, ...] = ()
+    follows: str = ""
+    later: Literal["", "flag", "setting"] = ""
 
     def allows(self, value: object, kind: type) -> bool:
         """Return whether a value of this type is within the bounds and among the choices."""
@@ -150,6 +158,42 @@ def fields_of(cls: type) -> Iterator[SettingField]:
         yield SettingField(each.name, kind, optional, several, setting, stage, default)
 
 
+def stored(config: object) -> dict[str, Any]:
+    """Return a dataclass as plain data, without later settings that have their default.
+
+    A function is stored as its module and name.
+
+    >>> @dataclass(frozen=True)
+    ... class Sampling:
+    ...     count: Annotated[int, Setting("number of samples")] = 8
+    ...     seed: Annotated[int, Setting("seed", later="setting")] = 0
+    >>> stored(Sampling()), stored(Sampling(seed=1))
+    ({'count': 8}, {'count': 8, 'seed': 1})
+    """
+    found: dict[str, Any] = {}
+    known = {each.name: each for each in fields_of(type(config))}
+    for name in (each.name for each in dataclasses.fields(config)):  # type: ignore[arg-type]
+        value, each = getattr(config, name), known.get(name)
+        is_later = each is not None and each.setting is not None and each.setting.later == "setting"
+        value = _plain_data(value)
+        if each is None or not is_later or (value or None) != (_plain_data(each.default) or None):
+            found[name] = value
+    return found
+
+
+def _plain_data(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return stored(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain_data(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(held) for held in value]
+    if callable(value):
+        inner = getattr(value, "func", value)  # of a partial
+        return f"{getattr(inner, '__module__', '')}:{getattr(inner, '__qualname__', type(inner).__name__)}"
+    return value
+
+
 def require_valid(config: object) -> None:
     """Check every field of a dataclass against its `Setting`.
 
@@ -161,8 +205,10 @@ def require_valid(config: object) -> None:
         if each.setting is None or each.several or (each.optional and value is None):
             continue
         if not each.setting.allows(value, each.kind):
+            near = difflib.get_close_matches(str(value), each.setting.choices, 1)
             raise PruningError(
                 f"{type(config).__name__}.{each.name} {value!r}: expected {each.setting.expected(each.kind)}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
             )
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from commands import children_in_process, module
+from commands import children_in_process, few_digits, module
 from PIL import Image
 
 from benchmarks import libraries, pretrained, trained_networks
@@ -21,9 +21,16 @@ iterations = 1
 sparsify-epochs = 1
 recover-epochs = 0
 finetune-epochs = 2
-batch-size = 256
+batch-size = 64
 augment = 0
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """A fifth of the embedded digits."""
+    with few_digits():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +122,12 @@ def test_several_jobs_run_in_processes_of_their_own_and_pass_errors_on():
 
 def test_networks_of_the_paper_are_slimmed_once_and_listed(tmp_path):
     where = ["--runs", tmp_path, "--results", tmp_path / "out.json", "--table", tmp_path / "out.md"]
-    flags = ["--models", "resnet20", "--data", "mnist5k", "--train", 128, "--validation", 64, "--threads", 1]
+    flags = ["--models", "resnet20", "--data", "mnist5k", "--train", 64, "--validation", 32, "--threads", 1]
     with children_in_process():
         module("benchmarks.paper", *flags, *where)
     found = json.loads((tmp_path / "out.json").read_text())["resnet20"]
     assert found["slim"]["macs"] <= 0.5 * found["dense"]["macs"] and 0 <= found["slim"]["accuracy"] <= 1
-    assert "| resnet20 | 128 of mnist5k | 271,994 |" in (tmp_path / "out.md").read_text()
+    assert "| resnet20 | 64 of mnist5k | 271,994 |" in (tmp_path / "out.md").read_text()
     before = (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns
     module("benchmarks.paper", *flags, *where)
     assert (tmp_path / "resnet20" / "best.pth").stat().st_mtime_ns == before, "nothing was run again"

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, module
+from commands import few_digits, module
+from killed import Killed, killed
 
 import data
 from benchmarks.fair import page
@@ -37,21 +37,39 @@ def tiny(image_shape, classes):
     )
 """
 FLAGS = ("--networks", "tiny_fair:tiny", "--data", "mnist5k", "--epochs", 3, "--dense-epochs", 1)
-FLAGS += ("--train", 300, "--batch-size", 50, "--seconds", 0.01, "--seeds", 0, "--budgets", "50%")
+FLAGS += ("--train", 150, "--batch-size", 50, "--seconds", 0.01, "--seeds", 0, "--budgets", "50%")
 
 
 def where(folder):
     return ("--results", folder / "fair.json", "--runs", folder / "runs", "--page", folder / "fair.md")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """A fifth of the embedded digits."""
+    with few_digits():
+        yield
+
+
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A folder with a tiny network; networks are timed as they are, because each export takes seconds."""
-    monkeypatch.setattr("benchmarks.fair.measure.exported", lambda models, *_, **__: models)
+def folder(tmp_path, monkeypatch):
+    """A folder with the module of a tiny network."""
     (tmp_path / "tiny_fair.py").write_text(TINY)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("tiny_fair", None)
+
+
+@pytest.fixture
+def tiny(folder, monkeypatch):
+    """The folder; the network is timed briefly and as it is, because each export takes seconds.
+
+    torch-pruning takes fewer and larger steps.
+    """
+    monkeypatch.setattr("benchmarks.fair.measure.exported", lambda models, *_, **__: models)
+    monkeypatch.setattr("benchmarks.fair.measure.time_forward", partial(time_forward, warmup=0.01))
+    monkeypatch.setattr("benchmarks.peers.STEPS", 20)
+    return folder
 
 
 def cells(folder):
@@ -117,39 +135,39 @@ def test_every_method_meets_the_budget_in_the_same_epochs(tiny):
     assert [cells(tiny)["scratch"][key] for key in same] == [found["scratch"][key] for key in same]
 
 
-def started(folder, *flags):
-    """Start the benchmark in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.fair", *map(str, (*FLAGS, *flags, *where(folder)))]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "file"), [("uniform", "trained.state"), ("slimming", "state.pth")])
-def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, method, file):
-    flags = ("--methods", method, "--epochs", 10, "--train", 2000)
-    process = started(tiny, *flags)
-    deadline = time.monotonic() + 300
-    while not list((tiny / "runs").rglob(file)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_a_killed_cell_is_resumed_and_ends_as_if_it_had_not_been_killed(tiny, monkeypatch):
+    """It is killed in the stages of slimming, then in the training of a cell from scratch."""
+    flags = ("--methods", "uniform", "slimming", "--epochs", 4)
+    words = (*FLAGS, *flags, *where(tiny))
+    process = killed("state.pth", signal.SIGKILL, "benchmarks.fair", *words, cwd=tiny)
+    assert process.returncode == -signal.SIGKILL and list((tiny / "runs").rglob("state.pth"))
     assert cells(tiny) == {}, "a cell that is not complete is not in the results"
-    assert not list((tiny / "runs").rglob("result.pth"))
-    module("benchmarks.fair", *FLAGS, *flags, *where(tiny))
+    replace = os.replace
+
+    def replace_and_die(source, target, **options):
+        replace(source, target, **options)
+        if os.path.basename(target) == "trained.state":
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_and_die)
+        module("benchmarks.fair", *words)
+    assert cells(tiny).keys() == {"slimming"} and list((tiny / "runs").rglob("trained.state"))
+    module("benchmarks.fair", *words)
     assert not list((tiny / "runs").rglob("*.state"))
 
     whole = tiny / "whole"
     whole.mkdir()
     module("benchmarks.fair", *FLAGS, *flags, *where(whole))
     same = ("accuracy", "validation", "params", "macs")
-    resumed, uninterrupted = cells(tiny)[method], cells(whole)[method]
-    assert [resumed[key] for key in same] == [uninterrupted[key] for key in same]
+    for method, uninterrupted in cells(whole).items():
+        resumed = cells(tiny)[method]
+        assert [resumed[key] for key in same] == [uninterrupted[key] for key in same]
 
 
 @pytest.mark.slow
-def test_times_are_those_of_onnx_runtime(tmp_path, monkeypatch):
+def test_times_are_those_of_onnx_runtime(folder, monkeypatch):
     pytest.importorskip("onnxscript")
     timed = []
 
@@ -159,8 +177,8 @@ def test_times_are_those_of_onnx_runtime(tmp_path, monkeypatch):
 
     monkeypatch.setattr("benchmarks.fair.measure.time_forward", time_recorded)
     digits = data.load("mnist5k", quiet=True)
-    workshop = Workshop("plain", Recipe(), digits, "digits", tmp_path)
-    small = narrowed(workshop.new(0), {"0": 2, "3": 2}, workshop.example)
+    workshop = Workshop("tiny_fair:tiny", Recipe(), digits, "digits", folder)
+    small = narrowed(workshop.new(0), {"0": 2, "4": 2}, workshop.example)
     found = times(small, workshop, seconds=0.2)
     assert timed == [("dense", Exported), ("pruned", Exported), ("again", Exported)]
     for middle, low, high in (found["time ratio"], found["time control"]):

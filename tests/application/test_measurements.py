@@ -7,27 +7,30 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, children_in_process, module
+from commands import children_in_process, few_digits, module
+from torch import nn
 
 from benchmarks import equal_accuracy, pipeline, process, results, runtimes, timing
 from pruning import PruningError
+from pruning.deploy import time_forward
 from pruning.errors import CheckpointError
 
 
-def benchmark(name, *flags, check=True, **variables):
-    """Run a benchmark in a separate process; `commands.module` runs it in this one."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL,
-        env={**os.environ, **variables},
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """A fifth of the embedded digits."""
+    with few_digits():
+        yield
+
+
+def convolutions(name):
+    """Return a network in the place of torchvision's, which take seconds to export."""
+    layers = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,10 @@ def in_runtimes(tmp_path_factory):
     chosen = [name for name in runtimes.RUNTIMES if name != runtimes.COMPILED]
     flags = ["--seconds", 0.05, "--warmup", 0.05, "--calibration", 100, "--runtimes", *chosen]
     flags += ["--models", "squeezenet1_1", "--image-size", 32, "--output", output]
-    printed = module("benchmarks.runtimes", *flags).stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models.get_model", convolutions)
+        patch.setattr("pruning.deploy.onnx_rewrite.time_forward", partial(time_forward, warmup=0.01))
+        printed = module("benchmarks.runtimes", *flags).stdout
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.json", "out.md"]
     assert output.with_suffix(".md").read_text() == printed
     return json.loads(output.read_text()), printed
@@ -92,11 +98,14 @@ def test_a_control_that_is_not_1_is_marked_and_reported(in_runtimes, control):
     assert f"Not all controls are within 0.02 of 1; do not rely on the ratios beside these. {place}." in text
 
 
-def test_a_runtime_whose_compiler_fails_is_omitted(tmp_path):
+def test_a_runtime_whose_compiler_fails_is_omitted(tmp_path, monkeypatch):
+    from torch._inductor import config
+
     flags = ["--seconds", 0.01, "--warmup", 0, "--runtimes", "compiled", "--models", "--batch-sizes", 1]
     flags += ["--output", tmp_path / "out.json"]
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
-    printed = benchmark("runtimes", *flags, **cache).stdout
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        printed = module("benchmarks.runtimes", *flags).stdout
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["runtime"] for row in result["times"]} == {"eager"}
     assert list(result["left out"]) == ["compiled"] and "Left out: compiled. " in printed
@@ -142,7 +151,7 @@ def test_costs_at_equal_accuracy_are_interpolated_between_budgets():
 def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path):
     pytest.importorskip("torch_pruning")
     flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
-    flags += ["--repeats=1", "--threads=1", "--iterations=1", "--batch-size=128", "--seconds=0.1"]
+    flags += ["--repeats=1", "--threads=1", "--iterations=1", "--batch-size=32", "--seconds=0.1"]
     flags += ["--budgets", "15%", "40%", f"--output={tmp_path}/out.json"]
     with children_in_process():
         printed = module("benchmarks.equal_accuracy", *flags).stdout
@@ -158,7 +167,7 @@ def test_networks_at_several_budgets_are_compared_with_torch_pruning(tmp_path):
 def test_the_pipeline_is_compared_with_torch_pruning(tmp_path):
     pytest.importorskip("torch_pruning")
     flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
-    flags += ["--repeats=2", "--threads=1", "--iterations=1", "--batch-size=128"]
+    flags += ["--repeats=2", "--threads=1", "--iterations=1", "--batch-size=32"]
     flags += [f"--output={tmp_path}/out.json", "--sides", "ours", "loader 0"]
     with children_in_process():
         printed = module("benchmarks.pipeline", *flags).stdout
@@ -186,10 +195,10 @@ def test_the_pipeline_is_compared_with_torch_pruning(tmp_path):
 
 def test_a_part_of_a_benchmark_runs_in_its_own_process():
     flags = [f"--{stage}-epochs=1" for stage in ("sparsify", "recover", "finetune")]
-    flags += ["--threads=1", "--iterations=1", "--batch-size=256", "--side=ours"]
+    flags += ["--threads=1", "--iterations=1", "--batch-size=512", "--side=ours"]
     found = process.run_module("pipeline", flags)
     assert found["memory"] > 100 and 0.1 < found["accuracy"] <= 1
-    with pytest.raises(PruningError, match="expected a whole number from 1"):
+    with children_in_process(), pytest.raises(PruningError, match="expected a whole number from 1"):
         process.run_module("pipeline", [*flags, "--threads=0"])
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from commands import ROOT, refused, script
+from commands import ROOT, few_digits, refused, script
+from killed import killed
 from nets import same
 
 from models import LeNet5, YourNet
@@ -21,7 +20,7 @@ from pruning.planning import count
 
 #: Flags of a run that takes seconds.
 SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--recover-epochs", "1",
-         "--finetune-epochs", "1", "--batch-size", "256", "--threads", "1",
+         "--finetune-epochs", "1", "--batch-size", "64", "--threads", "1",
          "--reference", str(ROOT / "checkpoints" / "LeNet5" / "epoch-6.pth")]  # fmt: skip
 
 
@@ -29,21 +28,18 @@ SHORT = ["--data", "mnist5k", "--iterations", "2", "--sparsify-epochs", "1", "--
 BRIEF = [*SHORT, "--no-layers"]
 
 
-def program(name, *flags, **options):
-    """Run a script in a separate process without a terminal; `commands.script` runs it in this one."""
-    done = subprocess.run(
-        [sys.executable, ROOT / name, *map(str, flags)],
-        capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """A fifth of the embedded digits."""
+    with few_digits():
+        yield
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short run that has finished."""
     folder = tmp_path_factory.mktemp("run") / "first"
-    done = program("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
+    done = script("train_yournet.py", *SHORT, "--output", folder, cwd=folder.parent)
     return folder, done.stdout
 
 
@@ -73,7 +69,7 @@ def test_train_yournet_saves_a_smaller_network_and_its_provenance(run):
 
 
 def test_the_seed_determines_the_trained_network(brief, tmp_path):
-    program("train_yournet.py", *BRIEF, "--output", tmp_path / "again", cwd=tmp_path)
+    script("train_yournet.py", *BRIEF, "--output", tmp_path / "again", cwd=tmp_path)
     script("train_yournet.py", *BRIEF, "--output", tmp_path / "other", "--seed", 1, cwd=tmp_path)
     first, again, other = (
         load(path / "best.pth").state_dict() for path in (brief, tmp_path / "again", tmp_path / "other")
@@ -88,19 +84,9 @@ def test_the_seed_determines_the_trained_network(brief, tmp_path):
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes_to_the_same_network(brief, tmp_path, killer):
     folder = tmp_path / "runs" / "1"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_yournet.py", *BRIEF], cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # A shell disables Ctrl-C for processes in the background, as the tests may be.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while not (folder / "state.pth").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(killer)
-    _, said = process.communicate()
+    process = killed("state.pth", killer, ROOT / "train_yournet.py", *BRIEF, cwd=tmp_path)
     assert process.returncode == (-9 if killer == signal.SIGKILL else 130)
-    assert "Traceback" not in said
+    assert "Traceback" not in process.stderr
     torch.load(folder / "state.pth", weights_only=True)  # the last complete state still loads
     script("train_yournet.py", "--resume", cwd=tmp_path)
     one, other = load(brief / "best.pth").state_dict(), load(folder / "best.pth").state_dict()
@@ -126,7 +112,7 @@ def test_test_yournet_prints_the_table_and_writes_the_figures(run, tmp_path):
             "model", "dataset", "split", "images", "accuracy", "infer_time_ms", "infer_time_ms_p90",
             "batch_size", "threads", "params", "macs",
         }  # fmt: skip
-        assert (entry["dataset"], entry["split"], entry["images"]) == ("mnist5k", "test", 1000)
+        assert (entry["dataset"], entry["split"], entry["images"]) == ("mnist5k", "test", 200)
         assert entry["batch_size"] == 32 and entry["threads"] == 1 and entry["infer_time_ms"] > 0
     assert figures["params"] == sum(p.numel() for p in load(folder / "best.pth").parameters())
     assert (figures["reference"]["params"], figures["reference"]["macs"]) == (60_074, 199_968)

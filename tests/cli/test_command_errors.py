@@ -55,7 +55,17 @@ PICTURES = (
         (("prune", "--model", "mine:Net", "--input-shape", "1x10x10", *BUDGET), "needs data"),
         (("prune", *NET, "--max-macs", "0%"), "above 0"),
         (("prune", *NET, "--max-macs", "120%"), "at most 100"),
-        (("prune", *NET), "at least one limit"),
+        (("prune", *NET), "a budget is needed: --max-macs 50%, or --max-params"),
+        (("prnue", *NET, *BUDGET), "there is no command 'prnue': did you mean prune?"),
+        (("compress", *NET, *BUDGET), "expected one of doctor, prune, slim"),
+        (("slim", "--resume", "--output", "nowhere"), "nowhere holds no run to resume"),
+        (
+            ("prune", "--config", "absent.toml"),
+            "absent.toml cannot be read as a recipe: there is no such file",
+        ),
+        (("prune", "--config", "."), "cannot be read as a recipe: Is a directory"),
+        (("prune", "--config", "mine.py"), "because it is not TOML"),
+        (("report", "mine.py"), "mine.py holds no run that can be read: it is a file"),
         (("prune", *NET, "--max-params", "3"), "cannot be reached"),
         (("prune", "--model", "mine:Net", "--data", "mine:nothing", *BUDGET), "batches were expected"),
         (("prune", "--model", "mine:Net", "--data", "mine:few", *BUDGET), "no validation batches"),
@@ -241,10 +251,10 @@ def test_a_pipe_is_refused_as_output_and_a_link_is_followed(run, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a reader that leaves is no error there")
-def test_a_closed_pipe_ends_the_command_without_a_traceback(tmp_path):
+def test_a_closed_pipe_ends_the_command_without_a_traceback():
     read, write = os.pipe()
     os.close(read)
-    words = ("doctor", "--model", "squeezenet1_1", "--input-shape", "3x64x64")
+    words = ("doctor", "--model", "models:LeNet5", "--input-shape", "1x28x28")
     ended = subprocess.run([sys.executable, "-m", "pruning", *words], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert ended.returncode == 1 and ended.stderr == b""

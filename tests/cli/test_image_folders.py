@@ -73,9 +73,11 @@ def test_a_checkpoint_needs_no_flags_again(photos, tmp_path):
     code, out, err = photos("test", "--weights", "small.pth", "--seconds", 0.1)
     assert code == 0 and "no test split: measured on validation" in out and stated in out, err
     assert photos("test", "--weights", "small.pth", "--seconds", 0.1, "--split", "test")[0] == 2
-    code, out, err = photos("finetune", "--weights", "small.pth", "--data", "pictures", "--epochs", 0,
-                            "--augment", "flip", "--output", "run")  # fmt: skip
+    code, out, err = photos("finetune", "--weights", "small.pth", "--epochs", 0, "--augment", "flip",
+                            "--output", "run")  # fmt: skip
     assert code == 0 and stated in out and "random flips" in out, err
+    code, out, err = photos("doctor", "--weights", "small.pth")
+    assert code == 0 and "Net: " in out and "trial passed" in out, err
     assert photos("export", "run/best.pth", "--to", "torchscript")[0] == 0
     with zipfile.ZipFile(tmp_path / "run" / "best.torchscript") as archive:
         name = next(n for n in archive.namelist() if n.endswith("metadata.json"))
@@ -114,6 +116,8 @@ def test_costs_are_the_same_in_every_command(photos, tmp_path):
     [
         (("--crop", 12, "--resize", 8), "--crop 12 is above --resize 8"),
         (("--crop", 12, "--mean", 0.5), "go together"),
+        (("--crop", 12, "--mean", 123.7, 116.3, 103.5, "--std", 58), "go together"),
+        (("--crop", 12, "--mean", 128, "--std", 58), "--mean 128 128 128: expected numbers from 0 to 1"),
         (("--crop", 12, "--mean", 0.5, "--std", 0), "above 0"),
         (("--crop", 12, "--mean", 1, 2, "--std", 1, 2), "three numbers each"),
         (("--crop", 12, "--image-size", 13), "give one of them"),
@@ -123,6 +127,16 @@ def test_costs_are_the_same_in_every_command(photos, tmp_path):
 def test_wrong_flags_of_images_are_refused(photos, words, message):
     code, _, err = photos("doctor", *NET, "--data", "pictures", *words)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_folder_without_classes_or_with_an_empty_one_is_refused(photos, tmp_path):
+    words = ("doctor", "--model", "squeezenet1_1", "--data")
+    code, _, err = photos(*words, "pictures/a")
+    assert code == 2 and "pictures/a is no image folder: it has no subfolders; expected images in" in err
+    assert len(err.splitlines()) == 1, err
+    (tmp_path / "pictures" / "d").mkdir()
+    code, _, err = photos(*words, "pictures")
+    assert code == 2 and "no valid file for the classes d" in err
 
 
 def test_flags_of_images_are_refused_for_other_data(run):

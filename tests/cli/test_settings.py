@@ -15,7 +15,7 @@ from user import NET
 
 from eval import train_flags
 from pruning import Budget, LatencyBudget, PruningError, SlimConfig
-from pruning.cli import arguments, parse_flags
+from pruning.cli import argument_types, parse_flags
 from pruning.cli.arguments import GROUPS
 from pruning.cli.build import slim_config
 from pruning.cli.commands import prune as prune_command
@@ -357,4 +357,4 @@ def test_errors_in_user_data_are_reported_at_any_batch(run):
 def test_the_help_of_a_script_comes_from_its_dataclass(tmp_path):
     text = " ".join(script("train_lenet5.py", "--help").stdout.split())
     assert "--epoch-end N epochs trained in the end (default: 6)" in text
-    assert Path("runs") == arguments.RUNS
+    assert Path("runs") == argument_types.RUNS

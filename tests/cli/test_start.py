@@ -42,6 +42,16 @@ def test_help_and_errors_of_usage_import_no_library():
     assert done.stdout == "[]\n"
 
 
+def test_the_help_of_a_command_without_stages_names_none(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main.parse([name, "--help"])
+        titles = [
+            line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and line[0] != " "
+        ]
+        assert any("stage" in title for title in titles) == (name == "slim")
+
+
 def test_every_public_name_is_found_when_it_is_first_used():
     for package in (pruning, pruning.planning, pruning.stages, pruning.training, pruning.deploy):
         imports = lazy._guarded_imports(package.__file__)

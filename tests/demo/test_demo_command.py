@@ -160,5 +160,5 @@ def test_command_sets_the_names_of_networks_and_classes(tmp_path, toolkit):
     assert pixels == [[200, 0, 30], [200, 10, 30], [200, 20, 30]]
     (tmp_path / "small.html").unlink()
     assert toolkit(*words, "--classes", "a", "b")[0] == 2
-    code, _, err = toolkit(*words, "--classes", "a", "b", "c")
+    code, _, err = toolkit(*words[:2], *words[4:], "--classes", "a", "b", "c")
     assert code == 0 and '"classes":["a","b","c"]' in (tmp_path / "small.html").read_text()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import PruningError, trace
+from pruning import Budget, PruningError, trace
+from pruning.planning import CostModel
 from pruning.planning.scores import bn_scale, l1, l2, score_channels, taylor
+from pruning.planning.search import plan_within
 from pruning.training import cross_entropy
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
@@ -46,12 +48,38 @@ def test_bn_scale_raises_for_a_group_without_a_norm():
         without_data(bn_scale, net, trace(net, nets.images()))
 
 
-def test_weight_scores_equal_norms_of_weights():
+def test_weight_scores_are_shares_of_norms_of_weights():
     net = nets.make("plain")
     traced = trace(net, nets.images())
     weight = net[3].weight.detach()
-    torch.testing.assert_close(without_data(l1, net, traced)["3"], weight.abs().sum((1, 2, 3)))
-    torch.testing.assert_close(without_data(l2, net, traced)["3"], weight.square().sum((1, 2, 3)).sqrt())
+    for score, norms in ((l1, weight.abs().sum((1, 2, 3))), (l2, weight.square().sum((1, 2, 3)))):
+        torch.testing.assert_close(without_data(score, net, traced)["3"], norms / norms.sum())
+    with torch.no_grad():
+        weight.zero_()
+    assert without_data(l2, net, traced)["3"].tolist() == [0.0] * len(weight)
+
+
+@pytest.mark.parametrize("score", [l1, l2])
+def test_a_plan_by_weights_does_not_depend_on_the_size_of_a_layers_weights(score):
+    """Weights times 100, in front of a norm that divides by it, make the same network."""
+    plans = []
+    for factor in (1, 100):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 12, 3),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 12, 3),
+            nn.ReLU(),
+            nn.Conv2d(12, 2, 1),
+        )
+        with torch.no_grad():
+            net[0].weight.mul_(factor)
+        traced = trace(net, torch.zeros(1, 3, 8, 8))
+        cost = CostModel(net, traced)
+        budget = Budget(macs="40%").resolve(cost(cost.full))
+        plans.append(plan_within(budget, traced, cost, without_data(score, net, traced)).widths)
+    assert plans[0] == plans[1]
 
 
 def test_scores_do_not_depend_on_the_default_dtype():
@@ -73,7 +101,8 @@ def test_weight_scores_of_a_grouped_transposed_convolution():
     traced = trace(net, nets.images())
     weight = net[1].weight.detach().abs()
     by_output = torch.cat([weight[:3].sum((0, 2, 3)), weight[3:].sum((0, 2, 3))])
-    torch.testing.assert_close(without_data(l1, net, traced)["1"], by_output[:4] + by_output[4:])
+    norms = by_output[:4] + by_output[4:]
+    torch.testing.assert_close(without_data(l1, net, traced)["1"], norms / norms.sum())
 
 
 def test_taylor_is_exact_where_the_loss_is_linear():

@@ -10,7 +10,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
-from killed import Killed, MortalRun
+from killed import CopiedRun
 from nets import ShuffledBatches, batches, same
 from torch import nn
 
@@ -122,24 +122,21 @@ def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budge
 
 @pytest.fixture(scope="module")
 def whole(trained, tmp_path_factory):
-    """The result of a run that was not interrupted, its folder and its lines."""
-    folder, lines = tmp_path_factory.mktemp("whole"), []
-    return pipeline(trained, Run(folder, {}), lines), folder, lines
+    """The result of a run that was not interrupted, its folder and its lines, and its earlier states."""
+    folder, copies, lines = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("copies"), []
+    return pipeline(trained, CopiedRun(folder, {}, copies), lines), folder, lines, copies
 
 
 @pytest.mark.parametrize("epochs", range(1, 7))
-def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained, whole, epochs, tmp_path):
-    expected, folder, lines = whole
-    again = []
-
-    with pytest.raises(Killed):
-        pipeline(trained, MortalRun(tmp_path / "cut", {}, epochs))
+def test_an_interrupted_run_of_a_trained_network_ends_like_the_whole_one(trained, whole, epochs):
+    expected, folder, lines, copies = whole
+    cut, again = copies / str(epochs), []
     torch.manual_seed(12345)
-    resumed = pipeline(trained, Run(tmp_path / "cut", {}, resume=True), again)
+    resumed = pipeline(trained, Run(cut, {}, resume=True), again)
     assert same(resumed.model, expected.model) and same(resumed.sparsified, expected.sparsified)
     assert (resumed.stage, resumed.score, resumed.epochs) == (expected.stage, expected.score, expected.epochs)
     assert resumed.reference == expected.reference and lines[-len(again) :] == again
-    histories = [(run / "history.jsonl").read_text() for run in (folder, tmp_path / "cut")]
+    histories = [(run / "history.jsonl").read_text() for run in (folder, cut)]
     assert histories[0] == histories[1]
 
 
@@ -176,12 +173,23 @@ def test_iterations_that_have_nothing_to_do_are_not_run(trained, tmp_path):
     assert skipped + len(steps) == 12 and skipped > 0 and result.epochs == 2 + len(steps) + 2
 
 
-def test_a_trained_network_without_scales_is_not_trained_in_stage_1():
+def test_a_trained_network_without_norms_is_pulled_by_its_weights():
     torch.manual_seed(0)
     lines, model = [], fit(nets.make("plain"), batches(), TrainConfig(30, lr=0.1))
     result = pipeline(model, None, lines)
-    assert result.reference.trained and same(result.sparsified, model)
-    assert "so there is nothing to train" in lines[1]
+    scales = ChannelScales(result.sparsified, trace(result.sparsified, nets.images()))
+    assert result.reference.trained and scales.rows and scales.left().macs < scales.dense.macs
+    assert "weights ≠ 0 in" in lines[1]
+
+
+def test_a_trained_network_that_cannot_be_pulled_is_not_trained_in_stage_1():
+    torch.manual_seed(0)
+    lines, model = [], fit(nets.make("plain"), batches(), TrainConfig(30, lr=0.1))
+    for layer in model:
+        if hasattr(layer, "weight"):
+            torch.nn.utils.parametrizations.weight_norm(layer)  # its weight is computed
+    result = pipeline(model, None, lines)
+    assert same(result.sparsified, model) and "so there is nothing to train" in lines[1]
 
 
 def test_given_rates_are_not_searched(trained):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
-from killed import Killed, MortalRun
+from killed import CopiedRun, Killed
 from nets import ShuffledBatches, batches, same
 
 from pruning import Budget, PruningError, SlimConfig, prune, slim, trace
@@ -34,9 +34,15 @@ def pipeline(run=None, log=lambda _: None, config=CONFIG):
                 validate=lambda m: accuracy(m, data), calibration=data, run=run, log=log)  # fmt: skip
 
 
-def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
-    lines = []
-    result = pipeline(Run(tmp_path / "run", {}), lines.append)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of a run that was not interrupted, its lines and its folder, and its earlier states."""
+    folder, copies, lines = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("copies"), []
+    return pipeline(CopiedRun(folder, {"seed": 0}, copies), lines.append), lines, folder, copies
+
+
+def test_slimming_meets_the_budget_and_reports_each_step(whole):
+    result, lines, folder, _ = whole
     got, before = (
         ChannelScales(net, trace(net, nets.images())).dense for net in (result.model, result.dense)
     )
@@ -46,15 +52,14 @@ def test_slimming_meets_the_budget_and_reports_each_step(tmp_path):
         "stage 3, fine-tune",
     ]  # fmt: skip
     assert all("asked ≤" in line for line in lines[-3:-1]) and f"{got.params:,} params" in lines[-2]
-    events = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert sum("epoch" in event for event in events) == CONFIG.epochs == 6
     assert [event["params"] for event in events if "asked" in event][-1] == got.params
 
 
-def test_restart_trains_the_last_stage_from_fresh_weights(tmp_path):
+def test_restart_trains_the_last_stage_from_fresh_weights(whole, tmp_path):
     config = replace(CONFIG, restart=True)
-    result = pipeline(Run(tmp_path / "whole", {}), config=config)
-    kept = pipeline(config=replace(config, restart=False))
+    result, kept = pipeline(Run(tmp_path / "whole", {}), config=config), whole[0]
     assert not same(result.model, kept.model)
     assert same(result.dense, kept.dense), "stage 1 does not depend on it"
 
@@ -77,22 +82,18 @@ def test_tuning_keeps_the_start_if_no_epoch_is_better_and_resumes_to_the_same_re
     assert good(tune(net, data, TrainConfig(2, lr=0.05), validate=good, run=Run(run.folder, {}, resume=True)))
 
 
-def test_the_same_seed_gives_the_same_network():
-    assert same(pipeline().model, pipeline().model)
+def test_the_same_seed_gives_the_same_network(whole):
+    assert same(pipeline().model, whole[0].model)
 
 
 @pytest.mark.parametrize("epochs", range(1, 7))
-def test_an_interrupted_pipeline_resumes_to_the_same_result(epochs, tmp_path):
-    whole = Run(tmp_path / "whole", {"seed": 0})
-    expected = pipeline(whole)
-
-    with pytest.raises(Killed):
-        pipeline(MortalRun(tmp_path / "cut", {"seed": 0}, epochs))
+def test_an_interrupted_pipeline_resumes_to_the_same_result(whole, epochs):
+    expected, _, folder, copies = whole
+    cut = copies / str(epochs)
     torch.manual_seed(12345)
-    resumed = pipeline(Run(tmp_path / "cut", {"seed": 0}, resume=True))
+    resumed = pipeline(Run(cut, {"seed": 0}, resume=True))
     assert same(resumed.model, expected.model) and same(resumed.dense, expected.dense)
-    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "cut")]
-    assert histories[0] == histories[1]
+    assert (folder / "history.jsonl").read_text() == (cut / "history.jsonl").read_text()
 
 
 def test_the_folder_of_another_run_is_rejected(tmp_path):
@@ -191,10 +192,11 @@ def test_a_run_resumes_on_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_run_that_another_process_uses_is_rejected(tmp_path):
-    run = Run(tmp_path / "run", {})
-    other = "import sys; from pruning import Run; Run(sys.argv[1], {}, resume=True)"
-    words = [sys.executable, "-c", other, str(tmp_path / "run")]
-    refused = subprocess.run(words, capture_output=True, text=True)
-    assert refused.returncode and "another process is writing to this run" in refused.stderr
-    del run
+    Run(tmp_path / "run", {})
+    other = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print(1, flush=True); input()"
+    words = [sys.executable, "-c", other, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(PruningError, match="another process is writing to this run"):
+            Run(tmp_path / "run", {}, resume=True)
     Run(tmp_path / "run", {}, resume=True)

@@ -124,9 +124,12 @@ def test_sparsify_zeroes_channels_that_plain_training_does_not():
     assert zeros[0.0] == 0 and zeros[6.0] >= 3
 
 
-def test_sparsify_rejects_a_network_without_norms():
-    with pytest.raises(PruningError, match="no prunable group of this model has a BatchNorm"):
-        sparsify(nets.make("plain"), batches(), TrainConfig(1), nets.images(), strength=1.0)
+def test_sparsify_rejects_a_network_whose_weights_are_frozen():
+    net = nets.make("plain")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(list(trace(net, nets.images()).skipped)[-1]))
+    with pytest.raises(PruningError, match="no prunable group of this model has scales or weights"):
+        sparsify(net, batches(), TrainConfig(1), nets.images(), strength=1.0)
 
 
 def test_zero_scales_stay_zero_once_the_budget_is_met():

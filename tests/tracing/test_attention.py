@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pruning import Budget, Plan, prune, trace
+from pruning.graph.groups import Trace
 from pruning.planning import count
 from pruning.planning.cost import CostModel
 from pruning.planning.scores import taylor
@@ -115,6 +117,13 @@ def network(kind: str) -> tuple[nn.Module, Tensor]:
     return net.eval(), torch.randn(2, 5, 5)
 
 
+@functools.cache
+def traced_network(kind: str) -> tuple[nn.Module, Tensor, Trace]:
+    """Return the same network for several tests, which only read it, and its trace."""
+    net, x = network(kind)
+    return net, x, trace(net, x)
+
+
 class NormOfKept(nn.Module):
     """A LayerNorm over some of the positions; the others are 0."""
 
@@ -171,13 +180,13 @@ def named(net: nn.Module, axis: str = "width") -> str:
 @pytest.mark.parametrize("all_heads", [True, False])
 @pytest.mark.parametrize("all_places", [True, False])
 def test_pruned_attention_equals_the_dense_one_without_these_heads_and_positions(kind, all_heads, all_places):
-    net, x = network(kind)
+    net, x, traced = traced_network(kind)
     groups, pairs = net[2].kv_heads, DEPTH // 2 if kind == "rotary" else DEPTH
     kept_groups = list(range(groups)) if all_heads else list(range(1, groups, 2))
     kept_pairs = list(range(pairs)) if all_places else [0, 2]
     heads = [h for h in range(HEADS) if h // (HEADS // groups) in kept_groups]
     places = [d for d in range(DEPTH) if d % pairs in kept_pairs]
-    traced, plan = trace(net, x), by_groups(net, kept_groups, kept_pairs)
+    plan = by_groups(net, kept_groups, kept_pairs)
 
     small = apply(net, traced, plan)
     torch.testing.assert_close(small(x), masked(net, heads, places)(x), rtol=1e-4, atol=1e-5)

@@ -238,6 +238,42 @@ def test_channels_are_followed_through_operators(middle):
     assert verify(net, apply(net, traced, plan), traced, plan, images) <= TOLERANCE
 
 
+class Beside(nn.Module):
+    """Joins a channel of one value to those of a layer."""
+
+    def __init__(self, fill):
+        super().__init__()
+        self.fill, self.first, self.last = fill, nn.Conv2d(3, 8, 3), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cat([x, self.fill(x)], 1))
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda x: torch.zeros(len(x), 1, *x.shape[2:]),
+        lambda x: torch.zeros_like(x[:, :1]),
+        lambda x: torch.full_like(x[:, -1:, :].detach(), 0.5),
+        lambda x: torch.ones_like(x[:, 0]).unsqueeze(1),
+    ],
+)
+def test_a_slice_of_which_only_the_shape_is_read_ties_no_channels(fill):
+    net, images = Beside(fill).eval(), nets.images()
+    traced = trace(net, images)
+    assert traced.widths == {"first": 8}, traced.skipped
+    plan = Plan({"first": (2, 3, 7)})
+    small = apply(net, traced, plan)
+    assert small.last.in_channels == 4
+    assert verify(net, small, traced, plan, images) <= TOLERANCE
+
+
+def test_a_slice_whose_values_are_read_ties_channels():
+    traced = trace(Beside(lambda x: x[:, :1] + torch.zeros_like(x[:, :1])).eval(), nets.images())
+    assert traced.widths == {} and "all tied" in traced.skipped["first"]
+
+
 class Centered(nets.WithNorm):
     """A layer whose code computes with another weight than the parameter."""
 

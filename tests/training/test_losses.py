@@ -34,7 +34,7 @@ class Constant(nn.Module):
         (Constant(4, 1), torch.zeros(4, 1), r"outputs of shape \(4, 1\)"),
         (Constant(4, 1), LABELS, r"outputs of shape \(4, 1\)"),
         (Constant(4), LABELS, r"outputs of shape \(4,\)"),
-        (Constant(4, 3, wrap=lambda outputs: {"logits": outputs}), LABELS, "the network returns a dict"),
+        (Constant(4, 3, wrap=lambda outputs: {"scores": outputs}), LABELS, "the network returns a dict"),
         (Constant(4, 3, wrap=lambda outputs: (outputs, 1)), LABELS, "the network returns a tuple"),
         (Constant(4, 3), torch.zeros(4), "the targets are torch.float32"),
         (Constant(4, 3), [0, 1, 2, 0], "the targets are list"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from pruning import PruningError
+from pruning.training import TrainConfig, fit
+from pruning.training.distillation import distillation
 from pruning.utils import distributed
 
 PROCESSES = 2
@@ -84,6 +88,52 @@ def test_several_processes_train_the_same_network_as_one(device, tmp_path):
         assert got.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+#: Settings of `fit` on all processes; the network has double precision, and so do the comparisons.
+FITS = (
+    TrainConfig(2, 0.05, accumulate=2, clip_norm=0.5, ema=0.5),
+    TrainConfig(2, 0.01, "adamw", label_smoothing=0.1, mixup=0.4, cutmix=1.0, schedule="cosine"),
+)
+
+
+def fitted(config):
+    model, data = network(), batches()
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    return fit(model, data, config, loss=distillation(teacher, 0.5))
+
+
+def one_fit(rank, folder):
+    """Train in one of the processes by `fit`; then the second process ends in an epoch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
+    torch.save([fitted(config).state_dict() for config in FITS], f"{folder}/{rank}.pth")
+
+    def end(lr):
+        if rank == 1:
+            os._exit(0)
+
+    with pytest.raises(PruningError) as caught, distributed.lost_processes():
+        fit(network(), batches(), TrainConfig(3), after_step=end)
+    Path(folder, "message").write_text(str(caught.value))
+
+
+def test_fit_gives_the_weights_of_one_process_and_ends_when_another_process_has_ended(tmp_path):
+    torch.multiprocessing.spawn(one_fit, (str(tmp_path),), nprocs=PROCESSES)
+    for number, config in enumerate(FITS):
+        expected = fitted(config).state_dict()
+        for rank in range(PROCESSES):
+            got = torch.load(tmp_path / f"{rank}.pth", weights_only=True)[number]
+            for key, value in expected.items():
+                torch.testing.assert_close(got[key], value, msg=lambda text, key=key: f"{key}: {text}")
+    message = (tmp_path / "message").read_text()
+    assert "process 0 of 2 stops, because another process of this training has ended" in message
+    assert "--resume" in message and "\n" not in message
+
+
+def test_other_errors_are_not_taken_for_a_lost_process():
+    with pytest.raises(RuntimeError, match="shapes"), distributed.lost_processes():
+        raise RuntimeError("shapes do not match")
 
 
 def test_a_single_process_trains_the_given_model_directly():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,8 +14,13 @@ from pruning.cli.commands.results import finish, start
 from pruning.errors import PruningError
 from pruning.stages.finetune import tune
 from pruning.training.config import TrainConfig
+from pruning.training.distillation import require_features
+from pruning.training.loop import require_trainable
 from pruning.training.losses import accuracy, require_classifier
 from pruning.training.optimizers import require_small
+
+#: Peak learning rate of sgd and soap; other optimizers have their own.
+RATE = 0.05
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -23,12 +29,25 @@ def execute(args: argparse.Namespace) -> None:
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
     example = build.examples(args, model, data, trains=True)
     config = read_flags(TrainConfig, args)
+    if config.lr is None:
+        args.rate = RATE if config.own_rate is None else config.peak
+        config = replace(config, lr=args.rate)
     # Refuse impossible settings before creating the run folder.
     if config.optimizer == "soap":
         require_small(model.parameters())
     teacher = None
     if args.teacher is not None:
         teacher = build.network_with(args, args.teacher)
+    require_features(model, teacher, args.distill_features)
+    if args.distill_features and teacher is None:
+        raise PruningError(
+            "--distill-features are compared with a teacher's: give --teacher and --distill, too"
+        )
+    if config.compile and (args.int8 or args.distill_features):
+        raise PruningError(
+            "--compile: compiled networks leave out the hooks of --int8 and --distill-features"
+        )
+    require_trainable(model, [config], data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)
 
@@ -46,6 +65,7 @@ def execute(args: argparse.Namespace) -> None:
         teacher=teacher,
         distill=args.distill,
         temperature=args.temperature,
+        features=args.distill_features,
         int8=args.int8,
     )
     after = validate(tuned)

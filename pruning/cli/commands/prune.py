@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from pruning.cli.commands.results import save_network
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.options import NEED_DATA
-from pruning.stages.prune import default_most, default_score, prune
+from pruning.stages.prune import Step, default_score, prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
 
@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace) -> None:
         refit=args.refit,
         ranking=args.ranking,
         floor=args.floor,
-        most=default_most(args.refit) if args.most is None else args.most,
+        most=args.most,
         multiple=args.multiple,
         outputs=args.outputs or None,
         alike=args.alike,
@@ -49,19 +49,19 @@ def execute(args: argparse.Namespace) -> None:
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
-    lines += _narrow_groups({g: step.trace.groups[g].channels for g in narrowed}, step.plan.widths)
+    lines += _thin_groups(step)
     lines += [f"left out: {name}: {why}" for name, why in step.left_out.items()]
     lines += [f"not changed: {held}" for held in step.stale]
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
 
 
-def _narrow_groups(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+def _thin_groups(step: Step) -> list[str]:
     """The warning about groups that keep less than a tenth of their channels."""
-    narrow = [f"{name} {after[name]} of {before[name]}" for name in before if 10 * after[name] < before[name]]
-    if not narrow:
+    if not step.thin:
         return []
+    thin = ", ".join(f"{name} {kept}" for name, kept in step.thin.items())
     return [
-        f"warning: these groups keep less than a tenth of their channels: {', '.join(narrow)}; --most 0.9 or "
+        f"warning: these groups keep less than a tenth of their channels: {thin}; --most 0.9 or "
         "--floor N keeps more, --ranking group the same share of all"
     ]
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from pruning.checkpoint import provenance, save, write_loader
-from pruning.cli import arguments, build, config_file
+from pruning.cli import argument_types, build, config_file
+from pruning.cli.arguments import later_flags
 from pruning.cli.factories import arguments_of
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.cost import deployed_cost
 from pruning.report.tensorboard import TensorBoardWriter
+from pruning.stages.config import SlimConfig
 from pruning.stages.run import Run
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
@@ -34,8 +36,11 @@ ELSEWHERE = {
 }
 
 
-#: Flags that runs of earlier versions did not have; they are resumed without them.
-LATER = {"alike", "augment", "crop", "cutout", "mean", "rate", "resize", "std"}
+#: Flags that runs of earlier versions did not have, with their defaults; they are resumed without them.
+LATER = {
+    **dict.fromkeys(("augment", "crop", "cutout", "mean", "rate", "resize", "std")),
+    **later_flags(SlimConfig),
+}
 
 #: Facts of the checkpoint from which the weights came that still hold.
 KEPT = ("preprocessing", "normalisation", "classes", "dataset", "given_accuracy")
@@ -46,7 +51,7 @@ def start(args: argparse.Namespace) -> Run:
     if args.output is None:
         if args.resume:
             raise PruningError("--resume needs --output FOLDER: the run to continue")
-        args.output = distributed.broadcast(arguments.next_run())
+        args.output = distributed.broadcast(argument_types.next_run())
     run = Run(args.output, settings(args), resume=args.resume)
     if run.writes:
         if args.tensorboard:
@@ -60,7 +65,7 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(args).items()
-        if key not in ELSEWHERE and not (key in LATER and value in (None, (), []))
+        if key not in ELSEWHERE and not (key in LATER and (value or None) == (LATER[key] or None))
     }
 
 

@@ -16,6 +16,7 @@ from pruning.planning.cost import deployed_cost
 from pruning.report.predictions import differing_predictions
 from pruning.stages.feasibility import feasible
 from pruning.stages.slim import slim
+from pruning.training.loop import require_trainable
 from pruning.training.losses import accuracy, require_classifier
 from pruning.utils.files import replace_file
 
@@ -26,6 +27,7 @@ def execute(args: argparse.Namespace) -> None:
     example = build.examples(args, model, data, trains=True)
     # Refuse impossible settings before creating the run folder.
     target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
+    require_trainable(model, config.trainings, data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)
     print(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,6 @@ from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.command_flags import TestFlags
 from pruning.cli.factories import require_runs
-from pruning.cli.named_images import BUILT_IN
 from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.planning.cost import deployed_cost
@@ -24,7 +22,6 @@ from pruning.utils.files import replace_file
 
 def execute(args: argparse.Namespace) -> None:
     flags = read_flags(TestFlags, args)
-    args.data = args.data or _recorded_data(args)
     model, data = build.network(args), build.required_data(args)
     batches = data.validation if flags.split == "validation" else data.test
     if batches is None and flags.split == "test":
@@ -66,17 +63,6 @@ def execute(args: argparse.Namespace) -> None:
         print(f"accuracy was not taken: {reason}")
     if flags.json:
         replace_file(flags.json, (json.dumps(rows, indent=1) + "\n").encode())
-
-
-def _recorded_data(args: argparse.Namespace) -> str | None:
-    """The data that the checkpoint of --weights was made with; a factory of the user's is not imported."""
-    name = build.stored_facts(args.weights).get("dataset")
-    if not isinstance(name, str) or not (name in BUILT_IN or Path(name).is_dir()):
-        if name is not None:
-            raise PruningError(f"data is needed: --data (the checkpoint was made with {name!r})")
-        return None
-    print(f"data {name!r}, as {args.weights} says")
-    return name
 
 
 def _shown(value: object) -> str:
