@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import nets
 import pytest
@@ -67,6 +70,14 @@ def refused(toolkit):
     return run
 
 
+@functools.cache
+def content(format):
+    """Return the content of an exported file of the committed network, which several tests read."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = export(load(COMMITTED), Path(folder) / "net", torch.zeros(1, 1, 28, 28), format)
+        return made.path.read_bytes()
+
+
 NETS = {
     "YourNet": (lambda: load(COMMITTED), (1, 28, 28)),
     "norms": (lambda: nets.make("residual"), (3, 14, 14)),
@@ -103,7 +114,7 @@ def test_onnx_files_have_batchnorm_folded_and_activations_before_poolings(tmp_pa
 
     export(nets.make("residual"), tmp_path / "residual.onnx", nets.images(), "onnx")
     assert "BatchNormalization" not in {n.op_type for n in onnx.load(tmp_path / "residual.onnx").graph.node}
-    export(load(COMMITTED), tmp_path / "yournet.onnx", torch.zeros(1, 1, 28, 28), "onnx")
+    (tmp_path / "yournet.onnx").write_bytes(content("onnx"))
     found = onnx.load(tmp_path / "yournet.onnx")
     assert [n.op_type for n in found.graph.node] == ["Conv", "Relu", "MaxPool"] * 2 + ["Reshape", "Gemm"]
     assert found.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch size is dynamic"
@@ -158,7 +169,7 @@ def test_models_with_several_inputs_and_outputs_are_exported(format, tmp_path):
 
 def test_accuracy_and_time_of_an_exported_file_can_be_measured(format, tmp_path):
     net, digits = load(COMMITTED), data.load("mnist5k", quiet=True)
-    export(net, tmp_path / "net", torch.zeros(1, 1, 28, 28), format)
+    (tmp_path / "net").write_bytes(content(format))
     exported = Exported(tmp_path / "net", RUNTIMES[format])
     batches = list(digits.batches("test", 250))
     assert accuracy(exported, batches) == accuracy(net, batches) > 0.95
@@ -167,8 +178,9 @@ def test_accuracy_and_time_of_an_exported_file_can_be_measured(format, tmp_path)
 
 
 def test_a_prepared_pass_computes_the_outputs_of_a_call(tmp_path):
-    net, images = load(COMMITTED), torch.randn(3, 1, 28, 28)
-    export(net, tmp_path / "net.onnx", images[:1], "onnx")
+    need_onnx()
+    images = torch.randn(3, 1, 28, 28)
+    (tmp_path / "net.onnx").write_bytes(content("onnx"))
     exported = Exported(tmp_path / "net.onnx", "onnxruntime")
     once = exported.prepared(images)
     for _ in range(2):
@@ -240,15 +252,14 @@ def test_invalid_arguments_are_refused(tmp_path):
 
 def test_a_damaged_file_is_refused(format, tmp_path):
     path = tmp_path / "net"
-    export(nets.yournet(), path, nets.images(), format)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"not a network"):
-        path.write_bytes(content)
+    whole = content(format)
+    for damaged in (whole[: len(whole) // 2], b"", b"not a network"):
+        path.write_bytes(damaged)
         with pytest.raises(PruningError, match="damaged or not a file that"):
             Exported(path, RUNTIMES[format])
     if format == "onnx":
         with pytest.raises(PruningError, match="damaged or not a file that"):
-            quantize(path, tmp_path / "int8.onnx", [nets.images()])
+            quantize(path, tmp_path / "int8.onnx", [torch.zeros(2, 1, 28, 28)])
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 

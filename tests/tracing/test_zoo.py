@@ -15,9 +15,9 @@ from pruning.utils.compare import TOLERANCE
 
 #: Height and width of the images for a network.
 FAMILIES = {
-    "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 32,
+    "alexnet": 64, "convnext": 32, "densenet": 32, "efficientnet_b0": 32, "googlenet": 32,
     "inception_v3": 75, "maxvit": 32, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32,
-    "regnet_y_400mf": 32, "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
+    "regnet_y_400mf": 32, "resnext": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
     "swin_v2": 32, "vgg_bn": 32, "vit": 32,
 }  # fmt: skip
 
@@ -25,7 +25,8 @@ FAMILIES = {
 def vgg_bn():
     """A VGG with four convolutions and a narrow classifier."""
     features = torchvision.models.vgg.make_layers([16, "M", 32, "M", 64, "M", 512, "M"], batch_norm=True)
-    model = torchvision.models.VGG(features, num_classes=5)
+    with torch.device("meta"):  # the classifier, which is wide
+        model = torchvision.models.VGG(features, num_classes=5)
     for at, (into, out) in {0: (512 * 49, 48), 3: (48, 40), 6: (40, 5)}.items():
         model.classifier[at] = nn.Linear(into, out)
     return model
@@ -33,6 +34,18 @@ def vgg_bn():
 
 #: Networks of torchvision's classes that are smaller than any that it names.
 SMALLER = {
+    "convnext": lambda: torchvision.models.ConvNeXt(
+        [
+            torchvision.models.convnext.CNBlockConfig(16, 32, 1),
+            torchvision.models.convnext.CNBlockConfig(32, 64, 2),
+            torchvision.models.convnext.CNBlockConfig(64, None, 1),
+        ],
+        num_classes=5,
+    ),
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 3, 3, 2), 16, num_classes=5),
+    "resnext": lambda: torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [1, 1, 2, 1], num_classes=5, groups=32, width_per_group=4
+    ),
     "maxvit": lambda: torchvision.models.MaxVit(
         (32, 32), stem_channels=16, partition_size=4, block_channels=[16, 32], block_layers=[1, 1],
         head_dim=8, stochastic_depth_prob=0.1, num_classes=5,
