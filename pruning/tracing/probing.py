@@ -23,7 +23,7 @@ from pruning.tracing.joining import tie_equal_sizes, tie_inputs
 from pruning.tracing.narrowed_runs import NarrowedRuns
 from pruning.tracing.record import Flow
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
-from pruning.tracing.ties import NONE
+from pruning.tracing.ties import NONE, is_among
 from pruning.utils.entries import Entry
 from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs
@@ -82,9 +82,9 @@ class WidthProbe:
         sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         # Other calls of the model may exchange modules, and are then not followed.
-        suspect = [name for name in groups if self.runs.also or np.isin(labels[name], sized).any()]
+        suspect = [name for name in groups if self.runs.also or is_among(labels[name], sized).any()]
         at_fault = faulty_groups(self.runs.error, suspect, self.structures)
-        if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
+        if at_fault or not is_among(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
             others = [name for name in groups if name not in suspect]
             at_fault |= faulty_groups(self.runs.error, others, self.structures)
@@ -135,7 +135,7 @@ class WidthProbe:
         parts = {
             name: several
             for name, own in labels.items()
-            if (several := [part for part in reasons if np.isin(bound[part], own).any()])
+            if (several := [part for part in reasons if is_among(bound[part], own).any()])
         }
         for name in parts:
             self.runs.add(groups[name], labels[name])
@@ -163,7 +163,7 @@ class WidthProbe:
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:
-                if name not in why and np.isin(self.labels[name], roots).any():
+                if name not in why and is_among(self.labels[name], roots).any():
                     why[name] = reason
 
         def mismatch_at_two_widths(some: list[str]) -> str:
