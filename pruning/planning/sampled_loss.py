@@ -47,6 +47,26 @@ class SampledLoss:
             )
         return torch.stack([self._of_values(tensor.float()) for tensor in values]).sum()
 
+    def divergence(self, outputs: object, dense: object) -> float:
+        """Return the divergence of outputs from a dense model's, of which this loss samples the curvature.
+
+        It is summed over the examples and averaged over the values of each: of logits, that of the predicted
+        distributions, in nats; of other outputs, half the squared difference in standard deviations.
+        """
+        if self.classifier and isinstance(dense, Tensor) and dense.ndim > 1 and dense.shape[1] > 1:
+            assert isinstance(outputs, Tensor)
+            found, wanted = (
+                x.movedim(1, -1).flatten(0, -2).double().log_softmax(1) for x in (outputs, dense)
+            )
+            each = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+            return float(each.clamp(min=0)) * len(dense)
+        total = 0.0
+        for found, wanted in zip(tensors(outputs), tensors(dense), strict=True):
+            if wanted.is_floating_point() and wanted.ndim:
+                scale = wanted.double().std(correction=0).clamp(min=torch.finfo(wanted.dtype).tiny)
+                total += float(((found - wanted).double() / scale).square().mean()) / 2 * len(wanted)
+        return total
+
     def _of_classes(self, outputs: Tensor) -> Tensor:
         logits = outputs.movedim(1, -1).flatten(0, -2).float()
         predicted = logits.detach().softmax(1).cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,14 @@ from pruning.utils.wrappers import unwrapped
 _SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_avg_var"))
 
 
-def transfer(optimizer: Optimizer, model: nn.Module, small: nn.Module, trace: Trace, plan: Plan) -> None:
+def transfer(
+    optimizer: Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    trace: Trace,
+    plan: Plan,
+    others: Iterable[Tensor] = (),
+) -> None:
     """Let an optimizer train a pruned model, in place: its momenta are those of the kept entries.
 
     Learning rates, schedulers and other settings stay. States that are shaped like their parameter
@@ -31,6 +38,7 @@ def transfer(optimizer: Optimizer, model: nn.Module, small: nn.Module, trace: Tr
         optimizer: of the dense model.
         model: the dense model that was pruned. small: the pruned model, with the same names of parameters.
         trace, plan: of the pruning, as in `Step`.
+        others: parameters of the optimizer that are not of this model, and stay.
 
     Raises:
         PruningError: if the optimizer has a parameter that is none of the dense model.
@@ -46,19 +54,21 @@ def transfer(optimizer: Optimizer, model: nn.Module, small: nn.Module, trace: Tr
     """
     model, small = unwrapped(model), unwrapped(small)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    staying = {id(parameter) for parameter in others} - names.keys()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) not in names:
+            if id(parameter) not in names and id(parameter) not in staying:
                 raise PruningError(
                     f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is none of "
                     f"{type(model).__name__}; give the model that it trains"
                 )
-    states = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+    states = {names[id(p)]: state for p, state in optimizer.state.items() if id(p) in names}
     narrowed = _narrowed_states(model, trace, plan, states)
     own = dict(small.named_parameters(remove_duplicate=False))
-    kept: dict[Tensor, dict[str, object]] = {}
+    kept = {p: state for p, state in optimizer.state.items() if id(p) in staying}
     for group in optimizer.param_groups:
-        group["params"] = [own[name] for p in group["params"] if (name := names[id(p)]) in own]
+        carried = [p if id(p) in staying else own.get(names[id(p)]) for p in group["params"]]
+        group["params"] = [p for p in carried if p is not None]
     for name, state in states.items():
         if name in own and (found := _state_of(own[name], state, narrowed.get(name, {}))) is not None:
             kept[own[name]] = found
@@ -113,7 +123,7 @@ def _narrowed_states(
 
 
 def _filled(model: nn.Module, plan: Plan, values: dict[str, Tensor]) -> nn.Module:
-    """Return a copy of a model without its removed layers; its parameters have other values, or 1."""
+    """Return a copy of a model without its removed layers, and with other values of parameters, or 1."""
     filled = copied(model)
     for name in plan.removed:
         replace_module(filled, name, nn.Identity())

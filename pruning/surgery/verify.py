@@ -107,40 +107,61 @@ def compare_with_masked(
     plan: Plan,
     inputs: Inputs,
     constants: Constants | None = None,
+    expected: list[Tensor] | Exception | None = None,
 ) -> tuple[str, float]:
     """Return a description of the difference from the masked model, and the largest relative difference.
 
     The description is empty if the outputs agree. See `verify` for the arguments.
+
+    Args:
+        expected: `masked_outputs` of the same arguments, where the caller has them.
     """
     model = unwrapped(model)
-    found = _compared(model, small, trace, plan, inputs, constants or {})
+    if expected is None:
+        expected = masked_outputs(model, trace, plan, inputs, constants)
+    found = compare(expected, _outputs(small, trace, inputs))
     if not found[0] or not found[1] < float("inf"):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
     with default_dtype(torch.double):
-        again = _compared(wide, narrower, trace, plan, finer, constants or {}, to_double)
+        oracle = masked_outputs(wide, trace, plan, finer, constants, to_double)
+        again = compare(oracle, _outputs(narrower, trace, finer, to_double))
     return found if again[0] else again
 
 
-def _compared(
+def masked_outputs(
     model: nn.Module,
-    small: nn.Module,
     trace: Trace,
     plan: Plan,
     inputs: Inputs,
-    constants: Constants,
+    constants: Constants | None = None,
     convert: Callable[[Tensor], object] | None = None,
-) -> tuple[str, float]:
-    """Compare the outputs on the inputs, and those of the other calls that were traced."""
-    expected = [_run_masked(model, trace, plan, inputs, constants)]
-    got = [outputs_of(small, inputs, trace.outputs)]
+) -> list[Tensor] | Exception:
+    """Return the outputs of the masked model, on the inputs and in the other calls that were traced.
+
+    See `verify` for the arguments.
+
+    Args:
+        convert: changes the tensors of the inputs of other calls.
+
+    Returns the error instead if the masked model does not run.
+    """
+    constants = constants or {}
+    parts = [_run_masked(model, trace, plan, inputs, constants)]
     for entry in trace.also:
         masked = masked_copy(model, trace, plan, constants)
         with StatisticsOverKept(masked, trace, plan):
-            expected.append(outputs_of_entry(masked, entry, convert))
-        got.append(outputs_of_entry(copied(small), entry, convert))
-    return compare(joined(expected), joined(got))
+            parts.append(outputs_of_entry(masked, entry, convert))
+    return joined(parts)
+
+
+def _outputs(
+    small: nn.Module, trace: Trace, inputs: Inputs, convert: Callable[[Tensor], object] | None = None
+) -> list[Tensor] | Exception:
+    """Return the outputs of the small model, as `masked_outputs` does those of the masked one."""
+    others = [outputs_of_entry(copied(small), entry, convert) for entry in trace.also]
+    return joined([outputs_of(small, inputs, trace.outputs), *others])
 
 
 def masked_copy(model: nn.Module, trace: Trace, plan: Plan, constants: Constants) -> nn.Module:

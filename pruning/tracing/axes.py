@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.tracing.ties import NONE, Ties, spread, varying
+from pruning.tracing.ties import NONE, Ties, is_among, spread, varying
 
 #: Definitions are followed to this depth; deeper ones refer to themselves.
 _DEEPEST = 12
@@ -191,7 +191,7 @@ class Axes:
             sets = self.ties.find(sets) if final else sets
         constant = np.concatenate([np.arange(0), *self.constant])
         if len(constant):
-            sets = np.where(np.isin(sets, self.ties.find(constant) if final else constant), NONE, sets)
+            sets = np.where(is_among(sets, self.ties.find(constant) if final else constant), NONE, sets)
         return sets
 
     def closure(self, labels: np.ndarray) -> np.ndarray:
@@ -233,7 +233,7 @@ class Axes:
             reached = [
                 n
                 for n, d in waiting.items()
-                if np.isin(self.ties.find(np.append(d.parts, d.labels)), used).any()
+                if is_among(self.ties.find(np.append(d.parts, d.labels)), used).any()
             ]
             if not reached:
                 break
@@ -333,7 +333,7 @@ class Axes:
         return "width" if {"qk", "v"} <= held else next(iter(held), "")
 
     def _are_in(self, labels: np.ndarray, vectors: Iterable[np.ndarray]) -> bool:
-        return bool(np.isin(labels, self.parts(np.concatenate(list(vectors)), final=True)).any())
+        return bool(is_among(labels, self.parts(np.concatenate(list(vectors)), final=True)).any())
 
 
 def _match(left: np.ndarray, right: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ from pruning.graph.groups import Group, Member, Positions, Reduction
 from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow, SideUse
-from pruning.tracing.ties import NONE, Ties
+from pruning.tracing.ties import NONE, Ties, is_among
 from pruning.utils.modules import submodule
 
 
@@ -77,7 +77,7 @@ def _with_scored(found: Flow, group: Group, role: str) -> Group:
     factors = np.unique(np.concatenate(outside))
     kept = {
         (member.layer, member.side): torch.from_numpy(
-            ~np.isin(found.sides[member.layer, member.side].labels[member.index], factors)
+            ~is_among(found.sides[member.layer, member.side].labels[member.index], factors)
         )
         for member in group.side("out")
     }
@@ -95,13 +95,13 @@ def is_along_axis(found: Flow, labels: np.ndarray) -> bool:
     if found.axes is None:
         return False
     made = np.concatenate([np.arange(0), *found.axes.vectors_made])
-    return bool(np.isin(labels, found.ties.find(made)).all())
+    return bool(is_among(labels, found.ties.find(made)).all())
 
 
 def positions_of(channels: np.ndarray, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions that belong to channels of a group, given by their labels, and these channels."""
     order = np.argsort(channels)
-    index, column = np.nonzero(np.isin(sets, channels))
+    index, column = np.nonzero(is_among(sets, channels))
     return index, order[np.searchsorted(channels, sets[index, column], sorter=order)]
 
 
@@ -112,9 +112,11 @@ def positions_by_group(sets: np.ndarray, labels: Mapping[str, np.ndarray]) -> Po
         sets: final labels of each position, (positions, most). labels: by group, those of its channels.
     """
     owners = {}
-    for name, channels in labels.items():
-        index, owner = positions_of(channels, sets)
-        if len(index):
+    held = is_among(np.concatenate([np.arange(0), *labels.values()]), sets)
+    starts = np.cumsum([0, *map(len, labels.values())])
+    for start, (name, channels) in zip(starts.tolist(), labels.items(), strict=False):
+        if held[start : start + len(channels)].any():
+            index, owner = positions_of(channels, sets)
             owners[name] = torch.from_numpy(index), torch.from_numpy(owner)
     return Positions(len(sets), owners)
 
@@ -144,7 +146,7 @@ def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
     for (name, side), use in found.sides.items():
         sets, dim = found.channels(use.labels.ravel()), use.dim
         if side == "self":
-            if not np.isin(sets, known).any():
+            if not is_among(sets, known).any():
                 continue
             labels = sets.reshape(*use.labels.shape, -1)
             wide = [d for d, size in enumerate(use.labels.shape) if size > 1]
@@ -178,7 +180,7 @@ def _components(
         if side == "out" and makes_channels(submodule(model, name))
     ]
     for _, labels in makers:
-        plain = labels[(labels != NONE) & ~np.isin(labels, along_axes)] if len(along_axes) else labels[:, 0]
+        plain = labels[(labels != NONE) & ~is_among(labels, along_axes)] if len(along_axes) else labels[:, 0]
         connected.union(plain[:-1], plain[1:])
 
     parts_of: dict[int, list[_Part]] = {}

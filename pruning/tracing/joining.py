@@ -15,7 +15,7 @@ from torch import nn
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.record import Flow
-from pruning.tracing.ties import NONE
+from pruning.tracing.ties import NONE, is_among
 from pruning.utils.modules import submodule
 
 
@@ -35,7 +35,7 @@ def tie_equal_sizes(
     channels = np.unique(np.concatenate([np.arange(0), *(labels[name] for name in names)]))
     by_attribute: dict[tuple[str, str, tuple[int, ...]], list[np.ndarray]] = {}
     for extent in found.extents:
-        if np.isin(found.channels(extent.labels), channels).any():
+        if is_among(found.channels(extent.labels), channels).any():
             module = submodule(model, extent.module)
             for attribute, entries in attributes_with(module, len(extent.labels)):
                 if reads and attribute not in reads.get(extent.module, ()):
@@ -66,9 +66,9 @@ def tie_inputs(model: nn.Module, found: Flow, labels: Mapping[str, np.ndarray], 
         read = found.sides.get((name, "in"))
         if side != "out" or read is None or len(use.labels) % len(read.labels):
             continue
-        if not np.isin(found.channels(use.labels), along).any():
+        if not is_among(found.channels(use.labels), along).any():
             continue
-        if not np.isin(found.channels(read.labels), channels).all():
+        if not is_among(found.channels(read.labels), channels).all():
             continue
         for row in use.labels.reshape(-1, len(read.labels)):
             found.ties.union(row, read.labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
-from pruning.surgery.verify import compare_with_masked, with_random_weights
+from pruning.surgery.verify import compare_with_masked, masked_outputs, with_random_weights
 from pruning.tracing.attribute_reads import attribute_reads
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import merged
+from pruning.tracing.ties import is_among
 from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, map_tensors, tensors
+
+#: Most plans for which the outputs of masked models are kept.
+MOST_KEPT = 4
 
 
 class NarrowedRuns:
@@ -53,6 +58,8 @@ class NarrowedRuns:
         self.training = False
         #: Attributes that follow the widths in all runs.
         self.sizes: tuple[WidthAttribute, ...] = ()
+        #: Outputs of masked models, by model, groups and the channels that are kept; with these groups.
+        self.masked: dict[tuple[object, ...], tuple[tuple[Group, ...], list[Tensor] | Exception]] = {}
         self.unused = found.probe
         self.on_meta = found.probe is not None
         self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
@@ -66,7 +73,7 @@ class NarrowedRuns:
         """Note for groups which slices their channels belong to, and how scales may be kept."""
         places = [self.found.channels(taken) for taken, _ in self.found.by_position]
         for name, own in labels.items() if places else ():
-            self.pieces[name] = _same_marks([np.isin(own, place) for place in places])
+            self.pieces[name] = _same_marks([is_among(own, place) for place in places])
         if self.found.left:
             groups = {name: self.groups[name] for name in labels}
             self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
@@ -94,7 +101,7 @@ class NarrowedRuns:
         The entry's own inputs are the example inputs.
         """
         runs = copy.copy(self)
-        runs.unused, runs.also = None, (*self.also, entry)
+        runs.unused, runs.also, runs.masked = None, (*self.also, entry), {}
         with torch.no_grad():
             got = tensors(entry.run(self.probe().eval(), runs.convert))
         runs.expected = [*self.expected, *(t.shape for t in got)]
@@ -166,11 +173,30 @@ class NarrowedRuns:
 
     def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
         traced, plan = self._narrower(names, sizes, share)
-        problem = _compared(self.model, traced, plan, self.inputs)
+        problem = self._compared(self.model, traced, plan)
         if problem or self.choices.keys().isdisjoint(names):
             return problem
         # With the given weights, the outputs may not depend on a scale: a head of zeros, for example.
-        return _compared(with_random_weights(self.model, self.inputs), traced, plan, self.inputs)
+        return self._compared(self._randomized, traced, plan)
+
+    def _compared(self, model: nn.Module, traced: Trace, plan: Plan) -> str:
+        """Return how a narrowed copy differs from the masked model; empty if they agree.
+
+        The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
+        """
+        groups = tuple(self.groups[name] for name in plan.keep)
+        key = id(model), tuple(map(id, groups)), tuple(plan.keep.values())
+        if key not in self.masked:
+            if len(self.masked) == MOST_KEPT:
+                del self.masked[next(iter(self.masked))]
+            self.masked[key] = groups, masked_outputs(model, traced, plan, self.inputs)
+        small, expected = apply(model, traced, plan), self.masked[key][1]
+        return compare_with_masked(model, small, traced, plan, self.inputs, expected=expected)[0]
+
+    @functools.cached_property
+    def _randomized(self) -> nn.Module:
+        """A copy of the model with random weights."""
+        return with_random_weights(self.model, self.inputs)
 
     def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
         """Whether the outputs are right when these groups are narrowed and their attributes updated.
@@ -201,11 +227,6 @@ class NarrowedRuns:
             self.groups, {}, {}, {}, sizes=sizes, outputs=self.outputs, also=self.also, rescales=rescales
         )
         return traced, Plan(keep)
-
-
-def _compared(model: nn.Module, traced: Trace, plan: Plan, inputs: Inputs) -> str:
-    """Return how a narrowed copy differs from the masked model; empty if they agree."""
-    return compare_with_masked(model, apply(model, traced, plan), traced, plan, inputs)[0]
 
 
 def _same_marks(marks: list[np.ndarray]) -> np.ndarray:

@@ -23,7 +23,7 @@ from pruning.tracing.joining import tie_equal_sizes, tie_inputs
 from pruning.tracing.narrowed_runs import NarrowedRuns
 from pruning.tracing.record import Flow
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
-from pruning.tracing.ties import NONE
+from pruning.tracing.ties import NONE, is_among
 from pruning.utils.entries import Entry
 from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs
@@ -37,6 +37,11 @@ CURE = (
 
 #: Why a group is skipped if a view with a size of -1 takes heads for tokens.
 _DIVIDED = "with fewer channels, the model's code divides them differently, and its outputs change"
+
+
+def _tied(error: str) -> str:
+    return f"the model's code is tied to its width: with fewer channels, {error}. {CURE}"
+
 
 #: Groups by name, and the labels of their channels.
 Groups = tuple[dict[str, Group], dict[str, np.ndarray]]
@@ -82,20 +87,25 @@ class WidthProbe:
         sized = np.unique(found.channels(np.concatenate([np.arange(0), *found.sized])))
         sized = sized[sized != NONE]
         # Other calls of the model may exchange modules, and are then not followed.
-        suspect = [name for name in groups if self.runs.also or np.isin(labels[name], sized).any()]
-        at_fault = faulty_groups(self.runs.error, suspect, self.structures)
-        if at_fault or not np.isin(sized, np.concatenate([np.arange(0), *labels.values()])).all():
+        suspect = [name for name in groups if self.runs.also or is_among(labels[name], sized).any()]
+        assumed: set[str] = set()
+        at_fault = faulty_groups(self.runs.error, suspect, self.structures, assumed)
+        if at_fault or not is_among(sized, np.concatenate([np.arange(0), *labels.values()])).all():
             # The sizes of tensors that are not pruned may be computed from those of any group.
             others = [name for name in groups if name not in suspect]
-            at_fault |= faulty_groups(self.runs.error, others, self.structures)
-        reasons = {
-            name: f"the model's code is tied to its width: with fewer channels, {error}. {CURE}"
-            for name, error in at_fault.items()
-        }
-        misplaced = self._misplaced([name for name in groups if name not in at_fault])
+            at_fault |= faulty_groups(self.runs.error, others, self.structures, assumed)
+        reasons = {name: _tied(error) for name, error in at_fault.items()}
+        misplaced = self._misplaced([name for name in groups if name not in at_fault], assumed)
         reasons |= {name: f"{why}. {CURE}" for name, why in misplaced.items()}
         attributes = self._following(reasons)
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
+        if unsure := [name for name in reasons if name in assumed]:  # test those that no attribute cures
+            at_fault = faulty_groups(self.runs.error, unsure, self.structures)
+            misplaced = self._misplaced([name for name in unsure if name not in at_fault])
+            reasons = {name: reason for name, reason in reasons.items() if name not in assumed}
+            reasons |= {name: _tied(error) for name, error in at_fault.items()}
+            reasons |= {name: f"{why}. {CURE}" for name, why in misplaced.items()}
+            reasons = {name: reasons[name] for name in groups if name in reasons}
         return reasons, merged(attributes.values())
 
     def _following(self, names: Iterable[str]) -> dict[str, tuple[WidthAttribute, ...]]:
@@ -135,7 +145,7 @@ class WidthProbe:
         parts = {
             name: several
             for name, own in labels.items()
-            if (several := [part for part in reasons if np.isin(bound[part], own).any()])
+            if (several := [part for part in reasons if is_among(bound[part], own).any()])
         }
         for name in parts:
             self.runs.add(groups[name], labels[name])
@@ -153,8 +163,12 @@ class WidthProbe:
                 del self.groups[name]
         return attributes.values()
 
-    def _misplaced(self, names: list[str]) -> dict[str, str]:
-        """Return the groups of which a view, slice or split would select other channels after pruning."""
+    def _misplaced(self, names: list[str], assumed: set[str] | None = None) -> dict[str, str]:
+        """Return the groups of which a view, slice or split would select other channels after pruning.
+
+        Args:
+            assumed: as `faulty_groups` takes it.
+        """
         why = {
             name: _DIVIDED
             for name in names
@@ -163,14 +177,14 @@ class WidthProbe:
         for labels, reason in self.found.by_position:
             roots = self.found.channels(labels)
             for name in names:
-                if name not in why and np.isin(self.labels[name], roots).any():
+                if name not in why and is_among(self.labels[name], roots).any():
                     why[name] = reason
 
         def mismatch_at_two_widths(some: list[str]) -> str:
             """Compare at two widths: a wrong bound of a slice may be right by chance at one of them."""
             return self.runs.mismatch(some, (), 1 / 3) or self.runs.mismatch(some, (), 2 / 3)
 
-        changed = faulty_groups(mismatch_at_two_widths, list(why), self.structures)
+        changed = faulty_groups(mismatch_at_two_widths, list(why), self.structures, assumed)
         return {name: why[name] for name in changed}
 
     def mixing(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...]) -> dict[str, str]:

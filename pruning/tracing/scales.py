@@ -18,6 +18,7 @@ from pruning.graph.layers import makes_channels, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.grouping import positions_by_group
 from pruning.tracing.record import Flow
+from pruning.tracing.ties import is_among
 from pruning.utils.modules import submodule
 
 #: Powers of the width that scales of products are tried for.
@@ -62,7 +63,7 @@ def _places(
     makers: list[tuple[str, Side, Tensor, int]] = []
     for (name, side), use in found.sides.items():
         if side == "out" and makes_channels(submodule(model, name)):
-            index = np.flatnonzero(np.isin(use.labels, left))
+            index = np.flatnonzero(is_among(use.labels, left))
             if len(index):
                 makers.append((name, side, torch.from_numpy(index), 0))
     norms = [

@@ -14,6 +14,7 @@ from pruning.graph.groups import Group
 from pruning.graph.layers import is_depthwise, parts, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow
+from pruning.tracing.ties import is_among
 from pruning.utils.modules import parameter_places, submodule
 
 
@@ -52,7 +53,7 @@ def tie_shared(model: nn.Module, found: Flow) -> None:
         for dim in sorted(set().union(*dims)):
             labels = [found.sides[held[dim]].labels for held in dims if dim in held]
             # A layer that reads the model's input keeps its input channels, and so do the others.
-            given = any(not np.isin(found.ties.find(each), known).all() for each in labels)
+            given = any(not is_among(found.ties.find(each), known).all() for each in labels)
             if given or len(labels) < len(dims):
                 reason = (
                     f"{names[0]} is the same tensor as {names[1]}, and one of the two layers has a fixed "

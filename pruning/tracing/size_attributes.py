@@ -40,6 +40,9 @@ class CountedSize:
 #: By name of a module, the attributes that its code reads.
 Reads = Mapping[str, set[str]]
 
+#: Types of modules, names and entries of a set of attributes.
+Kind = tuple[tuple[type, str, tuple[int, ...]], ...]
+
 #: Largest number of attribute sets to try for one group.
 MOST_CANDIDATES = 16
 
@@ -70,16 +73,16 @@ def following(
     if not likely or runs.is_exact(likely):
         return likely
     if reads is not None:
-        alike = _alike(runs, candidates, structures)
+        alike = _alike(model, runs, candidates, structures)
         if not alike or runs.is_exact(alike):
             return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
-    failures: Counter[tuple[tuple[type, str, tuple[int, ...]], ...]] = Counter()
+    failures: Counter[Kind] = Counter()
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
     for name, several in candidates.items():
         like = structures[name], len(several)
         for chosen in () if like in hopeless else several:
-            kind = tuple((type(submodule(model, s.module)), s.attribute, s.entries) for s in chosen)
+            kind = _kind(model, chosen)
             if failures[kind] >= MOST_FAILURES:
                 continue
             if runs.is_exact({name: chosen}):
@@ -92,18 +95,20 @@ def following(
 
 
 def _alike(
+    model: nn.Module,
     runs: Runs,
     candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
     structures: Mapping[str, Structure],
 ) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return attributes that work for the first group of each structure, for all groups of that structure.
+    """Return attributes that work for the first group of each shape, for all groups of that shape.
 
-    Whether they work together is not tried.
+    Groups of one shape have different widths; those with the same choice of attributes get one answer.
+    Whether the attributes work together is not tried.
     """
-    works: dict[tuple[Structure, int], int | None] = {}
+    works: dict[tuple[str, tuple[Kind, ...]], int | None] = {}
     chosen = {}
     for name, several in candidates.items():
-        like = structures[name], len(several)
+        like = structures[name].shape, tuple(_kind(model, attributes) for attributes in several)
         if like not in works:
             exact = (i for i, attributes in enumerate(several) if runs.is_exact({name: attributes}))
             works[like] = next(exact, None)
@@ -111,6 +116,11 @@ def _alike(
         if place is not None:
             chosen[name] = several[place]
     return chosen
+
+
+def _kind(model: nn.Module, attributes: tuple[WidthAttribute, ...]) -> Kind:
+    """Return the types of modules, names and entries of attributes."""
+    return tuple((type(submodule(model, a.module)), a.attribute, a.entries) for a in attributes)
 
 
 def with_heads(

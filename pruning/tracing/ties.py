@@ -57,6 +57,19 @@ class Ties:
         self._parent = parent
 
 
+def is_among(labels: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Return for each label whether it is among some; a table takes a fraction of the time of `np.isin`.
+
+    >>> is_among(np.array([3, NONE, 1]), np.array([1, 2]))
+    array([False, False,  True])
+    """
+    if not labels.size or not some.size:
+        return np.zeros(labels.shape, dtype=bool)
+    table = np.zeros(max(labels.max(), some.max()) + 2, dtype=bool)  # the last entry is that of `NONE`
+    table[some] = True
+    return table[labels]
+
+
 def varying(labels: Tensor | None) -> list[int]:
     """Return the dimensions along which channels lie.
 

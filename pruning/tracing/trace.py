@@ -27,6 +27,7 @@ from pruning.graph.layers import (
     rule_for,
 )
 from pruning.surgery.batchnorm import can_fold
+from pruning.tracing.cures import with_cure
 from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
@@ -77,8 +78,8 @@ def trace(
     {'0': 8}
     >>> [(member.layer, member.side) for member in traced.groups["0"].members]
     [('0', 'out'), ('2', 'in')]
-    >>> traced.skipped
-    {'2': "its channels are the model's output, whose size is kept"}
+    >>> print(traced.skipped["2"])
+    its channels are the model's output, whose size is kept; outputs= (--outputs) says which outputs count
     """
     ignored_by = _match(model, ignored)
     _require_traceable(model, inputs, ignored_by)
@@ -169,7 +170,7 @@ def _skipped(
     pruned = {member.layer for group in groups.values() for member in group.side("out")}
     ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
     skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
-    return skipped | dict(missed(model, found))
+    return {layer: with_cure(why) for layer, why in (skipped | dict(missed(model, found))).items()}
 
 
 def _require_traceable(model: nn.Module, inputs: Inputs, ignored: Iterable[str]) -> None:

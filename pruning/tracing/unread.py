@@ -106,30 +106,49 @@ def _tried(
         module, attribute = each.place
         by_kind.setdefault((type(submodule(probe.model, module)), attribute), []).append(each)
     left: list[HeldWidth] = []
+    reads: _ReadsOfCalls = {}
     for kind, several in by_kind.items():
         runs = probe.runs.with_sizes(sizes)
         modules = list(dict.fromkeys(each.attribute.module for each in several))
         calls = other_calls(probe.model, modules, kind[1], runs.inputs)
-        found = next(filter(None, (_proven(probe, runs, several, entry) for entry in calls)), ())
+        found: tuple[WidthAttribute, ...] = ()
+        for entry in calls:
+            key = kind[0], tuple(modules), entry.name
+            if key not in reads:
+                of_kind = [
+                    each.place for other, some in by_kind.items() if other[0] is kind[0] for each in some
+                ]
+                reads[key] = _reads_of(runs, of_kind, entry)
+            found = _proven(probe, runs, [each for each in several if each.place in reads[key]], entry)
+            if found:
+                break
         sizes = merged((sizes, found))
         followed = {(size.module, size.attribute) for size in found}
         left += [each for each in several if each.place not in followed]
     return sizes, left
 
 
+#: By type and names of modules and the name of another call, the attributes that the call reads.
+_ReadsOfCalls = dict[tuple[type[nn.Module], tuple[str, ...], str], set[tuple[str, str]]]
+
+
+def _reads_of(runs: NarrowedRuns, places: list[tuple[str, str]], entry: Entry) -> set[tuple[str, str]]:
+    """Return which attributes, given by module and name, another call of the model reads."""
+    return attributes_read(runs.probe().eval(), places, lambda probe: entry.run(probe, runs.convert))
+
+
 def _proven(
     probe: WidthProbe, runs: NarrowedRuns, held: list[HeldWidth], entry: Entry
 ) -> tuple[WidthAttribute, ...]:
     """Return the attributes without which narrowed copies are wrong in a call, and with which right."""
-    places = [each.place for each in held]
-    read = attributes_read(runs.probe().eval(), places, lambda probe: entry.run(probe, runs.convert))
-    held = [each for each in held if each.place in read]
     names = list(dict.fromkeys(name for each in held for name in each.groups))
+    if not names:
+        return ()
     try:
         runs = runs.with_entry(entry)
     except Exception:  # the model need not run in this way
         return ()
-    if not names or not (runs.error(names) or runs.mismatch(names, (), 1 / 3)):
+    if not (runs.error(names) or runs.mismatch(names, (), 1 / 3)):
         return ()
     found = following(probe.model, runs, _by_group(held, names), probe.structures)
     return merged(found.values())

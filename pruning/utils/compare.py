@@ -83,10 +83,10 @@ class _ConstantRandomNumbers(TorchDispatchMode):
     VALUE = 0.5
 
     def __enter__(self) -> _ConstantRandomNumbers:
-        self.fork = torch.random.fork_rng(devices=_cuda_devices())
+        self.fork = torch.random.fork_rng(devices=cuda_devices())
         self.fork.__enter__()
         torch.default_generator.manual_seed(0)
-        for device in _cuda_devices():
+        for device in cuda_devices():
             torch.cuda.default_generators[device].manual_seed(0)
         return super().__enter__()
 
@@ -115,7 +115,7 @@ class _ConstantRandomNumbers(TorchDispatchMode):
         return output
 
 
-def _cuda_devices() -> list[int]:
+def cuda_devices() -> list[int]:
     """Return the CUDA devices whose random state a forward pass may change."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import nets
 import pytest
 import torch
 from torch import nn
 
 from pruning import Budget, PruningError, prune, trace
-from pruning.planning.reconstruction import _eliminate, _Problem, reconstruction_losses
+from pruning.planning.elimination import Problem, eliminate
+from pruning.planning.held_out import HeldOut, Refitted, match
+from pruning.planning.reconstruction import reconstruction_losses
 from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.scores import fisher, reconstruction
+from pruning.surgery.linear_form import LinearForm
 from pruning.training.losses import cross_entropy
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
@@ -36,11 +41,11 @@ def test_scores_of_the_channels_that_go_first_add_up_to_the_least_squares_error(
         owner = owner[torch.randperm(len(owner))]
         x = torch.randn(60, len(owner), dtype=torch.double) @ torch.randn(len(owner), len(owner)).double()
         gram, weight = x.T @ x / 60, torch.randn(len(owner), 5, dtype=torch.double)
-        problems.append(_Problem(owner, gram, weight))
+        problems.append(Problem(owner, gram, weight))
         systems.append((owner, gram, weight))
     net = nn.Sequential(nn.Linear(2, channels), nn.Linear(channels, 2))
     [group] = trace(net, torch.zeros(1, 2)).groups.values()
-    scores = _eliminate(group, problems)
+    scores = eliminate(group, problems)
     order = scores.argsort().tolist()
     single = [
         sum(least_error(g, w, set((o == c).nonzero().flatten().tolist())) for o, g, w in systems)
@@ -70,6 +75,7 @@ def test_copies_of_other_channels_cost_nothing_and_one_of_each_is_kept(name):
     torch.manual_seed(0)
     net = READERS[name]().double()
     with torch.no_grad():
+        net[0].weight[:4] = torch.eye(4, dtype=torch.double).view_as(net[0].weight[:4])
         net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
     side = 2 if name == "flattened" else 5
     x = torch.randn(200, 4, dtype=torch.double)
@@ -102,6 +108,65 @@ def test_every_group_of_every_network_is_scored_and_nothing_changes(name):
         assert all(torch.equal(again[g], s) for g, s in scores.items())
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("batches", ["one", "many", "single examples"])
+@pytest.mark.parametrize("classifier", [True, False])
+def test_losses_are_measured_on_the_examples_that_are_held_out(batches, classifier):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.randn(32, 6)
+    size = {"one": 32, "many": 16, "single examples": 1}[batches]
+    parts = x.split(size)
+    held = torch.cat([p[: size // 4] if size > 1 else p[: int(i % 4 == 3)] for i, p in enumerate(parts)])
+    judge = HeldOut(net, parts, trace(net, x[:2]).batch, SampledLoss(classifier))
+    assert torch.equal(torch.cat(judge.batches), held)
+    with torch.no_grad():
+        dense, zeroed = net(held), copy.deepcopy(net)
+        zeroed[2].weight.zero_()
+        zeroed[2].bias += 1
+        nothing = Refitted(zeroed[2].weight, torch.ones(4), LinearForm())
+        found = judge.loss_with({net[2].weight: nothing})
+        if classifier:
+            p, q = dense.double().softmax(1), zeroed(held).double().softmax(1)
+            wanted = float((p * (p / q).log()).sum(1).mean())
+        else:  # standard deviations are those of each batch
+            outputs = [(net(part), zeroed(part)) for part in judge.batches]
+            errors = [((b - a) / a.std(correction=0)).square().mean() / 2 * len(a) for a, b in outputs]
+            wanted = float(sum(errors) / len(held))
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_measured_losses_scale_the_steps_between_them():
+    steps = torch.arange(1.0, 9.0)
+    found = match(steps, [2, 5], [6.0, 30.0])
+    assert float(found[:2].sum()) == pytest.approx(6) and float(found[:5].sum()) == pytest.approx(30)
+    torch.testing.assert_close(found[5:], steps[5:] * 2)
+    falling = match(steps, [2, 5], [6.0, 3.0])
+    assert (falling > 0).all() and float(falling[:5].sum()) == pytest.approx(6, rel=0.01)
+    assert torch.equal(match(steps, [2], [float("nan")]), steps)
+
+
+def test_a_groups_score_tells_how_much_the_layers_behind_it_amplify_its_error():
+    """The second of two equal blocks is followed by weights times 0.01: its channels cost less."""
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = (
+                nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2)
+            )
+            self.other.load_state_dict(self.one.state_dict())
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.one(x) + 0.01 * self.other(x))
+
+    net, x = Twice(), torch.randn(64, 8)
+    scores = reconstruction_losses(net, trace(net, x[:2]), [(x, None)], SampledLoss())
+    totals = {name: float(score.sum()) for name, score in scores.items()}
+    assert totals["other.0"] < 1e-2 * totals["one.0"]
 
 
 def test_after_a_refit_a_plan_by_reconstruction_is_closer_than_one_by_the_norm_of_weights():

@@ -17,6 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.planning import count
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import verify
+from pruning.tracing.cures import with_cure
 from pruning.tracing.passes import flow
 from pruning.utils.compare import TOLERANCE
 from pruning.utils.modules import call
@@ -158,6 +159,22 @@ def functional(self, x):
 def test_channels_that_cannot_be_pruned_are_skipped_with_the_reason(middle, reason):
     traced = trace(Case(middle), nets.images())
     assert "stem" not in traced.groups and reason in traced.skipped["stem"]
+    assert "to let it be pruned" in traced.skipped["stem"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("Net combines it (add) with a tensor of fixed size", "torch.zeros"),
+        ("Net uses it in aten::fft, an operation without a rule", "register_operator"),
+        ("ignored, as asked by '0'", "--ignore"),
+        ("something that nobody foresaw", "to let it be pruned"),
+    ],
+)
+def test_every_reason_names_a_cure_once(reason, told):
+    cured = with_cure(reason)
+    assert cured.startswith(reason) and told in cured.removeprefix(reason)
+    assert with_cure(cured) == cured
 
 
 def halves(self, x):

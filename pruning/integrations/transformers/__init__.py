@@ -7,5 +7,6 @@ describe the widths. `loadable` gives the constraints under which it can.
 from pruning.integrations.transformers.constraints import loadable
 from pruning.integrations.transformers.files import Saved, load, save_pretrained
 from pruning.integrations.transformers.inputs import example_inputs
+from pruning.integrations.transformers.trainer import PruningCallback
 
-__all__ = ["Saved", "example_inputs", "load", "loadable", "save_pretrained"]
+__all__ = ["PruningCallback", "Saved", "example_inputs", "load", "loadable", "save_pretrained"]
