@@ -136,8 +136,10 @@ def shift(labels: Labels, op: Operation, first: Tensor) -> None:
     if not touched or touched & set(varying(first)):
         labels.fix_along(first, touched, f"{labels.where()} rearranges its channels by position")
         if not labels.is_grid(first):
-            return None
-    return labels.put(op.output, first)
+            return
+    for leaf in pytree.tree_leaves(op.output):
+        labels.put(leaf, first)
+    return
 
 
 @first_operand

@@ -85,6 +85,27 @@ def pointwise(labels: Labels, op: Operation) -> None:
     return labels.put(op.output, result)
 
 
+def assign(labels: Labels, op: Operation) -> None:
+    """Copy values into a tensor or a part of it: tie the channels at the same places."""
+    if labels.of(op.operands[0]) is None:  # it may be a part of a tensor that would not get the channels
+        return labels.fix_operands(op.name, op.operands)
+    return pointwise(labels, op)
+
+
+def accumulate(labels: Labels, op: Operation) -> None:
+    """Add rows of a tensor to those of another by their indices (index_add, scatter_add)."""
+    target, source = op.given["self"], op.given.get("source", op.given.get("src"))
+    if not isinstance(source, Tensor) or op.given["dim"] % target.ndim in (
+        *varying(labels.of(target)), *varying(labels.of(source))
+    ):  # fmt: skip
+        return labels.fix_operands(op.name, op.operands)
+    labels.fix(labels.of(op.given["index"]), f"{labels.where()} reads positions from it ({op.name})")
+    for each in (labels.of(target), labels.of(source)):
+        if each is not None:
+            labels.note_sizes(each, each)  # the size of the indices
+    return pointwise(labels, Operation(op.func, (target, source), {}, op.output))
+
+
 def join(labels: Labels, op: Operation) -> None:
     """Concatenate or stack tensors."""
     rank = op.output.ndim
@@ -214,7 +235,9 @@ RULES: dict[str, OperatorRule] = {
         ("slice", "select", "split", "split_with_sizes", "unbind", "narrow", "unsafe_split",
          "unsafe_chunk", "chunk"), split
     ),
-    **dict.fromkeys(("roll", "index_select", "cumsum", "sort", "gather"), shift),
+    **dict.fromkeys(("roll", "index_select", "cumsum", "sort", "topk", "gather"), shift),
+    **dict.fromkeys(("index_add", "scatter_add", "index_reduce", "scatter_reduce"), accumulate),
+    "copy": assign,
     **dict.fromkeys(
         ("alias", "log_sigmoid_forward", "detach", "clone", "_to_copy", "lift_fresh", "contiguous",
          "native_dropout", "bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",

@@ -139,6 +139,17 @@ def hard_split(self, x):
     return self.extra(torch.cat([left, right], 1))
 
 
+def assigned_beside(self, x):
+    moved = torch.zeros(x.shape, device=x.device)  # gets the channels of its part
+    moved[:, :, 1:] = x[:, :, :-1]
+    return self.extra(moved)
+
+
+def added_to_channels(self, x):
+    places = torch.tensor([0, 1] * 4, device=x.device)
+    return self.extra(x.new_zeros(x.shape).index_add(1, places, x))
+
+
 def functional(self, x):
     return nn.functional.conv2d(x, self.extra.weight)
 
@@ -153,6 +164,8 @@ def functional(self, x):
         (by_position, "by position"),
         (rolled, "by position"),
         (hard_split, "tied to its width"),
+        (assigned_beside, "copy"),
+        (added_to_channels, "index_add"),
         (functional, "convolves it"),
     ],
 )
@@ -231,7 +244,38 @@ def restyled(self, x):
     return nn.functional.instance_norm(input=x) * style
 
 
+def assigned(self, x):
+    moved = torch.zeros_like(x)
+    moved[:, :, 1:] = x[:, :, :-1]
+    return self.extra(moved)
+
+
+def added_by_index(self, x):
+    places = torch.tensor([0, 1] * (x.shape[2] // 2), device=x.device)
+    total = x.new_zeros(len(x), x.shape[1], 2, x.shape[3]).index_add(2, places, x)
+    return self.extra(total)
+
+
+def scattered(self, x):
+    places = torch.arange(x.shape[2], device=x.device)[:, None].remainder(3).expand_as(x)
+    return self.extra(torch.zeros_like(x).scatter_add(2, places, x))
+
+
+def largest(self, x):
+    values, places = x.flatten(2).topk(3, -1)
+    return self.extra(values[..., None]) + x.flatten(2).gather(2, places)[..., None]
+
+
+def ordered(self, x):
+    return self.extra(x.sort(2)[0])
+
+
 FOLLOWED = [
+    assigned,
+    added_by_index,
+    scattered,
+    largest,
+    ordered,
     halves,
     excited,
     masked,
