@@ -86,18 +86,17 @@ def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Los
 def l1(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
     """Score a channel by the L1 norm of the weights that make it (Li et al., ICLR 2017), as a share.
 
-    The scores of a group add up to 1. So the scores of groups whose weights differ in size compare, and a sum
-    of scores is the share of the group's weights that a plan drops.
+    It is the share of the norms of this channel and all more important ones of its group, as in LAMP (Lee et
+    al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, arXiv 2010.07611). So the scores
+    of groups whose weights differ in size compare. Where several layers make the channels, as at a residual
+    sum, the share is multiplied by their number: each of them loses it.
     """
     return _weight_norm(model, trace.groups, 1)
 
 
 @torch.no_grad()
 def l2(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Loss) -> Scores:
-    """Score a channel by the squared L2 norm of the weights that make it, as a share of its group's sum.
-
-    The scores of a group add up to 1, as those of `l1`.
-    """
+    """Score a channel by the squared L2 norm of the weights that make it, as a share like `l1`."""
     return _weight_norm(model, trace.groups, 2)
 
 
@@ -322,13 +321,31 @@ def _positions(group: Group, member: Member) -> Tensor:
 def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
     scores = {}
     for name, group in groups.items():
-        total = torch.zeros(group.channels, dtype=torch.float32)
-        for member in group.side("out"):
-            layer = model.get_submodule(member.layer)
-            if makes_channels(layer):
-                for weight in output_weights(layer):
-                    rows = output_rows(layer, weight, getattr(layer, weight).detach())
-                    norms = torch.linalg.vector_norm(rows, order, dim=1)
-                    total += _per_channel(group, member, norms**order)
-        scores[name] = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
+        makers = [m for m in group.side("out") if makes_channels(model.get_submodule(m.layer))]
+        each = [_norms(model, group, member, order) for member in makers]
+        total = sum(each, torch.zeros(group.channels, dtype=torch.float32))
+        scores[name] = _shares(total) * len(makers)
     return scores
+
+
+def _norms(model: nn.Module, group: Group, member: Member, order: int) -> Tensor:
+    """Return the norms of a layer's weights to a power, summed for each channel of the group, (channels,)."""
+    layer, total = model.get_submodule(member.layer), torch.zeros(group.channels, dtype=torch.float32)
+    for weight in output_weights(layer):
+        rows = output_rows(layer, weight, getattr(layer, weight).detach())
+        total += _per_channel(group, member, torch.linalg.vector_norm(rows, order, dim=1) ** order)
+    return total
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Divide each value by the sum of itself and all larger ones; of equal ones, the later count as smaller.
+
+    >>> _shares(torch.tensor([4.0, 1.0, 0.0, 3.0]))
+    tensor([1.0000, 0.1250, 0.0000, 0.4286])
+    """
+    order = values.flip(0).sort(stable=True).indices
+    order = len(values) - 1 - order
+    rest = values[order].double().flip(0).cumsum(0).flip(0).clamp(min=torch.finfo(torch.double).tiny)
+    shares = torch.empty_like(values)
+    shares[order] = (values[order] / rest).to(values)
+    return shares

@@ -29,6 +29,11 @@ def without_data(score, net, traced):
     return score(net, traced, [], cross_entropy)
 
 
+def shares(norms):
+    """Of each norm, its share of the sum of itself and all larger ones."""
+    return torch.stack([norm / norms[norms >= norm].sum() for norm in norms])
+
+
 def test_bn_scale_is_the_absolute_scale():
     net, traced = with_norm()
     assert torch.equal(without_data(bn_scale, net, traced)["0"], net[1].weight.detach().abs())
@@ -53,10 +58,19 @@ def test_weight_scores_are_shares_of_norms_of_weights():
     traced = trace(net, nets.images())
     weight = net[3].weight.detach()
     for score, norms in ((l1, weight.abs().sum((1, 2, 3))), (l2, weight.square().sum((1, 2, 3)))):
-        torch.testing.assert_close(without_data(score, net, traced)["3"], norms / norms.sum())
+        torch.testing.assert_close(without_data(score, net, traced)["3"], shares(norms))
     with torch.no_grad():
         weight.zero_()
     assert without_data(l2, net, traced)["3"].tolist() == [0.0] * len(weight)
+
+
+def test_weight_scores_of_a_residual_trunk_count_for_each_of_its_layers():
+    net = nets.make("residual")
+    traced = trace(net, nets.images())
+    makers = [net.stem[0], net.blocks[0].inner[3], net.blocks[1].inner[3]]
+    norms = [layer.weight.detach().square().sum((1, 2, 3)) for layer in makers]
+    expected = shares(torch.stack(norms).sum(0)) * len(makers)
+    torch.testing.assert_close(without_data(l2, net, traced)["stem.0"], expected)
 
 
 @pytest.mark.parametrize("score", [l1, l2])
@@ -102,7 +116,7 @@ def test_weight_scores_of_a_grouped_transposed_convolution():
     weight = net[1].weight.detach().abs()
     by_output = torch.cat([weight[:3].sum((0, 2, 3)), weight[3:].sum((0, 2, 3))])
     norms = by_output[:4] + by_output[4:]
-    torch.testing.assert_close(without_data(l1, net, traced)["1"], norms / norms.sum())
+    torch.testing.assert_close(without_data(l1, net, traced)["1"], shares(norms))
 
 
 def test_taylor_is_exact_where_the_loss_is_linear():
