@@ -38,7 +38,7 @@ from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
-from pruning.utils.modules import device_of, eval_mode
+from pruning.utils.modules import device_of, eval_mode, submodule
 from pruning.utils.tree import fresh
 from pruning.utils.wrappers import unwrapped
 
@@ -71,7 +71,7 @@ def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Los
     """
     scores = {}
     for name, group in trace.groups.items():
-        norms = [m for m in group.side("out") if _has_scale(model.get_submodule(m.layer))]
+        norms = [m for m in group.side("out") if _has_scale(submodule(model, m.layer))]
         if not norms:
             raise PruningError(
                 f"group {name!r} has no BatchNorm with a scale, which bn_scale needs; "
@@ -257,7 +257,7 @@ def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]
 
 def _output_parameters(model: nn.Module, members: Iterable[list[Member]]) -> dict[_Key, Tensor]:
     """Return the tensors that make the channels of members, after a forward pass that computed them."""
-    layers = {member.layer: model.get_submodule(member.layer) for scored in members for member in scored}
+    layers = {member.layer: submodule(model, member.layer) for scored in members for member in scored}
     return {
         (name, kind): tensor
         for name, layer in layers.items()
@@ -276,11 +276,11 @@ def _first_order_change(
     """Return the negative first-order change of the loss when each channel is removed, (channels,)."""
     change = torch.zeros(group.channels, dtype=torch.float32)
     for member in members:
-        for kind in output_tensors(model.get_submodule(member.layer)):
+        for kind in output_tensors(submodule(model, member.layer)):
             gradient = gradients.get((member.layer, kind))
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
-                rows = output_rows(model.get_submodule(member.layer), kind, products)
+                rows = output_rows(submodule(model, member.layer), kind, products)
                 change += _per_channel(group, member, rows.sum(1), scored=True)
     return change
 
@@ -292,12 +292,12 @@ def _has_scale(layer: nn.Module) -> bool:
 def _scored_members(model: nn.Module, group: Group) -> list[Member]:
     """Return the norms of a group that have scales, or else the layers that make its channels."""
     out = group.side("out")
-    norms = [m for m in out if _has_scale(model.get_submodule(m.layer))]
-    return norms or [m for m in out if makes_channels(model.get_submodule(m.layer))]
+    norms = [m for m in out if _has_scale(submodule(model, m.layer))]
+    return norms or [m for m in out if makes_channels(submodule(model, m.layer))]
 
 
 def _weight(model: nn.Module, member: Member) -> Tensor:
-    weight = weight_of(model.get_submodule(member.layer))
+    weight = weight_of(submodule(model, member.layer))
     assert weight is not None
     return weight.detach()
 
@@ -324,7 +324,7 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
     for name, group in groups.items():
         total = torch.zeros(group.channels, dtype=torch.float32)
         for member in group.side("out"):
-            layer = model.get_submodule(member.layer)
+            layer = submodule(model, member.layer)
             if makes_channels(layer):
                 for weight in output_weights(layer):
                     rows = output_rows(layer, weight, getattr(layer, weight).detach())
