@@ -11,6 +11,8 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
@@ -18,6 +20,28 @@ def _weight_norm(layer: nn.Module, name: str) -> WeightNorm | None:
     """Return the hook of `torch.nn.utils.weight_norm` that computes a tensor of a layer."""
     hooks = (hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
     return next((hook for hook in hooks if hook.name == name), None)
+
+
+#: Why a layer with spectral norm keeps its channels, after the name of the layer.
+SPECTRAL = (
+    "has spectral norm: its weight is divided by the largest singular value of the whole weight, and a part "
+    "of it has another; call remove_parametrizations(layer, 'weight') of torch.nn.utils.parametrize, or "
+    "torch.nn.utils.remove_spectral_norm(layer), which keep the weight, to let it be pruned"
+)
+
+
+def has_spectral_norm(layer: nn.Module) -> bool:
+    """Whether a layer has spectral norm, of either API of torch.
+
+    >>> has_spectral_norm(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)))
+    True
+    >>> has_spectral_norm(nn.utils.spectral_norm(nn.Linear(3, 4))), has_spectral_norm(nn.Linear(3, 4))
+    (True, False)
+    """
+    held = getattr(layer, "parametrizations", {}) if parametrize.is_parametrized(layer) else {}
+    own = (part for several in held.values() for part in several)
+    hooks = layer._forward_pre_hooks.values()
+    return any(isinstance(p, _SpectralNorm) for p in own) or any(isinstance(h, SpectralNorm) for h in hooks)
 
 
 def is_computed(layer: nn.Module, name: str) -> bool:

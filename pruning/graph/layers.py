@@ -230,6 +230,16 @@ def is_weighted(layer: nn.Module) -> bool:
     return rule is not None and rule.kind == "weighted"
 
 
+def is_of_layer(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter holds channels of a layer, so that narrowing the layer narrows it.
+
+    >>> is_of_layer(nn.Linear(3, 4), "weight")
+    True
+    """
+    rule = rule_for(module)
+    return rule is not None and (attribute in rule.out or attribute in rule.into)
+
+
 def makes_channels(layer: nn.Module) -> bool:
     """Whether a layer makes new channels: its output channels are not its input channels, as in a norm."""
     rule = rule_for(layer)

@@ -11,7 +11,15 @@ from pruning.graph.computed import sources
 from pruning.graph.groups import Trace
 from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import readers, weight_size
-from pruning.graph.layers import is_depthwise, is_inferred, is_registered, layer_width, rule_for
+from pruning.graph.layers import (
+    is_depthwise,
+    is_inferred,
+    is_of_layer,
+    is_registered,
+    layer_width,
+    rule_for,
+    rule_of,
+)
 from pruning.graph.recurrent import (
     RECURRENT,
     gate_tensors,
@@ -21,7 +29,8 @@ from pruning.graph.recurrent import (
 )
 from pruning.graph.rule import Rule
 from pruning.planning.owned import Terms
-from pruning.utils.modules import eval_mode
+from pruning.utils.held_weight import HeldWeight
+from pruning.utils.modules import eval_mode, submodule
 
 
 class Row(NamedTuple):
@@ -56,6 +65,9 @@ class RowTable:
         self.rows: list[Row] = []
         self.fixed_params, self.fixed_macs = 0.0, trace.other_macs
         self._add_parameters()
+        modules = dict(model.named_modules())
+        for name in trace.uses.keys() - modules.keys():
+            self._add_held(name, submodule(model, name))
         for name, layer in model.named_modules():
             self._add_layer(name, layer)
         for use, ((rows, rows_fixed), (columns, columns_fixed)) in zip(
@@ -102,6 +114,18 @@ class RowTable:
             bias = float(use.bias)
             macs, bias_macs = kernel * use.uses, use.positions * bias
             self.rows.append(row._replace(params=own_weight, macs=macs, bias=bias, bias_macs=bias_macs))
+
+    def _add_held(self, name: str, layer: nn.Module) -> None:
+        """Add a row for a parameter that code multiplies by; one of a layer is counted with that layer."""
+        assert isinstance(layer, HeldWeight)
+        row = self._sides(name, layer, rule_of(layer))
+        kernel = weight_size(layer) / self._full_product(layer, rule_of(layer), row)
+        owner, counted = name.rpartition(".")[0], False
+        if (owner, "in") in self.owned or (owner, "out") in self.owned or owner in self.trace.uses:
+            counted = is_of_layer(layer.owner, layer.attribute)
+        counted = counted or self.parameters.pop(name, None) is None
+        macs = kernel * self.trace.uses[name].uses
+        self.rows.append(row._replace(params=0.0 if counted else kernel, macs=macs))
 
     def _add_sources(self, name: str, layer: nn.Module, rule: Rule, row: Row) -> int:
         """Add rows for scales from which a layer computes its weight; return the number of full weights."""

@@ -29,7 +29,7 @@ from pruning.graph.rule import Side
 from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.search import Order
-from pruning.utils.modules import call, eval_mode, hooked, on_input, thread_count
+from pruning.utils.modules import call, eval_mode, hooked, on_input, submodule, thread_count
 from pruning.utils.tree import Inputs
 
 #: Largest number of widths of each side of a layer at which it is timed.
@@ -79,7 +79,7 @@ class LatencyTable:
         self.times: dict[str, _TimeGrid] = {}
         with thread_count(budget.threads), torch.inference_mode():
             for name, shapes in shapes_of.items():
-                layer = model.get_submodule(name)
+                layer = submodule(model, name)
                 if is_inferred(layer):
                     layer, shapes = _product(layer, trace.uses[name].positions * (budget.batch_size or 1))
                 outs, ins = grid_sides[name]
@@ -167,7 +167,7 @@ def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
     def watch(name: str) -> Callable[[Tensor], None]:
         return lambda x: shapes.setdefault(name, []).append(x.shape)
 
-    handles = [on_input(model.get_submodule(name), watch(name)) for name in names]
+    handles = [on_input(submodule(model, name), watch(name)) for name in names]
     with hooked(handles), torch.no_grad(), eval_mode(model):
         call(model, inputs)
     return shapes

@@ -32,7 +32,7 @@ from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.width_sweep import Batch
 from pruning.surgery.linear_form import WeightUse, weight_uses
 from pruning.training.batches import to_device
-from pruning.utils.modules import device_of, eval_mode
+from pruning.utils.modules import device_of, eval_mode, submodule
 from pruning.utils.tree import Inputs, fresh
 
 #: Most rows of inputs that a batch adds to the Gram matrix of a layer with a kernel.
@@ -63,7 +63,7 @@ def reconstruction_losses(
     if not batches:
         raise PruningError("the score reconstruction needs calibration batches; the given data has none")
     members = [m for group in trace.groups.values() for m in group.side("in")]
-    layers = {m.layer: model.get_submodule(m.layer) for m in members}
+    layers = {m.layer: submodule(model, m.layer) for m in members}
     weights = {
         weight: name
         for name, layer in layers.items()

@@ -38,7 +38,7 @@ from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.width_sweep import Batch, LabeledBatch, WidthSweep, channel_order, points_to_measure
 from pruning.training.batches import to_device
 from pruning.training.losses import Loss, cross_entropy, loss_of
-from pruning.utils.modules import device_of, eval_mode
+from pruning.utils.modules import device_of, eval_mode, submodule
 from pruning.utils.tree import fresh
 from pruning.utils.wrappers import unwrapped
 
@@ -71,7 +71,7 @@ def bn_scale(model: nn.Module, trace: Trace, batches: Sequence[Batch], loss: Los
     """
     scores = {}
     for name, group in trace.groups.items():
-        norms = [m for m in group.side("out") if _has_scale(model.get_submodule(m.layer))]
+        norms = [m for m in group.side("out") if _has_scale(submodule(model, m.layer))]
         if not norms:
             raise PruningError(
                 f"group {name!r} has no BatchNorm with a scale, which bn_scale needs; "
@@ -256,7 +256,7 @@ def _differentiable(model: nn.Module) -> contextlib.AbstractContextManager[None]
 
 def _output_parameters(model: nn.Module, members: Iterable[list[Member]]) -> dict[_Key, Tensor]:
     """Return the tensors that make the channels of members, after a forward pass that computed them."""
-    layers = {member.layer: model.get_submodule(member.layer) for scored in members for member in scored}
+    layers = {member.layer: submodule(model, member.layer) for scored in members for member in scored}
     return {
         (name, kind): tensor
         for name, layer in layers.items()
@@ -275,11 +275,11 @@ def _first_order_change(
     """Return the negative first-order change of the loss when each channel is removed, (channels,)."""
     change = torch.zeros(group.channels, dtype=torch.float32)
     for member in members:
-        for kind in output_tensors(model.get_submodule(member.layer)):
+        for kind in output_tensors(submodule(model, member.layer)):
             gradient = gradients.get((member.layer, kind))
             if gradient is not None:
                 products = parameters[member.layer, kind].detach() * gradient.to_dense()
-                rows = output_rows(model.get_submodule(member.layer), kind, products)
+                rows = output_rows(submodule(model, member.layer), kind, products)
                 change += _per_channel(group, member, rows.sum(1), scored=True)
     return change
 
@@ -291,12 +291,12 @@ def _has_scale(layer: nn.Module) -> bool:
 def _scored_members(model: nn.Module, group: Group) -> list[Member]:
     """Return the norms of a group that have scales, or else the layers that make its channels."""
     out = group.side("out")
-    norms = [m for m in out if _has_scale(model.get_submodule(m.layer))]
-    return norms or [m for m in out if makes_channels(model.get_submodule(m.layer))]
+    norms = [m for m in out if _has_scale(submodule(model, m.layer))]
+    return norms or [m for m in out if makes_channels(submodule(model, m.layer))]
 
 
 def _weight(model: nn.Module, member: Member) -> Tensor:
-    weight = weight_of(model.get_submodule(member.layer))
+    weight = weight_of(submodule(model, member.layer))
     assert weight is not None
     return weight.detach()
 
@@ -321,7 +321,7 @@ def _positions(group: Group, member: Member) -> Tensor:
 def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
     scores = {}
     for name, group in groups.items():
-        makers = [m for m in group.side("out") if makes_channels(model.get_submodule(m.layer))]
+        makers = [m for m in group.side("out") if makes_channels(submodule(model, m.layer))]
         each = [_norms(model, group, member, order) for member in makers]
         total = sum(each, torch.zeros(group.channels, dtype=torch.float32))
         scores[name] = _shares(total) * len(makers)
@@ -330,7 +330,7 @@ def _weight_norm(model: nn.Module, groups: Groups, order: int) -> Scores:
 
 def _norms(model: nn.Module, group: Group, member: Member, order: int) -> Tensor:
     """Return the norms of a layer's weights to a power, summed for each channel of the group, (channels,)."""
-    layer, total = model.get_submodule(member.layer), torch.zeros(group.channels, dtype=torch.float32)
+    layer, total = submodule(model, member.layer), torch.zeros(group.channels, dtype=torch.float32)
     for weight in output_weights(layer):
         rows = output_rows(layer, weight, getattr(layer, weight).detach())
         total += _per_channel(group, member, torch.linalg.vector_norm(rows, order, dim=1) ** order)
@@ -343,8 +343,7 @@ def _shares(values: Tensor) -> Tensor:
     >>> _shares(torch.tensor([4.0, 1.0, 0.0, 3.0]))
     tensor([1.0000, 0.1250, 0.0000, 0.4286])
     """
-    order = values.flip(0).sort(stable=True).indices
-    order = len(values) - 1 - order
+    order = len(values) - 1 - values.flip(0).sort(stable=True).indices
     rest = values[order].double().flip(0).cumsum(0).flip(0).clamp(min=torch.finfo(torch.double).tiny)
     shares = torch.empty_like(values)
     shares[order] = (values[order] / rest).to(values)

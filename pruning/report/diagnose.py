@@ -19,7 +19,7 @@ from pruning.surgery.verify import compare_with_masked, with_random_weights
 from pruning.tracing.left_out import groups_at_fault, without_groups
 from pruning.tracing.trace import trace
 from pruning.utils.entries import Also
-from pruning.utils.modules import buffers_unchanged
+from pruning.utils.modules import buffers_unchanged, submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
@@ -219,7 +219,7 @@ def _tried(model: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Trace, str]
 
 
 def _facts(model: nn.Module, group: Group, params: float, macs: float) -> GroupFacts:
-    out = [(m.layer, model.get_submodule(m.layer)) for m in group.side("out")]
+    out = [(m.layer, submodule(model, m.layer)) for m in group.side("out")]
     return GroupFacts(
         group.name,
         group.channels,

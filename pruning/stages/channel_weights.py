@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pruning.graph.groups import Group
 from pruning.graph.layer_tensors import output_rows, output_tensors, scale_rows
 from pruning.graph.layers import makes_channels
+from pruning.utils.modules import submodule
 
 
 class Rows(NamedTuple):
@@ -61,7 +62,7 @@ class ChannelWeights:
         self.rows: list[Rows] = []
         seen: set[int] = set()
         for member in group.side("out"):
-            layer = model.get_submodule(member.layer)
+            layer = submodule(model, member.layer)
             if not makes_channels(layer):
                 continue
             for name in output_tensors(layer):

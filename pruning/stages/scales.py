@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruning.graph.groups import Member, Trace
 from pruning.planning.cost import Cost, CostModel
 from pruning.stages.channel_weights import ChannelWeights
+from pruning.utils.modules import submodule
 from pruning.utils.wrappers import unwrapped
 
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
@@ -62,7 +63,7 @@ class ChannelScales:
         self.rows: dict[str, ChannelWeights] = {}
         for name, group in traced.groups.items():
             for kinds in (_BATCH_NORMS, _OTHER_NORMS):
-                norms = [_scaled(model.get_submodule(m.layer), m, kinds) for m in group.side("out")]
+                norms = [_scaled(submodule(model, m.layer), m, kinds) for m in group.side("out")]
                 found = [norm for norm in norms if norm is not None]
                 if found:
                     self.norms[name] = found

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
@@ -18,7 +17,9 @@ from pruning.graph.layer_tensors import narrow, output_rows, readers
 from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
 from pruning.graph.rule import Side
+from pruning.surgery.held_weights import narrows_with_layer, set_counts
 from pruning.surgery.width_attributes import mark_changed, update_attributes
+from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import (
     buffers_unchanged,
     call,
@@ -29,7 +30,7 @@ from pruning.utils.modules import (
     parameter_places,
     submodule,
 )
-from pruning.utils.tree import Inputs, fresh
+from pruning.utils.tree import Inputs, fresh, noise_like
 from pruning.utils.wrappers import unwrapped
 
 #: By layer, the constant that replaces each input channel when it is removed, (input channels,).
@@ -95,7 +96,11 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
             _narrow_tensor(model, name, dims[name, side], drop)
         else:
             layer = submodule(model, name)
+            if isinstance(layer, HeldWeight) and narrows_with_layer(name, layer, dims):
+                continue
             narrow(layer, side, kept_positions(layer_width(layer, side), drop))
+            if isinstance(layer, HeldWeight):
+                set_counts(layer.owner)
             if is_registered(layer):
                 rule = rule_of(layer)
                 mark_changed(layer, [name for name in (rule.count(side), rule.parts) if name])
@@ -250,7 +255,7 @@ def channel_constants(
                 seen[member.layer] = _Statistics(member.dim)
                 handles.append(on_input(layer, seen[member.layer].observe))
         for inputs in batches:
-            for variant in (inputs, *(_noise_like(inputs) if exact_only else ())):
+            for variant in (inputs, *(noise_like(inputs) if exact_only else ())):
                 call(model, fresh(variant))
     return {name: found.constants(exact_only) for name, found in seen.items() if found.count}
 
@@ -276,18 +281,6 @@ class _Statistics:
         mean = self.total / self.count
         constant = self.high - self.low <= 1e-6 * self.high.abs()
         return torch.where(constant, mean, 0) if exact_only else mean
-
-
-def _noise_like(inputs: Inputs) -> list[Inputs]:
-    """Return two copies of the inputs with noise from a fixed seed in every floating-point tensor."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(leaf: object) -> object:
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    return [pytree.tree_map(noise, inputs) for _ in range(2)]
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from pruning.surgery.apply import dropped_positions, kept_positions, output_fact
 from pruning.surgery.linear_form import WeightUse
 from pruning.surgery.paused_pass import PassDiffers, PausedPass, Reached, Site, find_sites
 from pruning.surgery.ridge import Sums, best_ridge
-from pruning.utils.modules import eval_mode, parameter_places
+from pruning.utils.modules import eval_mode, parameter_places, submodule
 from pruning.utils.tree import Inputs
 
 #: The passes of all batches run at once if their inputs of a layer need at most this many bytes.
@@ -117,7 +117,7 @@ def refit(
         keep = {
             name: _Kept(
                 kept_positions(
-                    layer_width(dense.get_submodule(name), "out"), dropped.get((name, "out"), nothing)
+                    layer_width(submodule(dense, name), "out"), dropped.get((name, "out"), nothing)
                 ),
                 factors.get((name, "out")),
             )
@@ -176,7 +176,7 @@ def _add_offset(model: nn.Module, bias: Tensor | None, norm: str | None, offset:
     if bias is not None:
         bias.add_(offset.to(bias))
     elif norm is not None:
-        mean = model.get_submodule(norm).get_buffer("running_mean")
+        mean = submodule(model, norm).get_buffer("running_mean")
         mean.sub_(offset.to(mean))
 
 

@@ -194,7 +194,7 @@ def _components(
 
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     roots: dict[int, tuple[str, np.ndarray]] = {}
-    for name, labels in sorted(makers, key=lambda maker: order[maker[0]]):
+    for name, labels in sorted(makers, key=lambda maker: _place(order, maker[0])):
         flat = labels[labels != NONE]
         components = connected.find(flat)
         distinct, first = np.unique(components, return_index=True)
@@ -203,6 +203,12 @@ def _components(
                 roots[component] = name, flat[components == component]
     for component, (root, made) in roots.items():
         yield root, made, parts_of[component]
+
+
+def _place(order: Mapping[str, int], name: str) -> tuple[int, bool]:
+    """Return the place of a layer among the modules; a parameter follows the module that holds it."""
+    known = order.get(name)
+    return (order[name.rpartition(".")[0]], True) if known is None else (known, False)
 
 
 def _by_value(values: np.ndarray) -> list[np.ndarray]:

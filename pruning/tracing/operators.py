@@ -30,10 +30,10 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
-from pruning.tracing.products import batched_product, grid_pointwise, label_uniform
+from pruning.tracing.products import grid_pointwise, label_uniform
 from pruning.tracing.statistics import layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
-from pruning.tracing.weights import convolution, product
+from pruning.tracing.weights import batched, convolution, product
 
 # --- several tensors ------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ RULES: dict[str, OperatorRule] = {
          "_prelu_kernel"), pointwise
     ),
     **dict.fromkeys(("cat", "stack", "concat"), join),
-    **dict.fromkeys(("bmm", "baddbmm"), batched_product),
+    **dict.fromkeys(("bmm", "baddbmm"), batched),
     **dict.fromkeys(("mm", "addmm"), product),
     "convolution": convolution,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),

@@ -21,6 +21,11 @@ class ParameterView:
     attribute: str
     dims: dict[int, int]
 
+    @property
+    def full_name(self) -> str:
+        """The name of the parameter in the model."""
+        return f"{self.module}.{self.attribute}".lstrip(".")
+
 
 class Weights:
     """Find the parameters of a model that tensors are views of, by their memory.

@@ -11,20 +11,40 @@ import numpy as np
 from torch import nn
 
 from pruning.graph.groups import Group
-from pruning.graph.layers import is_depthwise, parts, rule_for
+from pruning.graph.layers import is_depthwise, is_of_layer, parts, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow
 from pruning.tracing.ties import is_among
 from pruning.utils.modules import parameter_places, submodule
 
 
-def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+def shared_parameters(model: nn.Module, found: Flow) -> dict[str, list[str]]:
     """Return the parameters that layers share: each full name, with the other names.
 
     A layer that has two names is one layer; its first name counts.
     """
-    several = [_names(places) for places in parameter_places(model).values() if len(places) > 1]
+    several = [_names(places) for places in _places(model, found) if len(places) > 1]
     return {name: [other for other in names if other != name] for names in several for name in names}
+
+
+def _places(model: nn.Module, found: Flow) -> list[list[tuple[str, str]]]:
+    """Return for each parameter the layers that hold it, each with the name of the attribute.
+
+    A parameter that code multiplies by is a layer of its own (`HeldWeight`), beside a layer that holds it.
+    """
+    several = []
+    for places in parameter_places(model).values():
+        layers: list[tuple[str, str]] = []
+        for place in places:
+            name = ".".join(filter(None, place))
+            held = (name, "in") in found.sides
+            runs = (place[0], "in") in found.sides or (place[0], "out") in found.sides
+            if not held or (runs and is_of_layer(submodule(model, place[0]), place[1])):
+                layers.append(place)
+            if held:
+                layers.append((name, "weight"))
+        several.append(layers)
+    return several
 
 
 def _names(places: Iterable[tuple[str, str]]) -> list[str]:
@@ -43,7 +63,7 @@ def tie_shared(model: nn.Module, found: Flow) -> None:
     """
     made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
     known = np.unique(np.concatenate([np.arange(0), *made]))
-    for places in parameter_places(model).values():
+    for places in _places(model, found):
         if len(places) < 2:
             continue
         dims = [_sides(model, found, name, attribute) for name, attribute in places]
@@ -102,8 +122,8 @@ def loses_alike(model: nn.Module, group: Group, names: Iterable[str]) -> bool:
 def _owners(model: nn.Module, group: Group, name: str) -> dict[int, list[tuple[int, int]]]:
     """Return, by dimension of a parameter, its positions and the channels of the group that own them."""
     layer, _, own = name.rpartition(".")
-    parameter = model.get_parameter(name)
-    rule = rule_for(submodule(model, layer))
+    holder = submodule(model, layer)
+    parameter, rule = holder.get_parameter(own), rule_for(holder)
     found: dict[int, list[tuple[int, int]]] = {}
     for member in group.members:
         if (member.layer, member.side) == (name, "self"):

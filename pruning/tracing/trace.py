@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.graph.computed import can_be_narrowed
+from pruning.graph.computed import SPECTRAL, can_be_narrowed, has_spectral_norm
 from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
@@ -38,6 +38,7 @@ from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread
 from pruning.utils.batch import find_batch
 from pruning.utils.entries import Also, entries_of
+from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import buffers_unchanged, call, eval_mode, submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, tensors
@@ -94,7 +95,8 @@ def trace(
 
     foldable = _foldable(model, found)
     batch = find_batch(model, inputs, batch_size, found.done)
-    inferred = {type(m): rule for m in model.modules() if (rule := inferred_rule(type(m))) is not None}
+    layers = [*model.modules(), *(submodule(model, name) for name in _held_weights(model, found))]
+    inferred = {type(m): rule for m in layers if (rule := inferred_rule(type(m))) is not None}
     return Trace(
         groups, _skipped(model, found, groups, reasons), foldable,
         _uses(model, found, foldable, batch.size), frozenset(ignored_by), found.other_macs / batch.size,
@@ -149,8 +151,9 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen |= {f"{name}.weight" for name in frozen if (name, "in") in found.sides}
     tie_shared(model, found)
-    shared = shared_parameters(model)
+    shared = shared_parameters(model, found)
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}
@@ -163,12 +166,19 @@ def _prunable(
     return groups, labels, reasons
 
 
+def _held_weights(model: nn.Module, found: Flow) -> list[str]:
+    """Return the parameters that are layers of their own, see `HeldWeight`."""
+    outputs = (name for name, side in found.sides if side == "out")
+    return [name for name in outputs if isinstance(submodule(model, name), HeldWeight)]
+
+
 def _skipped(
     model: nn.Module, found: Flow, groups: dict[str, Group], reasons: dict[str, str]
 ) -> dict[str, str]:
     """Return the layers that make channels but belong to no group, with the reason."""
     pruned = {member.layer for group in groups.values() for member in group.side("out")}
     ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
+    ran.update(_held_weights(model, found))
     skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
     return {layer: with_cure(why) for layer, why in (skipped | dict(missed(model, found))).items()}
 
@@ -226,18 +236,21 @@ def _obstacle(
         return "its channels are all tied to each other, and a group is never emptied"
     for member in group.members:
         owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
-        if member.side != "in" and owner in ignored_by:
-            return f"ignored, as asked by {ignored_by[owner]}"
+        layer = submodule(model, owner)
+        held = isinstance(layer, HeldWeight)
+        holder = owner.rpartition(".")[0] if held else owner
+        if member.side != "in" and holder in ignored_by:
+            return f"ignored, as asked by {ignored_by[holder]}"
         if member.side == "self":
             names = [member.layer]
         else:
-            names = [f"{owner}.{p}" for p, _ in submodule(model, owner).named_parameters(recurse=False)]
+            names = [f"{owner}.{p}" for p, _ in layer.named_parameters(recurse=False)]
         for full in names:
             if full in frozen:
-                return f"{full} is frozen; set requires_grad=True to let it be pruned"
+                return f"{owner if held else full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared and not loses_alike(model, group, [full, *shared[full]]):
                 return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
-        if problem := _computed(owner, submodule(model, owner)):
+        if problem := _computed(owner, layer):
             return problem
     return ""
 
@@ -246,6 +259,13 @@ def _computed(name: str, layer: nn.Module) -> str:
     """Return why a layer whose tensors are computed from others cannot be pruned; empty when it can."""
     rule = rule_for(layer)
     held = [] if rule is None else [*rule.out, *rule.into]
+    if hasattr(layer, "weight_fake_quant"):
+        return (
+            f"{name} is prepared for quantization-aware training (prepare_qat), with a scale for each "
+            "channel; prune first and call prepare_qat on the result, to let it be pruned"
+        )
+    if has_spectral_norm(layer):
+        return f"{name} {SPECTRAL}"
     if nn.utils.parametrize.is_parametrized(layer) and not can_be_narrowed(layer, held):
         return (
             f"{name} is parametrized, and a part of its weight cannot be computed in the same way; remove "
@@ -286,7 +306,7 @@ def _match(model: nn.Module, ignored: Iterable[Ignored]) -> dict[str, str]:
 def _foldable(model: nn.Module, found: Flow) -> dict[str, str]:
     """Return the layers whose output only a BatchNorm reads and can be folded into: layer to norm."""
     pairs = {}
-    shared = shared_parameters(model)
+    shared = shared_parameters(model, found)
     with eval_mode(model):
         for name, readers in found.readers.items():
             norm_name = readers[0] if readers else ""

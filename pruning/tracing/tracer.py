@@ -33,13 +33,13 @@ from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
 from pruning.tracing.movement import selects_one
 from pruning.tracing.operation import Operation, shares_memory, writes
 from pruning.tracing.operators import follow
-from pruning.tracing.parameter_views import Weights
+from pruning.tracing.parameter_views import ParameterView, Weights
 from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation
 from pruning.utils.modules import submodule
-from pruning.utils.outputs import Outputs, counted, named_outputs
+from pruning.utils.outputs import Outputs, counted, kept_output, named_outputs
 from pruning.utils.tree import tensors, tensors_among
 
 #: Operations that create a uniform tensor; one of random numbers is like it, for checks make them equal.
@@ -52,6 +52,9 @@ _FILLING = frozenset(
 _FILLING_LIKE = frozenset(
     f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")
 )
+
+#: Operations that return a view of a whole parameter.
+_VIEWS = frozenset(("t", "transpose", "permute", "detach", "alias", "unsqueeze", "view", "_unsafe_view"))
 
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
 
@@ -74,6 +77,8 @@ class Tracer(TorchDispatchMode):
         self.alive = [*probe.parameters(), *probe.buffers()]
         #: By `id` of a parameter, the layer that owns it.
         self.owners: dict[int, str] = {}
+        #: Layers whose parameters code outside of them multiplies by, with the parameter.
+        self.multiplied: list[tuple[str, ParameterView | None]] = []
         self.functions = Functions(self)
         owned: set[int] = set()
         for name, module in probe.named_modules():
@@ -183,8 +188,8 @@ class Tracer(TorchDispatchMode):
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
                 self.found.other_macs += flops / 2
-            self._read((args, kwargs), "")
             operation = Operation(func, args, kwargs, output)
+            self._read_by(operation)
             place = self.calls.place(self.labels.path[-1][0], func)
             self.labels.place = None if self.probe.training else place  # outputs are compared in eval mode
             self.labels.fix_positions(operation.operands)
@@ -284,6 +289,19 @@ class Tracer(TorchDispatchMode):
             if id(leaf) in self.owners:
                 self.found.read_elsewhere.add(self.owners[id(leaf)])
 
+    def _read_by(self, op: Operation) -> None:
+        """Record what an operation reads; views of weights, and products with them, may be followed."""
+        viewed = op.name in _VIEWS and id(op.operands[0]) in self.owners
+        if viewed and isinstance(op.output, Tensor):
+            self.owners[id(op.output)] = self.owners[id(op.operands[0])]
+            self.alive.append(op.output)
+        elif op.name in WEIGHTED:
+            owned = [t for t in op.operands if id(t) in self.owners]
+            self._read([t for t in op.operands if id(t) not in self.owners], "")
+            self.multiplied += [(self.owners[id(t)], self.labels.weights.find(t)) for t in owned]
+        else:
+            self._read((op.args, op.kwargs), "")
+
     def finish(self, output: object, outputs: Outputs) -> None:
         """Fix the channels of the outputs that count, and tie the slices that the pass recorded."""
         if not tensors(output):
@@ -301,7 +319,7 @@ class Tracer(TorchDispatchMode):
         self.labels.fix_positions(kept)
         names = {id(tensor): name for name, tensor in named_outputs(output).items()}
         for leaf in kept:
-            self.labels.fix(self.labels.of(leaf), _kept_output(names.get(id(leaf), ""), len(names)))
+            self.labels.fix(self.labels.of(leaf), kept_output(names.get(id(leaf), ""), len(names)))
         self._close()
 
     def finish_entry(self, output: object, name: str) -> None:
@@ -317,18 +335,11 @@ class Tracer(TorchDispatchMode):
         self._close()
 
     def _close(self) -> None:
+        for owner, place in self.multiplied:
+            if place is None or (place.full_name, "in") not in self.found.sides:
+                self.found.read_elsewhere.add(owner)
         for (name, _), use in self.found.sides.items():
             if name in self.found.read_elsewhere:
                 reason = f"the code of another module reads what {name} holds"
                 self.labels.fix(torch.from_numpy(use.labels), reason)
         self.labels.close_slices(lambda name, value: any(attributes_with(submodule(self.probe, name), value)))
-
-
-def _kept_output(name: str, count: int) -> str:
-    """Return the reason to fix the channels of one of several outputs."""
-    if count < 2 or not name:
-        return "its channels are the model's output, whose size is kept"
-    return (
-        f"its channels are the model's output {name!r}, whose size is kept; if other outputs count alone, "
-        "name them by outputs= (--outputs)"
-    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from pruning.graph.computed import SPECTRAL, has_spectral_norm
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
@@ -49,13 +50,17 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         if weight and weight not in own:
             yield (
                 name,
-                "its weight is computed from others, by code or hooks; remove them "
+                f"it {SPECTRAL}"
+                if has_spectral_norm(layer)
+                else "its weight is computed from others, by code or hooks; remove them "
                 "(remove_spectral_norm), prune, and add them again",
             )
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
     for name, why in found.functional.items():
+        if (name, "in") in found.sides:
+            continue
         owner, _, attribute = name.rpartition(".")
         rule = rule_for(submodule(model, owner))
         if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pruning.graph.inferred import infer_rule, inferred_rule
-from pruning.graph.layers import is_read_by_parent, rule_for
+from pruning.graph.layers import is_depthwise, is_read_by_parent, parts, rule_for
 from pruning.graph.rule import Rule, Side
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
-from pruning.tracing.products import product_of_activations
+from pruning.tracing.products import batched_product, product_of_activations
 from pruning.tracing.ties import spread, varying, vector_along
+from pruning.utils.held_weight import held_weight
 
 #: Operators that may multiply by a weight of the module that calls them.
-WEIGHTED = frozenset(("mm", "addmm", "convolution"))
+WEIGHTED = frozenset(("mm", "addmm", "bmm", "convolution"))
 
 
 def product(labels: Labels, op: Operation) -> None:
@@ -39,6 +40,17 @@ def product(labels: Labels, op: Operation) -> None:
     for operand in op.operands:
         labels.fix(labels.of(operand), reason)
     return None
+
+
+def batched(labels: Labels, op: Operation) -> None:
+    """Multiply batches of matrices; a batch of one, as `torch.einsum` makes it, may hold a weight."""
+    left, right = op.operands[-2:]
+    if op.name == "bmm" and len(left) == 1:
+        for x, weight, dims, dim in ((left, right, (1, 2), 2), (right, left, (2, 1), 1)):
+            if _weighted(labels, op, (x, weight, None), dims, dim):
+                return
+    if any(labels.of(t) is not None for t in op.operands):
+        batched_product(labels, op)
 
 
 def convolution(labels: Labels, op: Operation) -> None:
@@ -96,15 +108,16 @@ def _weighted(
     """
     x, weight, bias = tensors
     place = labels.weights.find(weight)
-    if place is None or not place.module:  # the model as a whole is no layer
+    if place is None:
         return False
     read, made = (place.dims.get(d) for d in dims)
     module = labels.weights.modules[place.module]
     if read is None or made is None:
         return False
     own_bias = labels.weights.find(bias) if bias is not None else None
-    if bias is not None and (own_bias is None or own_bias.module != place.module):
-        return False
+    elsewhere = bias is not None and (own_bias is None or own_bias.module != place.module)
+    if not place.module or elsewhere or not _is_one_layer(module):
+        return _held(labels, op, tensors, (read, made), dim)
     biases = {own_bias.attribute: 0} if own_bias is not None else {}
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None:
         biases = {"in_proj_bias": 0}  # also where the code adds it later
@@ -114,20 +127,78 @@ def _weighted(
         parent = labels.weights.modules[place.module.rpartition(".")[0]]
         held = known.out.get(place.attribute), known.into.get(place.attribute)
         if not is_read_by_parent(parent, module) or held != (made, read):
-            return False  # code reads the weight of a layer of the table
+            return _held(labels, op, tensors, (read, made), dim)  # code reads the weight of a layer
     elif not infer_rule(type(module), rule, labels.weights.inferred):
         return False
+    made_labels = _pass_through(labels, op, (x, weight), (place.module, module), dim)
+    for bias_name in biases:
+        labels.own[id(getattr(module, bias_name))] = made_labels
+    return True
+
+
+def _is_one_layer(module: nn.Module) -> bool:
+    """Whether the parameters of a module may be those of one layer: there is one matrix among them."""
+    if isinstance(module, nn.MultiheadAttention) or rule_for(module) is not None:
+        return True
+    own = (p for p in module.parameters(recurse=False) if p.ndim > 1 and p.numel() > max(p.shape))
+    return sum(1 for _ in own) < 2 and not isinstance(module, nn.ParameterList | nn.ParameterDict)
+
+
+def _held(
+    labels: Labels,
+    op: Operation,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    dims: tuple[int, int],
+    dim: int,
+) -> bool:
+    """Follow a product with a parameter that is a layer of its own (`HeldWeight`); return whether it is one.
+
+    Args:
+        tensors: as in `_weighted`. dims: the dimensions of the parameter that are read and made.
+        dim: as in `_weighted`.
+    """
+    x, weight, bias = tensors
+    place = labels.weights.find(weight)
+    assert place is not None
+    owner = labels.weights.modules[place.module]
+    if isinstance(owner, nn.MultiheadAttention) or parts(owner) > 1 or is_depthwise(owner):
+        return False
+    layer, (read, made) = held_weight(owner, place.attribute), dims
+    rule = Rule({"weight": made}, {"weight": read}, kind="weighted")
+    if not infer_rule(type(layer), rule, labels.weights.inferred):
+        return False
+    name = place.full_name
+    own = None if bias is None else labels.of(bias)
+    made_labels = _pass_through(labels, op, (x, weight), (name, layer), dim)
+    if bias is not None:
+        vector = None if own is None else vector_along(own, own.ndim - 1, bias.shape[-1])
+        if own is None or varying(own) not in ([], [bias.ndim - 1]) or vector is None:
+            labels.fix(made_labels, f"{labels.where()} adds a tensor of fixed size to it")
+            labels.fix(own, f"{labels.where()} adds it along another dimension")
+        else:
+            labels.tie(made_labels, vector, f"{labels.where()} adds a tensor of fixed size to it")
+    return True
+
+
+def _pass_through(
+    labels: Labels, op: Operation, tensors: tuple[Tensor, Tensor], layer: tuple[str, nn.Module], dim: int
+) -> Tensor:
+    """Tie what a product reads to the inputs of a layer, label its output, and return these labels.
+
+    Args:
+        tensors: the activations and the weight. layer: name of the layer, and the layer.
+        dim: the dimension of the activations and the output along which channels lie.
+    """
+    (x, weight), (name, module) = tensors, layer
     arriving = labels.of(x)
     if set(varying(arriving)) - {dim % x.ndim}:
         labels.fix(arriving, f"its channels do not lie along the dimension that {labels.where()} reads")
         arriving = None
     end = dim - x.ndim
-    sides: dict[Side, Tensor] = {side: labels.side(place.module, module, side, end) for side in ("in", "out")}
+    sides: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")
-    for bias_name in biases:
-        labels.own[id(getattr(module, bias_name))] = sides["out"]
-    labels.note_weighted(place.module, op.output.numel() / sides["out"].numel(), weight.numel())
+    labels.note_weighted(name, op.output.numel() / sides["out"].numel(), weight.numel())
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
-    return True
+    return sides["out"]

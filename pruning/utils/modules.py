@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
+from pruning.utils.held_weight import held_weight
 from pruning.utils.tree import Inputs, fresh, tensors_among
 from pruning.utils.wrappers import require_module, unwrapped
 
@@ -25,12 +26,18 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name, as `get_submodule` does in many times the time.
 
+    The name of a parameter gives a layer with this weight (`pruning.utils.held_weight`).
+
     >>> submodule(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
     ReLU()
+    >>> submodule(nn.Sequential(nn.Linear(3, 4)), "0.weight").weight.shape
+    torch.Size([4, 3])
     """
     found: nn.Module | None = model
     for part in name.split(".") if name else ():
-        found = found._modules.get(part) if found is not None else None
+        owner, found = found, found._modules.get(part) if found is not None else None
+    if found is None and owner is not None and owner._parameters.get(part) is not None:
+        return held_weight(owner, part)
     return model.get_submodule(name) if found is None else found
 
 

@@ -129,3 +129,13 @@ def _parts(value: object) -> list[tuple[str, object]]:
     own = [(key, held) for key, held in getattr(value, "__dict__", {}).items()]
     known = {id(held) for _, held in own}
     return own + [(str(i), held) for i, held in enumerate(contents(value)) if id(held) not in known]
+
+
+def kept_output(name: str, count: int) -> str:
+    """Return the reason to fix the channels of one of several outputs."""
+    if count < 2 or not name:
+        return "its channels are the model's output, whose size is kept"
+    return (
+        f"its channels are the model's output {name!r}, whose size is kept; if other outputs count alone, "
+        "name them by outputs= (--outputs)"
+    )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -100,3 +101,15 @@ def contents(leaf: object) -> list[object]:
             if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
                 contents.append(getattr(leaf, name))
     return contents
+
+
+def noise_like(inputs: Inputs) -> list[Inputs]:
+    """Return two copies of the inputs with noise from a fixed seed in every floating-point tensor."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(leaf: object) -> object:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return [pytree.tree_map(noise, inputs) for _ in range(2)]

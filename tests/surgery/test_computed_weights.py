@@ -96,11 +96,21 @@ def test_taylor_scores_are_those_of_the_computed_weights(kind):
 
 
 @pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_weights_of_which_no_part_can_be_computed_are_kept_with_the_cure(norm):
+def test_layers_with_spectral_norm_are_kept_and_the_named_cure_lets_them_be_pruned(norm):
     net = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
     traced = trace(net, torch.randn(2, 6))
     assert set(traced.widths) == {"2"}
-    assert "add" in traced.skipped["0"] and "again" in traced.skipped["0"]
+    old = norm is nn.utils.spectral_norm
+    assert "spectral norm" in traced.skipped["0"]
+    assert ("remove_spectral_norm" if old else "remove_parametrizations") in traced.skipped["0"]
+    x = torch.randn(2, 6)
+    before = net.eval()(x)
+    if old:
+        nn.utils.remove_spectral_norm(net[0])
+    else:
+        nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    torch.testing.assert_close(net(x), before)
+    assert set(trace(net, x).widths) == {"0", "2"}
 
 
 class Causal(nn.Conv2d):

@@ -97,7 +97,7 @@ def test_fixed_kernels_follow_the_channels_that_they_blur(expanded):
     torch.testing.assert_close(small(x), F.conv2d(kept, net[2].weight[:, keep], net[2].bias))
 
 
-def test_the_parameters_of_the_model_itself_are_no_layer():
+def test_a_parameter_of_the_model_itself_is_a_layer():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,8 +106,8 @@ def test_the_parameters_of_the_model_itself_are_no_layer():
         def forward(self, x):
             return F.linear(torch.relu(self.stem(x)), self.weight)
 
-    skipped = trace(Net(), torch.randn(2, 4)).skipped
-    assert "put the weight into a layer" in skipped["stem"] and "calls linear" in skipped["weight"]
+    traced = trace(Net(), torch.randn(2, 4))
+    assert traced.widths == {"stem": 6} and "the model's output" in traced.skipped["weight"]
 
 
 def test_two_models_of_one_class_may_use_its_weight_in_different_ways():
