@@ -29,6 +29,7 @@ from pruning.graph.rule import Side
 from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.search import Order
+from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import call, eval_mode, hooked, on_input, submodule, thread_count
 from pruning.utils.tree import Inputs
 
@@ -161,7 +162,10 @@ def _candidates(lowest: int, full: int, multiple: int) -> np.ndarray:
 
 
 def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, list[torch.Size]]:
-    """Return by layer the shapes of its inputs in a forward pass, one per call."""
+    """Return by layer the shapes of its inputs in a forward pass, one per call.
+
+    Parameters that code multiplies by (`HeldWeight`) are not called, and have no shapes.
+    """
     shapes: dict[str, list[torch.Size]] = {}
 
     def watch(name: str) -> Callable[[Tensor], None]:
@@ -170,7 +174,10 @@ def _input_shapes(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
     handles = [on_input(submodule(model, name), watch(name)) for name in names]
     with hooked(handles), torch.no_grad(), eval_mode(model):
         call(model, inputs)
-    return shapes
+    held: dict[str, list[torch.Size]] = {
+        name: [] for name in names if isinstance(submodule(model, name), HeldWeight)
+    }
+    return shapes | held
 
 
 def _time_grid(
