@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -129,22 +129,32 @@ def export(
     expected = _outputs(reference, batches, signature)
     facts = _metadata(signature, expected[0], metadata or {})
     content = _converted(reference, signature.example(CHECKED[-1]), signature, format, facts)
+    difference = _written(path, content, list(zip(batches, expected, strict=True)), signature, format)
+    batched = bool(signature.batch.dims)
+    return Export(Path(path), format, len(content), difference, batched, signature.asked)
+
+
+def _written(
+    path: str | Path,
+    content: bytes,
+    cases: Sequence[tuple[Inputs, object]],
+    signature: Signature,
+    format: str,
+) -> float:
+    """Write the file if its outputs are those expected, and return their largest difference.
+
+    Args:
+        cases: inputs, each with the outputs of the model.
+    """
     differences: list[float] = []
 
     def check(written: Path) -> None:
         exported = Exported(written, RUNTIMES[format])
-        for batch, outputs in zip(batches, expected, strict=True):
+        for batch, outputs in cases:
             differences.append(_checked_difference(path, exported, batch, outputs, signature))
 
     replace_file(path, content, check)
-    return Export(
-        Path(path),
-        format,
-        len(content),
-        max(differences),
-        bool(signature.batch.dims),
-        tuple(signature.dynamic_names()),
-    )
+    return max(differences)
 
 
 def _require_exportable(model: nn.Module, format: str) -> None:
@@ -174,7 +184,7 @@ def _examples(model: nn.Module, signature: Signature) -> list[Inputs]:
                 call(copied(model), fresh(example))
             return [*batches, example]
     raise ExportError(
-        f"dynamic {' '.join(signature.dynamic_names())}: {type(model).__name__} runs at no other size than "
+        f"dynamic {' '.join(signature.asked)}: {type(model).__name__} runs at no other size than "
         "that of the example inputs; leave out what its code fixes"
     )
 

@@ -48,12 +48,14 @@ class Signature:
         names: of the tensors, by their path in the inputs.
         batch: of the inputs; without dimensions if there is none.
         dynamic: dimensions besides the batch that are dynamic, by the path of their tensor.
+        asked: these dimensions as the caller named them: `x:2`.
     """
 
     inputs: Inputs
     names: Mapping[Path, str]
     batch: Batch
     dynamic: Mapping[Path, tuple[int, ...]]
+    asked: tuple[str, ...]
 
     def example(self, count: int, sizes: Mapping[int, int] | None = None) -> Inputs:
         """Return noise from a fixed seed as inputs; tensors of integers repeat the example inputs.
@@ -105,10 +107,6 @@ class Signature:
             if min(map(change, present)) > 0:
                 yield {size: change(size) for size in present}
 
-    def dynamic_names(self) -> list[str]:
-        """Return the dynamic dimensions besides the batch as text: `x:2`."""
-        return [f"{self.names[path]}:{dim}" for path, dims in self.dynamic.items() for dim in dims]
-
 
 def signature_of(model: nn.Module, example_inputs: Inputs, dynamic: Dynamic) -> Signature:
     """Return the signature of a model for example inputs.
@@ -145,7 +143,12 @@ def signature_of(model: nn.Module, example_inputs: Inputs, dynamic: Dynamic) -> 
                     f"dynamic {names[path]}:{dim}: give example inputs that have at least size 2 there, "
                     f"got shape {tuple(held[path].shape)}"
                 )
-    return Signature(inputs, names, batch, {path: dims for path, dims in chosen.items() if dims})
+    asked = tuple(
+        f"{name}:{dim}"
+        for name, dims in dynamic.items()
+        for dim in ([dims] if isinstance(dims, int) else dims)
+    )
+    return Signature(inputs, names, batch, {path: dims for path, dims in chosen.items() if dims}, asked)
 
 
 def argument_names(model: nn.Module) -> list[str]:
