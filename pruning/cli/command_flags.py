@@ -162,6 +162,21 @@ class ExportFlags:
             parse=argument_types.new_file,
         ),
     ] = None
+    input: Annotated[
+        list[str],
+        Setting(
+            "inputs of a model that takes several, by the names of its arguments, with the batch: x:2x64 "
+            "ids:2x7:int64 (default: as the checkpoint or --data says)",
+            metavar="NAME:SIZES[:TYPE]",
+        ),
+    ] = field(default_factory=list)
+    dynamic: Annotated[
+        list[str],
+        Setting(
+            "dimensions besides the batch that may have any size: x:2 x:3",
+            metavar="NAME:DIM",
+        ),
+    ] = field(default_factory=list)
     optimize: Annotated[
         bool, Setting("rewrite an ONNX file so that ONNX Runtime runs it fastest on this machine")
     ] = False

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import io
 import json
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from pruning.deploy.formats import RUNTIMES
 from pruning.deploy.runtimes import (
-    METADATA,
     Exported,
     first_line,
     quiet,
     relative_difference,
     require_package,
 )
+from pruning.deploy.signature import Dynamic, Signature, arguments_of, signature_of, with_arguments
+from pruning.deploy.writers import WRITERS as _WRITERS
 from pruning.errors import ExportError
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
 from pruning.utils.files import replace_file
-from pruning.utils.modules import copied
-from pruning.utils.tree import tensors
+from pruning.utils.modules import call, copied
+from pruning.utils.paths import tensors_with_paths
+from pruning.utils.tree import Inputs, fresh
 from pruning.utils.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from onnx import GraphProto
 
 #: Largest allowed difference between the outputs of file and model, relative to the model's largest output.
 TOLERANCE = 1e-5
@@ -57,40 +52,57 @@ class Export:
         size: size of the file in bytes.
         difference: largest difference between the outputs of file and model, relative to the model's
             largest output.
+        batched: whether batches may have any size.
+        dynamic: other dimensions that may have any size: `x:2`.
     """
 
     path: Path
     format: str
     size: int
     difference: float
+    batched: bool = True
+    dynamic: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        sizes = " and ".join(map(str, CHECKED))
+        where = f"at batches of {' and '.join(map(str, CHECKED))}"
+        if not self.batched:
+            where = "at other sizes, too" if self.dynamic else "at the sizes of the example inputs: all are "
+            where += "" if self.dynamic else "fixed, because no batch was found; --dynamic NAME:DIM frees one"
+        elif self.dynamic:
+            where += " and other sizes"
+        free = f"; dynamic: {', '.join(self.dynamic)}" if self.dynamic else ""
         return (
             f"{self.path}: {self.format}, {self.size:,} bytes; reopened in {RUNTIMES[self.format]}, its "
             f"outputs are within {self.difference:.1e} of the model's, relative to the largest "
-            f"(tolerance {TOLERANCE:g}), at batches of {sizes}"
+            f"(tolerance {TOLERANCE:g}), {where}{free}"
         )
 
 
 def export(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Inputs,
     format: str,
     *,
+    dynamic: Dynamic | None = None,
     metadata: Metadata | None = None,
 ) -> Export:
     """Export a model to a file for another runtime, with BatchNorm folded and a dynamic batch size.
 
     The file is first written under a temporary name, opened in that runtime, and compared with the
-    model on noise at each batch size of `CHECKED`. Only then does it replace the file at `path`.
+    model on noise at each batch size of `CHECKED`. Only then does it replace the file at `path`. The
+    batch is the dimension that `pruning.utils.batch.find_batch` finds; without one, as in a network on one
+    graph, the sizes are fixed but for those that `dynamic` names. A single input is called `input` in the
+    file; several, or keyword arguments, have the names of the arguments of `forward`.
 
     Args:
         model: the model, exported in eval mode on the CPU; it is not changed.
         path: path of the file; an existing file is replaced.
-        example_inputs: a tensor, or a sequence of tensors, with a batch dimension first.
+        example_inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments. Arguments that
+            are no tensors, such as `use_cache=False`, become constants of the file.
         format: `onnx`, `pt2` (torch.export) or `torchscript`.
+        dynamic: dimensions besides the batch that may have any size, by the name of an input:
+            `{"x": (2, 3)}`. The file is compared with the model at another size, too.
         metadata: plain data to store in the file, by name. The input's shape without the batch, the
             number of classes and torch's version are added.
 
@@ -99,8 +111,9 @@ def export(
 
     Raises:
         ExportError: if a package is not installed, if the model cannot be exported (the message names
-            an operation that the exporter does not support), if the model fixes the batch size, or if
-            the outputs differ. Then nothing is written, and an existing file is not changed.
+            an operation that the exporter does not support), if the model fixes the batch size or a
+            dimension that shall be dynamic, or if the outputs differ. Then nothing is written, and an
+            existing file is not changed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "net.torchscript"
@@ -109,70 +122,89 @@ def export(
     (True, True)
     """
     model = unwrapped(model)
-    examples = _examples(example_inputs, format)
+    _require_exportable(model, format)
     reference = copied(model).cpu().eval().requires_grad_(False)
-    batches = [_noise(examples, size) for size in CHECKED]
-    expected = _outputs(reference, batches)
-    facts = _metadata(examples, expected[0], metadata or {})
-    content = _converted(reference, batches[-1], format, facts)
+    signature = signature_of(reference, example_inputs, dynamic or {})
+    batches = _examples(reference, signature)
+    expected = _outputs(reference, batches, signature)
+    facts = _metadata(signature, expected[0], metadata or {})
+    content = _converted(reference, signature.example(CHECKED[-1]), signature, format, facts)
+    difference = _written(path, content, list(zip(batches, expected, strict=True)), signature, format)
+    batched = bool(signature.batch.dims)
+    return Export(Path(path), format, len(content), difference, batched, signature.asked)
+
+
+def _written(
+    path: str | Path,
+    content: bytes,
+    cases: Sequence[tuple[Inputs, object]],
+    signature: Signature,
+    format: str,
+) -> float:
+    """Write the file if its outputs are those expected, and return their largest difference.
+
+    Args:
+        cases: inputs, each with the outputs of the model.
+    """
     differences: list[float] = []
 
     def check(written: Path) -> None:
         exported = Exported(written, RUNTIMES[format])
-        for batch, outputs in zip(batches, expected, strict=True):
-            differences.append(_checked_difference(path, exported, batch, outputs))
+        for batch, outputs in cases:
+            differences.append(_checked_difference(path, exported, batch, outputs, signature))
 
     replace_file(path, content, check)
-    return Export(Path(path), format, len(content), max(differences))
+    return max(differences)
 
 
-def _examples(example_inputs: Tensor | Sequence[Tensor], format: str) -> list[Tensor]:
-    """Check the format and the example inputs, and return the inputs as a list on the CPU."""
+def _require_exportable(model: nn.Module, format: str) -> None:
+    """Check that the format is known, that its packages are installed, and that the model is all Python."""
     if format not in _WRITERS:
         raise ExportError(f"format {format!r} is unknown; there are: {', '.join(_WRITERS)}")
-    examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
-    if not examples or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in examples):
-        kinds = ", ".join(
-            str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in examples
-        )
-        raise ExportError(
-            f"export needs example inputs that are tensors with a batch dimension, got {kinds or 'none'}"
-        )
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require_package(package)
-    return [x.detach().cpu() for x in examples]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"the module {name!r} of {type(model).__name__}" if name else "the model"
+            raise ExportError(
+                f"{what} is TorchScript, which no exporter takes: put the module there from which it was made"
+            )
 
 
-def _noise(examples: list[Tensor], size: int) -> list[Tensor]:
-    """Return inputs of a batch size: noise from a fixed seed; integer inputs repeat the first example."""
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for x in examples:
-        shape = (size, *x.shape[1:])
-        if x.is_floating_point():
-            batch.append(torch.randn(shape, generator=generator).to(x.dtype))
-        else:
-            batch.append(x[:1].expand(shape).clone())
-    return batch
+def _examples(model: nn.Module, signature: Signature) -> list[Inputs]:
+    """Return inputs to compare outputs on: at each batch size, then at other sizes of dynamic dimensions."""
+    batches = [signature.example(size) for size in (CHECKED if signature.batch.dims else CHECKED[-1:])]
+    if not signature.dynamic:
+        return batches
+    for sizes in signature.other_sizes():
+        example = signature.example(CHECKED[-1], sizes)
+        with contextlib.suppress(Exception):  # of any kind: the model does not run at these sizes
+            with torch.no_grad():
+                call(copied(model), fresh(example))
+            return [*batches, example]
+    raise ExportError(
+        f"dynamic {' '.join(signature.asked)}: {type(model).__name__} runs at no other size than "
+        "that of the example inputs; leave out what its code fixes"
+    )
 
 
-def _outputs(model: nn.Module, batches: list[list[Tensor]]) -> list[object]:
+def _outputs(model: nn.Module, batches: list[Inputs], signature: Signature) -> list[object]:
     """Return the model's outputs on each batch."""
     try:
         with torch.no_grad():
             running = copied(model)  # exporters may treat tensors that a pass stores in a model as constants
-            return [running(*batch) for batch in batches]
+            return [call(running, fresh(batch)) for batch in batches]
     except Exception as error:  # the user's model can fail in any way
-        shapes = ", ".join(str(tuple(x.shape[1:])) for x in batches[0])
+        shapes = ", ".join(str(tuple(shape)) for shape in signature.shapes())
         raise ExportError(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}"
         ) from error
 
 
-def _metadata(examples: list[Tensor], outputs: object, given: Metadata) -> dict[str, object]:
+def _metadata(signature: Signature, outputs: object, given: Metadata) -> dict[str, object]:
     """Return the metadata to store: input shape, number of classes, torch's version, and the given data."""
-    shapes = [list(x.shape[1:]) for x in examples]
+    shapes = signature.shapes()
     facts: dict[str, object] = {"input_shape": shapes if len(shapes) > 1 else shapes[0]}
     if isinstance(outputs, Tensor) and outputs.ndim == 2:
         facts["classes"] = outputs.shape[1]
@@ -186,40 +218,50 @@ def _metadata(examples: list[Tensor], outputs: object, given: Metadata) -> dict[
     return facts
 
 
-def _converted(model: nn.Module, batch: list[Tensor], format: str, facts: Metadata) -> bytes:
+def _converted(model: nn.Module, batch: Inputs, signature: Signature, format: str, facts: Metadata) -> bytes:
     """Return the content of the file, with a dynamic batch size."""
     ready = folded(model, batch)
-    batch_size = torch.export.Dim("batch")
-    dynamic = tuple({0: batch_size} for _ in batch)
+    if isinstance(batch, Mapping):
+        ready = copied(ready)
+        ready.forward = with_arguments(ready.forward, batch)
+    args, kwargs = arguments_of(batch)
     try:
         with quiet():
-            program = torch.export.export(ready, tuple(batch), dynamic_shapes=dynamic)
-            return _WRITERS[format](ready, program, batch, facts)
+            program = torch.export.export(ready, args, kwargs, dynamic_shapes=signature.dynamic_shapes(ready))
+            return _WRITERS[format](ready, program, batch, signature, facts)
     except Exception as error:  # an exporter can fail in any way
         raise ExportError(
             f"{type(model).__name__} cannot be exported to {format}: {failure_reason(error)}"
         ) from error
 
 
-def _checked_difference(path: str | Path, exported: Exported, batch: list[Tensor], expected: object) -> float:
+def _checked_difference(
+    path: str | Path, exported: Exported, batch: Inputs, expected: object, signature: Signature
+) -> float:
     """Return the relative difference of the file's outputs; raise `ExportError` above `TOLERANCE`."""
-    size = len(batch[0])
+    held = dict(tensors_with_paths(batch))
+    where = f"batch size {next((held[path].shape[d] for path, d in signature.batch.dims.items()), 1)}"
+    if signature.dynamic or not signature.batch.dims:
+        where = "inputs of shape " + ", ".join(str(tuple(x.shape)) for x in held.values())
+    cure = "; --to onnx takes sizes from tensors" if exported.runtime == RUNTIMES["torchscript"] else ""
+    args, kwargs = arguments_of(batch)
     try:
-        difference = relative_difference(expected, exported(*batch))
+        difference = relative_difference(expected, exported(*args, **kwargs))
     except Exception as error:  # a runtime can fail in any way
         raise ExportError(
-            f"{path} was not written: it fails at batch size {size}: {first_line(error)}"
+            f"{path} was not written: it fails at {where}: {first_line(error)}{cure}"
         ) from error
     if not difference <= TOLERANCE:
         raise ExportError(
-            f"{path} was not written: at batch size {size} its outputs differ from the model's by "
+            f"{path} was not written: at {where} its outputs differ from the model's by "
             f"{difference:.1e} of the largest (tolerance {TOLERANCE:g}). Does the model take "
-            "a Python value from a tensor, or draw at random?"
+            f"a Python value from a tensor, or draw at random?{cure and ' TorchScript keeps sizes that '}"
+            f"{cure and 'Python code computes; --to onnx does not.'}"
         )
     return difference
 
 
-def folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
+def folded(model: nn.Module, batch: Inputs) -> nn.Module:
     """Return the model with BatchNorm folded; the model itself where it has none, without tracing it."""
     if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
         return model
@@ -229,6 +271,8 @@ def folded(model: nn.Module, batch: list[Tensor]) -> nn.Module:
 
 def failure_reason(error: BaseException) -> str:
     """Return the reason why an exporter failed, in one line: the error that caused all others."""
+    if isinstance(error, ExportError):
+        return str(error)
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -241,102 +285,15 @@ def failure_reason(error: BaseException) -> str:
         for link in chain
     ):
         return "its code fixes the batch size: use x.shape[0], not len(x), which is a constant when exported"
+    for link in chain:
+        fixed = re.search(
+            r"marked L\['(\w+)'\](.*?)\.size\(\)\[(\d+)\] as dynamic .* specialized it .* \((\d+)\)",
+            str(link),
+        )
+        if fixed:
+            name, inner, dim, size = fixed.groups()
+            return (
+                f"{name}{inner}:{dim} cannot be dynamic, its code fixes it to {size}, or it equals a "
+                "dimension that is not dynamic: name that one, too, or leave this one out"
+            )
     return f"{type(error).__name__}: {first_line(chain[-1])}"
-
-
-def _to_onnx(model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata) -> bytes:
-    """Return the program as an ONNX model, without the paths of source files."""
-    onnx = require_package("onnx")
-    numbers = [""] if len(batch) == 1 else [f"_{i + 1}" for i in range(len(batch))]
-    outputs = len(tensors(model(*batch)))
-    converted = torch.onnx.export(
-        program,
-        input_names=[f"input{number}" for number in numbers],
-        output_names=["output"] if outputs == 1 else [f"output_{i + 1}" for i in range(outputs)],
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    assert converted is not None
-    proto = converted.model_proto
-    _activate_before_pooling(proto.graph)
-    # Every node stores the source line that it comes from; this doubles the size of a small file.
-    for part in (proto, proto.graph, *proto.functions):
-        del part.metadata_props[:]
-    values = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer)
-    for part in (*proto.graph.node, *(node for f in proto.functions for node in f.node), *values):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in facts.items()})
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString()
-
-
-def _activate_before_pooling(graph: GraphProto) -> None:
-    """Turn Conv, MaxPool, ReLU into the equivalent Conv, ReLU, MaxPool, in place.
-
-    PyTorch runs the first order faster. ONNX Runtime runs the second faster: it fuses a ReLU with the
-    convolution before it, at no cost.
-    """
-    readers: dict[str, list[int]] = {}
-    for place, node in enumerate(graph.node):
-        for name in node.input:
-            readers.setdefault(name, []).append(place)
-    makers = {name: node for node in graph.node for name in node.output}
-    graph_outputs = {value.name for value in graph.output}
-    for place, pool in enumerate(graph.node):
-        if pool.op_type != "MaxPool" or len(pool.output) > 1:
-            continue
-        source, between = pool.input[0], pool.output[0]
-        after = readers.get(between, [])
-        is_chain = readers[source] == [place] and len(after) == 1 and not {source, between} & graph_outputs
-        if not is_chain or graph.node[after[0]].op_type != "Relu":
-            continue
-        if source not in makers or makers[source].op_type != "Conv":
-            continue
-        relu = graph.node[after[0]]
-        first, second = copy.deepcopy(relu), copy.deepcopy(pool)
-        first.input[0], first.output[0] = source, between
-        second.input[0], second.output[0] = between, relu.output[0]
-        pool.CopyFrom(first)
-        relu.CopyFrom(second)
-        outdated = [i for i, value in enumerate(graph.value_info) if value.name == between]
-        for i in reversed(outdated):  # the shape of the value between the two has changed
-            del graph.value_info[i]
-
-
-def _to_pt2(model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata) -> bytes:
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it has the paths of source files
-    with contextlib.suppress(AttributeError):  # older versions of torch keep the inputs in the file
-        program.example_inputs = None
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
-    return buffer.getvalue()
-
-
-def _to_torchscript(
-    model: nn.Module, program: ExportedProgram, batch: list[Tensor], facts: Metadata
-) -> bytes:
-    """Return a frozen TorchScript trace.
-
-    Tracing records only one branch of data-dependent control flow. A model that torch.export has
-    exported to a program has none, because torch.export rejects it.
-    """
-    traced = torch.jit.freeze(torch.jit.trace(model, tuple(batch), check_trace=False).eval())
-    buffer, result = io.BytesIO(), io.BytesIO()
-    torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(facts)})
-    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(result, "w") as cleaned:
-        for entry in archive.infolist():
-            if not entry.filename.endswith(".debug_pkl"):  # it has the paths of source files
-                cleaned.writestr(entry, archive.read(entry))
-    return result.getvalue()
-
-
-_WRITERS: dict[str, Callable[[nn.Module, ExportedProgram, list[Tensor], Metadata], bytes]] = {
-    "onnx": _to_onnx,
-    "pt2": _to_pt2,
-    "torchscript": _to_torchscript,
-}

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pruning.errors import ExportError
+from pruning.utils.paths import tensors_with_paths
+from pruning.utils.tree import tensors, tensors_among
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -34,8 +35,9 @@ ForwardPass: TypeAlias = Callable[..., Any]
 class Exported(nn.Module):
     """An opened exported file: a module without parameters that runs on the CPU.
 
-    It takes the inputs of the model, (N, ...) for any batch size N, and returns the model's outputs
-    without gradients. `metadata` holds the plain data stored in the file.
+    It takes the inputs of the model, by position or by name, for any batch size and any size of the other
+    dynamic dimensions, and returns the model's outputs without gradients. `metadata` holds the plain data
+    stored in the file.
 
     Args:
         path: path of a file that `export` or `quantize` wrote.
@@ -75,12 +77,12 @@ class Exported(nn.Module):
                 f"{path} is damaged or not a file that {runtime} can run: {first_line(error)}"
             ) from error
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self._run(*inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self._run(*inputs, **named)
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         # Skip the checks for hooks in nn.Module.__call__: they take as long as a layer of a small network.
-        return self._run(*inputs)
+        return self._run(*inputs, **named)
 
     def prepared(self, *inputs: Tensor) -> Callable[[], object]:
         """Return a function that runs the forward pass on these inputs, for timing.
@@ -115,20 +117,25 @@ class _OnnxPass:
         # Given no names, a session would look them up at every call.
         self.outputs = [result.name for result in session.get_outputs()]
 
-    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, self._feeds(inputs))]
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
+        feeds = self._feeds(inputs, named)
+        outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, feeds)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def bound(self, *inputs: Tensor) -> Callable[[], None]:
         binding = self.session.io_binding()
-        for name, array in self._feeds(inputs).items():
+        for name, array in self._feeds(inputs, {}).items():
             binding.bind_cpu_input(name, array)
         for name in self.outputs:
             binding.bind_output(name)
         return functools.partial(self.session.run_with_iobinding, binding)
 
-    def _feeds(self, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
-        return {name: x.numpy(force=True) for name, x in zip(self.inputs, inputs, strict=True)}
+    def _feeds(self, inputs: Sequence[object], named: Mapping[str, object]) -> dict[str, np.ndarray]:
+        given = tensors_among(inputs)
+        feeds = {name: x.numpy(force=True) for name, x in zip(self.inputs, given, strict=not named)}
+        for path, x in tensors_with_paths(named):
+            feeds["_".join(map(str, path))] = x.numpy(force=True)
+        return feeds
 
 
 def _open_onnx(content: bytes, threads: int) -> tuple[ForwardPass, Mapping[str, str]]:
@@ -165,9 +172,9 @@ def _stored(extra: Mapping[str, object]) -> dict[str, str]:
 
 
 def _without_gradients(module: ForwardPass) -> ForwardPass:
-    def run(*inputs: Tensor) -> object:
+    def run(*inputs: Any, **named: Any) -> object:
         with torch.no_grad():
-            return module(*inputs)
+            return module(*inputs, **named)
 
     return run
 
@@ -227,7 +234,7 @@ def relative_difference(expected: object, got: object) -> float:
     >>> relative_difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 3.0]))
     0.25
     """
-    expected_leaves, got_leaves = pytree.tree_leaves(expected), pytree.tree_leaves(got)
+    expected_leaves, got_leaves = tensors(expected), tensors(got)
     if [tuple(x.shape) for x in expected_leaves] != [tuple(x.shape) for x in got_leaves]:
         return float("inf")
     largest = 0.0

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pruning.checkpoint import provenance
 from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.command_flags import ExportFlags
-from pruning.cli.factories import require_runs
+from pruning.cli.export_inputs import dynamic_of, example_inputs
 from pruning.cli.sources import Data
 from pruning.deploy.export import export
 from pruning.deploy.formats import SUFFIXES
@@ -43,11 +41,10 @@ def execute(args: argparse.Namespace) -> None:
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
     data = build.data_of(args)  # should it be refused, nothing has been written
     metadata |= _facts(args, content, data)
-    shape = build.image_shape(args, content, data)
-    examples = torch.zeros(2, *shape, dtype=build.stored_dtype(content))
-    require_runs(model, examples, f"on inputs of shape {shape}")
+    dynamic = dynamic_of(flags.dynamic)
+    examples = example_inputs(args, model, flags.input, content, data)
     with thread_count(1):
-        print(export(model, output, examples, flags.to, metadata=metadata))
+        print(export(model, output, examples, flags.to, dynamic=dynamic, metadata=metadata))
         if flags.optimize:
             print(optimize(output, output))
     if wanted and data is not None:

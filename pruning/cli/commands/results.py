@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.checkpoint import provenance, save, write_loader
 from pruning.cli import argument_types, build, config_file
@@ -105,6 +106,8 @@ def facts_of(args: argparse.Namespace, example: Inputs, data: Data | None) -> di
     inputs = [
         {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for x in tensors(example)
     ]
+    if isinstance(example, Mapping) and all(isinstance(x, Tensor) for x in example.values()):
+        inputs = [{"name": name, **each} for name, each in zip(example, inputs, strict=True)]
     facts: dict[str, object] = {
         **{key: before[key] for key in KEPT if key in before},
         "seed": args.seed,
