@@ -81,7 +81,7 @@ def test_tracing_runs_on_the_meta_device(name):
 @pytest.mark.parametrize("name", ["shuffled", "scaled", "patches"])
 def test_parameters_outside_layers_are_narrowed(name):
     net, images = made(name)
-    step = prune(net, images, Budget(params="50%"), score="l2")
+    step = prune(net, images, Budget(params="50%"), score="l2", ranking="group")
     before, after = net.state_dict(), step.model.state_dict()
     narrowed = {key for key in before if before[key].shape != after[key].shape}
     wanted = {"shuffled": {"stem.0.weight"}, "scaled": {"mean", "scale", "layer_scale"},
