@@ -15,6 +15,7 @@ from pruning import PruningError, SlimConfig, cli
 from pruning.cli import argument_types
 from pruning.cli import arguments as flags
 from pruning.cli.flags import STAGES, RunFlags
+from pruning.cli.parsers import HelpFormatter, Parser
 from pruning.utils.settings import Setting
 
 RECIPE = ROOT / "checkpoints" / "nano" / "recipe.toml"
@@ -69,9 +70,9 @@ def arguments(
     argv: Sequence[str] | None = None, recipe: Path = RECIPE, description: str | None = None
 ) -> argparse.Namespace:
     """Parse the command line or `argv`; defaults come from the recipe or from the resumed run."""
-    parser = flags.Parser(description=description, formatter_class=flags.HelpFormatter)
+    parser = Parser(description=description, formatter_class=HelpFormatter)
     flags.add_flags(parser, flags.FlagsOf(YourNetFlags, {"recipe": recipe}), *STAGES, RunFlags)
-    first = flags.Parser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--recipe", type=Path, default=recipe)
     first.add_argument("--max-latency")
     given = first.parse_known_args(argv)[0]

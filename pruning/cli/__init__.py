@@ -1,9 +1,10 @@
 """What a terminal user types: commands, their flags, and the files that hold flags."""
 
 from pruning.cli.argument_types import device, folder, new_file, next_run, number, seed, whole_number
-from pruning.cli.arguments import HelpFormatter, Several, parse_flags
+from pruning.cli.arguments import parse_flags
 from pruning.cli.config_file import read_recipe, tomllib, write_recipe
 from pruning.cli.main import run
+from pruning.cli.parsers import HelpFormatter, Several
 
 __all__ = [
     "HelpFormatter",

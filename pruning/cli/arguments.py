@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from pruning.cli.argument_types import within
-from pruning.cli.parsers import HelpFormatter as HelpFormatter
-from pruning.cli.parsers import Parser as Parser
-from pruning.cli.parsers import Several as Several
+from pruning.cli.parsers import HelpFormatter, Parser, Several
 from pruning.utils.settings import Setting, Stage, fields_of
 
 #: Groups of flags by the name that settings give them, in the order of the help text.

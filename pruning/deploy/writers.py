@@ -31,7 +31,7 @@ def _to_onnx(
     program: ExportedProgram,
     batch: Inputs,
     signature: Signature,
-    facts: Mapping[str, object],
+    facts: Facts,
 ) -> bytes:
     """Return the program as an ONNX model, without the paths of source files."""
     onnx = require_package("onnx")
@@ -98,7 +98,7 @@ def _to_pt2(
     program: ExportedProgram,
     batch: Inputs,
     signature: Signature,
-    facts: Mapping[str, object],
+    facts: Facts,
 ) -> bytes:
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -116,7 +116,7 @@ def _to_torchscript(
     program: ExportedProgram,
     batch: Inputs,
     signature: Signature,
-    facts: Mapping[str, object],
+    facts: Facts,
 ) -> bytes:
     """Return a frozen TorchScript trace.
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.optim import Optimizer
 
 from pruning.errors import PruningError
@@ -154,21 +153,3 @@ def adopt(model: nn.Module, other: nn.Module) -> None:
     for key, value in vars(other).items():
         if key not in _KEPT and not callable(value):
             model.__dict__[key] = value
-
-
-def soft_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T² KL(softmax(teacher / T) ‖ softmax(logits / T)) over the last dimension, averaged over others.
-
-    Raises:
-        PruningError: if the shapes differ.
-
-    >>> soft_loss(torch.zeros(2, 3), torch.zeros(2, 3), 4.0)
-    tensor(0.)
-    """
-    if logits.shape != teacher.shape:
-        raise PruningError(
-            f"the teacher's logits have shape {tuple(teacher.shape)}, the model's {tuple(logits.shape)}; "
-            "give a teacher of the same classes"
-        )
-    log_p, log_q = (F.log_softmax(x.flatten(0, -2) / temperature, -1) for x in (teacher, logits))
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -8,7 +8,6 @@ worse on others. So the loss of each group is measured at a few widths, and its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from pruning.planning.sampled_loss import SampledLoss
 from pruning.surgery.linear_form import FUNCTIONS, LinearForm
-from pruning.utils.batch import Batch, usual_batch
+from pruning.utils.batch import Batch
 from pruning.utils.modules import call
-from pruning.utils.paths import tensors_with_paths
 from pruning.utils.tree import Inputs, fresh
 
-#: Share of each batch that is held out, and the most examples to measure on.
-SHARE, EXAMPLES = 4, 32
+#: One of so many examples is held out, and the most examples to measure on.
+ONE_OF, EXAMPLES = 4, 32
 
 #: Shares of a group's channels at whose removal the loss is measured.
 REMOVED = (0.1, 0.3, 0.5, 0.75)
@@ -51,16 +49,8 @@ def held_out(inputs: Inputs, batch: Batch, number: int) -> tuple[int, int]:
     >>> held_out(torch.zeros(16, 3), Batch(), 0), held_out(torch.zeros(1, 3), Batch(), 3)
     ((4, 16), (1, 1))
     """
-    size = _of(inputs, batch).size
-    return (size // SHARE if size >= SHARE else size * (number % SHARE == SHARE - 1)), size
-
-
-def _of(inputs: Inputs, batch: Batch) -> Batch:
-    """Return the batch of inputs: along the dimensions of the traced ones, where they have them."""
-    for path, tensor in tensors_with_paths(inputs):
-        if path in batch.dims and batch.dims[path] < tensor.ndim:
-            return replace(batch, size=tensor.shape[batch.dims[path]])
-    return usual_batch(inputs)
+    size = batch.of(inputs).size
+    return (size // ONE_OF if size >= ONE_OF else size * (number % ONE_OF == ONE_OF - 1)), size
 
 
 class HeldOut:
@@ -79,7 +69,7 @@ class HeldOut:
         for number, inputs in enumerate(batches):
             count = min(held_out(inputs, batch, number)[0], EXAMPLES - self.size)
             if count > 0:
-                self.batches.append(_of(inputs, batch).resized(inputs, count))
+                self.batches.append(batch.of(inputs).resized(inputs, count))
                 self.size += count
         with torch.no_grad():
             self.dense = [call(model, fresh(inputs)) for inputs in self.batches]

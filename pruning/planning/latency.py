@@ -107,7 +107,8 @@ def plan_latency(
             raise PruningError(
                 f"the latency budget {budget} ({budget.target(dense_time):.4f} ms) cannot be reached: with "
                 f"every group at its floor the network takes {least:.4f} ms per example, dense "
-                f"{dense_time:.4f} ms. Raise the budget, lower the floors, or ignore fewer layers"
+                f"{dense_time:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
+                "(`most`), lower the floors, or ignore fewer layers"
             )
         end = _first_fast_enough(timer, table, path)
         if end:  # the last step may narrow more than necessary: refine it

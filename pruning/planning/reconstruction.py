@@ -4,8 +4,8 @@ A layer multiplies its inputs x with its weights W. If channel c goes and the ot
 least squares, the squared error of the outputs grows by `W_cᵀ ([H⁻¹]_cc)⁻¹ W_c`, where H is the Gram matrix
 of the inputs (Hassibi & Stork, Optimal Brain Surgeon, NeurIPS 1992). Channels are eliminated one after the
 other, the cheapest first, with H and W of the others updated (Frantar et al., Optimal Brain Compression,
-NeurIPS 2022, arXiv 2208.11580). So a score is the loss at the time when the channel goes, and a sum of
-scores forecasts the loss of a plan.
+NeurIPS 2022, arXiv 2208.11580). So a score is the loss at the time when the channel goes, and the scores
+of a group add up to its loss. Those of several groups do not: errors of many layers together do more harm.
 
 Errors of outputs count by the Fisher information of the outputs, as in K-FAC. The part of an error that is
 common to an example counts apart from its changes within the example, because gradients at different

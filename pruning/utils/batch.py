@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -44,6 +44,17 @@ class Batch:
     size: int = 1
     dims: Mapping[Path, int] = field(default_factory=dict)
     lists: frozenset[Path] = frozenset()
+
+    def of(self, inputs: object) -> Batch:
+        """Return the batch of other inputs: along the same dimensions, or else by their form.
+
+        >>> Batch(2, {(): 1}).of(torch.zeros(7, 5, 3)).size
+        5
+        """
+        for path, tensor in tensors_with_paths(inputs):
+            if path in self.dims and self.dims[path] < tensor.ndim:
+                return replace(self, size=tensor.shape[self.dims[path]])
+        return usual_batch(inputs)
 
     def first(self, inputs: T, count: int) -> T:
         """Return the first `count` examples of inputs; all of them if there are fewer."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Ignored
-from pruning.integrations.in_training import MakePull, TrainingPruner, soft_loss
+from pruning.integrations.in_training import MakePull, TrainingPruner
 from pruning.integrations.transformers.adapting import adapted
 from pruning.integrations.transformers.fitting import ConfigFit
 from pruning.integrations.transformers.inputs import example_inputs as inputs_for
@@ -23,6 +23,7 @@ from pruning.planning.scores import Score
 from pruning.planning.search import DEFAULT_OPTIONS
 from pruning.planning.width_sweep import Batch
 from pruning.stages.prune import StepSettings
+from pruning.training.output_comparison import soft_loss
 from pruning.utils.modules import copied
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
@@ -162,8 +163,9 @@ class PruningCallback(transformers.TrainerCallback):
                     "and compute_loss_func out"
                 )
             with torch.no_grad():
-                expected = teacher(*args, **kwargs)["logits"]
-            output["loss"] = (1 - weight) * loss + weight * soft_loss(output["logits"], expected, temperature)
+                expected = teacher(*args, **kwargs)
+            soft = soft_loss(output, expected, None, temperature, "logits")
+            output["loss"] = (1 - weight) * loss + weight * soft
             return output
 
         self._remove = model.register_forward_hook(add, with_kwargs=True).remove
