@@ -170,6 +170,15 @@ def test_prune_warns_where_little_of_a_group_is_left(run):
     assert code == 0 and "warning" not in out
 
 
+def test_doctor_states_the_least_cost_that_prune_reaches_by_default(run, tmp_path):
+    net = (*NET, "--model-arg", "width=24")
+    assert run("doctor", *net, "--json", "found.json")[0] == 0
+    least = json.loads((tmp_path / "found.json").read_text())["least_step"]["macs"]
+    code, out, _ = run("prune", *net, "--score", "l2", "--max-macs", least)
+    assert code == 0 and out.count("24→3") == 2
+    assert run("prune", *net, "--score", "l2", "--max-macs", least - 1)[0] == 2
+
+
 def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):
     (tmp_path / "run.toml").write_text('model = "mine:Net"\ndata = "mine:digits"\nmax-macs = "60%"\n')
     code, out, _ = run("prune", "--config", "run.toml", "--max-macs", "30%", "--score", "bn_scale")
