@@ -22,7 +22,7 @@ from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
 from pruning.surgery.refit import LayerFit, refit
 from pruning.tracing.trace import require_groups, trace
-from pruning.training.batches import to_device
+from pruning.training.batches import like_examples
 from pruning.training.losses import Loss, cross_entropy
 from pruning.utils import distributed
 from pruning.utils.entries import Also
@@ -201,8 +201,8 @@ def prune_step(
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
-    device = device_of(model)
-    batches = [to_device(batch, device)[0] for batch in settings.calibration]
+    calibration = like_examples(settings.calibration, example_inputs, device_of(model))
+    batches = [inputs for inputs, _ in calibration]
 
     if remove:
         model, traced = _without_layers(model, traced, example_inputs, remove, batches, settings)
@@ -211,7 +211,7 @@ def prune_step(
     if not is_met:
         require_groups(model, traced)
 
-    scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
+    scores = score_channels(model, traced, settings.score, calibration, settings.loss)
     task = Task(
         model,
         example_inputs,
