@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
+from pruning.utils.batch import usual_batch
 
 #: A pair: the inputs of the model, and the targets that the loss compares its outputs with.
 Batch: TypeAlias = tuple[Any, Any]
@@ -75,6 +76,30 @@ def to_device(batch: object, device: torch.device) -> Batch:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
+
+
+def first_examples(batches: Iterable[object], count: int | None) -> list[Batch]:
+    """Return batches that hold at most this many examples; all of them for None.
+
+    Targets are cut like the inputs if they are a tensor with an entry for each example.
+
+    >>> [len(x) for x, _ in first_examples([(torch.zeros(4, 2), None), (torch.zeros(4, 2), None)], 6)]
+    [4, 2]
+    """
+    found, seen = list[Batch](), 0
+    for batch in batches:
+        if count is not None and seen >= count:
+            break
+        inputs, targets = pair(batch)
+        examples = usual_batch(inputs)
+        room = examples.size if count is None else min(examples.size, count - seen)
+        if room < examples.size:
+            inputs = examples.first(inputs, room)
+            if isinstance(targets, Tensor) and targets.ndim and len(targets) == examples.size:
+                targets = targets[:room]
+        found.append((inputs, targets))
+        seen += room
+    return found
 
 
 def length(batches: object) -> int | None:
