@@ -3,7 +3,7 @@ const find = (id) => document.getElementById(id);
 const data = JSON.parse(find("data").textContent);
 const { stops } = data;
 const curve = find("curve"), slider = find("slider");
-const margin = { left: 58, right: 14, top: 14, bottom: 42 };
+const margin = { left: 58, right: 26, top: 14, bottom: 42 };
 let places = [];
 
 const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)} %`;
@@ -88,7 +88,7 @@ function cards(stop) {
     card(`${stop.latency.pruned.toPrecision(3)} ms`, "per example",
       `dense ${stop.latency.dense.toPrecision(3)} ms`);
   }
-  if (stop.divergence !== null) card(stop.divergence.toPrecision(3), "nats from the dense outputs");
+  if (stop.divergence !== null) card(stop.divergence.toPrecision(3), "KL divergence from dense, nats");
 }
 
 function rows(table, content) {
@@ -127,6 +127,11 @@ function show() {
   if (!dense) {
     link.href = URL.createObjectURL(new Blob([planText(stop)], { type: "application/json" }));
     link.download = `plan-${stop.budget.replace("%", "-percent")}.json`;
+    find("command").replaceChildren();
+    for (const word of ["python -m pruning prune", "…", `--plan ${link.download}`, ...(data.made.refit ? ["--refit"] : [])]) {
+      element(find("command"), "span", {}, word);
+      find("command").append(" ");
+    }
   }
   rows("widths", Object.entries(data.widths).map(([name, full]) => {
     const kept = dense || !(name in stop.keep) ? full : stop.keep[name].length;

@@ -68,7 +68,6 @@ def frontier_page(
         "answer": _answer(found, chosen),
         "caption": f"Vertical: {_METRICS[found.metric]}, with {INTERVAL:.0%} bootstrap intervals, on "
         f"{found.examples:,} validation examples, before any training.",
-        "command": "python -m pruning prune … --plan plan.json" + (" --refit" if found.refit else ""),
         "stops": len(points) + 1,
         "start": start,
         "heads": ("dense", "pruned") if found.metric == "accuracy" else ("predicted", "agrees"),
@@ -109,8 +108,8 @@ def _answer(found: Frontier, chosen: FrontierPoint | None) -> str:
         f"{100 * max(0.0, lost.value):.1f} points of {found.metric}"
     )  # fmt: skip
     return (
-        f"To {found.share(chosen):.1%} of its {what} without any training: there it loses {loses}. This "
-        "network was chosen on the examples that are shown; report what it reaches on others."
+        f"Pruned to {found.share(chosen):.1%} of its {what} without training, it loses {loses}. This network "
+        "was chosen on the validation examples; report what it reaches on others."
     )
 
 
@@ -196,8 +195,8 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
             f"The outputs differ by a squared error of {drop.value:.3g}, relative to the dense ones."
         )
     else:
-        interval = f"({100 * drop.low:.1f} to {100 * drop.high:.1f})"
-        parts.append(f"{found.metric.capitalize()} drops by {100 * drop.value:.1f} points {interval}.")
+        value, low, high = (f"{100 * end:.1f}".replace("-", "−") for end in drop)
+        parts.append(f"{found.metric.capitalize()} drops by {value} points ({low} to {high}).")
     agreement = point.judgement.metrics.get("agreement")
     if found.metric == "accuracy" and agreement is not None:
         parts.append(f"{agreement.value:.1%} of the predictions stay as they were.")

@@ -133,7 +133,7 @@ def _sweep(
                 if found is None:
                     result = replace(result, unreachable=(*result.unreachable, budget))
                 else:
-                    result = result.with_point(found)
+                    result = replace(result.with_point(found), least=networks.least())
                 store.write(result.to_json())
                 bar.update()
     if len(result.points) < 2:
