@@ -170,7 +170,8 @@ class Judge:
         parts: _Parts = {}
         classes: Counter[int] = Counter()
         dense = self.kept if self.kept is not None else self._run(self.model)
-        for (inputs, targets), found, wanted in zip(self.batches, self._run(model), dense, strict=True):
+        runs = self.kept if model is self.model and self.kept is not None else self._run(model)
+        for (inputs, targets), found, wanted in zip(self.batches, runs, dense, strict=True):
             pair = _Pair(found, wanted, targets, self.batch.of(inputs).size, self.compare)
             for metric, output, ratio in pair.ratios():
                 parts.setdefault(metric, {}).setdefault(output, []).append(ratio)

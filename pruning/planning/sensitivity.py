@@ -71,8 +71,7 @@ def sensitivity(
         widths: number of widths per group, evenly spaced; None measures every width.
         score: determines the order in which channels of a group are removed, as in `prune`.
         finetune: if given, also train each small model on the calibration batches.
-        runtime: if given, also time the layers in this runtime (`eager`, `onnxruntime`), for one
-            example on one thread.
+        runtime: if given, also time the layers in this runtime, for one example on one thread.
         path: a JSON file that is rewritten after every point; an interrupted analysis resumes from it.
         label: text before the progress bar.
 

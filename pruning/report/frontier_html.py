@@ -58,9 +58,6 @@ def frontier_page(
     points = _distinct(found)
     plans = [point.plan for point in points]
     start = len(points) - 1 if chosen is None else plans.index(chosen.plan)
-    what = LABELS.get(found.limit, found.limit)
-    made = {"limit": found.limit, "score": found.score, "refit": found.refit, "examples": found.examples}
-    reference = found.dense.metrics["accuracy"].value if found.metric == "accuracy" else None
     values = {
         "title": f"{name}: how much can be pruned",
         "name": name,
@@ -74,17 +71,27 @@ def frontier_page(
         "columns": ["budget", "MACs", "parameters", *(["ms"] if _is_timed(found) else []), found.metric],
         "rows": [_row(found, point) for point in reversed(points)],
         "notes": _notes(found),
-        "data": {
-            "metric": found.metric,
-            "what": what,
-            "made": made,
-            "reference": reference,
-            "widths": found.widths,
-            "stops": [*(_stop(found, point, classes) for point in points), _dense_stop(found)],
-        },
+        "data": _data(found, points, classes),
     }
     replace_file(path, render(Path(__file__).with_name("frontier.html"), values).encode())
     return path
+
+
+def _data(found: Frontier, points: Sequence[FrontierPoint], classes: Sequence[str]) -> dict[str, object]:
+    """Return what the script of the page reads."""
+    return {
+        "metric": found.metric,
+        "what": LABELS.get(found.limit, found.limit),
+        "made": {
+            "limit": found.limit,
+            "score": found.score,
+            "refit": found.refit,
+            "examples": found.examples,
+        },
+        "reference": found.dense.metrics["accuracy"].value if found.metric == "accuracy" else None,
+        "widths": found.widths,
+        "stops": [*(_stop(found, point, classes) for point in points), _dense_stop(found)],
+    }
 
 
 def _distinct(found: Frontier) -> list[FrontierPoint]:

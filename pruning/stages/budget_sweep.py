@@ -18,7 +18,7 @@ from pruning.planning.scores import Score
 from pruning.planning.width_sweep import Batch
 from pruning.stages.frontier_folder import FrontierFolder
 from pruning.stages.frontier_networks import Asked, FrontierNetworks
-from pruning.stages.frontier_result import LIMITS, Frontier
+from pruning.stages.frontier_result import Frontier
 from pruning.stages.prune import StepSettings, default_score
 from pruning.training.losses import Loss, cross_entropy
 from pruning.training.output_comparison import Comparison
@@ -88,17 +88,9 @@ def frontier(
     ('agreement', [('78.2%', 6), ('56.3%', 4), ('34.4%', 2), ('12.5%', 1)])
     """
     batches, judged_on = list(calibration), list(validation)
-    if limit not in LIMITS:
-        raise PruningError(f"limit {limit!r}: expected one of {', '.join(LIMITS)}")
-    if len(set(budgets)) == 1 or (not budgets and points < 2):
-        raise PruningError("a frontier needs at least two budgets: give more points or budgets")
-    if refit and not batches:
-        raise PruningError("refit=True needs calibration batches, and there are none; give a few")
+    asked = Asked(limit, points, tuple(map(str, budgets)), timing, compare)
     score = default_score(batches, refit) if score is None else score
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
-    if limit == "latency" and timing is None:
-        timing = LatencyBudget("1x")
-    asked = Asked(limit, points, tuple(map(str, budgets)), timing, compare)
     return _sweep(unwrapped(model), example_inputs, judged_on, settings, asked, folder, label)
 
 
@@ -113,6 +105,8 @@ def _sweep(
     label: str,
 ) -> Frontier:
     """Trace, judge the dense network, score, and add the points that are missing, one by one."""
+    if settings.refit and not settings.calibration:
+        raise PruningError("refit=True needs calibration batches, and there are none; give a few")
     traced = settings.traced(model, example_inputs)
     networks = FrontierNetworks(model, example_inputs, traced, settings, asked)
     judge = Judge(model, validation, traced.batch, compare=asked.compare, outputs=settings.outputs)

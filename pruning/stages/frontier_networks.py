@@ -21,7 +21,7 @@ from pruning.planning.search import least_cost, plan_within
 from pruning.planning.side_by_side import SideBySideTimer
 from pruning.stages.checked_cut import Task
 from pruning.stages.frontier_folder import FrontierFolder
-from pruning.stages.frontier_result import Frontier, FrontierPoint
+from pruning.stages.frontier_result import LIMITS, Frontier, FrontierPoint
 from pruning.stages.prune import Step, StepSettings, cut
 from pruning.surgery.apply import channel_constants
 from pruning.tracing.left_out import without_groups
@@ -35,13 +35,25 @@ from pruning.utils.tree import Inputs
 
 @dataclass(frozen=True)
 class Asked:
-    """The budgets of a frontier, and how its networks are timed and compared; see `frontier`."""
+    """The budgets of a frontier, and how its networks are timed and compared; see `frontier`.
+
+    Raises:
+        PruningError: if the limit is unknown, or there are fewer than two budgets.
+    """
 
     limit: str
     points: int
     budgets: tuple[str, ...]
     timing: LatencyBudget | None
     compare: Comparison
+
+    def __post_init__(self) -> None:
+        if self.limit not in LIMITS:
+            raise PruningError(f"limit {self.limit!r}: expected one of {', '.join(LIMITS)}")
+        if len(set(self.budgets)) == 1 or (not self.budgets and self.points < 2):
+            raise PruningError("a frontier needs at least two budgets: give more points or budgets")
+        if self.limit == "latency" and self.timing is None:
+            object.__setattr__(self, "timing", LatencyBudget("1x"))
 
 
 class FrontierNetworks:

@@ -132,8 +132,7 @@ def prune(
     Args:
         model: the model to prune.
         example_inputs: inputs to trace and verify the model with, batch dimension first.
-        budget: limits on the cost of the result; percentages refer to this model. Or the `Plan` to apply;
-            then nothing is scored, and options of a plan are not used.
+        budget: limits on the cost of the result; percentages refer to this model. Or the `Plan` to apply.
         score: importance of a channel, by name or as a function (see `score_channels`). By default it is
             `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
         calibration: batches (inputs, targets), to score channels, to recalibrate BatchNorm, and to measure
