@@ -209,10 +209,7 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
         parts.append(f"{agreement.value:.1%} of the predictions stay as they were.")
     if lost := _by_loss(found, point):
         gone = sum(now == 0 for _, _, now, _ in lost)
-        how = (
-            "are right less often"
-            if found.metric == "accuracy"
-            else "are predicted less often where they were"
-        )
-        parts.append(f"{len(lost)} of {len(found.totals)} classes {how}, {gone} of them never.")
+        how = "recognized" if found.metric == "accuracy" else "predicted as before"
+        never = f", {gone} of these never" if gone else ""
+        parts.append(f"{len(lost)} of {len(found.totals)} classes are {how} less often{never}.")
     return " ".join(parts)
