@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pruning.utils.interrupts import INTERRUPTED, noting_interrupts
 
-
 #: By command, the file of its folder from which the same command goes on.
 _GO_ON = {"frontier": "frontier.json", "sensitivity": "curves.json"}
 

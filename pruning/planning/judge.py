@@ -41,9 +41,10 @@ class Judgement:
     """What a network reaches on the validation inputs.
 
     Attributes:
-        metrics: by name. `accuracy`: share of right classes; `agreement`: share of positions at which the
-            most probable class is the dense network's; `divergence`: KL(dense ‖ network), in nats; `error`:
-            squared error, relative to the dense outputs. A metric that is not finite is missing.
+        metrics: by name. `accuracy`: share of right classes; `loss`: cross entropy of the labels, in nats;
+            `agreement`: share of positions at which the most probable class is the dense network's;
+            `divergence`: KL(dense ‖ network), in nats; `error`: squared error, relative to the dense
+            outputs. A metric that is not finite is missing.
         change: accuracy minus that of the dense network, with a paired interval; None without labels.
         classes: by class, how often the network is right where this is the label; or, without labels, how
             often it agrees where the dense network predicts this class.
@@ -281,7 +282,9 @@ class _Pair:
         divergence = torch.where(counts, divergence, 0)
         right = agrees if labels is None else (says == labels) & counts
         if labels is not None:
+            missed = -new.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
             yield "accuracy", _Ratio(right.sum(1).float().cpu(), number)
+            yield "loss", _Ratio(torch.where(counts, missed, 0).sum(1).cpu(), number)
         yield "agreement", _Ratio(agrees.sum(1).float().cpu(), number)
         yield "divergence", _Ratio(divergence.sum(1).cpu(), number)
         if new.shape[2] <= MOST_CLASSES:

@@ -51,6 +51,8 @@ def test_metrics_of_classes_follow_their_definitions(shape):
     assert found.metrics["accuracy"].value == pytest.approx(right[counts].mean())
     assert found.metrics["agreement"].value == pytest.approx((new.argmax(1) == old.argmax(1))[counts].mean())
     assert found.metrics["divergence"].value == pytest.approx(divergence[counts].mean(), rel=1e-4)
+    loss = nn.functional.cross_entropy(torch.from_numpy(new), labels)
+    assert found.metrics["loss"].value == pytest.approx(float(loss), rel=1e-4)
     before = (old.argmax(1) == labels.numpy())[counts].mean()
     assert found.change.value == pytest.approx(right[counts].mean() - before)
     for label in range(4):
