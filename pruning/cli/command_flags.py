@@ -113,7 +113,11 @@ class SensitivityFlags:
     widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
     examples: Annotated[
         int | None,
-        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
+        Setting(
+            "examples of the validation split to measure on, spread over it (default: all)",
+            metavar="N",
+            least=2,
+        ),
     ] = None
     finetune_epochs: Annotated[
         int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)

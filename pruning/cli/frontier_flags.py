@@ -37,14 +37,14 @@ class FrontierFlags:
         bool, Setting("time every network beside the dense one, as --runtime says", group="latency")
     ] = False
     examples: Annotated[
-        int | None,
+        int,
         Setting(
-            "examples of the validation split to judge on (default: all)",
+            "most examples of the validation split to judge on, spread over it",
             metavar="N",
             least=2,
             group="data",
         ),
-    ] = None
+    ] = 1000
     compare: Annotated[
         str,
         Setting(

@@ -13,7 +13,7 @@ from pruning.planning.options import PlanOptions
 from pruning.report.frontier_html import frontier_page
 from pruning.stages.budget_sweep import frontier
 from pruning.stages.frontier_result import Frontier, FrontierPoint
-from pruning.training.batches import first_examples
+from pruning.training.batches import spread_examples
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def execute(args: argparse.Namespace) -> None:
     found = frontier(
         model,
         example,
-        first_examples(data.validation, flags.examples),
+        spread_examples(data.validation, flags.examples),
         limit=flags.limit,
         points=flags.points,
         budgets=flags.budgets,
