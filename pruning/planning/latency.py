@@ -108,7 +108,7 @@ def plan_latency(
                 f"the latency budget {budget} ({budget.target(dense_time):.4f} ms) cannot be reached: with "
                 f"every group at its floor the network takes {least:.4f} ms per example, dense "
                 f"{dense_time:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
-                "(`most`), lower the floors, or ignore fewer layers"
+                "(`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
             )
         end = _first_fast_enough(timer, table, path)
         if end:  # the last step may narrow more than necessary: refine it
@@ -128,7 +128,7 @@ def _require_supported(options: PlanOptions) -> None:
     if names := ", ".join(name for name, given in unsupported.items() if given):
         raise PruningError(f"{names}: not supported with a latency budget; give a Budget, or omit the option")
     if options.ranking != "global":
-        raise PruningError(f"ranking {options.ranking!r}: a latency budget supports only ranking 'global'")
+        raise PruningError(f"ranking {options.ranking!r}: a latency budget expects 'global'")
 
 
 def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[np.ndarray]) -> int:
