@@ -140,7 +140,7 @@ class LatencyPlanner:
                 f"the latency budget {budget} ({budget.target(least.dense):.4f} ms) cannot be reached: with "
                 f"every group at its floor the network takes {least.pruned:.4f} ms per example, dense "
                 f"{least.dense:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
-                "(`most`), lower the floors, or ignore fewer layers"
+                "(`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
             )
         path = self.path
         end = self._first_fast_enough(budget, path)
@@ -196,7 +196,7 @@ def _require_supported(options: PlanOptions) -> None:
     if names := ", ".join(name for name, given in unsupported.items() if given):
         raise PruningError(f"{names}: not supported with a latency budget; give a Budget, or omit the option")
     if options.ranking != "global":
-        raise PruningError(f"ranking {options.ranking!r}: a latency budget supports only ranking 'global'")
+        raise PruningError(f"ranking {options.ranking!r}: a latency budget expects 'global'")
 
 
 def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarray]:

@@ -43,7 +43,8 @@ class SampledLoss:
         values = [tensor for tensor in tensors(outputs) if tensor.requires_grad and tensor.ndim]
         if not values:
             raise PruningError(
-                "no output of the network depends on its weights, so channels cannot be scored"
+                "no output of the network depends on its weights, so channels cannot be scored; set "
+                "requires_grad=True on the weights, or use the score l1 or l2"
             )
         return torch.stack([self._of_values(tensor.float()) for tensor in values]).sum()
 

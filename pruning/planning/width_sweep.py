@@ -56,7 +56,8 @@ class WidthSweep:
         if not trace.groups:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in trace.skipped.items())
             raise PruningError(
-                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'})"
+                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'}); "
+                "see docs/refusals.md"
             )
         self.model, self.trace, self.calibration = model, trace, calibration
         self.evaluator = Evaluator(model, validation)

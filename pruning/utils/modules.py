@@ -234,7 +234,8 @@ def copied(
         return copy.deepcopy(model, known)
     except RuntimeError as error:
         raise PruningError(
-            f"{type(model).__name__} cannot be copied, and pruning works on a copy of the model: {error}"
+            f"{type(model).__name__} cannot be copied, and pruning works on a copy of the model: {error}; "
+            "remove what cannot be copied from its attributes"
         ) from error
 
 
