@@ -95,8 +95,9 @@ class WidthSweep:
         cache, cached = None, ""
         for group, width in points:
             if cache is None or group != cached:
-                batches = [*self.evaluator.inputs, *inputs]
-                cache, cached = PrefixCache(self.model, self.trace, group, batches), group
+                layers = {member.layer for member in self.trace.groups[group].members}
+                cache = PrefixCache(self.model, layers, [*self.evaluator.inputs, *inputs])
+                cached = group
             plan = Plan({group: tuple(order[group][-width:])})
             small = apply(self.model, self.trace, plan, constants)
             readings = {}
