@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from pruning.utils.tree import fresh, tensors
 
 #: The dense network's outputs are kept if they need at most this many bytes; else it runs each time.
 MOST_BYTES = 1 << 30
+
+#: A metric of the user's: from outputs and targets of a batch, one number for each example; higher is better.
+Metric: TypeAlias = Callable[[Any, Any], Tensor]
 
 #: Most classes that are counted one by one.
 MOST_CLASSES = 10_000
@@ -44,8 +47,8 @@ class Judgement:
         metrics: by name. `accuracy`: share of right classes; `loss`: cross entropy of the labels, in nats;
             `agreement`: share of positions at which the most probable class is the dense network's;
             `divergence`: KL(dense ‖ network), in nats; `error`: squared error, relative to the dense
-            outputs. A metric that is not finite is missing.
-        change: accuracy minus that of the dense network, with a paired interval; None without labels.
+            outputs; `score`: the mean of the user's metric. A metric that is not finite is missing.
+        change: accuracy or score minus that of the dense network, with a paired interval; None without.
         classes: by class, how often the network is right where this is the label; or, without labels, how
             often it agrees where the dense network predicts this class.
     """
@@ -84,9 +87,11 @@ class Judge:
         compare: whether outputs are logits or values. With `auto`, a tensor (N, classes, ...) is logits if
             the targets are its classes, or if there are no targets.
         outputs: which outputs count, as in `trace`.
+        metric: a function of (outputs, targets) that returns one number for each example, higher is better;
+            it takes the place of all other metrics.
 
     Attributes:
-        metric: the metric by which networks are compared: `accuracy`, `agreement` or `error`.
+        metric: the metric by which networks are compared: `accuracy`, `agreement`, `error` or `score`.
         dense: what the dense network reaches.
         examples: number of validation examples. totals: by class, how often it occurs (see `Judgement`).
 
@@ -108,8 +113,10 @@ class Judge:
         *,
         compare: Comparison = "auto",
         outputs: Outputs = None,
+        metric: Metric | None = None,
     ):
         self.model, self.batch, self.compare, self.outputs = model, batch, compare, outputs
+        self.score = metric
         self.batches = [to_device(each, device_of(model)) for each in validation]
         if not self.batches:
             raise PruningError("there are no validation inputs: give at least one batch (inputs, targets)")
@@ -118,7 +125,7 @@ class Judge:
         self.kept = self._finite_outputs()
         self.totals: Counter[int] = Counter()
         ratios, classes = self._ratios(model, self.totals)
-        self.metric = next(name for name in ("accuracy", "agreement", "error") if name in ratios)
+        self.metric = next(name for name in ("score", "accuracy", "agreement", "error") if name in ratios)
         first = next(iter(ratios[self.metric]))
         if not first.denominators.sum():
             raise PruningError("no validation example has a label or a value: give at least one")
@@ -133,6 +140,8 @@ class Judge:
     def _finite_outputs(self) -> list[object] | None:
         """Check the dense network's outputs on each batch; return them if they fit into memory."""
         kept, size = list[object](), 0
+        if self.score is not None:
+            return None
         for number, output in enumerate(self._run(self.model)):
             found = comparable(output)
             if not found:
@@ -168,6 +177,8 @@ class Judge:
         Args:
             totals: where to count how often each class occurs.
         """
+        if self.score is not None:
+            return {"score": [self._scored(model, self.score)]}, {}
         parts: _Parts = {}
         classes: Counter[int] = Counter()
         dense = self.kept if self.kept is not None else self._run(self.model)
@@ -186,6 +197,24 @@ class Judge:
         }
         return whole, dict(classes)
 
+    def _scored(self, model: nn.Module, score: Metric) -> _Ratio:
+        """Return the user's metric of a network on all examples."""
+        values = []
+        for (inputs, targets), output in zip(self.batches, self._run(model), strict=True):
+            value, size = score(output, targets), self.batch.of(inputs).size
+            if not isinstance(value, Tensor) or value.shape != (size,):
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise PruningError(
+                    f"the metric returned {given} for {size} examples: return a tensor, one number for each"
+                )
+            values.append(value.detach().float().cpu())
+        whole = torch.cat(values)
+        if model is self.model and not bool(torch.isfinite(whole).all()):
+            raise PruningError(
+                "the metric of the dense network is not finite: check it, the inputs and weights"
+            )
+        return _Ratio(whole, torch.ones_like(whole))
+
     def _samples(self, ratios: Sequence[_Ratio]) -> Tensor:
         """Return the mean over the outputs in each bootstrap sample, (samples,)."""
         return torch.stack([ratio.samples(self.bootstrap) for ratio in ratios]).mean(0)
@@ -198,7 +227,7 @@ class Judge:
                 continue
             samples = self._samples(each)
             metrics[name] = _estimate(value, samples)
-            if name == "accuracy":
+            if name in ("accuracy", "score"):
                 lost = samples - self.dense_samples
                 dense = metrics[name] if not hasattr(self, "dense") else self.dense.metrics[name]
                 change = _estimate(value - dense.value, lost)

@@ -8,7 +8,8 @@ let places = [];
 
 const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)} %`;
 const count = (value) => value.toLocaleString("en");
-const measure = (value) => (data.metric === "error" ? value.toPrecision(3) : percent(value));
+const isShare = ["accuracy", "agreement"].includes(data.metric);
+const measure = (value) => (isShare ? percent(value) : value.toPrecision(3));
 
 function element(parent, name, attributes = {}, text = "") {
   const made = parent.namespaceURI.endsWith("svg")
@@ -34,8 +35,8 @@ function draw() {
   const left = Math.min(...shares), right = Math.max(...shares);
   let low = data.metric === "error" ? 0 : Math.min(...ends), high = Math.max(...ends);
   const room = 0.06 * (high - low || 1);
-  low = Math.max(0, low - room);
-  high = data.metric === "error" ? high + room : Math.min(1, high + room);
+  low = isShare || data.metric === "error" ? Math.max(0, low - room) : low - room;
+  high = isShare ? Math.min(1, high + room) : high + room;
   const x = (share) => margin.left
     + (width - margin.left - margin.right) * (share - left) / (right - left || 1);
   const y = (value) => height - margin.bottom
@@ -46,7 +47,7 @@ function draw() {
   for (const value of vertical) {
     element(curve, "line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y(value), y2: y(value) });
     element(curve, "text", { x: margin.left - 8, y: y(value) + 4, "text-anchor": "end" },
-      data.metric === "error" ? `${+value.toPrecision(3)}` : percent(value, few ? 1 : 0));
+      isShare ? percent(value, few ? 1 : 0) : `${+value.toPrecision(3)}`);
   }
   for (const share of ticks(left, right, Math.max(2, Math.floor(width / 110)))) {
     element(curve, "text", { x: x(share), y: height - margin.bottom + 18, "text-anchor": "middle" },

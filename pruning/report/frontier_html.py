@@ -20,6 +20,7 @@ MOST_CLASSES = 12
 _METRICS = {
     "accuracy": "accuracy",
     "agreement": "share of predictions that are those of the dense network",
+    "score": "score",
     "error": "squared error of the outputs, relative to those of the dense network",
 }
 
@@ -88,7 +89,7 @@ def _data(found: Frontier, points: Sequence[FrontierPoint], classes: Sequence[st
             "refit": found.refit,
             "examples": found.examples,
         },
-        "reference": found.dense.metrics["accuracy"].value if found.metric == "accuracy" else None,
+        "reference": found.dense.metrics[found.metric].value if found.dense.change is not None else None,
         "widths": found.widths,
         "stops": [*(_stop(found, point, classes) for point in points), _dense_stop(found)],
     }
@@ -111,9 +112,7 @@ def _answer(found: Frontier, chosen: FrontierPoint | None) -> str:
         return "No network on the curve loses as little as was asked for; refit, or train after pruning."
     lost = found.drop(chosen)
     assert lost is not None
-    loses = f"{lost.value:.3g} of relative error" if found.metric == "error" else (
-        f"{100 * max(0.0, lost.value):.1f} points of {found.metric}"
-    )  # fmt: skip
+    loses = f"{_difference(found, max(0.0, lost.value))} of {found.metric}"
     return (
         f"Pruned to {found.share(chosen):.1%} of its {what} without training, it loses {loses}. This network "
         "was chosen on the validation examples; report what it reaches on others."
@@ -128,9 +127,20 @@ def _row(found: Frontier, point: FrontierPoint) -> list[str]:
         cells.append("" if point.latency is None else f"{point.latency.pruned:.4g}")
     shown = "not finite"
     if estimate is not None:
-        number = (lambda x: f"{x:.3g}") if found.metric == "error" else (lambda x: f"{x:.1%}")
-        shown = f"{number(estimate.value)} ({number(estimate.low)} to {number(estimate.high)})"
+        value, low, high = (_number(found, end) for end in estimate)
+        shown = f"{value} ({low} to {high})"
     return [*cells, shown]
+
+
+def _number(found: Frontier, value: float) -> str:
+    """Format a value of the metric."""
+    return f"{value:.1%}" if found.metric in ("accuracy", "agreement") else f"{value:.3g}"
+
+
+def _difference(found: Frontier, value: float) -> str:
+    """Format a difference of the metric, in percentage points where it is a share."""
+    text = f"{100 * value:.1f} points" if found.metric in ("accuracy", "agreement") else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def _notes(found: Frontier) -> list[str]:
@@ -202,8 +212,8 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
             f"The outputs differ by a squared error of {drop.value:.3g}, relative to the dense ones."
         )
     else:
-        value, low, high = (f"{100 * end:.1f}".replace("-", "−") for end in drop)
-        parts.append(f"{found.metric.capitalize()} drops by {value} points ({low} to {high}).")
+        value, low, high = (_difference(found, end) for end in drop)
+        parts.append(f"{found.metric.capitalize()} drops by {value} ({low} to {high}).")
     agreement = point.judgement.metrics.get("agreement")
     if found.metric == "accuracy" and agreement is not None:
         parts.append(f"{agreement.value:.1%} of the predictions stay as they were.")

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from pruning.errors import PruningError
 from pruning.graph.groups import Ignored
 from pruning.planning.budget import LABELS, LatencyBudget
-from pruning.planning.judge import Judge
+from pruning.planning.judge import Metric
 from pruning.planning.options import MOST, PlanOptions
 from pruning.planning.scores import Score
 from pruning.planning.width_sweep import Batch
@@ -49,6 +49,7 @@ def frontier(
     check: bool = True,
     timing: LatencyBudget | None = None,
     compare: Comparison = "auto",
+    metric: Metric | None = None,
     outputs: Outputs = None,
     also: Iterable[Also] = (),
     folder: str | Path | None = None,
@@ -71,9 +72,8 @@ def frontier(
         options: options of the plans; by default at most nine tenths of each group are dropped.
         timing: where given, each network is timed beside the dense one as it says; its own limit is not
             used. Budgets of latency are measured so; the default is eager on one thread.
-        compare: whether outputs are logits or values (see `Judge`).
-        folder: a folder that stores the points as they come. If it holds some of the same model and
-            settings, these are not computed again.
+        compare: whether outputs are logits or values. metric: a metric of your own (see `Judge`).
+        folder: where points are stored as they come; those of the same model and settings are kept.
         label: text before the progress bar.
 
     Raises:
@@ -88,7 +88,7 @@ def frontier(
     ('agreement', [('78.2%', 6), ('56.3%', 4), ('34.4%', 2), ('12.5%', 1)])
     """
     batches, judged_on = list(calibration), list(validation)
-    asked = Asked(limit, points, tuple(map(str, budgets)), timing, compare)
+    asked = Asked(limit, points, tuple(map(str, budgets)), timing, compare, metric)
     score = default_score(batches, refit) if score is None else score
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
     return _sweep(unwrapped(model), example_inputs, judged_on, settings, asked, folder, label)
@@ -109,7 +109,7 @@ def _sweep(
         raise PruningError("refit=True needs calibration batches, and there are none; give a few")
     traced = settings.traced(model, example_inputs)
     networks = FrontierNetworks(model, example_inputs, traced, settings, asked)
-    judge = Judge(model, validation, traced.batch, compare=asked.compare, outputs=settings.outputs)
+    judge = networks.judge(validation)
     store = FrontierFolder(folder, networks.identity(validation))
     for point in store.points:
         networks.leave_out(point.left_out)

@@ -14,7 +14,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import LABELS, Budget, LatencyBudget
 from pruning.planning.cost import CostModel
-from pruning.planning.judge import Judge
+from pruning.planning.judge import Judge, Metric
 from pruning.planning.latency import LatencyFound, LatencyPlanner
 from pruning.planning.scores import Scores, score_channels
 from pruning.planning.search import least_cost, plan_within
@@ -46,6 +46,7 @@ class Asked:
     budgets: tuple[str, ...]
     timing: LatencyBudget | None
     compare: Comparison
+    metric: Metric | None
 
     def __post_init__(self) -> None:
         if self.limit not in LIMITS:
@@ -90,6 +91,14 @@ class FrontierNetworks:
         for budget in asked.budgets:
             self._require_below_dense(budget)
 
+    def judge(self, validation: Sequence[Batch]) -> Judge:
+        """Return what judges the networks on validation batches, as is asked for."""
+        asked, batch = self.asked, self.traced.batch
+        outputs = self.settings.outputs
+        return Judge(
+            self.model, validation, batch, compare=asked.compare, outputs=outputs, metric=asked.metric
+        )
+
     def identity(self, validation: Sequence[Batch]) -> dict[str, object]:
         """Return what the points depend on, by the words in which a difference is reported."""
         settings = self.settings
@@ -108,6 +117,7 @@ class FrontierNetworks:
             "ignored layers": sorted(self.traced.ignored),
             "outputs": _plain(settings.outputs),
             "comparison": self.asked.compare,
+            "metric": _plain(self.asked.metric),
             "timing": _plain(self.asked.timing and asdict(self.asked.timing)),
         }
 

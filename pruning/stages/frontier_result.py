@@ -67,7 +67,8 @@ class Frontier:
 
     Attributes:
         limit: what the budgets limit: `params`, `macs`, `channels` or `latency`.
-        metric: the metric to compare networks by: `accuracy`, `agreement` or `error` (see `Judgement`).
+        metric: the metric to compare networks by: `accuracy`, `agreement`, `error` or
+            `score` (see `Judgement`).
         dense: what the dense network reaches. dense_cost: its cost. widths: its widths, by group.
         examples: number of validation examples. totals: by class, how often it occurs (see `Judgement`).
         least: the least that a plan can reach, as a share of the dense network's cost or time.
@@ -96,9 +97,9 @@ class Frontier:
         return getattr(point.cost, self.limit) / max(1, getattr(self.dense_cost, self.limit))
 
     def drop(self, point: FrontierPoint) -> Estimate | None:
-        """Return what a point loses: accuracy, agreement, or the error itself; None if it is not finite.
+        """Return what a point loses: accuracy, agreement, score, or the error itself; None if not finite.
 
-        Of accuracy, the interval is that of the difference, on the same examples.
+        Of accuracy and score, the interval is that of the difference, on the same examples.
         """
         found = point.judgement.metrics.get(self.metric)
         if found is None or self.metric == "error":

@@ -105,6 +105,24 @@ def test_outputs_that_are_not_finite_count_as_wrong_or_are_refused():
         Judge(Maps(torch.eye(3)), [(x, labels), (x * math.nan, labels)], ROWS)
 
 
+def test_a_metric_of_the_user_takes_the_place_of_all_others():
+    x, targets = torch.randn(30, 3), torch.randn(30)
+    found = lambda outputs: {"boxes": [outputs[0][outputs[0][:, 0] > 0]], "x": outputs[0]}  # noqa: E731
+    near = lambda outputs, wanted: -(outputs["x"][:, 0] - wanted).abs()  # noqa: E731
+    batches = [(x[:20], targets[:20]), (x[20:], targets[20:])]
+    judge = Judge(Maps(torch.eye(3), wrap=found), batches, ROWS, metric=near)
+    again = judge(Maps(2 * torch.eye(3), wrap=found))
+    assert judge.metric == "score" and set(again.metrics) == {"score"}
+    dense, new = (-(k * x[:, 0] - targets).abs() for k in (1, 2))
+    assert again.metrics["score"].value == pytest.approx(float(new.mean()), rel=1e-4)
+    assert again.change.value == pytest.approx(float((new - dense).mean()), rel=1e-3)
+    assert judge.dense.change == Estimate(0, 0, 0)
+    with pytest.raises(PruningError, match=r"the metric returned \(\) for 20 examples: return a tensor"):
+        Judge(Maps(torch.eye(3)), batches, ROWS, metric=lambda outputs, wanted: outputs.mean())
+    with pytest.raises(PruningError, match="metric of the dense network is not finite"):
+        Judge(Maps(torch.eye(3)), batches, ROWS, metric=lambda outputs, wanted: wanted * math.nan)
+
+
 def test_validation_inputs_that_cannot_be_judged_on_are_refused():
     x = torch.randn(20, 3)
     with pytest.raises(PruningError, match="no validation inputs"):
