@@ -99,6 +99,17 @@ class FinetuneFlags:
         bool,
         Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
     ] = False
+    few_shot: Annotated[
+        int | None,
+        Setting(
+            "train on so many training examples without their labels, towards the outputs of --teacher, "
+            "with BatchNorm's statistics as they are; a quarter of the examples is held out, and the epoch "
+            "that is closest to the teacher on these is kept",
+            metavar="N",
+            least=4,
+            later="setting",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
