@@ -29,7 +29,14 @@ from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.layer_times import MAX_WIDTHS, LatencyTable
 from pruning.planning.options import PlanOptions
-from pruning.planning.search import DEFAULT_OPTIONS, Order, ascending, lowest_widths, most_important
+from pruning.planning.search import (
+    DEFAULT_OPTIONS,
+    Order,
+    ascending,
+    lowest_widths,
+    most_important,
+    width_multiples,
+)
 from pruning.surgery.apply import apply
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace as find_groups
@@ -97,7 +104,8 @@ def plan_latency(
     inputs = budget.batch_of(inputs, trace.batch)
     order = ascending(trace, scores)
     lowest = lowest_widths(trace, order, options)
-    table = LatencyTable(model, inputs, cost_model, budget, lowest, options.multiple)
+    multiples = width_multiples(trace, options)
+    table = LatencyTable(model, inputs, cost_model, budget, lowest, multiples)
     path = table.path(order)
     if not np.array_equal(path[-1], lowest):
         path.append(lowest)
@@ -112,7 +120,7 @@ def plan_latency(
             )
         end = _first_fast_enough(timer, table, path)
         if end:  # the last step may narrow more than necessary: refine it
-            path = _between(path[end - 1], path[end], options.multiple)
+            path = _between(path[end - 1], path[end], multiples)
             end = _first_fast_enough(timer, table, path)
         dense_time, pruned = timer.run(path[end])
     found = LatencyFound(dense_time, pruned, networks=len(timer.known))
@@ -157,11 +165,11 @@ def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[
     return fast[0]
 
 
-def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarray]:
+def _between(wide: np.ndarray, slim: np.ndarray, multiples: np.ndarray | int) -> list[np.ndarray]:
     """Return at most `MAX_WIDTHS` steps between widths that differ in one group, both ends included."""
-    count = int(max(1, min(MAX_WIDTHS, (wide - slim).max() // multiple)))
+    count = int(max(1, min(MAX_WIDTHS, ((wide - slim) // multiples).max())))
     steps = [wide + (slim - wide) * k / count for k in range(count + 1)]
-    rounded = [np.maximum(slim, np.round(widths / multiple) * multiple) for widths in steps[1:-1]]
+    rounded = [np.maximum(slim, np.round(widths / multiples) * multiples) for widths in steps[1:-1]]
     return [wide, *rounded, slim]
 
 
