@@ -179,7 +179,7 @@ def test_what_cannot_be_a_frontier_is_refused(net):
     refused("no validation inputs", validation=[])
     refused("score 'l3' is unknown", score="l3")
     refused("the dense network has 6,936 MACs", budgets=["50%", "1M"])
-    refused("a percentage above 0 and at most 100", budgets=["50%", "120%"])
+    refused("expected a percentage above 0 and at most 100", budgets=["50%", "120%"])
     refused("fewer than two of the budgets can be reached: the least is 8", budgets=["1%", "2%", "50%"])
     refused("refit=True needs calibration", refit=True)
     refused("no network of these options has fewer MACs", options=PlanOptions(most=0.0))
