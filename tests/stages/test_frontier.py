@@ -109,7 +109,8 @@ def test_an_interrupted_frontier_goes_on_and_computes_no_point_twice(net, tmp_pa
 
 def test_groups_that_fail_the_check_are_left_out_of_all_points(tmp_path):
     net, (train, validation, _) = Divides().eval(), digits()
-    given = {"score": "l2", "calibration": train, "folder": tmp_path}
+    options = PlanOptions(most=MOST, widths={"features.0": 6})  # which is not asked of what is left out
+    given = {"score": "l2", "calibration": train, "folder": tmp_path, "options": options}
     found = frontier(net, train[0][0][:2], validation, budgets=["90%", "80%"], **given)
     assert all(point.left_out.keys() == {"features.0"} for point in found.points)
     assert all("features.0" not in point.plan.keep for point in found.points)
