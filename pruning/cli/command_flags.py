@@ -12,7 +12,8 @@ from typing import Annotated, NamedTuple
 from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
 from pruning.deploy.formats import SUFFIXES
-from pruning.planning.budget import PLACES
+from pruning.integrations.ultralytics.config import YoloConfig
+from pruning.planning.budget import PLACES, Budget
 from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training.config import TrainConfig
@@ -228,6 +229,27 @@ class ReportFlags:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class YoloFlags:
+    weights: Annotated[
+        str,
+        Setting(
+            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
+            "(yolov8n.pt) are downloaded",
+            metavar="WEIGHTS",
+            group="model",
+        ),
+    ]
+    train_arg: Annotated[
+        list[str],
+        Setting(
+            "further arguments of ultralytics' training: lr0=0.01 patience=20",
+            metavar="KEY=VALUE",
+            group="training",
+        ),
+    ] = field(default_factory=list)
+
+
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
@@ -301,6 +323,17 @@ COMMANDS: dict[str, Command] = {
         "make one HTML page on which a network classifies drawings",
         "small.pth --model mine:Net --data pictures/",
         (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
+    ),
+    "yolo": Command(
+        "prune a YOLO of ultralytics, trained by its own trainer",
+        "--weights yolov8n.pt --data data.yaml --max-macs 50% --output runs/yolo",
+        (
+            YoloFlags,
+            YoloConfig,
+            Budget,
+            FlagsOf(flags.ModelFlags, only=("device", "config")),
+            FlagsOf(flags.RunFlags, without=("tensorboard",)),
+        ),
     ),
     "report": Command("make one HTML page that shows a run", "runs/mine", (ReportFlags,)),
 }
