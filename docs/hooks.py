@@ -66,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     markdown = re.sub(r"\]\((\S+)\.ipynb\)", r"](\1.md)", markdown)
     if here in ("CONTRIBUTING.md", "CHANGELOG.md"):
         return markdown.replace("](docs/", "](")
-    if here.startswith("benchmarks/"):
+    if here.startswith(("benchmarks/", "notebooks/")):
         return markdown.replace("](../docs/", "](../")
     if here.startswith("decisions/"):
         return markdown.replace("](../../", "](../")

@@ -91,13 +91,16 @@ def test_each_error_is_listed_with_its_topic(toolkit, tmp_path):
     assert {page["topic"](each.file) for each in texts} == {title for title, _, _ in page["TOPICS"]}
     assert all(" ".join(each.text.split()) in listed for each in texts)
     net, images = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4)
-    calls = (
+    said = []
+    for call in (
         lambda: prune(net, images, Budget(params=1), score="l2"),
         lambda: prune(net, images, Budget(params="50%"), score="12"),
         lambda: prune(net[0], images, Budget(params="50%"), score="l2"),
         lambda: load(tmp_path / "none.pth"),
-    )
-    said = [str(pytest.raises(UserError, call).value) for call in calls]
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        said.append(str(raised.value))
     _, _, errors = toolkit("test", "--model", "resnet18")
     said.append(errors.removeprefix("error: ").strip())
     for message in said:
