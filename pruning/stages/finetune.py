@@ -43,6 +43,7 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
+        model: the pruned model; its weights change.
         teacher, features: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
@@ -53,6 +54,10 @@ def finetune(
 
     Returns:
         The model in eval mode.
+
+    Raises:
+        PruningError: if there is no batch, no parameter that can be trained, or a teacher with other outputs.
+        TrainingDiverged: if the loss is no longer finite.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
