@@ -34,9 +34,7 @@ def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, devi
     try:
         rebuild(model, content)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {error}; give a factory of the unpruned network"
-        ) from error
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return model.to(device).eval()
 
 

@@ -14,7 +14,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.alike import AlikeGroups
 from pruning.planning.budget import LABELS, Budget
-from pruning.planning.cost import CostModel
+from pruning.planning.cost import Cost, CostModel
 from pruning.planning.options import PlanOptions, per_group
 
 #: By group, its channels in ascending order of importance, and their scores in that order.
@@ -70,6 +70,24 @@ def plan_within(
     least, greatest = sets.bounds(lowest, highest)
     widths = _search(budget, sets, sets.order(order), least, greatest, options)
     return most_important(trace, order, sets.expanded(widths))
+
+
+def least_cost(
+    trace: Trace,
+    cost_model: CostModel,
+    scores: Mapping[str, Tensor],
+    options: PlanOptions = DEFAULT_OPTIONS,
+) -> Cost:
+    """Return the cost with every group at its least width; no plan with these options costs less.
+
+    Args:
+        trace, cost_model, scores, options: as in `plan_within`.
+    """
+    lowest, highest = _width_range(trace, ascending(trace, scores), options)
+    if not options.alike:
+        return cost_model(lowest)
+    sets = AlikeGroups(cost_model, options.alike)
+    return sets(sets.bounds(lowest, highest)[0])
 
 
 def _search(

@@ -15,6 +15,7 @@ from pruning.training.distillation import with_teacher
 from pruning.training.fake_quantize import Rounding
 from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
+from pruning.training.output_comparison import Comparison
 from pruning.training.state import Stateful, TrainingState
 
 
@@ -27,6 +28,7 @@ def finetune(
     distill: float = 0.9,
     temperature: float = 4.0,
     features: Sequence[str] = (),
+    compare: Comparison = "auto",
     int8: bool = False,
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
@@ -44,7 +46,7 @@ def finetune(
 
     Args:
         model: the pruned model; its weights change.
-        teacher, features: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
+        teacher, features, compare: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
@@ -66,7 +68,14 @@ def finetune(
     """
     if teacher is not None and distill:
         batches, loss = with_teacher(
-            teacher, batches, distill, temperature, loss, features=features, changing=config.mixes
+            teacher,
+            batches,
+            distill,
+            temperature,
+            loss,
+            features=features,
+            compare=compare,
+            changing=config.mixes,
         )
     if int8:
         _require_rounding(config, extra)
@@ -103,6 +112,7 @@ def tune(
     distill: float = 0.9,
     temperature: float = 4.0,
     features: Sequence[str] = (),
+    compare: Comparison = "auto",
     int8: bool = False,
     loss: Loss = cross_entropy,
 ) -> nn.Module:
@@ -113,7 +123,7 @@ def tune(
     Args:
         validate: function from a model to its validation score; higher is better.
         run: stores the state after every epoch; if it holds a state, training resumes from it.
-        batches, config, teacher, distill, temperature, features, int8, loss: see `finetune`.
+        batches, config, teacher, distill, temperature, features, compare, int8, loss: see `finetune`.
 
     Returns:
         The copy in eval mode.
@@ -134,6 +144,7 @@ def tune(
         distill=distill,
         temperature=temperature,
         features=features,
+        compare=compare,
         int8=int8,
         loss=loss,
         validate=validate,
