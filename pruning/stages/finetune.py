@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -45,6 +46,7 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
+        model: the pruned model; its weights change.
         teacher, features, compare: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
@@ -53,6 +55,10 @@ def finetune(
             keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
     Returns the model in eval mode.
+
+    Raises:
+        PruningError: if there is no batch, no parameter that can be trained, or a teacher with other outputs.
+        TrainingDiverged: if the loss is no longer finite.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -66,19 +72,13 @@ def finetune(
         )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else nullcontext(extra) as extra:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
             statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:
