@@ -66,7 +66,7 @@ def operators_of_onnx():
 TIMING = (
     "benchmarks.equal_accuracy", "benchmarks.fair.measure", "eval.metrics", "pruning.cli.commands.test",
     "pruning.deploy.onnx_rewrite", "pruning.deploy.quantize", "pruning.deploy.timing",
-    "pruning.planning.latency",
+    "pruning.planning.side_by_side",
 )  # fmt: skip
 
 

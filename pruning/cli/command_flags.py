@@ -11,8 +11,10 @@ from typing import Annotated, NamedTuple
 
 from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
+from pruning.cli.frontier_flags import FrontierFlags
 from pruning.deploy.formats import SUFFIXES
-from pruning.planning.budget import PLACES
+from pruning.integrations.ultralytics.config import YoloConfig
+from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training.config import TrainConfig
@@ -72,6 +74,15 @@ class PruneFlags:
             group="stage 2",
         ),
     ] = MOST
+    plan: Annotated[
+        Path | None,
+        Setting(
+            "plan to apply in place of a budget: a JSON file that the page of `frontier` saves",
+            metavar="FILE",
+            parse=argument_types.existing_file,
+            group="budget",
+        ),
+    ] = None
     output: Annotated[
         Path, Setting("checkpoint to write", metavar="FILE", parse=argument_types.new_file, group="run")
     ] = Path("small.pth")
@@ -89,6 +100,17 @@ class FinetuneFlags:
         bool,
         Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
     ] = False
+    few_shot: Annotated[
+        int | None,
+        Setting(
+            "train on so many training examples without their labels, towards the outputs of --teacher, "
+            "with BatchNorm's statistics as they are; a quarter of the examples is held out, and the epoch "
+            "that is closest to the teacher on these is kept",
+            metavar="N",
+            least=4,
+            later="setting",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,11 @@ class SensitivityFlags:
     widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
     examples: Annotated[
         int | None,
-        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
+        Setting(
+            "examples of the validation split to measure on, spread over it (default: all)",
+            metavar="N",
+            least=2,
+        ),
     ] = None
     finetune_epochs: Annotated[
         int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)
@@ -228,6 +254,31 @@ class ReportFlags:
     ] = None
 
 
+#: The settings of pruning steps that a single step has, too.
+STEP = FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class YoloFlags:
+    weights: Annotated[
+        str,
+        Setting(
+            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
+            "(yolov8n.pt) are downloaded",
+            metavar="WEIGHTS",
+            group="model",
+        ),
+    ]
+    train_arg: Annotated[
+        list[str],
+        Setting(
+            "further arguments of ultralytics' training: lr0=0.01 patience=20",
+            metavar="KEY=VALUE",
+            group="training",
+        ),
+    ] = field(default_factory=list)
+
+
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
@@ -249,12 +300,27 @@ COMMANDS: dict[str, Command] = {
             flags.DataFlags,
             flags.ShapeFlags,
             *flags.BUDGET,
-            FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most")),
+            STEP,
             flags.IgnoreFlags,
             flags.OutputFlags,
             flags.CalibrationFlags,
             flags.ResultFlags,
             PruneFlags,
+        ),
+    ),
+    "frontier": Command(
+        "prune to many budgets, and show what each loses before any training",
+        "--model mine:Net --weights dense.pth --data pictures/ --points 12 --output frontier",
+        (
+            flags.ModelFlags,
+            flags.DataFlags,
+            FrontierFlags,
+            FlagsOf(LatencyBudget, {"batch_size": 1}, without=("limit",)),
+            STEP,
+            flags.IgnoreFlags,
+            flags.OutputFlags,
+            flags.CalibrationFlags,
+            FlagsOf(PruneFlags, without=("plan", "output")),
         ),
     ),
     "slim": Command(
@@ -301,6 +367,17 @@ COMMANDS: dict[str, Command] = {
         "make one HTML page on which a network classifies drawings",
         "small.pth --model mine:Net --data pictures/",
         (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
+    ),
+    "yolo": Command(
+        "prune a YOLO of ultralytics, trained by its own trainer",
+        "--weights yolov8n.pt --data data.yaml --max-macs 50% --output runs/yolo",
+        (
+            YoloFlags,
+            YoloConfig,
+            Budget,
+            FlagsOf(flags.ModelFlags, only=("device", "config")),
+            FlagsOf(flags.RunFlags, without=("tensorboard",)),
+        ),
     ),
     "report": Command("make one HTML page that shows a run", "runs/mine", (ReportFlags,)),
 }

@@ -53,7 +53,9 @@ def flow(
                 f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
                 "is an error in a registered rule or in the toolkit; please report the latter"
             ) from error
-        raise PruningError(f"{name} does not run on the example inputs: {said}") from error
+        raise PruningError(
+            f"{name} does not run on the example inputs: {said}; give inputs that it takes"
+        ) from error
 
 
 def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
@@ -127,7 +129,9 @@ def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
     try:
         exchanged, output = exchanges_modules(entry, probe, convert)
     except Exception as error:  # of the user's function, or of the model
-        raise PruningError(f"{entry.name} fails: {type(error).__name__}: {error}") from error
+        raise PruningError(
+            f"{entry.name} fails: {type(error).__name__}: {error}; correct this entry of `also`"
+        ) from error
     found.outputs += [leaf.shape for leaf in tensors(output)]
     if exchanged:
         return

@@ -209,7 +209,9 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
     if not traced.groups:
         kind = type(model).__name__
         reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
-        raise PruningError(f"{kind} has no prunable group ({reasons or 'no layer was found'})")
+        raise PruningError(
+            f"{kind} has no prunable group ({reasons or 'no layer was found'}); see docs/refusals.md"
+        )
 
 
 def _obstacle(

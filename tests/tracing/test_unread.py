@@ -64,6 +64,23 @@ def test_attributes_follow_that_a_flag_or_another_forward_method_reads(kind, cha
         assert torch.allclose(small(IMAGES), expected, atol=1e-5)
 
 
+class Grid(nn.Module):
+    """Stores a grid for images of one size, as heads of detectors do: no parameter, and no buffer."""
+
+    size = None
+
+    def forward(self, x):
+        if self.size != x.shape[2:]:
+            self.size, self.grid = x.shape[2:], torch.linspace(0, 1, x.shape[3], device=x.device)
+        return x + self.grid
+
+
+def test_attributes_follow_in_a_model_that_stores_tensors_of_its_passes():
+    net = nn.Sequential(Method(3, 16), Grid(), nn.Conv2d(16, 2, 1)).eval()
+    step = prune(net, IMAGES, Budget(macs="60%"), score="l2", widths={"0.first": 5})
+    assert step.model[0].part == 5 and not step.stale
+
+
 class Trains(nn.Module):
     def __init__(self):
         super().__init__()
