@@ -216,7 +216,8 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
         )
     else:
         value, high, low = (_difference(found, -end) for end in drop)
-        parts.append(f"{found.metric.capitalize()} changes by {value} ({low} to {high}).")
+        interval = f"({low.removesuffix(' points')} to {high.removesuffix(' points')})"
+        parts.append(f"{found.metric.capitalize()} changes by {value} {interval}.")
     agreement = point.judgement.metrics.get("agreement")
     if found.metric == "accuracy" and agreement is not None:
         parts.append(f"{agreement.value:.1%} of the predictions stay as they were.")
@@ -225,5 +226,5 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
         if found.metric == "accuracy":
             parts.append(f"{of} are recognized less often" + (f", {gone} of them never." if gone else "."))
         else:
-            parts.append(f"Predictions of {of} change" + (f", of {gone} all." if gone else "."))
+            parts.append(f"Predictions change in {of}" + (f", in {gone} of them always." if gone else "."))
     return " ".join(parts)
