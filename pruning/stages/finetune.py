@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -54,12 +55,8 @@ def finetune(
         batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, statistics,
             label, resume: see `fit`.
 
-    Returns:
-        The model in eval mode.
-
-    Raises:
-        PruningError: if there is no batch, no parameter that can be trained, or a teacher with other outputs.
-        TrainingDiverged: if the loss is no longer finite.
+    Returns the model in eval mode. Raises `PruningError` for settings and batches with which it cannot train,
+    and `TrainingDiverged` if the loss is no longer finite.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -68,30 +65,18 @@ def finetune(
     """
     if teacher is not None and distill:
         batches, loss = with_teacher(
-            teacher,
-            batches,
-            distill,
-            temperature,
-            loss,
-            features=features,
-            compare=compare,
-            changing=config.mixes,
-        )
+            teacher, batches, distill, temperature, loss,
+            features=features, compare=compare, changing=config.mixes,
+        )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else contextlib.nullcontext(extra) as stored:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=extra, statistics=statistics, label=label, resume=resume,
+            extra=stored, statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:

@@ -129,10 +129,6 @@ def prune(
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
 
-    Scores are those of the papers that `planning.scores` names: `taylor` of Molchanov et al. (arXiv
-    1906.10771), `l1` and `l2` as shares of what is left (LAMP, arXiv 2010.07611), `fisher` and
-    `reconstruction` of Martens (arXiv 1412.1193) and Frantar et al. (arXiv 2208.11580).
-
     Args:
         model: the model to prune.
         example_inputs: inputs to trace and verify the model with, batch dimension first.

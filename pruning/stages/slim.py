@@ -110,18 +110,7 @@ def slim(
         teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
         run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.
 
-    Returns:
-        The best network within the budget, in eval mode, with the network after stage 1 and the score.
-
-    Raises:
-        PruningError: before any training, if the budget cannot be met or a setting is invalid.
-        TrainingDiverged: if the loss is no longer finite.
-
-    Example:
-        ```python
-        result = slim(model, train_batches, budget=Budget(macs="40%"), validate=validation_batches)
-        save("small.pth", result.model)
-        ```
+    Raises `PruningError` before any training if `feasible` or `require_trainable` does.
     """
     model, ignored = unwrapped(model), tuple(ignored)
     config = settings_of(model, config, budget, batches)
