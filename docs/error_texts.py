@@ -67,9 +67,9 @@ TOPICS = (
         "See [export and runtimes](../export.md) and [int8](../int8.md).",
     ),
     (
-        "transformers and Lightning",
+        "Other libraries",
         ("integrations",),
-        "See [a transformer](../transformer.md) and [Lightning](../lightning.md).",
+        "See [models of transformers](../hugging-face.md), [Lightning](../lightning.md) and [YOLO](../yolo.md).",
     ),
     (
         "Several processes",

@@ -13,7 +13,8 @@ from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
 from pruning.cli.frontier_flags import FrontierFlags
 from pruning.deploy.formats import SUFFIXES
-from pruning.planning.budget import PLACES, LatencyBudget
+from pruning.integrations.ultralytics.config import YoloConfig
+from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training.config import TrainConfig
@@ -256,6 +257,28 @@ class ReportFlags:
 #: The settings of pruning steps that a single step has, too.
 STEP = FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most"))
 
+
+@dataclass(frozen=True, kw_only=True)
+class YoloFlags:
+    weights: Annotated[
+        str,
+        Setting(
+            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
+            "(yolov8n.pt) are downloaded",
+            metavar="WEIGHTS",
+            group="model",
+        ),
+    ]
+    train_arg: Annotated[
+        list[str],
+        Setting(
+            "further arguments of ultralytics' training: lr0=0.01 patience=20",
+            metavar="KEY=VALUE",
+            group="training",
+        ),
+    ] = field(default_factory=list)
+
+
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "report what pruning would do to a model, without changing it",
@@ -344,6 +367,17 @@ COMMANDS: dict[str, Command] = {
         "make one HTML page on which a network classifies drawings",
         "small.pth --model mine:Net --data pictures/",
         (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
+    ),
+    "yolo": Command(
+        "prune a YOLO of ultralytics, trained by its own trainer",
+        "--weights yolov8n.pt --data data.yaml --max-macs 50% --output runs/yolo",
+        (
+            YoloFlags,
+            YoloConfig,
+            Budget,
+            FlagsOf(flags.ModelFlags, only=("device", "config")),
+            FlagsOf(flags.RunFlags, without=("tensorboard",)),
+        ),
     ),
     "report": Command("make one HTML page that shows a run", "runs/mine", (ReportFlags,)),
 }

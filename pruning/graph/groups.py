@@ -83,12 +83,14 @@ class Group:
         channels: the number of channels, which are numbered from 0.
         members: the sides of layers that hold the channels.
         reductions: statistics over these channels, which after pruning are those of the kept channels.
+        multiple: an operator of the model's code takes only widths that are multiples of this number.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
     reductions: tuple[Reduction, ...] = ()
+    multiple: int = 1
 
     def side(self, side: Side) -> tuple[Member, ...]:
         """The members on one side of their layers."""

@@ -23,8 +23,9 @@ from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.layer_times import MAX_WIDTHS, LatencyTable
 from pruning.planning.options import PlanOptions
-from pruning.planning.search import DEFAULT_OPTIONS, ascending, lowest_widths, most_important
+from pruning.planning.search import DEFAULT_OPTIONS, ascending, most_important
 from pruning.planning.side_by_side import SideBySideTimer
+from pruning.planning.width_limits import lowest_widths, width_multiples
 from pruning.utils.tree import Inputs
 
 
@@ -110,12 +111,13 @@ class LatencyPlanner:
         dense: nn.Module | None = None,
     ):
         _require_supported(options)
-        self.trace, self.options = trace, options
+        self.trace = trace
         timing = replace(timing, batch_size=timing.batch_size or trace.batch.size)
         inputs = timing.batch_of(inputs, trace.batch)
         self.order = ascending(trace, scores)
         self.lowest = lowest_widths(trace, self.order, options)
-        self.table = LatencyTable(model, inputs, cost_model, timing, self.lowest, options.multiple)
+        self.multiples = width_multiples(trace, options)
+        self.table = LatencyTable(model, inputs, cost_model, timing, self.lowest, self.multiples)
         self.path = self.table.path(self.order)
         if not np.array_equal(self.path[-1], self.lowest):
             self.path.append(self.lowest)
@@ -145,7 +147,7 @@ class LatencyPlanner:
         path = self.path
         end = self._first_fast_enough(budget, path)
         if end:  # the last step may narrow more than necessary: refine it
-            path = _between(path[end - 1], path[end], self.options.multiple)
+            path = _between(path[end - 1], path[end], self.multiples)
             end = self._first_fast_enough(budget, path)
         return self._planned(path[end]), self._found(path[end])
 
@@ -199,9 +201,9 @@ def _require_supported(options: PlanOptions) -> None:
         raise PruningError(f"ranking {options.ranking!r}: a latency budget expects 'global'")
 
 
-def _between(wide: np.ndarray, slim: np.ndarray, multiple: int) -> list[np.ndarray]:
+def _between(wide: np.ndarray, slim: np.ndarray, multiples: np.ndarray | int) -> list[np.ndarray]:
     """Return at most `MAX_WIDTHS` steps between widths that differ in one group, both ends included."""
-    count = int(max(1, min(MAX_WIDTHS, (wide - slim).max() // multiple)))
+    count = int(max(1, min(MAX_WIDTHS, ((wide - slim) // multiples).max())))
     steps = [wide + (slim - wide) * k / count for k in range(count + 1)]
-    rounded = [np.maximum(slim, np.round(widths / multiple) * multiple) for widths in steps[1:-1]]
+    rounded = [np.maximum(slim, np.round(widths / multiples) * multiples) for widths in steps[1:-1]]
     return [wide, *rounded, slim]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
-from pruning.graph.groups import Trace
+from pruning.graph.groups import Group, Trace
 from pruning.graph.plan import Plan
 from pruning.planning.bootstrap import Bootstrap
 from pruning.planning.cost import CostModel
@@ -167,13 +167,15 @@ def points_to_measure(trace: Trace, count: int | None) -> list[tuple[str, int]]:
     Args:
         count: number of widths per group, without the full one; None means every width.
     """
-    return [(group, width) for group, full in trace.widths.items() for width in _widths(full, count)]
+    return [(name, width) for name, group in trace.groups.items() for width in _widths(group, count)]
 
 
-def _widths(full: int, count: int | None) -> list[int]:
-    if count is None or count >= full - 1:
-        return list(range(full - 1, 0, -1))
-    spaced = np.linspace(1, full, count + 1).round().astype(int)
+def _widths(group: Group, count: int | None) -> list[int]:
+    full, multiple = group.channels, group.multiple
+    allowed = range(multiple, full, multiple)
+    if count is None or count >= len(allowed):
+        return list(reversed(allowed))
+    spaced = np.linspace(1, full / multiple, count + 1).round().astype(int) * multiple
     return sorted({int(width) for width in spaced if width < full}, reverse=True)
 
 

@@ -111,7 +111,7 @@ function planText(stop) {
   const groups = Object.keys(data.widths);
   const keep = Object.fromEntries(groups.filter((name) => name in stop.keep).map((name) => [name, stop.keep[name]]));
   return JSON.stringify({ keep, removed: stop.removed, frontier: { ...data.made, budget: stop.budget,
-    cost: stop.cost, [data.metric]: stop.estimate } }, null, 1);
+    cost: stop.cost, [data.metric]: stop.estimate } });
 }
 
 function show() {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -46,14 +45,12 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        model: the pruned model; its weights change.
         teacher, features, compare: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
-        extra: see `fit`; cannot be combined with `int8`, which stores its activation ranges there.
-        batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, statistics,
-            label, resume: see `fit`.
+        extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
+            keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
     Returns the model in eval mode. Raises `PruningError` for settings and batches with which it cannot train,
     and `TrainingDiverged` if the loss is no longer finite.
@@ -65,18 +62,24 @@ def finetune(
     """
     if teacher is not None and distill:
         batches, loss = with_teacher(
-            teacher, batches, distill, temperature, loss,
-            features=features, compare=compare, changing=config.mixes,
+            teacher, batches, distill, temperature, loss, features=features, compare=compare,
+            changing=config.mixes,
         )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-    with Rounding(model) if int8 else contextlib.nullcontext(extra) as stored:
+
+    def train(extra: Stateful | None) -> nn.Module:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
-            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=stored, statistics=statistics, label=label, resume=resume,
+            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
+            statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
+
+    if not int8:
+        return train(extra)
+    with Rounding(model) as rounding:
+        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:

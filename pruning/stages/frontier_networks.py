@@ -76,7 +76,9 @@ class FrontierNetworks:
     ):
         require_groups(model, traced)
         self.model, self.example_inputs, self.settings, self.asked = model, example_inputs, settings, asked
-        self.widths = traced.widths
+        self.widths, self.options = traced.widths, settings.options
+        #: The groups that keep all channels because the check failed with them, with the reason.
+        self.left_out: dict[str, str] = {}
         self.traced, self.cost_model = traced, CostModel(model, traced)
         self.dense_cost = self.cost_model(self.cost_model.full)
         device = device_of(model)
@@ -103,13 +105,12 @@ class FrontierNetworks:
         """Return what the points depend on, by the words in which a difference is reported."""
         settings = self.settings
         options = {key: _plain(value) for key, value in asdict(settings.options).items()}
+        score = _plain(settings.score)
         return {
             "model": digest_of([self.model.state_dict()]),
             "validation inputs": digest_of(validation),
             "calibration inputs": digest_of(settings.calibration),
-            "score": f"{_plain(settings.score)} {digest_of([self.scores])}"
-            if self.scores
-            else settings.score,
+            "score": f"{score} {digest_of([self.scores])}" if self.scores else score,
             "loss": _plain(settings.loss),
             "refit": settings.refit,
             "limit": self.asked.limit,
@@ -161,7 +162,7 @@ class FrontierNetworks:
                 self.cost_model,
                 self.scores,
                 timing,
-                self.settings.options,
+                self.options,
             )
         )
 
@@ -199,7 +200,7 @@ class FrontierNetworks:
             found = self.planner.least()
             return found.pruned / found.dense
         limit = self.asked.limit
-        cost = least_cost(self.traced, self.cost_model, self.scores, self.settings.options)
+        cost = least_cost(self.traced, self.cost_model, self.scores, self.options)
         return getattr(cost, limit) / max(1, getattr(self.dense_cost, limit))
 
     def budgets(self) -> list[str]:
@@ -259,10 +260,9 @@ class FrontierNetworks:
         if self.timer is not None:
             latency = LatencyFound(*self.timer.run(plan), networks=1)
         judgement = judge(step.model)
-        return FrontierPoint(budget, step.plan, step.after, judgement, latency, self.left_out)
+        return FrontierPoint(budget, step.plan, step.after, judgement, latency, dict(self.left_out))
 
     def _plan(self, budget: str) -> tuple[Plan, LatencyFound | None] | None:
-        options = self.settings.options
         if self.planner is not None:
             timing = self.asked.timing
             assert timing is not None
@@ -273,9 +273,9 @@ class FrontierNetworks:
                 )
             return None if asked.target(least.dense) < least.pruned else self.planner.plan(asked)
         limits = self._limits(budget)
-        if limits.excess(least_cost(self.traced, self.cost_model, self.scores, options)):
+        if limits.excess(least_cost(self.traced, self.cost_model, self.scores, self.options)):
             return None
-        return plan_within(limits, self.traced, self.cost_model, self.scores, options), None
+        return plan_within(limits, self.traced, self.cost_model, self.scores, self.options), None
 
     def _cut(self, plan: Plan) -> Step:
         task = Task(
@@ -287,25 +287,25 @@ class FrontierNetworks:
             None,
             None,
             (),
-            self.settings.options,
+            self.options,
             self.settings.check,
             self.constants,
         )
         return cut(task, self.traced, self.cost_model, self.dense_cost, refits=self.settings.refit)
 
-    @property
-    def left_out(self) -> dict[str, str]:
-        """The groups that keep all channels because the check failed with them, with the reason."""
-        return {name: self.traced.skipped[name] for name in self.widths if name not in self.traced.groups}
-
     def leave_out(self, reasons: Mapping[str, str]) -> None:
         """Keep all channels of some groups from now on."""
-        new = {name: why for name, why in reasons.items() if name in self.traced.groups}
-        if new:
-            self.traced = without_groups(self.traced, new)
-            require_groups(self.model, self.traced)
-            self.cost_model = CostModel(self.model, self.traced)
-            self._start_timer()
+        new = {name: why for name, why in reasons.items() if name not in self.left_out}
+        if not new:
+            return
+        self.left_out = {**self.left_out, **new}
+        self.traced = without_groups(self.traced, new)
+        require_groups(self.model, self.traced)
+        self.cost_model = CostModel(self.model, self.traced)
+        if self.options.widths:
+            widths = {name: width for name, width in self.options.widths.items() if name not in new}
+            self.options = replace(self.options, widths=widths)
+        self._start_timer()
 
 
 def _plain(value: object) -> object:

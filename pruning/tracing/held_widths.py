@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
@@ -36,8 +37,9 @@ def held_widths(model: nn.Module, groups: Mapping[str, Group]) -> list[HeldWidth
             owner = ".".join(parts[:end])
             if owner not in modules:
                 continue
+            kind = type(modules[owner])
             for attribute, entries in attributes_with(modules[owner], counted.size):
-                if attribute in names_read(type(modules[owner])):
+                if attribute in names_read(kind) - names_stored(kind):
                     held = WidthAttribute(owner, attribute, entries, counted)
                     key = owner, attribute, entries, hash(tuple(sorted(counted.owners)))
                     found.setdefault(key, HeldWidth(held, counted.size, described))
@@ -94,6 +96,25 @@ def names_read(kind: type[nn.Module]) -> frozenset[str]:
     used = (names for name, names in methods.items() if name not in making | _DESCRIBING)
     _READ[kind] = frozenset().union(*used)
     return _READ[kind]
+
+
+def names_stored(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of attributes that `forward` and what it calls may set, such as the size of a cache.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, x):
+    ...         self.last = x.shape
+    >>> names_stored(Net)
+    frozenset({'last'})
+    """
+    methods, called, left = _methods(kind), {"forward"}, ["forward"]
+    while left:
+        more = methods.get(left.pop(), frozenset()) & methods.keys() - called
+        called |= more
+        left += more
+    functions = (getattr(kind, name) for name in called if isinstance(getattr(kind, name), FunctionType))
+    steps = (step for function in functions for step in dis.get_instructions(function))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def _methods(kind: type[nn.Module]) -> dict[str, frozenset[str]]:

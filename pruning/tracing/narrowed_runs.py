@@ -221,11 +221,14 @@ class NarrowedRuns:
         """
         keep = {}
         for i, name in enumerate(names):
-            channels = np.arange(self.groups[name].channels)
+            channels, multiple = np.arange(self.groups[name].channels), self.groups[name].multiple
             pieces = self.pieces.get(name, np.zeros_like(channels))
             each = [channels[pieces == piece] for piece in np.unique(pieces)]
-            last = [piece[-max(1, int(share * len(piece))) - i % 2 :] for piece in each]
-            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist()) or (0,)
+            last = [
+                piece[-multiple * (max(1, int(share * len(piece) / multiple)) + i % 2) :] for piece in each
+            ]
+            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist())
+            keep[name] = keep[name] or tuple(range(multiple))
         sizes = merged((self.sizes, sizes)) if self.sizes else sizes
         rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
         traced = Trace(

@@ -33,7 +33,7 @@ from pruning.tracing.operation import Operation, OperatorRule, first_operand
 from pruning.tracing.products import grid_pointwise, label_uniform
 from pruning.tracing.statistics import layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
-from pruning.tracing.weights import batched, convolution, product
+from pruning.tracing.weights import GROUPED, batched, convolution, grouped, product
 
 # --- several tensors ------------------------------------------------------------------------
 
@@ -225,6 +225,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("cat", "stack", "concat"), join),
     **dict.fromkeys(("bmm", "baddbmm"), batched),
     **dict.fromkeys(("mm", "addmm"), product),
+    **dict.fromkeys(GROUPED, grouped),
     "convolution": convolution,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
     **dict.fromkeys(

@@ -66,6 +66,7 @@ class Flow:
             linear function, each with the reason why their channels are not pruned.
         done: what the pass in eval mode did, to find its batch.
         outputs: shapes of the outputs in eval mode that count, also of other calls of the model.
+        aligned: labels of channels of which an operator takes multiples alone, each vector with the number.
         probe: the copy of the model that ran, if it is on the meta device.
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
             multiplies activations.
@@ -81,6 +82,7 @@ class Flow:
     sized: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
     by_position: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -108,7 +109,8 @@ def test_an_interrupted_frontier_goes_on_and_computes_no_point_twice(net, tmp_pa
 
 def test_groups_that_fail_the_check_are_left_out_of_all_points(tmp_path):
     net, (train, validation, _) = Divides().eval(), digits()
-    given = {"score": "l2", "calibration": train, "folder": tmp_path}
+    options = PlanOptions(most=MOST, widths={"features.0": 6})  # which is not asked of what is left out
+    given = {"score": "l2", "calibration": train, "folder": tmp_path, "options": options}
     found = frontier(net, train[0][0][:2], validation, budgets=["90%", "80%"], **given)
     assert all(point.left_out.keys() == {"features.0"} for point in found.points)
     assert all("features.0" not in point.plan.keep for point in found.points)
@@ -147,6 +149,20 @@ def test_the_smallest_network_is_chosen_by_the_whole_interval(net):
     unlabeled = frontier(net, train[0][0][:2], [(x, None) for x, _ in validation], points=2, score="l2")
     point = unlabeled.points[0]
     assert unlabeled.drop(point).value == pytest.approx(1 - point.judgement.metrics["agreement"].value)
+
+
+def test_forecasts_lie_between_the_nearest_networks_and_none_is_given_beyond_them(net):
+    train, validation, _ = digits()
+    found = frontier(net, train[0][0][:2], validation, points=4, score="l2")
+    known = [(1.0, found.dense), *((found.share(point), point.judgement) for point in found.points)]
+    for metric in ("accuracy", "loss", "divergence"):
+        for (high, wide), (low, narrow) in itertools.pairwise(known):
+            ends = wide.metrics[metric], narrow.metrics[metric]
+            assert found.forecast(low, metric) == pytest.approx(ends[1])
+            forecast = found.forecast(low + (high - low) / 4, metric)
+            assert forecast.value == pytest.approx(0.25 * ends[0].value + 0.75 * ends[1].value)
+            assert (forecast.low, forecast.high) == (min(e.low for e in ends), max(e.high for e in ends))
+    assert found.forecast(found.share(found.points[-1]) - 0.001) is None and found.forecast(1.01) is None
 
 
 def test_what_cannot_be_a_frontier_is_refused(net):
