@@ -69,7 +69,7 @@ TOPICS = (
     (
         "Other libraries",
         ("integrations",),
-        "See [models of transformers](../hugging-face.md), [Lightning](../lightning.md) and [YOLO](../yolo.md).",
+        "See [transformers](../hugging-face.md), [Lightning](../lightning.md) and [YOLO](../yolo.md).",
     ),
     (
         "Several processes",

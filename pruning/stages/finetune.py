@@ -52,8 +52,7 @@ def finetune(
         extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
             keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
-    Returns the model in eval mode. Raises `PruningError` for settings and batches with which it cannot train,
-    and `TrainingDiverged` if the loss is no longer finite.
+    Returns the model in eval mode. Raises `PruningError` for what it cannot train, and `TrainingDiverged`.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
