@@ -46,7 +46,6 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        model: the pruned model; its weights change.
         teacher, features, compare: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
@@ -54,11 +53,7 @@ def finetune(
         extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
             keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
-    Returns the model in eval mode.
-
-    Raises:
-        PruningError: if there is no batch, no parameter that can be trained, or a teacher with other outputs.
-        TrainingDiverged: if the loss is no longer finite.
+    Returns the model in eval mode. Raises `PruningError` for what it cannot train, and `TrainingDiverged`.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]

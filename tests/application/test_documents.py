@@ -85,9 +85,13 @@ def test_the_drawings_are_those_of_their_script(tmp_path):
         assert (tmp_path / committed.name).read_text() == committed.read_text()
 
 
-def test_each_error_is_listed_with_its_topic(toolkit, tmp_path):
-    page = runpy.run_path(str(ROOT / "docs" / "error_texts.py"))
-    texts, listed = page["texts"](), page["page"]()
+@pytest.fixture(scope="module")
+def error_page():
+    return runpy.run_path(str(ROOT / "docs" / "error_texts.py"))
+
+
+def test_each_error_is_listed_with_its_topic(error_page, toolkit, tmp_path):
+    page, texts, listed = error_page, error_page["texts"](), error_page["page"]()
     assert {page["topic"](each.file) for each in texts} == {title for title, _, _ in page["TOPICS"]}
     assert all(" ".join(each.text.split()) in listed for each in texts)
     net, images = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4)
@@ -107,8 +111,8 @@ def test_each_error_is_listed_with_its_topic(toolkit, tmp_path):
         assert any(each.matches(message) for each in texts), message
 
 
-def test_pages_that_errors_name_exist():
-    for each in runpy.run_path(str(ROOT / "docs" / "error_texts.py"))["texts"]():
+def test_pages_that_errors_name_exist(error_page):
+    for each in error_page["texts"]():
         for name in re.findall(r"docs/[\w/-]+\.md", each.text):
             assert (ROOT / name).exists(), each
 
