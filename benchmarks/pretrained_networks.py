@@ -266,7 +266,7 @@ def mtcnn(calibration: int, _: Path | None) -> Case:
     for handle in handles:
         handle.remove()
     wanted = boxes()
-    models = {}
+    models: dict[str, tuple[nn.Module, Batches]] = {}
     for part in parts:
         inputs = [x for x in given[part] if part != "pnet" or min(x.shape[2:]) >= 24]
         if part != "pnet":

@@ -83,12 +83,14 @@ class Group:
         channels: the number of channels, which are numbered from 0.
         members: the sides of layers that hold the channels.
         reductions: statistics over these channels, which after pruning are those of the kept channels.
+        multiple: an operator of the model's code takes only widths that are multiples of this number.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
     reductions: tuple[Reduction, ...] = ()
+    multiple: int = 1
 
     def side(self, side: Side) -> tuple[Member, ...]:
         """The members on one side of their layers."""
@@ -256,6 +258,12 @@ class Trace:
         products: products of activations whose MACs depend on the groups.
         rescales: factors that keep scales which the code computes from widths.
         stale: attributes that equal a width and that the traced passes do not read. Pruning leaves them.
+
+    >>> import torch
+    >>> from pruning import trace
+    >>> traced = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(1, 3))
+    >>> traced.widths, list(traced.skipped)
+    ({'0': 4}, ['1'])
     """
 
     groups: dict[str, Group]

@@ -51,7 +51,7 @@ class LatencyTable:
         cost_model: of this model.
         budget: names the runtime and its number of threads.
         lowest: least width of each group, (groups,).
-        multiple: widths are multiples of this number of channels.
+        multiple: widths are multiples of this number of channels; one for all groups, or (groups,).
 
     Attributes:
         candidates: by group, the widths that a plan may choose.
@@ -65,12 +65,14 @@ class LatencyTable:
         cost_model: CostModel,
         budget: LatencyBudget,
         lowest: np.ndarray,
-        multiple: int = 1,
+        multiple: np.ndarray | int = 1,
     ):
         self.cost_model = cost_model
         self.full = cost_model.full
+        multiples = np.broadcast_to(multiple, self.full.shape)
         self.candidates = [
-            _candidates(int(low), int(full), multiple) for low, full in zip(lowest, self.full, strict=True)
+            _candidates(int(low), int(full), int(step))
+            for low, full, step in zip(lowest, self.full, multiples, strict=True)
         ]
         trace = cost_model.trace
         budget = replace(budget, batch_size=budget.batch_size or trace.batch.size)

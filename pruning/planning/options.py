@@ -43,7 +43,8 @@ class PlanOptions:
         multiple: widths are multiples of this number of channels, or the full width, or a given floor.
         widths: exact widths of some groups: a count, or a percentage of the group's channels.
         alike: names or patterns, or several of them joined by commas; the groups that match one of them get
-            one width, so that a configuration can state it.
+            one width, so that a configuration can state it. Groups of different numbers of channels keep one
+            share of them.
 
     Raises:
         PruningError: if the ranking is unknown, a floor or multiple is not an integer from 1, or a

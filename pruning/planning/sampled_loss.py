@@ -46,7 +46,8 @@ class SampledLoss:
         values = [tensor for tensor in tensors(outputs) if tensor.requires_grad and tensor.ndim]
         if not values:
             raise PruningError(
-                "no output of the network depends on its weights, so channels cannot be scored"
+                "no output of the network depends on its weights, so channels cannot be scored; set "
+                "requires_grad=True on the weights, or use the score l1 or l2"
             )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
             raise PruningError(
@@ -98,7 +99,7 @@ class SampledLoss:
 
 
 def _log_probabilities(values: Tensor, kind: str) -> Tensor:
-    """Return the log probabilities of classes, (N x positions, classes), of outputs (N, classes, ...)."""
+    """Return logits or probabilities, (N, classes, ...), as logarithms, (N x positions, classes)."""
     rows = values.movedim(1, -1).flatten(0, -2)
     return rows.log_softmax(1) if kind == "logits" else rows.clamp(min=LEAST).log()
 

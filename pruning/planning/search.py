@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,8 +13,9 @@ from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.alike import AlikeGroups
 from pruning.planning.budget import LABELS, Budget
-from pruning.planning.cost import CostModel
-from pruning.planning.options import PlanOptions, per_group
+from pruning.planning.cost import Cost, CostModel
+from pruning.planning.options import PlanOptions
+from pruning.planning.width_limits import width_multiples, width_range
 
 #: By group, its channels in ascending order of importance, and their scores in that order.
 Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -63,28 +63,47 @@ def plan_within(
     Plan(keep={'0': (0, 2)})
     """
     order = ascending(trace, scores)
-    lowest, highest = _width_range(trace, order, options)
+    lowest, highest = width_range(trace, order, options)
+    multiples = width_multiples(trace, options)
     if not options.alike:
-        return most_important(trace, order, _search(budget, cost_model, order, lowest, highest, options))
+        widths = _search(budget, cost_model, order, (lowest, highest, multiples), options)
+        return most_important(trace, order, widths)
     sets = AlikeGroups(cost_model, options.alike)
-    least, greatest = sets.bounds(lowest, highest)
-    widths = _search(budget, sets, sets.order(order), least, greatest, options)
+    limits = sets.bounds(lowest, highest, multiples)
+    widths = _search(budget, sets, sets.order(order), limits, options)
     return most_important(trace, order, sets.expanded(widths))
+
+
+def least_cost(
+    trace: Trace,
+    cost_model: CostModel,
+    scores: Mapping[str, Tensor],
+    options: PlanOptions = DEFAULT_OPTIONS,
+) -> Cost:
+    """Return the cost with every group at its least width; no plan with these options costs less.
+
+    Args:
+        trace, cost_model, scores, options: as in `plan_within`.
+    """
+    lowest, highest = width_range(trace, ascending(trace, scores), options)
+    if not options.alike:
+        return cost_model(lowest)
+    sets = AlikeGroups(cost_model, options.alike)
+    return sets(sets.bounds(lowest, highest, width_multiples(trace, options))[0])
 
 
 def _search(
     budget: Budget,
     cost_model: CostModel | AlikeGroups,
     order: Order,
-    lowest: np.ndarray,
-    highest: np.ndarray,
+    limits: tuple[np.ndarray, np.ndarray, np.ndarray],
     options: PlanOptions,
 ) -> np.ndarray:
-    """Return the widths found, in the order of the groups of the cost model."""
-    _require_reachable(budget, cost_model, lowest)
+    """Return the widths; `limits` are the least and greatest of each group, and of what it is a multiple."""
+    _require_reachable(budget, cost_model, limits[0])
     if options.ranking == "group":
-        return _equal_shares(budget, cost_model, lowest, highest, options.multiple)
-    return _GreedySearch(budget, cost_model, order, lowest, highest, options).widths()
+        return _equal_shares(budget, cost_model, *limits)
+    return _GreedySearch(budget, cost_model, order, *limits, options.per_cost).widths()
 
 
 def most_important(trace: Trace, order: Order, widths: np.ndarray) -> Plan:
@@ -101,32 +120,6 @@ def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
     return {g: _sorted(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
 
 
-def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarray:
-    """Return the least width of each group, (groups,); a group without scores keeps all channels."""
-    groups, multiple = list(trace.groups), options.multiple
-    floors = per_group(options.floor, groups) if options.floor is not None else {}
-    shares = per_group(options.most, groups)
-
-    def lowest(name: str, channels: int) -> int:
-        if name not in order:
-            return channels
-        by_share = math.ceil((channels * (1 - shares.get(name, 1.0)) - 1e-9) / multiple) * multiple
-        return min(channels, max(floors.get(name, multiple), by_share))
-
-    return np.array([lowest(name, g.channels) for name, g in trace.groups.items()], dtype=np.float64)
-
-
-def _width_range(trace: Trace, order: Order, options: PlanOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least and the greatest width of each group, (groups,) each; equal for exact widths."""
-    lowest = lowest_widths(trace, order, options)
-    highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
-    exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
-    for i, (name, group) in enumerate(trace.groups.items()):
-        if name in exact:
-            lowest[i] = highest[i] = _exact_width(name, exact[name], group.channels)
-    return lowest, highest
-
-
 def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowest: np.ndarray) -> None:
     least = cost_model(lowest)
     if over := budget.excess(least):
@@ -135,7 +128,7 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
             f"network still has {reached}. Raise the budget, or the share of a group that is dropped at "
-            "most (`most`), lower the floors, or ignore fewer layers"
+            "most (`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
         )
 
 
@@ -144,16 +137,21 @@ def _equal_shares(
     cost_model: CostModel | AlikeGroups,
     lowest: np.ndarray,
     highest: np.ndarray,
-    multiple: int,
+    multiples: np.ndarray,
 ) -> np.ndarray:
     """Return the widths that keep the same share of each group, the largest that meets the budget."""
 
     def at(share: float) -> np.ndarray:
-        rounded = np.floor(highest * share / multiple + 1e-9) * multiple
+        rounded = np.floor(highest * share / multiples + 1e-9) * multiples
         return np.where(share >= 1, highest, np.clip(rounded, lowest, highest))
 
     # Widths change only at shares at which some group reaches another multiple.
-    steps = {k * multiple / n for n in highest[highest > lowest] for k in range(int(n) // multiple + 1)}
+    free = highest > lowest
+    steps = {
+        k * multiple / n
+        for n, multiple in zip(highest[free], multiples[free], strict=True)
+        for k in range(int(n // multiple) + 1)
+    }
     shares = np.array(sorted({0.0, 1.0, *steps}))
     low, high = 0, len(shares) - 1  # share 0 meets the budget: every group is at its floor
     while low < high:
@@ -175,11 +173,12 @@ class _GreedySearch:
         order: Order,
         lowest: np.ndarray,
         highest: np.ndarray,
-        options: PlanOptions,
+        multiples: np.ndarray,
+        per_cost: bool,
     ):
         self.budget, self.cost_model = budget, cost_model
         self.lowest, self.highest = lowest, highest
-        self.multiple, self.per_cost = options.multiple, options.per_cost
+        self.multiples, self.per_cost = multiples, per_cost
         #: For each group, entry k is the total score of its k least important channels.
         self.dropped_score = [
             np.concatenate(([0.0], np.cumsum(order[group][1]))) if group in order else np.zeros(int(n) + 1)
@@ -284,12 +283,12 @@ class _GreedySearch:
 
     def _steps_down(self, widths: np.ndarray) -> np.ndarray:
         """Return the channels that a step removes from each group, (groups,); 0 at its least width."""
-        to_multiple = np.where(widths % self.multiple, widths % self.multiple, self.multiple)
+        to_multiple = np.where(widths % self.multiples, widths % self.multiples, self.multiples)
         return np.minimum(to_multiple, widths - self.lowest)
 
     def _steps_up(self, widths: np.ndarray) -> np.ndarray:
         """Return the channels that a step restores to each group, (groups,); 0 at its greatest width."""
-        return np.minimum(self.multiple - widths % self.multiple, self.highest - widths)
+        return np.minimum(self.multiples - widths % self.multiples, self.highest - widths)
 
     def _score_gained(self, group: int, widths: np.ndarray, change: float) -> float:
         """Return the change of the total score kept if a group's width changes by `change` channels."""
@@ -311,17 +310,3 @@ def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.n
         raise PruningError(f"scores of group {group!r}: expected finite numbers, got {values}")
     order = np.lexsort((-np.arange(channels), values))
     return order, values[order]
-
-
-def _exact_width(group: str, wanted: int | str, channels: int) -> int:
-    """Convert an exact width, a count or a percentage, to a number of channels."""
-    text = str(wanted).strip()
-    try:
-        width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
-    except ValueError:
-        width = 0
-    if not 1 <= width <= channels:
-        raise PruningError(
-            f"width {wanted!r} of group {group!r}: expected a count from 1 to {channels}, or a percentage"
-        )
-    return width

@@ -106,27 +106,17 @@ def recover(
     before = -validate(model)
     if not before < torch.inf:
         raise PruningError(
-            "the outputs of the pruned or of the dense network are not finite on the inputs that are held "
-            "out; check these inputs and the weights"
+            "outputs of the pruned or of the dense network are not finite; check the inputs and the weights"
         )
     if config.lr is None and not (run is not None and run.state and run.state["fit"]):
         tried, tried_by = with_teacher(dense, train, 1.0, 1.0, compare=compare)
         config = replace(config, lr=recovery_rate(model, list(tried), config, loss=tried_by))
     if vary is None:
         vary = varied if batch.dims.get(()) == 0 else unchanged
-    source = _Varied(train, vary)
     tuned = tune(
-        model,
-        source,
-        config,
-        validate=validate,
-        run=run,
-        teacher=dense,
-        distill=1.0,
-        temperature=1.0,
-        features=features,
-        compare=compare,
-    )
+        model, _Varied(train, vary), config, validate=validate, run=run, teacher=dense, distill=1.0,
+        temperature=1.0, features=features, compare=compare,
+    )  # fmt: skip
     return Recovered(tuned, before, -validate(tuned), *counts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -49,12 +50,10 @@ def finetune(
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
-        extra: see `fit`; cannot be combined with `int8`, which stores its activation ranges there.
-        batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, statistics,
-            label, resume: see `fit`.
+        extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
+            keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
-    Returns:
-        The model in eval mode.
+    Returns the model in eval mode. Raises `PruningError` for what it cannot train, and `TrainingDiverged`.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -63,30 +62,18 @@ def finetune(
     """
     if teacher is not None and distill:
         batches, loss = with_teacher(
-            teacher,
-            batches,
-            distill,
-            temperature,
-            loss,
-            features=features,
-            compare=compare,
+            teacher, batches, distill, temperature, loss, features=features, compare=compare,
             changing=config.mixes,
-        )
+        )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else nullcontext(extra) as extra:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
-            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=extra, statistics=statistics, label=label, resume=resume,
+            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
+            statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -57,8 +58,24 @@ def channel_groups(model: nn.Module, found: Flow) -> Iterator[tuple[Group, np.nd
             while unique in taken:
                 unique, count = f"{group.name}/{count}", count + 1
             taken.add(unique)
-            whole = replace(group, name=unique, reductions=tuple(_over(channels, reductions)))
+            whole = replace(
+                group,
+                name=unique,
+                reductions=tuple(_over(channels, reductions)),
+                multiple=_multiple(found, channels),
+            )
             yield _with_scored(found, whole, role), channels, reason
+
+
+def _multiple(found: Flow, channels: np.ndarray) -> int:
+    """Return the number of which a group's width has to be a multiple, given the labels of its channels."""
+    multiple = 1
+    for labels, needed in found.aligned:
+        index, owner = positions_of(channels, found.channels(labels))
+        if len(index):
+            each = int(np.bincount(owner).max())  # positions of one channel
+            multiple = math.lcm(multiple, needed // math.gcd(needed, each))
+    return multiple
 
 
 def _with_scored(found: Flow, group: Group, role: str) -> Group:

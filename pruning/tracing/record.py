@@ -42,6 +42,20 @@ class Extent:
     labels: np.ndarray
 
 
+@dataclass(frozen=True)
+class Composed:
+    """A parameter from which code computes a weight.
+
+    Attributes:
+        made, read: the dimensions of the parameter along which the weight makes and reads channels.
+        dim: the dimension of inputs and outputs along which channels lie, as in `SideUse`.
+    """
+
+    made: int
+    read: int
+    dim: int
+
+
 @dataclass
 class Flow:
     """The record of one forward pass.
@@ -66,10 +80,13 @@ class Flow:
             linear function, each with the reason why their channels are not pruned.
         done: what the pass in eval mode did, to find its batch.
         outputs: shapes of the outputs in eval mode that count, also of other calls of the model.
+        aligned: labels of channels of which an operator takes multiples alone, each vector with the number.
         probe: the copy of the model that ran, if it is on the meta device.
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
             multiplies activations.
         products: products of activations that have channels.
+        composed: parameters that are layers in this pass because code computes weights from them.
+        noted: parameters that have to be such layers in the next pass.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
     """
@@ -81,6 +98,7 @@ class Flow:
     sized: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
     by_position: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, tuple[float, float]] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
@@ -92,6 +110,8 @@ class Flow:
     probe: nn.Module | None = None
     axes: Axes | None = None
     products: list[ProductUse] = field(default_factory=list)
+    composed: dict[str, Composed] = field(default_factory=dict)
+    noted: dict[str, Composed] = field(default_factory=dict)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 

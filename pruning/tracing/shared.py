@@ -61,6 +61,7 @@ def tie_shared(model: nn.Module, found: Flow) -> None:
     Args:
         model: the traced model. found: the record of its passes; ties and fixed labels are added.
     """
+    _label_unreached(model, found)
     made = [found.ties.find(use.labels) for (_, side), use in found.sides.items() if side == "out"]
     known = np.unique(np.concatenate([np.arange(0), *made]))
     for places in _places(model, found):
@@ -82,6 +83,30 @@ def tie_shared(model: nn.Module, found: Flow) -> None:
                 found.fixed += [(each, reason) for each in labels]
             for other in labels[1:]:
                 found.ties.union(labels[0], other)
+
+
+def _label_unreached(model: nn.Module, found: Flow) -> None:
+    """Give layers that no call reaches the labels of a layer whose parameter they share.
+
+    In encoder-decoder models of transformers, the embeddings of both share the weight of a third that does
+    not run.
+    """
+    for places in _places(model, found):
+        dims = {place: _sides(model, found, *place) for place in places}
+        known = next((held for held in dims.values() if held), None)
+        for name, attribute in places if known else ():
+            layer = submodule(model, name)
+            rule = rule_for(layer)
+            if rule is None or {(name, "out"), (name, "in")} & found.sides.keys():
+                continue
+            tensor = layer.get_parameter(attribute)
+            held: tuple[tuple[Side, int | None], ...] = (
+                ("out", rule.out.get(attribute)),
+                ("in", rule.into.get(attribute)),
+            )
+            for side, dim in held:
+                if known is not None and dim is not None and dim % tensor.ndim in known:
+                    found.sides[name, side] = found.sides[known[dim % tensor.ndim]]
 
 
 def _sides(model: nn.Module, found: Flow, name: str, attribute: str) -> dict[int, tuple[str, Side]]:

@@ -11,24 +11,40 @@ from torch import Tensor, nn
 from pruning.graph.inferred import infer_rule, inferred_rule
 from pruning.graph.layers import is_depthwise, is_read_by_parent, parts, rule_for
 from pruning.graph.rule import Rule, Side
+from pruning.tracing.computed_weights import (
+    computed_convolution,
+    computed_product,
+    note_macs,
+    product_of_parameters,
+)
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
 from pruning.tracing.products import batched_product, product_of_activations
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.utils.held_weight import held_weight
 
+#: Operators that multiply each group of rows by a matrix of its own, as the experts of a mixture.
+GROUPED = frozenset(("_grouped_mm", "transformers::grouped_mm_fallback"))
+
+#: Bytes of which torch's grouped product wants the rows of its operands to be a multiple.
+_ALIGNED = 16
+
 #: Operators that may multiply by a weight of the module that calls them.
-WEIGHTED = frozenset(("mm", "addmm", "bmm", "convolution"))
+WEIGHTED = GROUPED | {"mm", "addmm", "bmm", "convolution"}
 
 
 def product(labels: Labels, op: Operation) -> None:
     """Multiply a matrix by a weight (mm, addmm, bmm of an expanded weight)."""
     bias = op.given.get("self") if op.name == "addmm" else None
     left, right = op.operands[-2:]
+    if product_of_parameters(labels, op):
+        return None
     for x, weight, read, made in ((left, right, 0, 1), (right, left, 1, 0)):
         dim = 1 if weight is right else 0
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
+    if computed_product(labels, op):
+        return None
     if op.name == "mm" and all(
         labels.of(x) is not None and labels.weights.find(x) is None for x in (left, right)
     ):
@@ -45,12 +61,31 @@ def product(labels: Labels, op: Operation) -> None:
 def batched(labels: Labels, op: Operation) -> None:
     """Multiply batches of matrices; a batch of one, as `torch.einsum` makes it, may hold a weight."""
     left, right = op.operands[-2:]
+    if product_of_parameters(labels, op):
+        return
     if op.name == "bmm" and len(left) == 1:
         for x, weight, dims, dim in ((left, right, (1, 2), 2), (right, left, (2, 1), 1)):
             if _weighted(labels, op, (x, weight, None), dims, dim):
                 return
+    if computed_product(labels, op):
+        return
     if any(labels.of(t) is not None for t in op.operands):
         batched_product(labels, op)
+
+
+def grouped(labels: Labels, op: Operation) -> None:
+    """Multiply groups of rows by the matrices of one weight, (groups, in, out): all have the same widths."""
+    x, weight = op.operands[:2]
+    if x.ndim == 2 and weight.ndim == 3:
+        macs = float(op.output.numel() * x.shape[-1])
+        labels.found.other_macs += macs  # torch counts none
+        if _weighted(labels, op, (x, weight, None), (1, 2), 1, len(weight)):
+            multiple = max(1, _ALIGNED // x.element_size())
+            rows = [labels.of(x)] + [labels.of(op.output)] * (weight.stride(2) == 1)
+            labels.found.aligned += [(held.numpy().ravel(), multiple) for held in rows if held is not None]
+            return
+        labels.found.other_macs -= macs
+    labels.fix_operands(op.name, op.operands)
 
 
 def convolution(labels: Labels, op: Operation) -> None:
@@ -59,10 +94,17 @@ def convolution(labels: Labels, op: Operation) -> None:
     dim, transposed = 1, op.given["transposed"]
     if op.given["groups"] == x.shape[1] > 1 and not transposed:
         return _depthwise(labels, op, x, weight, bias)
+    if x.shape[1] == op.output.shape[1] == 1 and varying(labels.of(x)) == [0]:  # a channel as an image
+        held = labels.of(x)
+        assert held is not None  # it varies
+        note_macs(labels, op, vector_along(held, 0, len(x)))
+        return labels.put(op.output, held)
     if op.given["groups"] == 1:
         read, made = (0, 1) if transposed else (1, 0)
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
+    if computed_convolution(labels, op):
+        return None
     reason = (
         f"{labels.where()} convolves it with a weight that is no parameter of a layer alone, or in groups; "
         "put the weight into nn.Conv2d (or the like) to let it be pruned"
@@ -90,6 +132,7 @@ def _depthwise(labels: Labels, op: Operation, x: Tensor, weight: Tensor, bias: T
             labels.tie(spread(vector, own.ndim, 0), found, FIXED_SIZE)
         elif found is None and own.stride(0) != 0 and not labels.is_uniform(own):
             labels.fix(arriving, f"{each}, which is a tensor of fixed size")
+    note_macs(labels, op, vector)
     labels.put(op.output, spread(vector, op.output.ndim, 1))
 
 
@@ -99,16 +142,18 @@ def _weighted(
     tensors: tuple[Tensor, Tensor, Tensor | None],
     dims: tuple[int, int],
     dim: int,
+    groups: int = 1,
 ) -> bool:
     """Follow a product with a weight of a module; return whether it is one.
 
     Args:
         tensors: the activations, the weight, the bias. dims: the dimensions of the weight that are read
             and made. dim: the dimension of the activations and the output along which channels lie.
+        groups: number of matrices in the weight, one of which multiplies each row.
     """
     x, weight, bias = tensors
     place = labels.weights.find(weight)
-    if place is None:
+    if place is None or place.full_name in labels.found.composed:
         return False
     read, made = (place.dims.get(d) for d in dims)
     module = labels.weights.modules[place.module]
@@ -116,8 +161,8 @@ def _weighted(
         return False
     own_bias = labels.weights.find(bias) if bias is not None else None
     elsewhere = bias is not None and (own_bias is None or own_bias.module != place.module)
-    if not place.module or elsewhere or not _is_one_layer(module):
-        return _held(labels, op, tensors, (read, made), dim)
+    if not place.module or elsewhere or groups > 1 or not _is_one_layer(module):
+        return _held(labels, op, tensors, (read, made), dim, groups)
     biases = {own_bias.attribute: 0} if own_bias is not None else {}
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None:
         biases = {"in_proj_bias": 0}  # also where the code adds it later
@@ -150,12 +195,13 @@ def _held(
     tensors: tuple[Tensor, Tensor, Tensor | None],
     dims: tuple[int, int],
     dim: int,
+    groups: int = 1,
 ) -> bool:
     """Follow a product with a parameter that is a layer of its own (`HeldWeight`); return whether it is one.
 
     Args:
         tensors: as in `_weighted`. dims: the dimensions of the parameter that are read and made.
-        dim: as in `_weighted`.
+        dim, groups: as in `_weighted`.
     """
     x, weight, bias = tensors
     place = labels.weights.find(weight)
@@ -169,7 +215,7 @@ def _held(
         return False
     name = place.full_name
     own = None if bias is None else labels.of(bias)
-    made_labels = _pass_through(labels, op, (x, weight), (name, layer), dim)
+    made_labels = _pass_through(labels, op, (x, weight), (name, layer), dim, groups)
     if bias is not None:
         vector = None if own is None else vector_along(own, own.ndim - 1, bias.shape[-1])
         if own is None or varying(own) not in ([], [bias.ndim - 1]) or vector is None:
@@ -181,13 +227,18 @@ def _held(
 
 
 def _pass_through(
-    labels: Labels, op: Operation, tensors: tuple[Tensor, Tensor], layer: tuple[str, nn.Module], dim: int
+    labels: Labels,
+    op: Operation,
+    tensors: tuple[Tensor, Tensor],
+    layer: tuple[str, nn.Module],
+    dim: int,
+    groups: int = 1,
 ) -> Tensor:
     """Tie what a product reads to the inputs of a layer, label its output, and return these labels.
 
     Args:
         tensors: the activations and the weight. layer: name of the layer, and the layer.
-        dim: the dimension of the activations and the output along which channels lie.
+        dim, groups: as in `_weighted`.
     """
     (x, weight), (name, module) = tensors, layer
     arriving = labels.of(x)
@@ -199,6 +250,9 @@ def _pass_through(
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")
-    labels.note_weighted(name, op.output.numel() / sides["out"].numel(), weight.numel())
+    positions = op.output.numel() / sides["out"].numel() / groups
+    transposed = op.name == "convolution" and op.given["transposed"]
+    uses = x.numel() / sides["in"].numel() if transposed else positions
+    labels.note_weighted(name, uses, positions, weight.numel())
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
     return sides["out"]

@@ -264,7 +264,9 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
     def record(name: str, output: object) -> None:
         values = tensors(output)
         if not values:
-            raise PruningError(f"feature {name!r} returns a {type(output).__name__} without a tensor")
+            raise PruningError(
+                f"feature {name!r} returns a {type(output).__name__} without a tensor; name another module"
+            )
         found[name] = values[0]
 
     inner = unwrapped(model) if names else model

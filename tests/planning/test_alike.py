@@ -92,3 +92,13 @@ def test_groups_that_cannot_be_alike_are_refused_with_the_cure():
         PlanOptions(alike="fc")
     with pytest.raises(PruningError, match="exclude one another"):
         prune(net, x, Budget(macs="50%"), score="l2", alike=["[02]"], widths={"0": 3, "2": 4})
+
+
+@pytest.mark.parametrize("ranking", ["global", "group"])
+def test_alike_groups_of_different_sizes_keep_one_share(ranking):
+    net, x = network((12, 4, 6))
+    step = prune(net, x, Budget(macs="50%"), score="l2", alike=["[02]"], ranking=ranking)
+    widths = step.plan.widths
+    assert widths["0"] == 3 * widths["2"] < 12 and step.after.macs <= step.before.macs / 2
+    with pytest.raises(PruningError, match="exclude one another"):
+        prune(net, x, Budget(macs="50%"), score="l2", alike=["[02]"], widths={"0": 7})

@@ -158,3 +158,26 @@ def test_depthwise_layers_with_one_weight_are_narrowed_where_they_lose_the_same_
     assert step.model.first.weight is step.model.second.weight
     found = trace(Depthwise(False).eval(), IMAGES)
     assert not found.groups and all("untie them" in found.skipped[name] for name in ("first", "second"))
+
+
+def test_a_layer_that_only_lends_its_weight_goes_with_those_that_use_it():
+    """As in encoder-decoder models: a third embedding holds the weight, and does not run."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.first, self.second = (nn.Embedding(9, 8) for _ in range(3))
+            self.first.weight = self.second.weight = self.shared.weight
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.first(x) + self.second(x.flip(1)))
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randint(0, 9, (2, 5))
+    step = prune(net, x, Budget(channels=5), score="l2")
+    kept = torch.tensor(step.plan.keep["shared"])
+    assert step.model.shared.weight is step.model.second.weight and step.model.shared.embedding_dim == 5
+    weight = net.shared.weight[:, kept]
+    expected = (weight[x] + weight[x.flip(1)]) @ net.head.weight[:, kept].T + net.head.bias
+    torch.testing.assert_close(step.model(x), expected)

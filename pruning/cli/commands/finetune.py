@@ -50,7 +50,8 @@ def execute(args: argparse.Namespace) -> None:
         )
     if config.compile and (args.int8 or args.distill_features):
         raise PruningError(
-            "--compile: compiled networks leave out the hooks of --int8 and --distill-features"
+            "--compile: compiled networks leave out the hooks of --int8 and --distill-features; "
+            "train without --compile"
         )
     require_trainable(model, [config], data.train)
     require_classifier(model, data.train, data.validation)
