@@ -101,7 +101,7 @@ def _entries(package: object, names: list[str]) -> list[str]:
 
 def commands() -> str:
     """Return the help texts of all commands as a page."""
-    names = importlib.import_module("pruning.cli.command_flags").COMMANDS
+    names = importlib.import_module("pruning.cli.command_table").COMMANDS
     parts = ["# Commands", _help()]
     for name in names:
         parts += [f"## {name}", _help(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -66,19 +67,13 @@ def finetune(
         )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else nullcontext(extra) as extra:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
             statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:
