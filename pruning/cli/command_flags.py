@@ -11,9 +11,9 @@ from typing import Annotated, NamedTuple
 
 from pruning.cli import argument_types, flags
 from pruning.cli.arguments import FlagsOf
+from pruning.cli.file_flags import DemoFlags, ExportFlags
 from pruning.cli.frontier_flags import FrontierFlags
-from pruning.deploy.formats import SUFFIXES
-from pruning.integrations.ultralytics.config import YoloConfig
+from pruning.integrations.ultralytics.config import YoloConfig, YoloFlags
 from pruning.planning.budget import PLACES, Budget, LatencyBudget
 from pruning.planning.options import MOST, SCORES
 from pruning.stages.config import PruneConfig, SlimConfig
@@ -138,6 +138,13 @@ class SensitivityFlags:
         str,
         Setting("runtime in which layers are timed, one example at a time on one thread", choices=PLACES),
     ] = "eager"
+    cluster: Annotated[
+        str | None,
+        Setting(
+            "measure groups on a Ray cluster: its address, or local for a worker per CPU (default: here)",
+            metavar="ADDRESS",
+        ),
+    ] = None
     output: Annotated[
         Path,
         Setting(
@@ -177,72 +184,6 @@ class TestFlags:
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportFlags:
-    to: Annotated[str, Setting("format of the file", choices=tuple(SUFFIXES))]
-    output: Annotated[
-        Path | None,
-        Setting(
-            "file to write (default: the checkpoint's name with the format's suffix)",
-            metavar="FILE",
-            parse=argument_types.new_file,
-        ),
-    ] = None
-    input: Annotated[
-        list[str],
-        Setting(
-            "inputs of a model that takes several, by the names of its arguments, with the batch: x:2x64 "
-            "ids:2x7:int64 (default: as the checkpoint or --data says)",
-            metavar="NAME:SIZES[:TYPE]",
-        ),
-    ] = field(default_factory=list)
-    dynamic: Annotated[
-        list[str],
-        Setting(
-            "dimensions besides the batch that may have any size: x:2 x:3",
-            metavar="NAME:DIM",
-        ),
-    ] = field(default_factory=list)
-    optimize: Annotated[
-        bool, Setting("rewrite an ONNX file so that ONNX Runtime runs it fastest on this machine")
-    ] = False
-    int8: Annotated[
-        bool,
-        Setting("also write an int8 file beside an ONNX one, calibrated on the training batches of --data"),
-    ] = False
-    int8_faster: Annotated[
-        bool,
-        Setting("like --int8, but refuse an int8 file that is not faster than float32 on this machine"),
-    ] = False
-
-
-@dataclass(frozen=True)
-class DemoFlags:
-    against: Annotated[
-        Path | None,
-        Setting(
-            "weights of the dense network, to show beside it",
-            metavar="FILE",
-            parse=argument_types.existing_file,
-        ),
-    ] = None
-    output: Annotated[
-        Path | None,
-        Setting(
-            "HTML file (default: the checkpoint's name with the suffix .html)",
-            metavar="FILE",
-            parse=argument_types.new_file,
-        ),
-    ] = None
-    classes: Annotated[
-        list[str] | None,
-        Setting(
-            "names of the classes, in their order (default: as the checkpoint or data says, else numbers)",
-            metavar="NAME",
-        ),
-    ] = None
-
-
 @dataclass(frozen=True)
 class ReportFlags:
     run: Annotated[Path, Setting("folder of the run", metavar="RUN", positional=True)]
@@ -256,27 +197,6 @@ class ReportFlags:
 
 #: The settings of pruning steps that a single step has, too.
 STEP = FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class YoloFlags:
-    weights: Annotated[
-        str,
-        Setting(
-            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
-            "(yolov8n.pt) are downloaded",
-            metavar="WEIGHTS",
-            group="model",
-        ),
-    ]
-    train_arg: Annotated[
-        list[str],
-        Setting(
-            "further arguments of ultralytics' training: lr0=0.01 patience=20",
-            metavar="KEY=VALUE",
-            group="training",
-        ),
-    ] = field(default_factory=list)
 
 
 COMMANDS: dict[str, Command] = {
