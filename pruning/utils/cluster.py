@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -81,9 +82,9 @@ def _connected(cluster: str) -> tuple[Any, bool]:
     try:
         if cluster == LOCAL:
             with _modules_shared():
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # of any kind: Ray raises several
         reason = " ".join(str(error).split())[:200]
         raise PruningError(
