@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.graph.groups import Group, HeldWidth, Positions, WidthAttribute
-from pruning.graph.layers import layer_width, rule_for
+from pruning.graph.layers import is_depthwise, layer_width, rule_for, rule_of
 from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import attributes_with, numbers_of
 from pruning.utils.modules import submodule
@@ -54,7 +54,14 @@ def _widths(model: nn.Module, groups: Mapping[str, Group]) -> Iterator[tuple[Pos
             if member.side != "self":
                 sides.setdefault((member.layer, member.side), {})[name] = member.index, member.channel
     for (layer, side), owners in sides.items():
-        yield Positions(layer_width(submodule(model, layer), side), owners), layer, layer
+        module = submodule(model, layer)
+        width = layer_width(module, side)
+        yield Positions(width, owners), layer, layer
+        if is_depthwise(module) and (each := width // getattr(module, rule_of(module).in_count)) > 1:
+            first = {
+                name: (at[at % each == 0] // each, to[at % each == 0]) for name, (at, to) in owners.items()
+            }
+            yield Positions(width // each, first), layer, layer
     for name, group in groups.items():
         channels = torch.arange(group.channels)
         yield Positions(group.channels, {name: (channels, channels)}), name.partition("/")[0], f"group {name}"

@@ -19,7 +19,7 @@ from pruning.surgery.statistics import plain_attention
 from pruning.tracing.axes import Axes
 from pruning.tracing.labels import FIXED_SIZE
 from pruning.tracing.products import AxesNeeded
-from pruning.tracing.record import Flow
+from pruning.tracing.record import Composed, Flow
 from pruning.tracing.tracer import Tracer
 from pruning.utils.batch import Pass
 from pruning.utils.entries import Entry, exchanges_modules
@@ -43,11 +43,7 @@ def flow(
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        follow = partial(_follow, run=run, outputs=outputs, also=also)
-        try:
-            return without_computing(follow, model, inputs)
-        except AxesNeeded:
-            return without_computing(partial(follow, axes=True), model, inputs)
+        return _passes(partial(_follow, run=run, outputs=outputs, also=also), model, inputs)
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -62,6 +58,20 @@ def flow(
         ) from error
 
 
+def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
+    """Repeat the pass until it has the labels that it needs: along single dimensions, of computed weights."""
+    axes, composed = False, dict[str, Composed]()
+    while True:
+        try:
+            found = without_computing(partial(follow, axes=axes, composed=composed), model, inputs)
+        except AxesNeeded:
+            axes = True
+            continue
+        if found.noted.keys() <= composed.keys():
+            return found
+        composed = {**found.noted, **composed}
+
+
 def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
     """Whether the model itself, untraced, runs on the inputs."""
     try:
@@ -73,12 +83,19 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
 
 
 def _follow(
-    probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, also: tuple[Entry, ...], axes: bool = False
+    probe: nn.Module,
+    inputs: Inputs,
+    run: Run,
+    outputs: Outputs,
+    also: tuple[Entry, ...],
+    axes: bool,
+    composed: dict[str, Composed],
 ) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     found.axes = Axes(found.ties) if axes else None
+    found.composed = composed
     with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)

@@ -126,8 +126,10 @@ class WidthProbe:
             regroup: returns the groups, and the labels of their channels, after more labels are tied.
         """
         found, attributes = self.found, list[tuple[WidthAttribute, ...]]()
+        if reasons and self.reads is None:
+            self.reads = self.runs.reads()
         for tie in (partial(tie_equal_sizes, reads=self.reads or {}), tie_inputs, tie_views):
-            if found.axes is None or not reasons:
+            if not reasons or (tie in (tie_inputs, tie_views) and found.axes is None):
                 break
             before, bound = copy.deepcopy((found.ties, found.axes)), len(reasons)
             if tie(self.model, found, self.labels, reasons):

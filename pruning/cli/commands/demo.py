@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import DemoFlags
 from pruning.cli.factories import require_runs
-from pruning.cli.file_flags import DemoFlags
 from pruning.cli.named_images import BUILT_IN
 from pruning.cli.sources import Data
 from pruning.demo import Images, demo

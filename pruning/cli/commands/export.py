@@ -10,8 +10,8 @@ from typing import Any
 from pruning.checkpoint import provenance
 from pruning.cli import build
 from pruning.cli.arguments import read_flags
+from pruning.cli.command_flags import ExportFlags
 from pruning.cli.export_inputs import dynamic_of, example_inputs
-from pruning.cli.file_flags import ExportFlags
 from pruning.cli.sources import Data
 from pruning.deploy.export import export
 from pruning.deploy.formats import SUFFIXES

@@ -70,26 +70,3 @@ class YoloConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class YoloFlags:
-    """What the command takes besides: the model, and arguments of the library."""
-
-    weights: Annotated[
-        str,
-        Setting(
-            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
-            "(yolov8n.pt) are downloaded",
-            metavar="WEIGHTS",
-            group="model",
-        ),
-    ]
-    train_arg: Annotated[
-        list[str],
-        Setting(
-            "further arguments of ultralytics' training: lr0=0.01 patience=20",
-            metavar="KEY=VALUE",
-            group="training",
-        ),
-    ] = field(default_factory=list)
