@@ -231,7 +231,7 @@ def test_the_command_prunes_in_iterations_and_resumes(data, tmp_path, run, monke
         code, _, errors = run(*words)
     assert code == 130 and "interrupted" in errors
     first = (tmp_path / "out" / "step1.pt").read_bytes()
-    code, out, errors = run(*words, "--resume")
+    code, out, errors = run("yolo", "--resume", "--output", tmp_path / "out")
     assert code == 0, errors
     assert "mAP50-95(B): 0." in out and (tmp_path / "out" / "step1.pt").read_bytes() == first
     small = ultralytics.YOLO(tmp_path / "out" / "pruned.pt")
