@@ -18,6 +18,8 @@ from pruning.training.config import TrainConfig
 from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
 from pruning.training.state import TrainingState
+from pruning.utils.entries import Also
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 
@@ -31,6 +33,8 @@ def sparsify(
     budget: Budget | None = None,
     pace: int | None = None,
     ignored: Iterable[Ignored] = (),
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
@@ -48,7 +52,7 @@ def sparsify(
             geometric mean of dense cost and budget. Stage 2 meets the budget, by scores of the loss.
         budget: limits on the cost of the result; percentages refer to this model.
         pace: of a trained model, the fewest channels of a group: `PacedPull` replaces `ScalePull`.
-        ignored: layers whose scales are not shrunk, see `trace`.
+        ignored: layers whose scales are not shrunk, see `trace`; also outputs and also.
         batches, config, loss, validate, keep_best, keep_start, on_epoch, statistics, label, resume: as `fit`.
 
     Returns the model in eval mode. Raises `PruningError` as `ScalePull` and `fit` do.
@@ -60,7 +64,8 @@ def sparsify(
     >>> int((net[1].weight == 0).sum())
     3
     """
-    traced, steps = trace(model, example_inputs, ignored), config.steps(length(batches) or 0)
+    traced = trace(model, example_inputs, ignored, outputs=outputs, also=also)
+    steps = config.steps(length(batches) or 0)
     if pace is not None and budget is not None and config.epochs * steps:
         pull: ScalePull | PacedPull = _paced(budget, model, traced, config.epochs * steps, pace)
     else:
