@@ -181,8 +181,13 @@ class _BiasCounter:
             handle.remove()
 
 
-def uncounted(model: nn.Module) -> dict[str, str]:
+def uncounted(model: nn.Module, traced: Trace | None = None) -> dict[str, str]:
     """Return the layers with weights that the MACs do not include: name to type.
+
+    Args:
+        traced: trace of the model. Of modules that the table of layers does not know, those are listed whose
+            code calls operators of other libraries: the products of torch are counted. Without it, all
+            such modules with parameters are listed.
 
     >>> uncounted(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     {'0': 'Embedding'}
@@ -192,7 +197,11 @@ def uncounted(model: nn.Module) -> dict[str, str]:
         name: type(module).__name__
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False))
-        and ((rule := rule_for(module)) is None or rule.kind == "embedding")
+        and (
+            (traced is None or name in traced.foreign)
+            if (rule := rule_for(module)) is None
+            else rule.kind == "embedding"
+        )
     }
 
 

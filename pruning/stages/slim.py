@@ -134,6 +134,12 @@ def slim(
     given = progress.given or progress.record(assess(model, score, examples, calibration, loss))
     state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score, config, target,
                      settings, progress, log)  # fmt: skip
+    return _stages(state, teacher)
+
+
+def _stages(state: Pipeline, teacher: nn.Module | None) -> Slimmed:
+    """Run the stages that the run has not finished yet."""
+    config, progress = state.config, state.progress
     choose_rates(state)
     if progress.stage == 0:
         _sparsify(state)
