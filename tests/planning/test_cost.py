@@ -102,6 +102,19 @@ def test_products_with_parameters_of_any_module_are_counted_and_operators_of_oth
     assert uncounted(net) == {"0": "Product", "2": "Foreign"}
 
 
+def test_a_token_that_is_a_parameter_is_given_to_a_module():
+    class Token(torch.nn.Module):  # as timm's CaiT gives its class token to its blocks
+        def __init__(self):
+            super().__init__()
+            self.token, self.block = torch.nn.Parameter(torch.randn(1, 1, 4)), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.block(self.token.expand(len(x), -1, -1)) + x
+
+    net = Token()
+    assert count(net, torch.randn(2, 1, 3)).macs == 12 and net.token.requires_grad
+
+
 @pytest.mark.slow
 def test_a_slower_network_measures_slower_and_copies_measure_the_same():
     torch.manual_seed(0)
