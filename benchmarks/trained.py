@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--images", default="fashion-mnist", help="images of resnet8; mnist5k needs no download"
     )
-    parser.add_argument("--train", type=cli.whole_number(1), default=2000, help="training images of resnet8")
+    parser.add_argument("--train", type=cli.whole_number(1), default=2000, help="training images or digits")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "trained", help="folder of the runs")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "trained.json", help="results, as JSON"
@@ -158,7 +158,7 @@ def given(args: argparse.Namespace, name: str, case: Case, seed: int, folder: Pa
 def images_of(args: argparse.Namespace, case: Case) -> dict[str, object]:
     """Return the arguments of `data:loaders`."""
     if "mnist5k" in (case.images, args.images):
-        return {"name": "mnist5k"}
+        return {"name": "mnist5k", "train": args.train}
     return {"name": args.images, "train": args.train, "validation": 1000}
 
 

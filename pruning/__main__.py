@@ -11,6 +11,9 @@ from pathlib import Path
 
 from pruning.utils.interrupts import INTERRUPTED, noting_interrupts
 
+#: By command, the file of its folder from which the same command goes on.
+_GO_ON = {"frontier": "frontier.json", "sensitivity": "curves.json"}
+
 
 class _Call:
     """One call of a command: what it was told is known once the command line is parsed."""
@@ -34,7 +37,12 @@ class _Call:
     def advice(self) -> str:
         """Return what to print after Ctrl-C: how to go on, where there is a run that can."""
         run: Path | None = getattr(self.args, "output", None)
-        if self.args is None or run is None or not hasattr(self.args, "resume"):
+        if self.args is None or run is None:
+            return "interrupted"
+        file = _GO_ON.get(self.args.command)
+        if file is not None and (run / file).exists():
+            return f"interrupted; the same command goes on from {run}"
+        if not hasattr(self.args, "resume"):
             return "interrupted"
         if not (run / "config.json").exists():
             return "interrupted"

@@ -136,7 +136,10 @@ def load(
             f"{type(error).__name__}: {error}. Give a factory that makes the unpruned network"
         ) from error
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"{path}: the factory gave a {type(model).__name__}, not an nn.Module")
+        raise CheckpointError(
+            f"{path}: the factory gave a {type(model).__name__}, not an nn.Module; give one that returns the "
+            "unpruned network"
+        )
     restore(path, model, content)
     return model.to(device).eval()
 
@@ -178,11 +181,14 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     missing = _ENTRIES.keys() - content.keys()
     if missing:
-        raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(
+            f"{path} is incomplete: it lacks {', '.join(sorted(missing))}; save the network again"
+        )
     for key, kind in _ENTRIES.items():
         if not isinstance(content[key], kind):
             raise CheckpointError(
-                f"{path} is damaged: its {key} is a {type(content[key]).__name__}, not a {kind.__name__}"
+                f"{path} is damaged: its {key} is a {type(content[key]).__name__}, not a {kind.__name__}; "
+                "save the network again"
             )
     return content
 
@@ -200,7 +206,8 @@ def write(path: str | Path, content: object) -> None:
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
     except (pickle.PickleError, AttributeError, TypeError) as error:  # of pickle
         raise CheckpointError(
-            f"{path} was not written: only tensors and plain data can be stored ({error})"
+            f"{path} was not written: only tensors and plain data can be stored ({error}); "
+            "leave other objects out of what is saved"
         ) from error
     replace_file(path, buffer.getvalue())
 

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,10 @@ def called(run: Callable[[], Any], *words: Any, cwd: Path | None = None) -> subp
     return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
 
 
-def _timed_briefly(time_forward: Callable[..., Any], *args: Any, seconds: float, **options: Any) -> Any:
-    """Time networks as the scripts do, but for at most a fifth of a second and without a long warm-up."""
-    return time_forward(*args, seconds=min(seconds, 0.2), **{"warmup": 0.1, **options})
-
-
 def script(name: str, *flags: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project, with brief timings; its exit code must be 0 unless `check` is false."""
-    from eval import metrics
-
+    """Run a script of the project; its exit code must be 0 unless `check` is false."""
     path = str(ROOT / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "time_forward", partial(_timed_briefly, metrics.time_forward))
-        done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
+    done = called(lambda: runpy.run_path(path, run_name="__main__"), path, *flags, **options)
     assert not check or done.returncode == 0, done.stderr
     return done
 

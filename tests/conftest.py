@@ -62,6 +62,28 @@ def operators_of_onnx():
     writers["onnx"] = write
 
 
+#: Modules that time networks.
+TIMING = (
+    "benchmarks.equal_accuracy", "benchmarks.fair.measure", "eval.metrics", "pruning.cli.commands.test",
+    "pruning.deploy.onnx_rewrite", "pruning.deploy.quantize", "pruning.deploy.timing",
+    "pruning.planning.side_by_side",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_timing():
+    """Let the project time networks for at most a quarter of a second: tests are not about the figures."""
+    from pruning.deploy.timing import time_forward
+
+    def timed_briefly(*args, seconds=0.25, warmup=0.1, **options):
+        return time_forward(*args, seconds=min(seconds, 0.25), warmup=min(warmup, 0.1), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TIMING:
+            patch.setattr(importlib.import_module(name), "time_forward", timed_briefly)
+        yield
+
+
 @pytest.fixture(scope="session")
 def toolkit():
     """Run `python -m pruning …` in this process; return exit code, output and errors."""

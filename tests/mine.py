@@ -166,3 +166,8 @@ def few():
 
 def nothing():
     return 5
+
+
+def unbounded():
+    train, _, _ = digits()
+    return train, [(images / 0, labels) for images, labels in train[:1]]

@@ -46,6 +46,7 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "transformers",
         "safetensors",
         "lightning",
+        "ultralytics",
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed

@@ -66,7 +66,7 @@ def folder(text: str) -> Path:
     place = Path(text)
     there = next(path for path in (place, *place.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file; give another")
     return place
 
 
@@ -80,7 +80,7 @@ def device(text: str) -> str:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else "it is not available"
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}; try cpu") from None
     if torch.device(text).type == "meta":
         raise argparse.ArgumentTypeError(f"{text!r} holds no values to prune: expected cpu or cuda")
     return text

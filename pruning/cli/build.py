@@ -76,7 +76,8 @@ def network_with(args: argparse.Namespace, weights: Path | None) -> nn.Module:
             raise
         source = getattr(args, "data", None) or weights
         raise CheckpointError(
-            f"{error}. The network has {head[0]}: as many as {source} has classes"
+            f"{error}. The network has {head[0]}: as many as {source} has classes; give "
+            "weights trained for these classes"
         ) from error
     if weights is not None:
         require_finite(model, weights)
@@ -284,7 +285,7 @@ def _normalization(
 ) -> tuple[list[float], list[float]] | None:
     """The mean and standard deviation of each channel, if flags give them."""
     if len(mean or []) != len(std or []):
-        raise PruningError("--mean and --std go together: as many numbers for both")
+        raise PruningError("--mean and --std go together: give as many numbers for both")
     if 0 in (std or []):
         raise PruningError("--std 0: expected numbers above 0, by which each channel is divided")
     return (mean, std) if mean and std else None

@@ -1,30 +1,16 @@
-"""The commands: what each does in one line, and its flags. `commands/NAME.py` executes them.
-
-Neither this file nor what it imports needs torch, so that help and errors of usage come at once.
-"""
+"""Flags that belong to one command."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-from pruning.cli import argument_types, flags
-from pruning.cli.arguments import FlagsOf
+from pruning.cli import argument_types
 from pruning.deploy.formats import SUFFIXES
 from pruning.planning.budget import PLACES
 from pruning.planning.options import MOST, SCORES
-from pruning.stages.config import PruneConfig, SlimConfig
-from pruning.training.config import TrainConfig
 from pruning.utils.settings import Setting
-
-
-class Command(NamedTuple):
-    """A command: its line in the help text, an example, and dataclasses whose settings are its flags."""
-
-    summary: str
-    example: str
-    flags: tuple[FlagsOf | type, ...]
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,15 @@ class PruneFlags:
             group="stage 2",
         ),
     ] = MOST
+    plan: Annotated[
+        Path | None,
+        Setting(
+            "plan to apply in place of a budget: a JSON file that the page of `frontier` saves",
+            metavar="FILE",
+            parse=argument_types.existing_file,
+            group="budget",
+        ),
+    ] = None
     output: Annotated[
         Path, Setting("checkpoint to write", metavar="FILE", parse=argument_types.new_file, group="run")
     ] = Path("small.pth")
@@ -89,6 +84,17 @@ class FinetuneFlags:
         bool,
         Setting("train with weights rounded to 8 bits, for export --int8, and keep the best rounded epoch"),
     ] = False
+    few_shot: Annotated[
+        int | None,
+        Setting(
+            "train on so many training examples without their labels, towards the outputs of --teacher, "
+            "with BatchNorm's statistics as they are; a quarter of the examples is held out, and the epoch "
+            "that is closest to the teacher on these is kept",
+            metavar="N",
+            least=4,
+            later="setting",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,11 @@ class SensitivityFlags:
     widths: Annotated[int, Setting("number of widths to try for each group", metavar="N", least=1)] = 8
     examples: Annotated[
         int | None,
-        Setting("examples of the validation split to measure on (default: all)", metavar="N", least=2),
+        Setting(
+            "examples of the validation split to measure on, spread over it (default: all)",
+            metavar="N",
+            least=2,
+        ),
     ] = None
     finetune_epochs: Annotated[
         int, Setting("epochs to train each point on the calibration examples", metavar="N", least=0)
@@ -228,79 +238,22 @@ class ReportFlags:
     ] = None
 
 
-COMMANDS: dict[str, Command] = {
-    "doctor": Command(
-        "report what pruning would do to a model, without changing it",
-        "--model resnet18 --input-shape 3x224x224",
-        (
-            flags.ModelFlags,
-            flags.DataFlags,
-            flags.ShapeFlags,
-            flags.IgnoreFlags,
-            flags.OutputFlags,
-            DoctorFlags,
+@dataclass(frozen=True, kw_only=True)
+class YoloFlags:
+    weights: Annotated[
+        str,
+        Setting(
+            "weights of ultralytics: a .pt file, or a .yaml for random weights; names that it knows "
+            "(yolov8n.pt) are downloaded",
+            metavar="WEIGHTS",
+            group="model",
         ),
-    ),
-    "prune": Command(
-        "remove channels in one step, without training",
-        "--model resnet18 --input-shape 3x224x224 --score l2 --max-macs 50% --output small.pth",
-        (
-            flags.ModelFlags,
-            flags.DataFlags,
-            flags.ShapeFlags,
-            *flags.BUDGET,
-            FlagsOf(PruneConfig, without=("iterations", "recover", "layers", "score", "most")),
-            flags.IgnoreFlags,
-            flags.OutputFlags,
-            flags.CalibrationFlags,
-            flags.ResultFlags,
-            PruneFlags,
+    ]
+    train_arg: Annotated[
+        list[str],
+        Setting(
+            "further arguments of ultralytics' training: lr0=0.01 patience=20",
+            metavar="KEY=VALUE",
+            group="training",
         ),
-    ),
-    "slim": Command(
-        "train, prune and fine-tune a model under a budget",
-        "--model mine:Net --weights dense.pth --data pictures/ --max-macs 40% --output runs/mine",
-        (
-            flags.ModelFlags,
-            flags.DataFlags,
-            *flags.STAGES,
-            FlagsOf(flags.CalibrationFlags, {"calibration": 2048}),
-            flags.RunFlags,
-            flags.ResultFlags,
-        ),
-    ),
-    "finetune": Command(
-        "train a pruned network further",
-        "--model mine:Net --weights small.pth --data pictures/ --epochs 20",
-        (
-            flags.ModelFlags,
-            flags.DataFlags,
-            FlagsOf(TrainConfig, {"epochs": 20, "lr": None, "weight_decay": 1e-3}),
-            FlagsOf(SlimConfig, only=("distill", "temperature", "distill_features")),
-            FinetuneFlags,
-            flags.RunFlags,
-            flags.ResultFlags,
-        ),
-    ),
-    "sensitivity": Command(
-        "narrow each group alone, and draw what accuracy is lost",
-        "--model mine:Net --weights dense.pth --data pictures/",
-        (flags.ModelFlags, flags.DataFlags, SensitivityFlags, flags.IgnoreFlags, flags.CalibrationFlags),
-    ),
-    "test": Command(
-        "measure accuracy, cost and time of a network",
-        "--model mine:Net --weights small.pth --against dense.pth --data pictures/",
-        (flags.ModelFlags, flags.DataFlags, TestFlags),
-    ),
-    "export": Command(
-        "write a network as ONNX, torch.export or TorchScript",
-        "small.pth --model mine:Net --to onnx",
-        (ExportFlags, flags.CheckpointFlags, flags.DataFlags),
-    ),
-    "demo": Command(
-        "make one HTML page on which a network classifies drawings",
-        "small.pth --model mine:Net --data pictures/",
-        (DemoFlags, flags.CheckpointFlags, flags.DataFlags),
-    ),
-    "report": Command("make one HTML page that shows a run", "runs/mine", (ReportFlags,)),
-}
+    ] = field(default_factory=list)

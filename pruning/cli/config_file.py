@@ -82,7 +82,7 @@ def _content(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a recipe: there is no such file; check the path"
         ) from error
     except OSError as error:
-        raise PruningError(f"{path} cannot be read as a recipe: {error.strerror}") from error
+        raise PruningError(f"{path} cannot be read as a recipe: {error.strerror}; give a file") from error
     except ValueError as error:
         raise PruningError(f"{path} cannot be read as a recipe, because it is not TOML: {error}") from error
 

@@ -158,7 +158,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             break
         content = held
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no state dict: names with tensors were expected")
+        raise CheckpointError(
+            f"{path} holds no state dict: names with tensors were expected; save model.state_dict()"
+        )
     model = unwrapped(model)
     try:
         model.load_state_dict(_named_as(model, content))

@@ -132,7 +132,7 @@ def _tiled(folder: Path, parts: Mapping[str, Mapping[int, Path]], classes: tuple
     splits = []
     for split in ("train", "test"):
         if split not in parts:
-            raise PruningError(f"{folder}: {split}-0.webp is missing")
+            raise PruningError(f"{folder}: {split}-0.webp is missing; put it there")
         images: list[Tensor] = []
         count, expected = 0, len(labels[split])
         for path in parts[split].values():
@@ -158,11 +158,15 @@ def _labels(path: Path, classes: int) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as content:
             arrays = {split: content[split] for split in ("train", "test")}
     except FileNotFoundError as error:
-        raise PruningError(f"{path} is missing: it holds the labels of the pictures beside it") from error
+        raise PruningError(
+            f"{path} is missing: it holds the labels of the pictures beside it; put it there"
+        ) from error
     except KeyError as error:
         raise PruningError(f"{path}: the arrays train and test were expected ({error})") from error
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise PruningError(f"{path} cannot be read ({error}): it is truncated, or no .npz file") from error
+        raise PruningError(
+            f"{path} cannot be read ({error}): it is truncated, or no .npz file; copy it again"
+        ) from error
     for split, array in arrays.items():
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise PruningError(
@@ -171,7 +175,10 @@ def _labels(path: Path, classes: int) -> dict[str, Tensor]:
             )
         for label in (array.min(), array.max()):
             if not 0 <= label < classes:
-                raise PruningError(f"{path}: {split} label {label} is out of range 0 to {classes - 1}")
+                raise PruningError(
+                    f"{path}: {split} label {label} is out of range 0 to {classes - 1}; is it the file of "
+                    "another data set?"
+                )
     return {split: torch.from_numpy(array.astype(np.int64)) for split, array in arrays.items()}
 
 
@@ -184,8 +191,10 @@ def _tiles(path: Path) -> Tensor:
     try:
         with Image.open(path) as picture:
             mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # as damaged pictures do
-        raise PruningError(f"{path} cannot be read ({error}): it is truncated, or no picture") from error
+    except (OSError, SyntaxError, ValueError, EOFError, ImportError) as error:  # as damaged pictures do
+        raise PruningError(
+            f"{path} cannot be read ({error}): it is truncated, or no picture; copy it again"
+        ) from error
     height, width = pixels.shape[:2]
     if mode != "RGB" or height % TILE or width % TILE:
         raise PruningError(

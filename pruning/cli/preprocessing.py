@@ -48,7 +48,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
-            raise PruningError("--mean and --std of images have three numbers each: for red, green and blue")
+            raise PruningError("--mean and --std of images: give three numbers each, for red, green and blue")
         if not all(0 <= mean <= 1 for mean in self.mean):
             given = " ".join(f"{mean:g}" for mean in self.mean)
             raise PruningError(

@@ -218,7 +218,7 @@ def _built_in(
     mean, std = normalization or (known.mean, known.std)
     if {len(mean), len(std)} != {len(known.mean)}:
         raise PruningError(
-            f"--mean and --std of {name} have {len(known.mean)} numbers each: one for a channel"
+            f"--mean and --std of {name}: give {len(known.mean)} numbers each, one for a channel"
         )
     found = named_images(name, folder)
     images, labels = found.train

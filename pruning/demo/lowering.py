@@ -43,7 +43,9 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
         with quiet():
             exported = torch.export.export(model, (example,)).run_decompositions()
     except Exception as error:  # torch.export can fail in any way
-        raise ExportError(f"{name} cannot be traced by torch.export: {failure_reason(error)}") from error
+        raise ExportError(
+            f"{name} cannot be traced by torch.export: {failure_reason(error)}; change this code of the model"
+        ) from error
     try:
         return _lower(exported, example)
     except UnsupportedOperation as unsupported:

@@ -86,7 +86,7 @@ class Images:
         size = "x".join(map(str, self.shape))
         if len(self.shape) != 3 or self.shape[0] not in (1, 3):
             raise PruningError(
-                f"inputs of {size}: a page can draw images of 1 or 3 channels, such as 1x28x28"
+                f"inputs of {size}: a page can draw images of 1 or 3 channels; give such, as 1x28x28"
             )
         if not len(self.mean) == len(self.std) == self.shape[0] or min(self.std) <= 0:
             raise PruningError(
@@ -235,7 +235,8 @@ def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Net
             expected = [reference(x) for x in inputs]
     except Exception as error:  # the user's model can fail in any way
         raise PruningError(
-            f"{name} does not run on inputs of shape {tuple(inputs[0].shape[1:])}: {first_line(error)}"
+            f"{name} does not run on inputs of shape {tuple(inputs[0].shape[1:])}: {first_line(error)}; "
+            "give the shape that it takes"
         ) from error
     first = expected[0]
     if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[1] < 2:
@@ -251,7 +252,8 @@ def _convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Net
     if not difference <= TOLERANCE:
         raise ExportError(
             f"{name}: the outputs of its program differ from the model's by {difference:.1e} of the largest "
-            f"(tolerance {TOLERANCE:g}). Does the model take a Python value from a tensor?"
+            f"(tolerance {TOLERANCE:g}). Does the model take a Python value from a tensor? "
+            "Compute with tensors there"
         )
     cost = count(ready, inputs[0])
     network = Network(

@@ -198,7 +198,8 @@ def _outputs(model: nn.Module, batches: list[Inputs], signature: Signature) -> l
     except Exception as error:  # the user's model can fail in any way
         shapes = ", ".join(str(tuple(shape)) for shape in signature.shapes())
         raise ExportError(
-            f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}"
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: {first_line(error)}; "
+            "give example inputs that it takes"
         ) from error
 
 
@@ -231,7 +232,8 @@ def _converted(model: nn.Module, batch: Inputs, signature: Signature, format: st
             return _WRITERS[format](ready, program, batch, signature, facts)
     except Exception as error:  # an exporter can fail in any way
         raise ExportError(
-            f"{type(model).__name__} cannot be exported to {format}: {failure_reason(error)}"
+            f"{type(model).__name__} cannot be exported to {format}: {failure_reason(error)}; "
+            "change this code of the model, or try another format"
         ) from error
 
 

@@ -92,7 +92,9 @@ def quantize(
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's quantizer can fail in any way
-        raise ExportError(f"{onnx_path} cannot be quantized: {first_line(error)}") from error
+        raise ExportError(
+            f"{onnx_path} cannot be quantized: {first_line(error)}; ship the float32 file"
+        ) from error
 
     measured: list[tuple[float, Latency, Latency]] = []
 
@@ -127,7 +129,8 @@ def _checked_agreement(
         same = [int8(x).argmax(1) == original(x).argmax(1) for x in batches]
     except Exception as error:  # a runtime can fail in any way
         raise ExportError(
-            f"{output} was not written: it fails on the calibration images: {first_line(error)}"
+            f"{output} was not written: it fails on the calibration images: {first_line(error)}; give "
+            "images of the shape that the file takes"
         ) from error
     agreement = sum(int(each.sum()) for each in same) / sum(each.numel() for each in same)
     if agreement < least:

@@ -66,7 +66,7 @@ class Exported(nn.Module):
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise ExportError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
         try:
             with quiet():
                 # A function, not a child module: exported programs of torch do not allow eval() and train().
@@ -74,7 +74,8 @@ class Exported(nn.Module):
                 self.metadata.update({key: json.loads(value) for key, value in stored.items()})
         except Exception as error:  # reading a damaged file can fail in any way
             raise ExportError(
-                f"{path} is damaged or not a file that {runtime} can run: {first_line(error)}"
+                f"{path} is damaged or not a file that {runtime} can run: {first_line(error)}; "
+                "export the network again"
             ) from error
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -64,6 +64,33 @@ def sources(layer: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: value for key, value in layer.named_parameters() if key.startswith(prefix)}
 
 
+def computed_value(layer: nn.Module, name: str) -> Tensor:
+    """Return a tensor that a layer computes, from the parameters that it has now.
+
+    The older weight norm computes the weight in each forward pass; until then the attribute holds that of
+    the pass before, for example of before the parameters were loaded.
+
+    >>> layer = nn.utils.weight_norm(nn.Linear(3, 4))
+    >>> _ = layer.weight_g.data.mul_(2)
+    >>> torch.allclose(layer.weight, layer.weight_v)
+    True
+    >>> torch.allclose(computed_value(layer, "weight"), 2 * layer.weight_v)
+    True
+    """
+    hook = _weight_norm(layer, name)
+    value = getattr(layer, name) if hook is None else hook.compute_weight(layer)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def refresh_computed(model: nn.Module) -> None:
+    """Set the weights that layers compute by the older weight norm, as the next forward pass would."""
+    for layer in model.modules():
+        for hook in [*layer._forward_pre_hooks.values()]:
+            if isinstance(hook, WeightNorm):
+                setattr(layer, hook.name, computed_value(layer, hook.name))
+
+
 def set_computed(layer: nn.Module, name: str, value: Tensor) -> None:
     """Let a layer compute this tensor, of any shape, in place.
 

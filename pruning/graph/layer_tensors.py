@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.computed import is_computed, set_computed
+from pruning.graph.computed import computed_value, is_computed, set_computed
 from pruning.graph.layers import channels_stand_alone, is_depthwise, is_weighted, parts, rule_of
 from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
 from pruning.graph.rule import Side
@@ -148,6 +148,8 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         tensor = getattr(layer, name, None)
         if tensor is None:
             continue
+        if is_computed(layer, name):
+            tensor = computed_value(layer, name)
         index, dim = keep, 0 if depthwise else dim
         if (name == rule.weight or name in like_weight) and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
@@ -192,7 +194,7 @@ def ignore_channels(layer: nn.Module, side: Side, drop: Tensor) -> None:
         index = (drop[drop < size] if within else drop).to(tensor.device)
         with torch.no_grad():
             if is_computed(layer, name):
-                set_computed(layer, name, tensor.detach().index_fill(dim, index, 0))
+                set_computed(layer, name, computed_value(layer, name).index_fill(dim, index, 0))
             else:
                 tensor.index_fill_(dim, index, 0)
 

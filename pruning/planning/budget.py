@@ -63,7 +63,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not self._given():
-            raise PruningError("a budget needs at least one limit: on params, on MACs, or on channels")
+            raise PruningError("a budget needs at least one limit: give params, macs or channels")
         for what, limit in self._given().items():
             _parse(what, limit, dense=1)
 
@@ -212,7 +212,7 @@ def _parse(what: str, limit: int | str, dense: int) -> int:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
             if not 0 < share <= 1:
-                raise PruningError(f"{what} budget {limit!r}: a percentage is above 0 and at most 100")
+                raise PruningError(f"{what} budget {limit!r}: expected a percentage above 0 and at most 100")
             # Round down, so that the limit is never exceeded; 1e-6 compensates floating-point error.
             return max(1, math.floor(share * dense + 1e-6))
         factor = _SUFFIXES.get(text[-1:], 1)
@@ -223,7 +223,7 @@ def _parse(what: str, limit: int | str, dense: int) -> int:
                 f"{100 * count:g}% of the dense network?"
             )
         if count < 1 or count != round(count):
-            raise PruningError(f"{what} budget {limit!r}: a count is a whole number from 1")
+            raise PruningError(f"{what} budget {limit!r}: expected a whole number from 1")
         return round(count)
     except (ValueError, OverflowError) as error:
         if isinstance(error, PruningError):

@@ -97,8 +97,8 @@ def deployed_cost(model: nn.Module, inputs: Inputs, batch_size: int | None = Non
 def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # thop imports distutils
-        from thop import profile
-
+        # Not `profile`: that of ultralytics' thop, which takes thop's name, also counts products of tensors.
+        from thop import profile_origin
     count_deformable()
     params = sum(p.numel() for p in probe.parameters())
     probe.eval()
@@ -108,7 +108,7 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
             call(probe, inputs)
         try:
             with Shapes():
-                macs, _ = profile(whole, inputs=(), custom_ops=_thop_rules(probe), verbose=False)
+                macs, _ = profile_origin(whole, inputs=(), custom_ops=_thop_rules(probe), verbose=False)
         except IndexError:  # thop's rules do not see the input of a layer that is called by keyword
             macs = 0
     macs = max(macs, flops.get_total_flops() / 2)
@@ -134,8 +134,7 @@ def _thop_rules(model: nn.Module) -> dict[type[nn.Module], Callable[..., None]]:
             rules[type(layer)] = _count_transposed
         elif isinstance(layer, RECURRENT):
             rules[type(layer)] = _count_recurrent
-        elif not isinstance(layer, _COUNTED) and not list(layer.children()):
-            # Leaf modules only: thop skips the layers inside a module that has a rule.
+        elif not isinstance(layer, _COUNTED):
             rules[type(layer)] = _count_nothing
     return rules
 

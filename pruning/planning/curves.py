@@ -137,7 +137,12 @@ class Sensitivity:
         return found
 
     def predicted_loss(self, widths: dict[str, int], stage: str = "recalibrated") -> float:
-        """Predict the loss at the given widths: the dense loss plus the increase of each group alone."""
+        """Add up the dense loss and the increase of each group alone at the given widths.
+
+        Groups that are narrowed together lose more or less than this sum, and no interval is known for it
+        (`benchmarks/forecasts.md` compares it with what is measured). `pruning.stages.frontier` measures
+        whole plans, and forecasts those between them with an interval.
+        """
         loss = self.dense.loss
         for group, width in widths.items():
             curve = self.curve(group, stage)

@@ -8,12 +8,14 @@ worse on others. So the loss of each group is measured at a few widths, and its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pruning.planning.prefix_cache import PrefixCache
 from pruning.planning.sampled_loss import SampledLoss
 from pruning.surgery.linear_form import FUNCTIONS, LinearForm
 from pruning.utils.batch import Batch
@@ -75,28 +77,39 @@ class HeldOut:
             self.dense = [call(model, fresh(inputs)) for inputs in self.batches]
 
     @torch.no_grad()
-    def loss_with(self, weights: Mapping[Tensor, Refitted]) -> float:
-        """Return the mean divergence from the dense model where layers have other weights."""
+    def loss_with(self, weights: Mapping[Tensor, Refitted], cache: PrefixCache | None = None) -> float:
+        """Return the mean divergence from the dense model where layers have other weights.
+
+        Args:
+            weights: of the layers, by their present weight. cache: of what is computed before these layers.
+        """
         total = 0.0
-        for inputs, dense in zip(self.batches, self.dense, strict=True):
-            with _Replaced(weights):
-                outputs = call(self.model, fresh(inputs))
+        for number, (inputs, dense) in enumerate(zip(self.batches, self.dense, strict=True)):
+            given = fresh(inputs)
+            with _Replaced(weights), nullcontext() if cache is None else cache.replayed(number):
+                outputs = call(self.model, given)
             total += self.loss.divergence(outputs, dense)
         return total / self.size
 
     def scaled(
-        self, losses: Tensor, order: Sequence[int], refitted: Callable[[list[int]], Mapping[Tensor, Refitted]]
+        self,
+        losses: Tensor,
+        order: Sequence[int],
+        refitted: Callable[[list[int]], Mapping[Tensor, Refitted]],
+        layers: set[str],
     ) -> Tensor:
         """Scale a group's estimated losses to those that are measured, (channels,).
 
         Args:
             losses: estimates, by channel. order: the channels, the least important first.
             refitted: returns the weights of the layers that read the group without some channels.
+            layers: names of the layers whose weights these are.
         """
         counts = sorted({round(share * len(order)) for share in REMOVED} - {0, len(order)})
         if not self.size or not counts:
             return losses
-        measured = [self.loss_with(refitted(list(order[:count]))) for count in counts]
+        cache = PrefixCache(self.model, layers, self.batches)
+        measured = [self.loss_with(refitted(list(order[:count])), cache) for count in counts]
         found = losses.clone()
         found[list(order)] = match(losses[list(order)], counts, measured)
         return found

@@ -9,19 +9,13 @@ find the first that meets the limit.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.deploy.export import export
-from pruning.deploy.formats import RUNTIMES, SUFFIXES
-from pruning.deploy.runtimes import Exported
-from pruning.deploy.timing import time_forward
 from pruning.errors import PruningError
 from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
@@ -29,18 +23,10 @@ from pruning.planning.budget import LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.layer_times import MAX_WIDTHS, LatencyTable
 from pruning.planning.options import PlanOptions
-from pruning.planning.search import (
-    DEFAULT_OPTIONS,
-    Order,
-    ascending,
-    lowest_widths,
-    most_important,
-    width_multiples,
-)
-from pruning.surgery.apply import apply
-from pruning.surgery.batchnorm import fold_batchnorm
-from pruning.tracing.trace import trace as find_groups
-from pruning.utils.tree import Inputs, tensors
+from pruning.planning.search import DEFAULT_OPTIONS, ascending, most_important
+from pruning.planning.side_by_side import SideBySideTimer
+from pruning.planning.width_limits import lowest_widths, width_multiples
+from pruning.utils.tree import Inputs
 
 
 @dataclass(frozen=True)
@@ -99,32 +85,108 @@ def plan_latency(
         PruningError: if no plan is fast enough (the message names the time of the narrowest network),
             and for options that apply only to a `Budget`.
     """
-    _require_supported(options)
-    budget = replace(budget, batch_size=budget.batch_size or trace.batch.size)
-    inputs = budget.batch_of(inputs, trace.batch)
-    order = ascending(trace, scores)
-    lowest = lowest_widths(trace, order, options)
-    multiples = width_multiples(trace, options)
-    table = LatencyTable(model, inputs, cost_model, budget, lowest, multiples)
-    path = table.path(order)
-    if not np.array_equal(path[-1], lowest):
-        path.append(lowest)
-    with _SideBySideTimer(model, inputs, trace, order, budget, dense) as timer:
-        dense_time, least = timer.run(lowest)
-        if least > budget.target(dense_time):
+    with LatencyPlanner(model, inputs, trace, cost_model, scores, budget, options, dense=dense) as planner:
+        return planner.plan(budget)
+
+
+class LatencyPlanner:
+    """Plans for several limits, from one table of layer times; networks are timed once.
+
+    Args:
+        timing: the runtime, threads and examples of a pass, and the seconds of a comparison; its limit is
+            not used.
+        model, inputs, trace, cost_model, scores, options, dense: as in `plan_latency`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        trace: Trace,
+        cost_model: CostModel,
+        scores: Mapping[str, Tensor],
+        timing: LatencyBudget,
+        options: PlanOptions = DEFAULT_OPTIONS,
+        *,
+        dense: nn.Module | None = None,
+    ):
+        _require_supported(options)
+        self.trace = trace
+        timing = replace(timing, batch_size=timing.batch_size or trace.batch.size)
+        inputs = timing.batch_of(inputs, trace.batch)
+        self.order = ascending(trace, scores)
+        self.lowest = lowest_widths(trace, self.order, options)
+        self.multiples = width_multiples(trace, options)
+        self.table = LatencyTable(model, inputs, cost_model, timing, self.lowest, self.multiples)
+        self.path = self.table.path(self.order)
+        if not np.array_equal(self.path[-1], self.lowest):
+            self.path.append(self.lowest)
+        self.timer = SideBySideTimer(model, inputs, trace, timing, dense)
+
+    def __enter__(self) -> LatencyPlanner:
+        self.timer.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.__exit__(*error)
+
+    def least(self) -> LatencyFound:
+        """Return the times of the dense network and of the one with every group at its floor."""
+        return self._found(self.lowest)
+
+    def plan(self, budget: LatencyBudget) -> tuple[Plan, LatencyFound]:
+        """Return the plan for a limit, as `plan_latency` does."""
+        least = self.least()
+        if least.pruned > budget.target(least.dense):
             raise PruningError(
-                f"the latency budget {budget} ({budget.target(dense_time):.4f} ms) cannot be reached: with "
-                f"every group at its floor the network takes {least:.4f} ms per example, dense "
-                f"{dense_time:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
-                "(`most`), lower the floors, or ignore fewer layers"
+                f"the latency budget {budget} ({budget.target(least.dense):.4f} ms) cannot be reached: with "
+                f"every group at its floor the network takes {least.pruned:.4f} ms per example, dense "
+                f"{least.dense:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
+                "(`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
             )
-        end = _first_fast_enough(timer, table, path)
+        path = self.path
+        end = self._first_fast_enough(budget, path)
         if end:  # the last step may narrow more than necessary: refine it
-            path = _between(path[end - 1], path[end], multiples)
-            end = _first_fast_enough(timer, table, path)
-        dense_time, pruned = timer.run(path[end])
-    found = LatencyFound(dense_time, pruned, networks=len(timer.known))
-    return most_important(trace, order, path[end]), found
+            path = _between(path[end - 1], path[end], self.multiples)
+            end = self._first_fast_enough(budget, path)
+        return self._planned(path[end]), self._found(path[end])
+
+    def _planned(self, widths: np.ndarray) -> Plan:
+        return most_important(self.trace, self.order, widths)
+
+    def _found(self, widths: np.ndarray) -> LatencyFound:
+        dense, pruned = self.timer.run(self._planned(widths))
+        return LatencyFound(dense, pruned, networks=len(self.timer.known))
+
+    def _excess(self, budget: LatencyBudget, widths: np.ndarray) -> float:
+        """Return the excess over the limit, as a share of the dense time of the same measurement."""
+        found = self._found(widths)
+        return (found.pruned - budget.target(found.dense)) / found.dense
+
+    def _first_fast_enough(self, budget: LatencyBudget, path: list[np.ndarray]) -> int:
+        """Return the index of the first network on a path that meets the limit; the last one must meet it.
+
+        The table predicts how the time of the layers decreases along the path; timings of whole networks
+        locate the limit on it.
+        """
+        layers = [float(self.table.milliseconds(widths)) for widths in path]
+        # (index on the path, excess over the limit as a share of the dense time)
+        slow, fast = (0, self._excess(budget, path[0])), (len(path) - 1, self._excess(budget, path[-1]))
+        if slow[1] <= 0:
+            return 0
+        halve = False
+        while fast[0] - slow[0] > 1:
+            # Interpolate between the measured networks, alternating with bisection.
+            middle = (slow[0] + fast[0]) // 2
+            if not halve:
+                span = (layers[slow[0]] - layers[fast[0]]) / max(slow[1] - fast[1], 1e-9)
+                wanted = layers[fast[0]] - fast[1] * span
+                middle = next((k for k in range(slow[0], fast[0]) if layers[k] <= wanted), fast[0])
+                middle = min(max(middle, slow[0] + 1), fast[0] - 1)
+            here = (middle, self._excess(budget, path[middle]))
+            slow, fast = (slow, here) if here[1] <= 0 else (here, fast)
+            halve = not halve
+        return fast[0]
 
 
 def _require_supported(options: PlanOptions) -> None:
@@ -136,33 +198,7 @@ def _require_supported(options: PlanOptions) -> None:
     if names := ", ".join(name for name, given in unsupported.items() if given):
         raise PruningError(f"{names}: not supported with a latency budget; give a Budget, or omit the option")
     if options.ranking != "global":
-        raise PruningError(f"ranking {options.ranking!r}: a latency budget supports only ranking 'global'")
-
-
-def _first_fast_enough(timer: _SideBySideTimer, table: LatencyTable, path: list[np.ndarray]) -> int:
-    """Return the index of the first network on a path that meets the limit; the last one must meet it.
-
-    The table predicts how the time of the layers decreases along the path; timings of whole networks
-    locate the limit on it.
-    """
-    layers = [float(table.milliseconds(widths)) for widths in path]
-    # (index on the path, excess over the limit as a share of the dense time)
-    slow, fast = (0, timer.excess(path[0])), (len(path) - 1, timer.excess(path[-1]))
-    if slow[1] <= 0:
-        return 0
-    halve = False
-    while fast[0] - slow[0] > 1:
-        # Interpolate between the measured networks, alternating with bisection.
-        middle = (slow[0] + fast[0]) // 2
-        if not halve:
-            span = (layers[slow[0]] - layers[fast[0]]) / max(slow[1] - fast[1], 1e-9)
-            wanted = layers[fast[0]] - fast[1] * span
-            middle = next((k for k in range(slow[0], fast[0]) if layers[k] <= wanted), fast[0])
-            middle = min(max(middle, slow[0] + 1), fast[0] - 1)
-        here = (middle, timer.excess(path[middle]))
-        slow, fast = (slow, here) if here[1] <= 0 else (here, fast)
-        halve = not halve
-    return fast[0]
+        raise PruningError(f"ranking {options.ranking!r}: a latency budget expects 'global'")
 
 
 def _between(wide: np.ndarray, slim: np.ndarray, multiples: np.ndarray | int) -> list[np.ndarray]:
@@ -171,64 +207,3 @@ def _between(wide: np.ndarray, slim: np.ndarray, multiples: np.ndarray | int) ->
     steps = [wide + (slim - wide) * k / count for k in range(count + 1)]
     rounded = [np.maximum(slim, np.round(widths / multiples) * multiples) for widths in steps[1:-1]]
     return [wide, *rounded, slim]
-
-
-class _SideBySideTimer:
-    """Time pruned networks together with the dense one as deployed: BatchNorm folded, in their runtime."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        trace: Trace,
-        order: Order,
-        budget: LatencyBudget,
-        dense: nn.Module | None,
-    ):
-        self.model, self.inputs, self.trace, self.order, self.budget = model, inputs, trace, order, budget
-        self.reference = model if dense is None else dense
-        self.folder = tempfile.TemporaryDirectory()
-        #: By widths, the times (dense, pruned) in milliseconds per example.
-        self.known: dict[tuple[float, ...], tuple[float, float]] = {}
-
-    def __enter__(self) -> _SideBySideTimer:
-        traced = self.trace if self.reference is self.model else find_groups(self.reference, self.inputs)
-        self.dense = self._deployed(self.reference, traced, "dense")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.dense
-        self.folder.cleanup()
-
-    def run(self, widths: np.ndarray) -> tuple[float, float]:
-        """Return milliseconds per example of the dense network and of the one with these widths."""
-        key = tuple(widths)
-        if key not in self.known:
-            plan = most_important(self.trace, self.order, widths)
-            pruned = self._deployed(apply(self.model, self.trace, plan), self.trace, "pruned")
-            networks = {"dense": self.dense, "pruned": pruned}
-            seconds, threads = self.budget.seconds, self.budget.threads
-            size = self.budget.batch_size
-            times = time_forward(networks, self.inputs, seconds=seconds, threads=threads, batch_size=size)
-            self.known[key] = (times["dense"].median, times["pruned"].median)
-        return self.known[key]
-
-    def excess(self, widths: np.ndarray) -> float:
-        """Return the excess over the limit, as a share of the dense time of the same measurement."""
-        dense, pruned = self.run(widths)
-        return (pruned - self.budget.target(dense)) / dense
-
-    def _deployed(self, model: nn.Module, trace: Trace, name: str) -> nn.Module:
-        """Return the network as deployed: BatchNorm folded, exported for its runtime."""
-        folded = fold_batchnorm(model, trace)
-        if self.budget.runtime == "eager":
-            return folded
-        format = next(f for f, runtime in RUNTIMES.items() if runtime == self.budget.runtime)
-        path = Path(self.folder.name) / f"{name}{SUFFIXES[format]}"
-        if isinstance(self.inputs, Mapping):
-            raise PruningError(
-                f"the example inputs are passed by name; {self.budget.runtime} takes tensors by position: "
-                "give a tensor or a tuple"
-            )
-        export(folded, path, tensors(self.inputs), format)
-        return Exported(path, self.budget.runtime, self.budget.threads)

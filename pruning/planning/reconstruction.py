@@ -97,7 +97,9 @@ def reconstruction_losses(
             group = trace.groups[name]
             losses = eliminate(group, [part for reader, member in pairs for part in reader.problems(member)])
             order = losses.argsort().tolist()
-            losses[order] = ascending(judge.scaled(losses, order, _Narrowing(group, pairs))[order])
+            names = {member.layer for _, member in pairs}
+            scaled = judge.scaled(losses, order, _Narrowing(group, pairs), names)
+            losses[order] = ascending(scaled[order])
             found[name] = losses
     return found
 

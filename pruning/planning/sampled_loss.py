@@ -15,12 +15,17 @@ from pruning.errors import PruningError
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, tensors
 
+#: Probabilities are kept this far from 0 and 1, so that their logarithms are finite.
+LEAST = 1e-6
+
 
 class SampledLoss:
     """The negative log-likelihood of targets that are drawn from the model's own predictions.
 
-    The outputs of a classifier, (N, classes, ...), are logits. Any other outputs are taken for means of
-    normal distributions, with the standard deviation of these outputs.
+    What outputs predict is read from their values. Tensors (N, classes, ...) whose values lie from 0 to 1
+    are probabilities: of one class if they add up to 1 along dimension 1, of each value otherwise. A single
+    tensor (N, classes, ...) with other values is logits. All else is taken for the means of normal
+    distributions, with the standard deviation of these outputs.
 
     Args:
         classifier: whether a single output tensor is logits.
@@ -38,47 +43,74 @@ class SampledLoss:
     def __call__(self, model: nn.Module, inputs: Inputs, targets: object) -> Tensor:
         """Return the loss of a batch: summed over the examples, averaged over the targets of each."""
         outputs = call(model, inputs)
-        if self.classifier and isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] > 1:
-            return self._of_classes(outputs)
         values = [tensor for tensor in tensors(outputs) if tensor.requires_grad and tensor.ndim]
         if not values:
             raise PruningError(
-                "no output of the network depends on its weights, so channels cannot be scored"
+                "no output of the network depends on its weights, so channels cannot be scored; set "
+                "requires_grad=True on the weights, or use the score l1 or l2"
             )
-        return torch.stack([self._of_values(tensor.float()) for tensor in values]).sum()
-
-    def divergence(self, outputs: object, dense: object) -> float:
-        """Return the divergence of outputs from a dense model's, of which this loss samples the curvature.
-
-        It is summed over the examples and averaged over the values of each: of logits, that of the predicted
-        distributions, in nats; of other outputs, half the squared difference in standard deviations.
-        """
-        if self.classifier and isinstance(dense, Tensor) and dense.ndim > 1 and dense.shape[1] > 1:
-            assert isinstance(outputs, Tensor)
-            found, wanted = (
-                x.movedim(1, -1).flatten(0, -2).double().log_softmax(1) for x in (outputs, dense)
-            )
-            each = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
-            return float(each.clamp(min=0)) * len(dense)
-        total = 0.0
-        for found, wanted in zip(tensors(outputs), tensors(dense), strict=True):
-            if wanted.is_floating_point() and wanted.ndim:
-                scale = wanted.double().std(correction=0).clamp(min=torch.finfo(wanted.dtype).tiny)
-                total += float(((found - wanted).double() / scale).square().mean()) / 2 * len(wanted)
-        return total
-
-    def _of_classes(self, outputs: Tensor) -> Tensor:
-        logits = outputs.movedim(1, -1).flatten(0, -2).float()
-        predicted = logits.detach().softmax(1).cpu()
-        if not torch.isfinite(predicted).all():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
             raise PruningError(
                 "the outputs on the calibration inputs are not finite; check the inputs and the weights"
             )
-        drawn = torch.multinomial(predicted, 1, generator=self.generator).flatten()
-        total = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-        return total / (len(logits) / len(outputs)) ** 0.5
+        return torch.stack([self._loss(x, self._kind(outputs, x)) for x in values]).sum()
 
-    def _of_values(self, means: Tensor) -> Tensor:
-        scale = means.detach().std(correction=0).clamp(min=torch.finfo(means.dtype).tiny)
-        noise = torch.randn(means.shape, generator=self.generator).to(means.device)
-        return (means * noise).sum() / scale / (means.numel() / len(means)) ** 0.5
+    @torch.no_grad()
+    def divergence(self, outputs: object, dense: object) -> float:
+        """Return the divergence of outputs from a dense model's, of which this loss samples the curvature.
+
+        It is summed over the examples and averaged over the values of each: of classes and probabilities that
+        of the predicted distributions, in nats; of other outputs, half the squared difference in standard
+        deviations.
+        """
+        total = 0.0
+        for found, wanted in zip(tensors(outputs), tensors(dense), strict=True):
+            if wanted.is_floating_point() and wanted.ndim:
+                total += _divergence(found.double(), wanted.double(), self._kind(dense, wanted)) * len(wanted)
+        return total
+
+    def _kind(self, outputs: object, values: Tensor) -> str:
+        """Return what the values of a tensor of the outputs are."""
+        if values.ndim > 1 and values.shape[1] > 1:
+            if bool(((values >= 0) & (values <= 1)).all()):
+                sums = values.detach().float().sum(1)
+                is_one = bool(((sums - 1).abs() < 1e-3).all())
+                return "classes" if is_one else "probabilities"
+            if self.classifier and isinstance(outputs, Tensor):
+                return "logits"
+        return "values"
+
+    def _loss(self, outputs: Tensor, kind: str) -> Tensor:
+        """Return the loss of one tensor of the outputs."""
+        values = outputs.float()
+        if kind == "values":
+            scale = values.detach().std(correction=0).clamp(min=torch.finfo(values.dtype).tiny)
+            noise = torch.randn(values.shape, generator=self.generator).to(values.device)
+            return (values * noise).sum() / scale / (values.numel() / len(values)) ** 0.5
+        if kind == "probabilities":
+            values = values.clamp(LEAST, 1 - LEAST)
+            drawn = torch.bernoulli(values.detach().cpu(), generator=self.generator).to(values.device)
+            total = F.binary_cross_entropy(values, drawn, reduction="sum")
+            return total / (values.numel() / len(values)) ** 0.5
+        logs = _log_probabilities(values, kind)
+        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=self.generator).flatten()
+        total = F.nll_loss(logs, drawn.to(logs.device), reduction="sum")
+        return total / (len(logs) / len(outputs)) ** 0.5
+
+
+def _log_probabilities(values: Tensor, kind: str) -> Tensor:
+    """Return logits or probabilities, (N, classes, ...), as logarithms, (N x positions, classes)."""
+    rows = values.movedim(1, -1).flatten(0, -2)
+    return rows.log_softmax(1) if kind == "logits" else rows.clamp(min=LEAST).log()
+
+
+def _divergence(found: Tensor, wanted: Tensor, kind: str) -> float:
+    """Return the mean divergence of outputs from those of a dense model."""
+    if kind == "values":
+        scale = wanted.std(correction=0).clamp(min=torch.finfo(torch.float).tiny)
+        return float(((found - wanted) / scale).square().mean()) / 2
+    if kind == "probabilities":
+        p, q = (x.clamp(LEAST, 1 - LEAST) for x in (wanted, found))
+        return float((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean())
+    p, q = (_log_probabilities(x, kind) for x in (wanted, found))
+    return max(0.0, float(F.kl_div(q, p, reduction="batchmean", log_target=True)))

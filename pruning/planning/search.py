@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from pruning.errors import PruningError
-from pruning.graph.groups import Group, Trace
+from pruning.graph.groups import Trace
 from pruning.graph.plan import Plan
 from pruning.planning.alike import AlikeGroups
 from pruning.planning.budget import LABELS, Budget
-from pruning.planning.cost import CostModel
-from pruning.planning.options import PlanOptions, per_group
+from pruning.planning.cost import Cost, CostModel
+from pruning.planning.options import PlanOptions
+from pruning.planning.width_limits import width_multiples, width_range
 
 #: By group, its channels in ascending order of importance, and their scores in that order.
 Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -63,7 +63,7 @@ def plan_within(
     Plan(keep={'0': (0, 2)})
     """
     order = ascending(trace, scores)
-    lowest, highest = _width_range(trace, order, options)
+    lowest, highest = width_range(trace, order, options)
     multiples = width_multiples(trace, options)
     if not options.alike:
         widths = _search(budget, cost_model, order, (lowest, highest, multiples), options)
@@ -72,6 +72,24 @@ def plan_within(
     limits = sets.bounds(lowest, highest, multiples)
     widths = _search(budget, sets, sets.order(order), limits, options)
     return most_important(trace, order, sets.expanded(widths))
+
+
+def least_cost(
+    trace: Trace,
+    cost_model: CostModel,
+    scores: Mapping[str, Tensor],
+    options: PlanOptions = DEFAULT_OPTIONS,
+) -> Cost:
+    """Return the cost with every group at its least width; no plan with these options costs less.
+
+    Args:
+        trace, cost_model, scores, options: as in `plan_within`.
+    """
+    lowest, highest = width_range(trace, ascending(trace, scores), options)
+    if not options.alike:
+        return cost_model(lowest)
+    sets = AlikeGroups(cost_model, options.alike)
+    return sets(sets.bounds(lowest, highest, width_multiples(trace, options))[0])
 
 
 def _search(
@@ -102,40 +120,6 @@ def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
     return {g: _sorted(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
 
 
-def lowest_widths(trace: Trace, order: Order, options: PlanOptions) -> np.ndarray:
-    """Return the least width of each group, (groups,); a group without scores keeps all channels."""
-    groups, multiples = list(trace.groups), width_multiples(trace, options).astype(int).tolist()
-    floors = per_group(options.floor, groups) if options.floor is not None else {}
-    shares = per_group(options.most, groups)
-
-    def lowest(name: str, group: Group, multiple: int) -> int:
-        channels, needed = group.channels, group.multiple
-        if name not in order:
-            return channels
-        by_share = math.ceil((channels * (1 - shares.get(name, 1.0)) - 1e-9) / multiple) * multiple
-        floor = math.ceil(floors.get(name, multiple) / needed) * needed
-        return min(channels, max(floor, by_share))
-
-    each = zip(trace.groups.items(), multiples, strict=True)
-    return np.array([lowest(name, group, multiple) for (name, group), multiple in each], dtype=np.float64)
-
-
-def width_multiples(trace: Trace, options: PlanOptions) -> np.ndarray:
-    """Return the numbers of which the widths of the groups are multiples, (groups,)."""
-    return np.array([math.lcm(options.multiple, g.multiple) for g in trace.groups.values()], dtype=np.float64)
-
-
-def _width_range(trace: Trace, order: Order, options: PlanOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least and the greatest width of each group, (groups,) each; equal for exact widths."""
-    lowest = lowest_widths(trace, order, options)
-    highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
-    exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
-    for i, (name, group) in enumerate(trace.groups.items()):
-        if name in exact:
-            lowest[i] = highest[i] = _exact_width(group, exact[name])
-    return lowest, highest
-
-
 def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowest: np.ndarray) -> None:
     least = cost_model(lowest)
     if over := budget.excess(least):
@@ -144,7 +128,7 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
             f"network still has {reached}. Raise the budget, or the share of a group that is dropped at "
-            "most (`most`), lower the floors, or ignore fewer layers"
+            "most (`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
         )
 
 
@@ -326,18 +310,3 @@ def _sorted(group: str, scores: Tensor, channels: int) -> tuple[np.ndarray, np.n
         raise PruningError(f"scores of group {group!r}: expected finite numbers, got {values}")
     order = np.lexsort((-np.arange(channels), values))
     return order, values[order]
-
-
-def _exact_width(group: Group, wanted: int | str) -> int:
-    """Convert an exact width, a count or a percentage, to a number of channels."""
-    text, channels = str(wanted).strip(), group.channels
-    try:
-        width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
-    except ValueError:
-        width = 0
-    said = f"width {wanted!r} of group {group.name!r}: expected"
-    if not 1 <= width <= channels:
-        raise PruningError(f"{said} a count from 1 to {channels}, or a percentage")
-    if width % group.multiple and width < channels:
-        raise PruningError(f"{said} a multiple of {group.multiple}, as products in the model's code need")
-    return width

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -41,6 +40,7 @@ from pruning.tracing.trace import trace
 from pruning.training.batches import to_device
 from pruning.training.config import TrainConfig
 from pruning.training.losses import cross_entropy
+from pruning.utils.digests import add_state
 from pruning.utils.files import replace_file
 from pruning.utils.modules import device_of
 from pruning.utils.tree import Inputs
@@ -71,8 +71,7 @@ def sensitivity(
         widths: number of widths per group, evenly spaced; None measures every width.
         score: determines the order in which channels of a group are removed, as in `prune`.
         finetune: if given, also train each small model on the calibration batches.
-        runtime: if given, also time the layers in this runtime (`eager`, `onnxruntime`), for one
-            example on one thread.
+        runtime: if given, also time the layers in this runtime, for one example on one thread.
         path: a JSON file that is rewritten after every point; an interrupted analysis resumes from it.
         label: text before the progress bar.
 
@@ -80,6 +79,7 @@ def sensitivity(
         PruningError: if the model has no prunable group, the validation split is empty or lacks a
             class, or the file belongs to another analysis.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> found = sensitivity(net, torch.zeros(1, 3), [(torch.randn(8, 3), torch.arange(8) % 2)])
     >>> [(point.group, point.width, point.params) for point in found.points]
@@ -154,6 +154,7 @@ def joint(
         model, example_inputs, validation, calibration, ignored: as in `sensitivity`.
         budget: as in `prune`.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> inputs, batches = torch.zeros(1, 3), [(torch.randn(8, 3), torch.arange(8) % 2)]
     >>> found = sensitivity(net, inputs, batches)
@@ -211,9 +212,7 @@ class _ResultFile:
 def _fingerprint(model: nn.Module, settings: list[object], validation: Sequence[LabeledBatch]) -> str:
     """Return a hash of the model's weights, the settings and the validation targets."""
     digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    add_state(digest, model.state_dict())
     for _, targets in validation:
         digest.update(targets.cpu().numpy().tobytes())
     return digest.hexdigest()

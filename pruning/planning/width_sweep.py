@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.graph.groups import Group, Trace
 from pruning.graph.plan import Plan
+from pruning.planning.bootstrap import Bootstrap
 from pruning.planning.cost import CostModel
 from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.planning.prefix_cache import PrefixCache
@@ -29,9 +30,6 @@ Batch = tuple[Inputs, object]
 
 #: A batch of a classifier: its targets are classes.
 LabeledBatch = tuple[Inputs, Tensor]
-
-#: Bootstrap samples, and the share of them inside an interval.
-RESAMPLES, INTERVAL = 400, 0.95
 
 
 class WidthSweep:
@@ -58,7 +56,8 @@ class WidthSweep:
         if not trace.groups:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in trace.skipped.items())
             raise PruningError(
-                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'})"
+                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'}); "
+                "see docs/refusals.md"
             )
         self.model, self.trace, self.calibration = model, trace, calibration
         self.evaluator = Evaluator(model, validation)
@@ -96,8 +95,9 @@ class WidthSweep:
         cache, cached = None, ""
         for group, width in points:
             if cache is None or group != cached:
-                batches = [*self.evaluator.inputs, *inputs]
-                cache, cached = PrefixCache(self.model, self.trace, group, batches), group
+                layers = {member.layer for member in self.trace.groups[group].members}
+                cache = PrefixCache(self.model, layers, [*self.evaluator.inputs, *inputs])
+                cached = group
             plan = Plan({group: tuple(order[group][-width:])})
             small = apply(self.model, self.trace, plan, constants)
             readings = {}
@@ -125,9 +125,7 @@ class Evaluator:
         self.validation = validation
         self.inputs = [inputs for inputs, _ in validation]
         self._require_every_class(model, count)
-        rng = np.random.default_rng(0)
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-        self.weights = torch.from_numpy(weights).float()
+        self.bootstrap = Bootstrap(count)
 
     def _require_every_class(self, model: nn.Module, count: int) -> None:
         with torch.no_grad(), eval_mode(model):
@@ -153,9 +151,7 @@ class Evaluator:
                 losses.append(F.cross_entropy(logits, targets, reduction="none")[counted].float().cpu())
                 hits.append((logits.argmax(1) == targets)[counted].float().cpu())
         values = torch.stack([torch.cat(losses), torch.cat(hits)], 1)
-        means = self.weights @ values
-        tail = (1 - INTERVAL) / 2
-        low, high = torch.quantile(means, tail, dim=0), torch.quantile(means, 1 - tail, dim=0)
+        low, high = self.bootstrap.interval(self.bootstrap.means(values))
         loss, accuracy = values.mean(0).tolist()
         return Reading(loss, low[0].item(), high[0].item(), accuracy, low[1].item(), high[1].item())
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from pruning.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from pruning.stages.budget_sweep import frontier
     from pruning.stages.config import PruneConfig, SlimConfig
     from pruning.stages.feasibility import feasible, reachable
     from pruning.stages.finetune import tune
+    from pruning.stages.frontier_result import Frontier, FrontierPoint
     from pruning.stages.paced_pull import PacedPull
     from pruning.stages.prune import Step
     from pruning.stages.run import Run
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChannelScales",
+    "Frontier",
+    "FrontierPoint",
     "PacedPull",
     "PruneConfig",
     "Run",
@@ -28,6 +32,7 @@ __all__ = [
     "Slimmed",
     "Step",
     "feasible",
+    "frontier",
     "reachable",
     "tune",
 ]

@@ -26,18 +26,22 @@ from pruning.utils.tree import Inputs
 
 
 class Task(NamedTuple):
-    """What a step has to do with a traced and scored model; see `prune` and `PlanOptions` for the fields."""
+    """What a step has to do with a traced and scored model; see `prune` and `PlanOptions` for the fields.
+
+    `constants` are those of the batches, where several steps share them (see `channel_constants`).
+    """
 
     model: nn.Module
     example_inputs: Inputs
     batches: Sequence[Inputs]
     scores: Scores
-    asked: Budget | LatencyBudget
+    asked: Budget | LatencyBudget | Plan
     towards: Budget | None
     dense: nn.Module | None
     remove: tuple[str, ...]
     options: PlanOptions
     check: bool
+    constants: dict[str, Tensor] | None = None
 
 
 class Narrowed(NamedTuple):
@@ -58,7 +62,9 @@ def narrow_within(task: Task, traced: Trace, cost_model: CostModel) -> Narrowed:
     while True:
         plan, latency = _planned(task, traced, cost_model, left_out)
         plan = Plan.from_json(distributed.broadcast(replace(plan, removed=task.remove).to_json()))
-        constants = _constants(model, traced, plan, inputs, task.batches)
+        constants = task.constants
+        if constants is None:
+            constants = _constants(model, traced, plan, inputs, task.batches)
         small = apply(model, traced, plan, constants)
         checked = _Check("", float("nan"), model)
         if task.check:
@@ -69,7 +75,7 @@ def narrow_within(task: Task, traced: Trace, cost_model: CostModel) -> Narrowed:
         if not at_fault:
             raise PruningError(
                 f"surgery is not equivalent to the plan: {checked.problem}; nothing was changed. Ignore the "
-                "layers whose widths the code depends on, or change this code"
+                "layers whose widths the code depends on, or change this code (see docs/refusals.md)"
             )
         left_out |= at_fault
         traced = without_groups(traced, at_fault)
@@ -80,7 +86,13 @@ def narrow_within(task: Task, traced: Trace, cost_model: CostModel) -> Narrowed:
 def _planned(
     task: Task, traced: Trace, cost_model: CostModel, left_out: Mapping[str, str]
 ) -> tuple[Plan, LatencyFound | None]:
-    """Return the plan for a budget, and the measured times under a latency budget."""
+    """Return the plan for a budget, and the measured times under a latency budget.
+
+    Of a given plan, groups that were left out keep all channels.
+    """
+    if isinstance(task.asked, Plan):
+        keep = task.asked.keep
+        return Plan({name: channels for name, channels in keep.items() if name not in left_out}), None
     options = task.options
     if left_out and options.widths:
         kept = {name: width for name, width in options.widths.items() if name not in left_out}

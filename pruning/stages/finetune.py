@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from pruning.training.distillation import with_teacher
 from pruning.training.fake_quantize import Rounding
 from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
+from pruning.training.output_comparison import Comparison
 from pruning.training.state import Stateful, TrainingState
 
 
@@ -27,6 +29,7 @@ def finetune(
     distill: float = 0.9,
     temperature: float = 4.0,
     features: Sequence[str] = (),
+    compare: Comparison = "auto",
     int8: bool = False,
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
@@ -43,16 +46,14 @@ def finetune(
     """Train a pruned model in place, and keep the weights of its best epoch on the validation split.
 
     Args:
-        teacher, features: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
+        teacher, features, compare: see `distillation`; distill: weight of the teacher in the loss, 0 to 1.
         temperature: divides the logits of both networks before they are compared.
         int8: train and validate with weights and activations rounded to 8 bits (see `Rounding`).
         keep_best: keep the best epoch instead of the last; by default True if `validate` is given.
-        extra: see `fit`; cannot be combined with `int8`, which stores its activation ranges there.
-        batches, config, loss, validate, keep_start, before_epoch, after_step, on_epoch, statistics,
-            label, resume: see `fit`.
+        extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
+            keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
-    Returns:
-        The model in eval mode.
+    Returns the model in eval mode. Raises `PruningError` for what it cannot train, and `TrainingDiverged`.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -61,23 +62,18 @@ def finetune(
     """
     if teacher is not None and distill:
         batches, loss = with_teacher(
-            teacher, batches, distill, temperature, loss, features=features, changing=config.mixes
-        )
+            teacher, batches, distill, temperature, loss, features=features, compare=compare,
+            changing=config.mixes,
+        )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else nullcontext(extra) as extra:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
-            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch,
-            extra=extra, statistics=statistics, label=label, resume=resume,
+            before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
+            statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:
@@ -98,6 +94,7 @@ def tune(
     distill: float = 0.9,
     temperature: float = 4.0,
     features: Sequence[str] = (),
+    compare: Comparison = "auto",
     int8: bool = False,
     loss: Loss = cross_entropy,
 ) -> nn.Module:
@@ -108,7 +105,7 @@ def tune(
     Args:
         validate: function from a model to its validation score; higher is better.
         run: stores the state after every epoch; if it holds a state, training resumes from it.
-        batches, config, teacher, distill, temperature, features, int8, loss: see `finetune`.
+        batches, config, teacher, distill, temperature, features, compare, int8, loss: see `finetune`.
 
     Returns:
         The copy in eval mode.
@@ -129,6 +126,7 @@ def tune(
         distill=distill,
         temperature=temperature,
         features=features,
+        compare=compare,
         int8=int8,
         loss=loss,
         validate=validate,

@@ -14,7 +14,7 @@ from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.cost import Cost, CostModel
 from pruning.planning.latency import LatencyFound
 from pruning.planning.options import MOST, PlanOptions
-from pruning.planning.scores import Score, score_channels
+from pruning.planning.scores import Score, Scores, score_channels
 from pruning.planning.search import DEFAULT_OPTIONS
 from pruning.planning.width_sweep import Batch
 from pruning.stages.checked_cut import Task, narrow_within
@@ -39,7 +39,7 @@ class Step:
         model: the pruned model.
         plan: the whole layers that were removed, and the channels that each group keeps.
         trace: trace that the plan refers to: of the model before pruning, without the removed layers.
-        asked: the budget, as counts or as a `LatencyBudget`.
+        asked: the budget, as counts or as a `LatencyBudget`; or the plan that was given.
         before: cost before pruning, BatchNorm folded.
         after: cost after pruning, BatchNorm folded.
         difference: largest relative difference of the outputs found by `verify`; NaN if not checked.
@@ -51,7 +51,7 @@ class Step:
     model: nn.Module
     plan: Plan
     trace: Trace
-    asked: Budget | LatencyBudget
+    asked: Budget | LatencyBudget | Plan
     before: Cost
     after: Cost
     difference: float
@@ -106,7 +106,7 @@ class StepSettings:
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget | LatencyBudget,
+    budget: Budget | LatencyBudget | Plan,
     *,
     score: Score | None = None,
     calibration: Iterable[Batch] = (),
@@ -129,10 +129,12 @@ def prune(
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
 
+    Scores: `taylor` (Molchanov et al., arXiv 1906.10771), `l1` and `l2` (LAMP, arXiv 2010.07611), `fisher`
+    (Martens, arXiv 1412.1193) and `reconstruction` (Frantar et al., arXiv 2208.11580).
+
     Args:
-        model: the model to prune.
-        example_inputs: inputs to trace and verify the model with, batch dimension first.
-        budget: limits on the cost of the result; percentages refer to this model.
+        model: the model to prune. example_inputs: inputs to trace and verify it with, batch first.
+        budget: limits on the cost of the result; percentages refer to this model. Or the `Plan` to apply.
         score: importance of a channel, by name or as a function (see `score_channels`). By default it is
             `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
         calibration: batches (inputs, targets), to score channels, to recalibrate BatchNorm, and to measure
@@ -156,13 +158,11 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    batches = list(calibration)
+    batches, layers = list(calibration), tuple(remove)
     score = default_score(batches, refit) if score is None else score
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
-    return prune_step(
-        model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
-    )
+    return prune_step(model, example_inputs, budget, settings, remove=layers, towards=towards, dense=dense)
 
 
 def default_score(calibration: Sequence[Batch], refit: bool) -> str:
@@ -180,7 +180,7 @@ def default_score(calibration: Sequence[Batch], refit: bool) -> str:
 def prune_step(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget | LatencyBudget,
+    budget: Budget | LatencyBudget | Plan,
     settings: StepSettings,
     *,
     remove: tuple[str, ...] = (),
@@ -192,15 +192,18 @@ def prune_step(
     The order is: trace, remove whole layers, score, plan, fold constants, apply, verify, recalibrate or
     refit.
     """
-    require_budget(budget)
+    if isinstance(budget, Plan):
+        remove = _layers_of(budget, remove, towards)
+    else:
+        require_budget(budget)
     if settings.refit and not settings.calibration:
         raise PruningError("refit=True needs calibration batches, and there are none; give a few")
-    if dense is not None and isinstance(budget, Budget):
+    if dense is not None and not isinstance(budget, LatencyBudget):
         raise PruningError("dense: only a LatencyBudget is relative to another network; leave dense out")
     traced = settings.traced(model, example_inputs)
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
-    asked = budget if isinstance(budget, LatencyBudget) else budget.resolve(before)
+    asked = budget.resolve(before) if isinstance(budget, Budget) else budget
     device = device_of(model)
     batches = [to_device(batch, device)[0] for batch in settings.calibration]
 
@@ -208,10 +211,12 @@ def prune_step(
         model, traced = _without_layers(model, traced, example_inputs, remove, batches, settings)
         cost_model = CostModel(model, traced)
     is_met = remove and isinstance(asked, Budget) and not asked.excess(cost_model(cost_model.full))
-    if not is_met:
+    if not is_met and asked != Plan({}, remove):
         require_groups(model, traced)
 
-    scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
+    scores: Scores = {}
+    if not isinstance(asked, Plan):
+        scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
     task = Task(
         model,
         example_inputs,
@@ -224,18 +229,46 @@ def prune_step(
         settings.options,
         settings.check,
     )
+    return cut(task, traced, cost_model, before, refits=settings.refit)
+
+
+def cut(task: Task, traced: Trace, cost_model: CostModel, before: Cost, *, refits: bool) -> Step:
+    """Plan, fold constants, apply and verify; then refit, or recalibrate BatchNorm.
+
+    Args:
+        task: what to do. traced, cost_model: of its model. before: cost before layers were removed.
+        refits: whether to refit.
+    """
     done = narrow_within(task, traced, cost_model)
-    small, plan, traced = done.model, done.plan, done.trace
-    refits: tuple[LayerFit, ...] = ()
-    if settings.refit:
-        refits = refit(small, model, traced, plan, batches)
+    fits: tuple[LayerFit, ...] = ()
+    if refits:
+        fits = refit(done.model, task.model, done.trace, done.plan, task.batches)
     else:
-        recalibrate(small, map(fresh, batches))
-    distributed.broadcast_weights(small)
-    after = done.cost_model(plan.widths)
+        recalibrate(done.model, map(fresh, task.batches))
+    distributed.broadcast_weights(done.model)
     return Step(
-        small, plan, traced, asked, before, after, done.difference, done.latency, refits, done.left_out
+        done.model,
+        done.plan,
+        done.trace,
+        task.asked,
+        before,
+        done.cost_model(done.plan.widths),
+        done.difference,
+        done.latency,
+        fits,
+        done.left_out,
     )
+
+
+def _layers_of(plan: Plan, remove: tuple[str, ...], towards: Budget | None) -> tuple[str, ...]:
+    """Return the layers that a plan removes; check that the caller names no others."""
+    if towards is not None:
+        raise PruningError("towards: a plan already names the channels to keep; leave towards out")
+    if remove not in ((), plan.removed):
+        raise PruningError(
+            f"remove={list(remove)}: the plan removes {list(plan.removed) or 'no layer'}; leave remove out"
+        )
+    return plan.removed
 
 
 def _without_layers(

@@ -94,10 +94,7 @@ def slim(
 ) -> Slimmed:
     """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
-    If the given network is trained, stage 1 is paced (`PacedPull`), and a range test finds peak learning
-    rates where none are given. The result is the best network within the budget.
-
-    1. Train with a pull on the scales of channels.
+    1. Train with a pull on the scales of channels; a trained network at rates of a range test, paced.
     2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
     3. Fine-tune, or train from newly initialized weights, and keep the best epoch.
 
@@ -110,7 +107,13 @@ def slim(
         teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
         run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.
 
-    Raises `PruningError` before any training if `feasible` or `require_trainable` does.
+    Returns the best network within the budget, in eval mode, with the network after stage 1 and the score.
+
+    Raises:
+        PruningError: before any training, if the budget cannot be met or a setting is invalid.
+        TrainingDiverged: if the loss is no longer finite.
+
+    >>> slim(model, batches, budget=Budget(macs="40%"), validate=validation).model  # doctest: +SKIP
     """
     model, ignored = unwrapped(model), tuple(ignored)
     config = settings_of(model, config, budget, batches)
@@ -118,9 +121,8 @@ def slim(
     calibration = list(itertools.islice(batches, CALIBRATION_BATCHES) if calibration is None else calibration)
     example_inputs = two_examples(model, batches) if example_inputs is None else example_inputs
     progress = Progress(run, model)
-    target = (
-        progress.target or target or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
-    )
+    known = progress.target or target
+    target = known or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
     require_trainable(model, config.trainings, batches)
     progress.state["target"] = target.limits()
     settings = StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options)
@@ -128,11 +130,9 @@ def slim(
     state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score, config, target,
                      settings, progress, log)  # fmt: skip
     choose_rates(state)
-    if progress.stage == 0:
-        _sparsify(state)
+    _sparsify(state)
     _add_teacher(state, teacher)
-    if config.prune.layers and progress.stage == 0:
-        _find_superfluous_layers(state)
+    _find_superfluous_layers(state)
     _prune(state)
     _finetune(state)
     return _result(state)
@@ -140,6 +140,8 @@ def slim(
 
 def _sparsify(state: Pipeline) -> None:
     """Stage 1: train with a pull on the scales; a channel whose scale becomes 0 can be removed."""
+    if state.progress.stage > 0:
+        return
     label, config, progress, log = "stage 1, sparsify", state.config, state.progress, state.log
     scales, strength, train = state.scales(state.network), config.strength, config.sparsify
     if progress.resume(0) is None:
@@ -192,7 +194,9 @@ def _add_teacher(state: Pipeline, teacher: nn.Module | None) -> None:
 
 
 def _find_superfluous_layers(state: Pipeline) -> None:
-    """Before stage 2: find whole layers whose removal raises the validation score at the same budget."""
+    """If asked, find whole layers whose removal raises the validation score at the same budget."""
+    if not state.config.prune.layers or state.progress.stage > 0:
+        return
     finetune_config, progress = state.config.finetune, state.progress
     brief = replace(finetune_config, epochs=-(-finetune_config.epochs // 10), ema=0.0)
     search = LayerSearch(

@@ -9,7 +9,7 @@ checked: the shorter model must compute what the model does whose block returns 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,17 +83,27 @@ def stream(
 
 
 def removable_blocks(
-    model: nn.Module, inputs: Inputs, outputs: Outputs, ignored: Iterable[str]
+    model: nn.Module,
+    inputs: Inputs,
+    outputs: Outputs,
+    ignored: Iterable[str],
+    identities: Container[str] = (),
 ) -> dict[str, Block]:
     """Return the blocks that can be deleted from their lists, by name.
 
+    A block that an identity can replace is not among them, unless its class has a configuration, as those of
+    transformers, which make as many blocks as it says.
+
     Args:
         model: it is not changed. inputs: example inputs. outputs: those that count.
-        ignored: names of layers whose blocks stay.
+        ignored: names of layers whose blocks stay. identities: names of blocks that identities can replace.
     """
     kept, candidates = tuple(ignored), list[Block]()
     for block in blocks_of(model):
         module = submodule(model, block.present)
+        owner = submodule(model, block.holder.rpartition(".")[0])
+        if block.present in identities and getattr(owner, "config", None) is None:
+            continue
         if any(f"{name}.".startswith(f"{block.present}.") for name in kept):
             continue
         if any(True for _ in module.children()) and any(p.ndim > 1 for p in module.parameters()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeGuard
 
@@ -82,8 +82,8 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             candidate = None if kept else Removable(name, (name,))
         if candidate is not None and _runs(probe, candidate, example, seen):
             found[name] = candidate
-    listed = removable_blocks(model, inputs, traced.outputs, traced.ignored)
-    found.update(_deleted(model, listed, found))
+    listed = removable_blocks(model, inputs, traced.outputs, traced.ignored, identities=found)
+    found.update({name: Removable(name, (), block=block) for name, block in listed.items()})
     # Of nested blocks return the innermost (a stage of blocks may also return its input).
     blocks = [name for name, candidate in found.items() if not candidate.joined]
     return {
@@ -91,22 +91,6 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
         for name, candidate in found.items()
         if candidate.joined or candidate.block or not any(other.startswith(f"{name}.") for other in blocks)
     }
-
-
-def _deleted(
-    model: nn.Module, listed: Mapping[str, Block], others: Mapping[str, Removable]
-) -> dict[str, Removable]:
-    """Return the blocks to delete from their lists.
-
-    These are blocks that no identity can replace, and those of classes with a configuration, such as the
-    ones of transformers, which make as many blocks as it says.
-    """
-    found = {}
-    for name, block in listed.items():
-        owner = submodule(model, block.holder.rpartition(".")[0])
-        if block.present not in others or getattr(owner, "config", None) is not None:
-            found[name] = Removable(name, (), block=block)
-    return found
 
 
 def without_layer(

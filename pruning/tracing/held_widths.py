@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.graph.groups import Group, HeldWidth, Positions, WidthAttribute
-from pruning.graph.layers import layer_width, rule_for
+from pruning.graph.layers import is_depthwise, layer_width, rule_for, rule_of
 from pruning.graph.rule import Side
 from pruning.surgery.width_attributes import attributes_with, numbers_of
 from pruning.utils.modules import submodule
@@ -36,8 +37,9 @@ def held_widths(model: nn.Module, groups: Mapping[str, Group]) -> list[HeldWidth
             owner = ".".join(parts[:end])
             if owner not in modules:
                 continue
+            kind = type(modules[owner])
             for attribute, entries in attributes_with(modules[owner], counted.size):
-                if attribute in names_read(type(modules[owner])):
+                if attribute in names_read(kind) - names_stored(kind):
                     held = WidthAttribute(owner, attribute, entries, counted)
                     key = owner, attribute, entries, hash(tuple(sorted(counted.owners)))
                     found.setdefault(key, HeldWidth(held, counted.size, described))
@@ -52,7 +54,14 @@ def _widths(model: nn.Module, groups: Mapping[str, Group]) -> Iterator[tuple[Pos
             if member.side != "self":
                 sides.setdefault((member.layer, member.side), {})[name] = member.index, member.channel
     for (layer, side), owners in sides.items():
-        yield Positions(layer_width(submodule(model, layer), side), owners), layer, layer
+        module = submodule(model, layer)
+        width = layer_width(module, side)
+        yield Positions(width, owners), layer, layer
+        if is_depthwise(module) and (each := width // getattr(module, rule_of(module).in_count)) > 1:
+            first = {
+                name: (at[at % each == 0] // each, to[at % each == 0]) for name, (at, to) in owners.items()
+            }
+            yield Positions(width // each, first), layer, layer
     for name, group in groups.items():
         channels = torch.arange(group.channels)
         yield Positions(group.channels, {name: (channels, channels)}), name.partition("/")[0], f"group {name}"
@@ -94,6 +103,25 @@ def names_read(kind: type[nn.Module]) -> frozenset[str]:
     used = (names for name, names in methods.items() if name not in making | _DESCRIBING)
     _READ[kind] = frozenset().union(*used)
     return _READ[kind]
+
+
+def names_stored(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of attributes that `forward` and what it calls may set, such as the size of a cache.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, x):
+    ...         self.last = x.shape
+    >>> names_stored(Net)
+    frozenset({'last'})
+    """
+    methods, called, left = _methods(kind), {"forward"}, ["forward"]
+    while left:
+        more = methods.get(left.pop(), frozenset()) & methods.keys() - called
+        called |= more
+        left += more
+    functions = (getattr(kind, name) for name in called if isinstance(getattr(kind, name), FunctionType))
+    steps = (step for function in functions for step in dis.get_instructions(function))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def _methods(kind: type[nn.Module]) -> dict[str, frozenset[str]]:

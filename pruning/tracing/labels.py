@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pruning.graph.inferred import infer_rule
 from pruning.graph.layers import layer_width, parts
-from pruning.graph.rule import Side
+from pruning.graph.rule import Rule, Side
+from pruning.tracing.filled import FilledTensors
 from pruning.tracing.parameter_views import Weights
 from pruning.tracing.record import Extent, Flow, SideUse
 from pruning.tracing.ties import NONE, spread, varying, vector_along
+from pruning.utils.held_weight import held_weight
 
 #: The reason for fixing channels that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
@@ -44,6 +47,7 @@ class Labels:
         #: By `id` of the bias of an inferred layer, the labels of the layer's outputs.
         self.own: dict[int, Tensor] = {}
         self._uniform = WeakTensorKeyDictionary()
+        self.filled = FilledTensors()
         self._deferred = WeakTensorKeyDictionary()
         self._positions = WeakTensorKeyDictionary()
         #: The place of the running operator, if it computes statistics and outputs are compared.
@@ -59,11 +63,27 @@ class Labels:
         known = self._of.get(tensor) if id(tensor) not in self.own else self.own[id(tensor)]
         if known is None and id(tensor) in self.loose and tensor.numel() <= MOST_ELEMENTS:
             name = self.loose[id(tensor)]
+            if name in self.found.composed:
+                return self._of_layer(name, tensor)
             if (name, "self") not in self.found.sides:
                 labels = self.found.ties.new(tensor.numel())
                 self.found.sides[name, "self"] = SideUse(labels.reshape(tensor.shape), 0)
             known = torch.from_numpy(self.found.sides[name, "self"].labels)
         return known
+
+    def _of_layer(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Return the labels of a parameter that is a layer: those of its two sides, along its dimensions."""
+        role = self.found.composed[name]
+        owner, _, attribute = name.rpartition(".")
+        layer = held_weight(self.weights.modules[owner], attribute)
+        rule = Rule({"weight": role.made}, {"weight": role.read}, kind="weighted")
+        if not infer_rule(type(layer), rule, self.weights.inferred):
+            return None
+        sides: dict[int, Side] = {role.made: "out", role.read: "in"}
+        self.found.uses.setdefault(name, (0.0, 0.0))
+        self.found.calls[name] = max(1, self.found.calls[name])
+        made = {d: self.side(name, layer, side, role.dim) for d, side in sides.items()}
+        return self.compose(made, parameter.ndim)
 
     def carried(self, tensor: Tensor) -> Tensor | None:
         """Return the labels that a tensor got in this pass; None for parameters outside the layers."""
@@ -198,14 +218,18 @@ class Labels:
             self.note_sizes(labels, labels)
         return labels
 
-    def note_weighted(self, name: str, positions: float, elements: int) -> None:
-        """Record that code multiplied by the weight of an inferred layer at so many output positions.
+    def note_weighted(self, name: str, uses: float, positions: float, elements: int) -> None:
+        """Record that code multiplied by the weight of an inferred layer.
 
         The operator's MACs were counted as those of no layer, which this corrects.
+
+        Args:
+            uses: number of times that each element of the weight is used.
+            positions: number of output positions. elements: number of elements of the weight.
         """
         before = self.found.uses.get(name, (0.0, 0.0))
-        self.found.uses[name] = before[0] + positions, before[1] + positions
-        self.found.other_macs -= positions * elements
+        self.found.uses[name] = before[0] + uses, before[1] + positions
+        self.found.other_macs -= uses * elements
         self.found.calls[name] += 1
 
     # --- statistics over channels ----------------------------------------------------------

@@ -22,7 +22,7 @@ from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import is_among
 from pruning.utils.entries import Entry
-from pruning.utils.meta import Shapes, on_meta, to_meta
+from pruning.utils.meta import Shapes, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, map_tensors, tensors
@@ -60,8 +60,10 @@ class NarrowedRuns:
         self.sizes: tuple[WidthAttribute, ...] = ()
         #: Outputs of masked models, by model, groups and the channels that are kept; with these groups.
         self.masked: dict[tuple[object, ...], tuple[tuple[Group, ...], list[Tensor] | Exception]] = {}
-        self.unused = found.probe
         self.on_meta = found.probe is not None
+        #: What copies are made of: on the meta device the copy that was traced, as a model may store tensors
+        #: of a pass on its own device.
+        self.original = found.probe if found.probe is not None else model
         self.example = map_tensors(to_meta, inputs) if self.on_meta else inputs
 
     def add(self, group: Group, labels: np.ndarray) -> None:
@@ -80,19 +82,18 @@ class NarrowedRuns:
 
     def probe(self) -> nn.Module:
         """Return a copy of the model, on the meta device if it runs there."""
-        probe, self.unused = self.unused or (on_meta if self.on_meta else copied)(self.model), None
-        return probe
+        return copied(self.original)
 
     def with_training(self) -> NarrowedRuns:
         """Return such runs that also run the copies in training mode."""
         runs = copy.copy(self)
-        runs.unused, runs.training = None, True
+        runs.training = True
         return runs
 
     def with_sizes(self, sizes: tuple[WidthAttribute, ...]) -> NarrowedRuns:
         """Return such runs in which attributes follow the widths."""
         runs = copy.copy(self)
-        runs.unused, runs.sizes = None, sizes
+        runs.sizes = sizes
         return runs
 
     def with_entry(self, entry: Entry) -> NarrowedRuns:
@@ -101,8 +102,8 @@ class NarrowedRuns:
         The entry's own inputs are the example inputs.
         """
         runs = copy.copy(self)
-        runs.unused, runs.also, runs.masked = None, (*self.also, entry), {}
-        with torch.no_grad():
+        runs.also, runs.masked = (*self.also, entry), {}
+        with torch.no_grad(), self._shapes():
             got = tensors(entry.run(self.probe().eval(), runs.convert))
         runs.expected = [*self.expected, *(t.shape for t in got)]
         return runs
@@ -112,9 +113,13 @@ class NarrowedRuns:
         """What changes the tensors of the inputs of other calls."""
         return to_meta if self.on_meta else None
 
+    def _shapes(self) -> contextlib.AbstractContextManager[object]:
+        """Return the mode in which copies run: on the meta device, also with tensors of other devices."""
+        return Shapes() if self.on_meta else contextlib.nullcontext()
+
     def run(self, probe: nn.Module) -> list[Tensor]:
         """Run a copy of the model in all ways, and return its outputs in eval mode."""
-        with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
+        with torch.no_grad(), self._shapes():
             got = counted(call(probe.eval(), self.example), self.outputs)
             for entry in self.also:
                 got = got + tensors(entry.on_copy(probe, self.convert))
@@ -137,7 +142,7 @@ class NarrowedRuns:
         probe = self.probe()
         try:
             cut_channels(probe, *self._narrower(names, ()))
-            with torch.no_grad(), Shapes() if self.on_meta else contextlib.nullcontext():
+            with torch.no_grad(), self._shapes():
                 call(probe.train(), self.example)
         except Exception as error:  # whatever the narrowed copy raises
             return described(error)

@@ -7,7 +7,6 @@ fixes channels with a reason. Operators without a rule fix the channels that rea
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict
 
 import torch
@@ -16,6 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
+from pruning.tracing.assignment import accumulate, assign, put_indexed
+from pruning.tracing.elementwise import pointwise
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.movement import (
     channel_shuffle,
@@ -30,80 +31,11 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
-from pruning.tracing.products import grid_pointwise, label_uniform
 from pruning.tracing.statistics import layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 from pruning.tracing.weights import GROUPED, batched, convolution, grouped, product
 
 # --- several tensors ------------------------------------------------------------------------
-
-
-def pointwise(labels: Labels, op: Operation) -> None:
-    """Apply an elementwise operator: tie the channels at the same places of all operands."""
-    if not isinstance(op.output, Tensor):
-        return labels.fix_operands(op.name, op.operands)
-    rank = op.output.ndim
-    if any(t.ndim > rank for t in op.operands):
-        return labels.fix_operands(op.name, op.operands)
-    shapes = [[1] * (rank - t.ndim) + list(t.shape) for t in op.operands]
-    aligned = [
-        None if found is None else found.reshape([1] * (rank - found.ndim) + list(found.shape))
-        for found in map(labels.of, op.operands)
-    ]
-    known = [i for i, found in enumerate(aligned) if found is not None]
-    grids = [i for i in known if labels.is_grid(aligned[i])]
-    if grids:
-        return grid_pointwise(labels, op, aligned, max(grids, key=lambda i: len(varying(aligned[i]))))
-    first = max(known, key=lambda i: (len(varying(aligned[i])), math.prod(shapes[i])))
-    result = aligned[first]
-    assert result is not None
-    channel_dims = varying(result)
-    combines = f"{labels.where()} combines it ({op.name})"
-    for i, other in enumerate(aligned):
-        if i == first:
-            continue
-        wide = [d for d in channel_dims if shapes[i][d] > 1]
-        if other is None and labels.found.axes is not None:
-            other = label_uniform(labels, op.operands[i], wide, rank)
-        expanded = [d for d in wide if op.operands[i].stride(d - rank) == 0]
-        uniform = other is None and labels.is_uniform(op.operands[i])
-        if (expanded == wide or uniform) and not varying(other):
-            # One value for all channels. The size that it was expanded to may be a constant in the code.
-            if wide:
-                labels.note_sizes(result, result)
-            elif other is not None and not channel_dims:
-                labels.tie(result, other, f"{combines} with a tensor of fixed size")
-        elif other is None:
-            labels.fix(result, f"{combines} with a tensor of fixed size")
-        elif set(varying(other)) <= set(channel_dims) and wide == channel_dims:
-            labels.tie(result, other, f"{combines} with a tensor of fixed size")
-        else:
-            for each in (result, other):
-                labels.fix(each, f"{combines} with channels along another dimension")
-    if len(channel_dims) > 1:  # of a parameter: after the ties its channels may lie along one dimension
-        result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
-    return labels.put(op.output, result)
-
-
-def assign(labels: Labels, op: Operation) -> None:
-    """Copy values into a tensor or a part of it: tie the channels at the same places."""
-    if labels.of(op.operands[0]) is None:  # it may be a part of a tensor that would not get the channels
-        return labels.fix_operands(op.name, op.operands)
-    return pointwise(labels, op)
-
-
-def accumulate(labels: Labels, op: Operation) -> None:
-    """Add rows of a tensor to those of another by their indices (index_add, scatter_add)."""
-    target, source = op.given["self"], op.given.get("source", op.given.get("src"))
-    if not isinstance(source, Tensor) or op.given["dim"] % target.ndim in (
-        *varying(labels.of(target)), *varying(labels.of(source))
-    ):  # fmt: skip
-        return labels.fix_operands(op.name, op.operands)
-    labels.fix(labels.of(op.given["index"]), f"{labels.where()} reads positions from it ({op.name})")
-    for each in (labels.of(target), labels.of(source)):
-        if each is not None:
-            labels.note_sizes(each, each)  # the size of the indices
-    return pointwise(labels, Operation(op.func, (target, source), {}, op.output))
 
 
 def join(labels: Labels, op: Operation) -> None:
@@ -239,6 +171,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("roll", "index_select", "cumsum", "sort", "topk", "gather"), shift),
     **dict.fromkeys(("index_add", "scatter_add", "index_reduce", "scatter_reduce"), accumulate),
     "copy": assign,
+    **dict.fromkeys(("index_put", "_index_put_impl"), put_indexed),
     **dict.fromkeys(
         ("alias", "log_sigmoid_forward", "detach", "clone", "_to_copy", "lift_fresh", "contiguous",
          "native_dropout", "bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 
+import torch
 from torch import nn
 
 from pruning.tracing.held_widths import names_read
@@ -26,6 +27,12 @@ ARGUMENT = 2
 _BUILTINS = frozenset(
     ("len", "range", "zip", "enumerate", "int", "float", "bool", "list", "tuple", "dict", "set", "min", "max",
      "sum", "abs", "round", "reversed", "sorted", "isinstance", "getattr", "hasattr", "any", "all", "super")
+)  # fmt: skip
+
+#: Methods that exchange modules for others that compute the same (RepVGG, MobileOne), by convention.
+_REPARAMETERIZING = (
+    "reparameterize", "switch_to_deploy", "deploy", "fuse", "convert_to_deploy", "reparam", "fuse_convs",
+    "merge_kernel",
 )  # fmt: skip
 
 #: Instructions with which code changes something other than its own variables, or imports.
@@ -66,8 +73,7 @@ def other_calls(model: nn.Module, modules: list[str], attribute: str, inputs: In
         if list(given) == parameters:
             changes.append((name, functools.partial(_replace_forward, name=name)))
         elif attribute in names_in(method.__code__):
-            count = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given.values())
-            run = functools.partial(_call_method, module=modules[0], name=name, count=count - 1)
+            run = functools.partial(_call_method, module=modules[0], name=name, count=_required(method))
             calls.append(Entry(name, function=run))
     for name, change in changes:
         prepare = functools.partial(_prepare, modules=modules, change=change)
@@ -75,11 +81,47 @@ def other_calls(model: nn.Module, modules: list[str], attribute: str, inputs: In
     yield from calls[:MOST_CALLS]
 
 
+def reparameterization(model: nn.Module, inputs: Inputs) -> Entry | None:
+    """Return a call of a model after its modules are exchanged for others that compute the same.
+
+    Returns None if no module has a method for that, by the names that RepVGG and MobileOne gave it.
+
+    Args:
+        model: its copies will be called. inputs: example inputs of the model.
+    """
+    if not any(map(_reparameterizing, model.modules())):
+        return None
+    return Entry("reparameterization", inputs=inputs, prepare=_reparameterize)
+
+
+def _reparameterizing(module: nn.Module) -> str:
+    """Return the name of a module's method that reparameterizes it; empty without one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ""
+    held = ((name, inspect.getattr_static(type(module), name, None)) for name in _REPARAMETERIZING)
+    return next((n for n, held in held if isinstance(held, FunctionType) and not _required(held)), "")
+
+
+def _reparameterize(module: nn.Module) -> None:
+    """Reparameterize the outermost modules that have a method for that."""
+    if name := _reparameterizing(module):
+        getattr(module, name)()
+        return
+    for child in [*module.children()]:
+        _reparameterize(child)
+
+
 def _computing(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """Return the methods of a class that compute only, without `forward` and those of every module."""
     names = [name for name in dir(kind) if name != "forward" and not hasattr(nn.Module, name)]
     held = {name: inspect.getattr_static(kind, name) for name in names}
     return {n: m for n, m in held.items() if isinstance(m, FunctionType) and computes(kind, n)}
+
+
+def _required(method: FunctionType) -> int:
+    """Return the number of arguments that a method needs."""
+    given = inspect.signature(method).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given) - 1
 
 
 def _set(module: nn.Module, name: str, value: bool) -> None:

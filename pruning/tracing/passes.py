@@ -19,7 +19,7 @@ from pruning.surgery.statistics import plain_attention
 from pruning.tracing.axes import Axes
 from pruning.tracing.labels import FIXED_SIZE
 from pruning.tracing.products import AxesNeeded
-from pruning.tracing.record import Flow
+from pruning.tracing.record import Composed, Flow
 from pruning.tracing.tracer import Tracer
 from pruning.utils.batch import Pass
 from pruning.utils.entries import Entry, exchanges_modules
@@ -43,11 +43,7 @@ def flow(
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        follow = partial(_follow, run=run, outputs=outputs, also=also)
-        try:
-            return without_computing(follow, model, inputs)
-        except AxesNeeded:
-            return without_computing(partial(follow, axes=True), model, inputs)
+        return _passes(partial(_follow, run=run, outputs=outputs, also=also), model, inputs)
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -57,7 +53,23 @@ def flow(
                 f"{name} runs on the example inputs, but its channels could not be followed: {said}. This "
                 "is an error in a registered rule or in the toolkit; please report the latter"
             ) from error
-        raise PruningError(f"{name} does not run on the example inputs: {said}") from error
+        raise PruningError(
+            f"{name} does not run on the example inputs: {said}; give inputs that it takes"
+        ) from error
+
+
+def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
+    """Repeat the pass until it has the labels that it needs: along single dimensions, of computed weights."""
+    axes, composed = False, dict[str, Composed]()
+    while True:
+        try:
+            found = without_computing(partial(follow, axes=axes, composed=composed), model, inputs)
+        except AxesNeeded:
+            axes = True
+            continue
+        if found.noted.keys() <= composed.keys():
+            return found
+        composed = {**found.noted, **composed}
 
 
 def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
@@ -71,12 +83,19 @@ def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
 
 
 def _follow(
-    probe: nn.Module, inputs: Inputs, run: Run, outputs: Outputs, also: tuple[Entry, ...], axes: bool = False
+    probe: nn.Module,
+    inputs: Inputs,
+    run: Run,
+    outputs: Outputs,
+    also: tuple[Entry, ...],
+    axes: bool,
+    composed: dict[str, Composed],
 ) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     found.axes = Axes(found.ties) if axes else None
+    found.composed = composed
     with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)
@@ -110,7 +129,9 @@ def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
     try:
         exchanged, output = exchanges_modules(entry, probe, convert)
     except Exception as error:  # of the user's function, or of the model
-        raise PruningError(f"{entry.name} fails: {type(error).__name__}: {error}") from error
+        raise PruningError(
+            f"{entry.name} fails: {type(error).__name__}: {error}; correct this entry of `also`"
+        ) from error
     found.outputs += [leaf.shape for leaf in tensors(output)]
     if exchanged:
         return

@@ -24,17 +24,19 @@ class AxesNeeded(BaseException):
 
 
 def batched_product(labels: Labels, op: Operation) -> None:
-    """Multiply batches of matrices (bmm, baddbmm)."""
+    """Multiply batches of matrices (bmm, baddbmm), or matrices (mm, addmm)."""
     product_of_activations(labels, op, *op.operands[-2:])
-    if op.name == "baddbmm" and op.given.get("beta") != 0:
-        added, made = labels.of(op.operands[0]), labels.vectors(labels.of(op.output))
-        arriving = labels.vectors(added)
+    if op.name in ("baddbmm", "addmm") and op.given.get("beta") != 0:
+        bias, rank = op.operands[0], op.output.ndim
+        added, made = labels.of(bias), labels.vectors(labels.of(op.output))
+        arriving = {d + rank - bias.ndim: vector for d, vector in labels.vectors(added).items()}
         for dim, vector in made.items():
             if dim in arriving:
                 labels.tie(vector, arriving[dim], f"{labels.where()} adds a tensor of fixed size to it")
-            elif op.operands[0].shape[dim] > 1:
+            elif dim + bias.ndim >= rank and bias.shape[dim - rank] > 1:
                 labels.fix(vector, f"{labels.where()} adds a tensor of fixed size to it")
-        labels.fix_along(added, set(arriving) - set(made), f"{labels.where()} adds it to another tensor")
+        if alone := {d - rank + bias.ndim for d in arriving.keys() - made.keys()}:
+            labels.fix_along(added, alone, f"{labels.where()} adds it to another tensor")
 
 
 def product_of_activations(labels: Labels, op: Operation, left: Tensor, right: Tensor) -> None:
@@ -62,15 +64,13 @@ def product_of_activations(labels: Labels, op: Operation, left: Tensor, right: T
             axes.roles["v"].append(passed.numpy())
     made = {0: batch, added: rows, summed: columns}
     labels.put(op.output, labels.compose({d: v for d, v in made.items() if v is not None}, rank))
-    if labels.place is None:
-        return
-    if shared is not None:
+    _note_macs(labels, op, left, ({0: batch, 1: rows}, {0: shared, 1: columns}))
+    if shared is not None and labels.place is not None:
         labels.found.reductions[labels.place] = SideUse(shared.numpy(), summed)
         for operand, known in ((left, labels.found.left), (right, labels.found.right)):
             held = labels.of(operand)
             assert held is not None
             known[labels.place] = axes.closure(held.numpy().ravel())
-    _note_macs(labels, op, left, ({0: batch, 1: rows}, {0: shared, 1: columns}))
 
 
 def _note_macs(

@@ -42,6 +42,20 @@ class Extent:
     labels: np.ndarray
 
 
+@dataclass(frozen=True)
+class Composed:
+    """A parameter from which code computes a weight.
+
+    Attributes:
+        made, read: the dimensions of the parameter along which the weight makes and reads channels.
+        dim: the dimension of inputs and outputs along which channels lie, as in `SideUse`.
+    """
+
+    made: int
+    read: int
+    dim: int
+
+
 @dataclass
 class Flow:
     """The record of one forward pass.
@@ -71,6 +85,8 @@ class Flow:
         axes: labels along the dimensions of tensors whose channels lie along several, if the model
             multiplies activations.
         products: products of activations that have channels.
+        composed: parameters that are layers in this pass because code computes weights from them.
+        noted: parameters that have to be such layers in the next pass.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
     """
@@ -94,6 +110,8 @@ class Flow:
     probe: nn.Module | None = None
     axes: Axes | None = None
     products: list[ProductUse] = field(default_factory=list)
+    composed: dict[str, Composed] = field(default_factory=dict)
+    noted: dict[str, Composed] = field(default_factory=dict)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.graph.computed import SPECTRAL, can_be_narrowed, has_spectral_norm
+from pruning.graph.computed import SPECTRAL, can_be_narrowed, has_spectral_norm, refresh_computed
 from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
@@ -84,6 +84,7 @@ def trace(
     """
     ignored_by = _match(model, ignored)
     _require_traceable(model, inputs, ignored_by)
+    refresh_computed(model)
     entries = entries_of(also)
     found = flow(model, call, inputs, outputs, entries)
     groups, labels, reasons = _prunable(model, found, ignored_by)
@@ -208,7 +209,9 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
     if not traced.groups:
         kind = type(model).__name__
         reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
-        raise PruningError(f"{kind} has no prunable group ({reasons or 'no layer was found'})")
+        raise PruningError(
+            f"{kind} has no prunable group ({reasons or 'no layer was found'}); see docs/refusals.md"
+        )
 
 
 def _obstacle(

@@ -31,32 +31,20 @@ from pruning.tracing.functions import Functions
 from pruning.tracing.labels import Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
 from pruning.tracing.movement import selects_one
-from pruning.tracing.operation import Operation, shares_memory, writes
+from pruning.tracing.operation import Operation
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import ParameterView, Weights
 from pruning.tracing.record import Flow
 from pruning.tracing.ties import spread, varying, vector_along
+from pruning.tracing.uniform import fills, pass_uniform
 from pruning.tracing.weights import WEIGHTED
 from pruning.utils.meta import run_operation
 from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs, counted, kept_output, named_outputs
 from pruning.utils.tree import tensors, tensors_among
 
-#: Operations that create a uniform tensor; one of random numbers is like it, for checks make them equal.
-_FILLING = frozenset(
-    f"aten::{name}"
-    for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "randn", "rand")
-)
-
-#: Operations that create a uniform tensor of the size of another one, whose values they do not read.
-_FILLING_LIKE = frozenset(
-    f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")
-)
-
 #: Operations that return a view of a whole parameter.
 _VIEWS = frozenset(("t", "transpose", "permute", "detach", "alias", "unsqueeze", "view", "_unsafe_view"))
-
-_COPYING = frozenset(("aten::_to_copy", "aten::clone"))
 
 Result = TypeVar("Result")
 
@@ -181,8 +169,9 @@ class Tracer(TorchDispatchMode):
     ) -> object:
         output = run_operation(func, args, kwargs)
         self.found.done.note_batch(func, args)
-        if self._fills(func._schema.name, args):
+        if fills(self.labels, func._schema.name, args):
             self.labels.mark_uniform(output)
+            self.labels.filled.note(output)
             return output
         if not self.depth:
             if func._overloadpacket in flop_registry:
@@ -198,25 +187,8 @@ class Tracer(TorchDispatchMode):
             elif operation.name in WEIGHTED or any(self.labels.of(t) is not None for t in operation.operands):
                 follow(self.labels, operation)
         if self.labels.has_uniform:
-            self._pass_uniform(func, tensors_among((args, kwargs)), output)
+            pass_uniform(self.labels, func, tensors_among((args, kwargs)), output, not self.depth)
         return output
-
-    def _fills(self, name: str, args: tuple[object, ...]) -> bool:
-        """Whether an operation makes a uniform tensor whose size follows no width."""
-        if name in _FILLING_LIKE:
-            return isinstance(args[0], Tensor) and self.labels.has_one_channel(args[0])
-        copies = name in _COPYING and any(map(self.labels.is_uniform, tensors_among(args)))
-        return name in _FILLING or copies
-
-    def _pass_uniform(self, func: OpOverload, operands: list[Tensor], output: object) -> None:
-        """Note which tensors are uniform after an operation."""
-        uniform = bool(operands) and all(map(self.labels.is_uniform, operands))
-        if writes(func) or (not self.depth and shares_memory(func)):
-            self.labels.unmark_uniform(operands)
-        if not uniform or not isinstance(output, Tensor) or writes(func):
-            return
-        if self.labels.of(output) is None and (shares_memory(func) or torch.Tag.pointwise in func.tags):
-            self.labels.mark_uniform(output)
 
     def run_layer(
         self, name: str, module: nn.Module, inputs: list[Tensor], run: Callable[[], Tensor]

@@ -58,8 +58,9 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
+    parameters = {name for name, _ in model.named_parameters()}
     for name, why in found.functional.items():
-        if (name, "in") in found.sides:
+        if (name, "in") in found.sides or name not in parameters:
             continue
         owner, _, attribute = name.rpartition(".")
         rule = rule_for(submodule(model, owner))

@@ -17,7 +17,7 @@ from pruning.tracing.attribute_reads import attributes_read
 from pruning.tracing.bisection import faulty_groups
 from pruning.tracing.held_widths import held_widths, names_read
 from pruning.tracing.narrowed_runs import NarrowedRuns
-from pruning.tracing.other_calls import other_calls
+from pruning.tracing.other_calls import other_calls, reparameterization
 from pruning.tracing.probing import CURE, WidthProbe
 from pruning.tracing.size_attributes import CountedSize, following, merged
 from pruning.utils.entries import Entry
@@ -101,6 +101,12 @@ def _tried(
     probe: WidthProbe, sizes: tuple[WidthAttribute, ...], held: list[HeldWidth]
 ) -> tuple[tuple[WidthAttribute, ...], list[HeldWidth]]:
     """Let attributes follow that another call proves to be widths; return these and the others."""
+    if (entry := reparameterization(probe.model, probe.runs.inputs)) is not None and held:
+        runs = probe.runs.with_sizes(sizes)
+        read = _reads_of(runs, [each.place for each in held], entry)
+        found = _proven(probe, runs, [each for each in held if each.place in read], entry)
+        followed = {(size.module, size.attribute) for size in found}
+        sizes, held = merged((sizes, found)), [each for each in held if each.place not in followed]
     by_kind: dict[tuple[type[nn.Module], str], list[HeldWidth]] = {}
     for each in held:
         module, attribute = each.place
@@ -111,7 +117,7 @@ def _tried(
         runs = probe.runs.with_sizes(sizes)
         modules = list(dict.fromkeys(each.attribute.module for each in several))
         calls = other_calls(probe.model, modules, kind[1], runs.inputs)
-        found: tuple[WidthAttribute, ...] = ()
+        found = ()
         for entry in calls:
             key = kind[0], tuple(modules), entry.name
             if key not in reads:
@@ -150,5 +156,8 @@ def _proven(
         return ()
     if not (runs.error(names) or runs.mismatch(names, (), 1 / 3)):
         return ()
+    whole = {name: merged([(each.attribute,) for each in held if name in each.groups]) for name in names}
+    if runs.is_exact(whole):
+        return merged(whole.values())
     found = following(probe.model, runs, _by_group(held, names), probe.structures)
     return merged(found.values())

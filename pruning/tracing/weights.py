@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from pruning.graph.inferred import infer_rule, inferred_rule
 from pruning.graph.layers import is_depthwise, is_read_by_parent, parts, rule_for
 from pruning.graph.rule import Rule, Side
+from pruning.tracing.computed_weights import (
+    computed_convolution,
+    computed_product,
+    note_macs,
+    product_of_parameters,
+)
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
 from pruning.tracing.products import batched_product, product_of_activations
@@ -31,10 +37,14 @@ def product(labels: Labels, op: Operation) -> None:
     """Multiply a matrix by a weight (mm, addmm, bmm of an expanded weight)."""
     bias = op.given.get("self") if op.name == "addmm" else None
     left, right = op.operands[-2:]
+    if product_of_parameters(labels, op):
+        return None
     for x, weight, read, made in ((left, right, 0, 1), (right, left, 1, 0)):
         dim = 1 if weight is right else 0
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
+    if computed_product(labels, op):
+        return None
     if op.name == "mm" and all(
         labels.of(x) is not None and labels.weights.find(x) is None for x in (left, right)
     ):
@@ -51,10 +61,14 @@ def product(labels: Labels, op: Operation) -> None:
 def batched(labels: Labels, op: Operation) -> None:
     """Multiply batches of matrices; a batch of one, as `torch.einsum` makes it, may hold a weight."""
     left, right = op.operands[-2:]
+    if product_of_parameters(labels, op):
+        return
     if op.name == "bmm" and len(left) == 1:
         for x, weight, dims, dim in ((left, right, (1, 2), 2), (right, left, (2, 1), 1)):
             if _weighted(labels, op, (x, weight, None), dims, dim):
                 return
+    if computed_product(labels, op):
+        return
     if any(labels.of(t) is not None for t in op.operands):
         batched_product(labels, op)
 
@@ -80,10 +94,15 @@ def convolution(labels: Labels, op: Operation) -> None:
     dim, transposed = 1, op.given["transposed"]
     if op.given["groups"] == x.shape[1] > 1 and not transposed:
         return _depthwise(labels, op, x, weight, bias)
+    if x.shape[1] == op.output.shape[1] == 1 and varying(labels.of(x)) == [0]:  # a channel as an image
+        note_macs(labels, op, vector_along(labels.of(x), 0, len(x)))
+        return labels.put(op.output, labels.of(x))
     if op.given["groups"] == 1:
         read, made = (0, 1) if transposed else (1, 0)
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):
             return None
+    if computed_convolution(labels, op):
+        return None
     reason = (
         f"{labels.where()} convolves it with a weight that is no parameter of a layer alone, or in groups; "
         "put the weight into nn.Conv2d (or the like) to let it be pruned"
@@ -111,6 +130,7 @@ def _depthwise(labels: Labels, op: Operation, x: Tensor, weight: Tensor, bias: T
             labels.tie(spread(vector, own.ndim, 0), found, FIXED_SIZE)
         elif found is None and own.stride(0) != 0 and not labels.is_uniform(own):
             labels.fix(arriving, f"{each}, which is a tensor of fixed size")
+    note_macs(labels, op, vector)
     labels.put(op.output, spread(vector, op.output.ndim, 1))
 
 
@@ -131,7 +151,7 @@ def _weighted(
     """
     x, weight, bias = tensors
     place = labels.weights.find(weight)
-    if place is None:
+    if place is None or place.full_name in labels.found.composed:
         return False
     read, made = (place.dims.get(d) for d in dims)
     module = labels.weights.modules[place.module]
@@ -228,6 +248,9 @@ def _pass_through(
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")
-    labels.note_weighted(name, op.output.numel() / sides["out"].numel() / groups, weight.numel())
+    positions = op.output.numel() / sides["out"].numel() / groups
+    transposed = op.name == "convolution" and op.given["transposed"]
+    uses = x.numel() / sides["in"].numel() if transposed else positions
+    labels.note_weighted(name, uses, positions, weight.numel())
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
     return sides["out"]

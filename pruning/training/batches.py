@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from pruning.errors import PruningError
+from pruning.utils.batch import usual_batch
 
 #: A pair: the inputs of the model, and the targets that the loss compares its outputs with.
 Batch: TypeAlias = tuple[Any, Any]
@@ -75,6 +77,55 @@ def to_device(batch: object, device: torch.device) -> Batch:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
+
+
+def spread_examples(batches: BatchSource, count: int | None) -> list[Batch]:
+    """Return batches that hold at most this many examples, evenly spread over the given ones; None for all.
+
+    Batches are often sorted by class, so the first examples alone would show a few classes. Targets are
+    selected like the inputs if they are a tensor with an entry for each example.
+
+    >>> batches = [(torch.arange(4.0)[:, None], None), (torch.arange(4.0, 8.0)[:, None], None)]
+    >>> [inputs.flatten().tolist() for inputs, _ in spread_examples(batches, 3)]
+    [[0.0, 2.0], [4.0]]
+    """
+    if count is not None and isinstance(batches, DataLoader):
+        batches = _thinned(batches, count)
+    found, seen, left = list[Batch](), 0, count
+    step = 1
+    for number, batch in enumerate(batches):
+        inputs, targets = pair(batch)
+        if left is None:
+            found.append((inputs, targets))
+            continue
+        examples = usual_batch(inputs)
+        if not number and count:  # the last batch may be smaller, so this is at least every step-th one
+            step = max(1, len(batches) * examples.size // count)
+        places = torch.arange(-seen % step, examples.size, step)[:left]
+        if len(places):
+            if isinstance(targets, Tensor) and targets.ndim and len(targets) == examples.size:
+                targets = targets[places.to(targets.device)]
+            found.append((examples.at(inputs, places), targets))
+        seen, left = seen + examples.size, left - len(places)
+        if not left:
+            break
+    return found
+
+
+def _thinned(loader: DataLoader[Any], count: int) -> BatchSource:
+    """Return a loader that reads only the examples that are selected, if it takes them in their order."""
+    dataset: Any = loader.dataset
+    in_order = isinstance(loader.sampler, SequentialSampler) and loader.batch_size is not None
+    if not in_order or type(loader).__init__ is not DataLoader.__init__:
+        return loader
+    chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    return type(loader)(
+        Subset(dataset, chosen),
+        loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+    )
 
 
 def length(batches: object) -> int | None:

@@ -190,6 +190,16 @@ class TrainConfig:
             stages="last",
         ),
     ] = 0.0
+    eval_mode: Annotated[
+        bool,
+        Setting(
+            "train in evaluation mode: BatchNorm keeps its statistics, and dropout leaves nothing out. For "
+            "few examples, whose batches have statistics of their own",
+            stages="last",
+            group="training",
+            later="setting",
+        ),
+    ] = False
     channels_last: Annotated[
         bool,
         Setting(

@@ -63,14 +63,18 @@ class Distillation:
             with torch.no_grad(), recorded(self.teacher, self.features.values()) as wanted:
                 reference = call(self.teacher, inputs)
         outputs: list[object] = []
+        hard: Tensor | None = None
         # The model runs once: `hard` calls it, and a hook stores its outputs.
         handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
         with hooked([handle]), recorded(model, self.features) as found:
-            hard = self.hard(model, inputs, targets)
+            if self.weight < 1:
+                hard = self.hard(model, inputs, targets)
+            else:
+                call(model, inputs)
         soft = soft_loss(outputs[-1], reference, targets, self.temperature, self.compare)
         if self.features:
             soft = soft + self._feature_loss(found, wanted)
-        return (1 - self.weight) * hard + self.weight * soft
+        return soft if hard is None else (1 - self.weight) * hard + self.weight * soft
 
     def with_label_smoothing(self, share: float) -> Distillation:
         """Return the same loss with smoothed labels in its own part."""
@@ -146,7 +150,7 @@ def distillation(
     Args:
         teacher: network with the same outputs; it is put into eval mode and not trained. With None the
             targets must be pairs (targets, teacher's outputs); see `with_teacher`.
-        weight: weight of the teacher in the loss, 0 to 1.
+        weight: weight of the teacher in the loss, 0 to 1. With 1 the targets may be None.
         temperature: T, above 0.
         loss: loss of the student's outputs and the targets, see `fit`.
         features: names of modules whose outputs are compared, too (Romero et al., arXiv 1412.6550), as
@@ -176,6 +180,7 @@ def with_teacher(
     loss: Loss = cross_entropy,
     *,
     features: Features = (),
+    compare: Comparison = "auto",
     changing: bool = False,
 ) -> tuple[BatchSource, Loss]:
     """Return batches and a loss for distillation; the teacher's outputs are computed only once if possible.
@@ -189,7 +194,7 @@ def with_teacher(
 
     Args:
         batches: the training batches.
-        teacher, weight, temperature, loss, features: see `distillation`.
+        teacher, weight, temperature, loss, features, compare: see `distillation`.
         changing: the training changes the inputs (MixUp).
     """
 
@@ -222,8 +227,8 @@ def with_teacher(
                 else:
                     stored = [(x, (y, counted_outputs(x))) for x, y in map(pair, batches)]
     if stored is None:
-        return batches, distillation(teacher, weight, temperature, loss, features=features)
-    return stored, distillation(None, weight, temperature, loss)
+        return batches, distillation(teacher, weight, temperature, loss, features=features, compare=compare)
+    return stored, distillation(None, weight, temperature, loss, compare=compare)
 
 
 def require_features(
@@ -259,7 +264,9 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tenso
     def record(name: str, output: object) -> None:
         values = tensors(output)
         if not values:
-            raise PruningError(f"feature {name!r} returns a {type(output).__name__} without a tensor")
+            raise PruningError(
+                f"feature {name!r} returns a {type(output).__name__} without a tensor; name another module"
+            )
         found[name] = values[0]
 
     inner = unwrapped(model) if names else model

@@ -26,7 +26,7 @@ from pruning.training.losses import (
 )
 from pruning.training.mixing import mixed, require_mixing
 from pruning.training.precision import require_precision
-from pruning.training.state import Stateful, Training, TrainingState, make_optimizer
+from pruning.training.state import Stateful, Training, TrainingState, make_optimizer, set_mode
 from pruning.training.statistics import fresh_statistics, take_statistics
 from pruning.utils import distributed
 from pruning.utils.modules import channels_last, device_of
@@ -226,7 +226,7 @@ def _train_epoch(
     bar: tqdm,
 ) -> tuple[_Losses, float]:
     """Train on every batch; return the losses of this process and the last learning rate."""
-    training.model.train()
+    set_mode(training.model, training.config)
     precision, lr = training.precision, training.lr
     losses = _Losses(training.device, precision.scales)
     for number, batch in enumerate(batches, start=1):

@@ -60,7 +60,7 @@ def cross_entropy(model: nn.Module, inputs: Inputs, targets: Tensor, label_smoot
     try:
         return F.cross_entropy(logits, targets.long(), label_smoothing=label_smoothing)
     except IndexError as error:
-        raise _no_such_class(logits, targets) from error
+        raise no_such_class(logits, targets) from error
 
 
 def with_label_smoothing(loss: Loss, share: float) -> Loss:
@@ -198,7 +198,8 @@ def _are_probabilities(targets: object, logits: object) -> TypeGuard[Tensor]:
     return bool((targets >= 0).all() and ((targets.sum(1) - 1).abs() < 0.01).all())
 
 
-def _no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
+def no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
+    """Return the error about targets that are no classes of logits (N, classes, ...)."""
     return PruningError(
         f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
         f"{logits.shape[1]} classes, which count from 0: give a network with as many classes as the data"
@@ -260,7 +261,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
             logits = logits_for(targets, outputs)
             counted = targets != IGNORED
             if bool((counted & ((targets < 0) | (targets >= logits.shape[1]))).any()):
-                raise _no_such_class(logits, targets)
+                raise no_such_class(logits, targets)
             valid = ~logits.isnan().any(1)  # argmax treats NaN as the largest value
             right += int(((logits.argmax(1) == targets) & valid & counted).sum())
             count += int(counted.sum())

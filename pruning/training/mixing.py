@@ -68,8 +68,8 @@ class MixedBatches:
             if int(targets.max()) >= self.classes or int(targets.min()) < 0:
                 raise PruningError(
                     f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
-                    f"{self.classes} classes, which count from 0: mixing needs a class of the network for "
-                    "every image"
+                    f"{self.classes} classes, which count from 0: give a network with as many classes as the "
+                    "data"
                 )
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
             yield self.mixers[choice](inputs, targets)

@@ -84,7 +84,7 @@ def soft_loss(
     theirs = comparable(teacher)
     terms = []
     for name, x in comparable(student).items():
-        dim = _class_dimension(student, x, targets, compare)
+        dim = class_dimension(student, x, targets, compare)
         if dim is None:
             terms.append(relative_error(x, theirs[name]))
         else:
@@ -116,7 +116,7 @@ def _divergence(logits: Tensor, teacher: Tensor, dim: int, temperature: float) -
     return temperature**2 * divergence
 
 
-def _class_dimension(output: object, x: Tensor, targets: object, compare: Comparison) -> int | None:
+def class_dimension(output: object, x: Tensor, targets: object, compare: Comparison) -> int | None:
     """Return the dimension of the classes of an output; None if its values are compared."""
     if compare == "values":
         return None

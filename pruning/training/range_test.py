@@ -16,7 +16,7 @@ from pruning.errors import PruningError
 from pruning.training.batches import Batch, to_device
 from pruning.training.config import DEFAULT_RATE, TrainConfig
 from pruning.training.losses import Loss, class_logits, classes_of, cross_entropy, loss_of
-from pruning.training.state import make_optimizer
+from pruning.training.state import make_optimizer, set_mode
 from pruning.utils import distributed
 from pruning.utils.modules import call, copied, device_of, eval_mode
 from pruning.utils.tree import fresh, tensors
@@ -66,7 +66,7 @@ def range_test(
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         given = [to_device(batch, device) for batch in _of_several(batches)]
         scalar = loss_of(loss)
-        tried = copied(model).train()
+        tried = set_mode(copied(model), config)
         before = _losses(tried, given, scalar)
         limit = _tolerance(model, given, before)
         optimizer = make_optimizer(tried, config, device)
@@ -117,7 +117,7 @@ def recovery_rate(
         if exponent not in losses:
             rate = first * 10 ** (exponent / 2)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                found = _loss_after(copied(model).train(), given, config, rate, scalar)
+                found = _loss_after(set_mode(copied(model), config), given, config, rate, scalar)
             losses[exponent] = found if found < most else math.inf
         return losses[exponent]
 
@@ -142,7 +142,14 @@ def _loss_after(
     """Train for `TRIAL` steps, and return the mean loss of the batches."""
     optimizer, order = make_optimizer(model, config, device_of(model)), itertools.cycle(batches)
     with torch.enable_grad():
-        for step in range(TRIAL):
+        steps = tqdm(
+            range(TRIAL),
+            desc=f"range test, rate {rate:.2g}",
+            unit="step",
+            disable=distributed.rank() > 0 or None,
+            leave=False,
+        )
+        for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = rate * config.rate((step + 1) / TRIAL)
             optimizer.zero_grad(set_to_none=True)

@@ -176,6 +176,18 @@ class Training:
         _set_random_state(state["random"])
 
 
+def set_mode(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Put a model into the mode in which it is trained, and return it.
+
+    Recurrent layers on a GPU stay in training mode, in which alone cuDNN computes gradients.
+    """
+    model.train(not config.eval_mode)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and device_of(module).type == "cuda":
+            module.train()
+    return model
+
+
 def make_optimizer(
     model: nn.Module, config: TrainConfig, device: torch.device, learned: nn.Module | None = None
 ) -> torch.optim.Optimizer:

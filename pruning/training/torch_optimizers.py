@@ -140,7 +140,8 @@ def _made(
     except (TypeError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise PruningError(
-            f"optimizer {shown} cannot be made with {given or 'its defaults'}: {' '.join(str(error).split())}"
+            f"optimizer {shown} cannot be made with {given or 'its defaults'}: "
+            f"{' '.join(str(error).split())}; correct its arguments"
         ) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise PruningError(
@@ -159,7 +160,9 @@ def _require_trains(made: torch.optim.Optimizer, groups: Iterable[Mapping[str, A
             "groups that the function receives"
         )
     if any("lr" not in group for group in made.param_groups):
-        raise PruningError(f"optimizer {shown} has no learning rate 'lr', which the schedule changes")
+        raise PruningError(
+            f"optimizer {shown} has no learning rate 'lr', which the schedule changes; choose another"
+        )
 
 
 def _require_arguments(maker: Callable[..., Any], shown: str, arguments: Mapping[str, Any]) -> None:

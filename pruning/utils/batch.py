@@ -60,6 +60,14 @@ class Batch:
         """Return the first `count` examples of inputs; all of them if there are fewer."""
         return self._selected(inputs, lambda size: torch.arange(min(count, size)))
 
+    def at(self, inputs: T, places: Tensor) -> T:
+        """Return the examples at some places, (count,)."""
+        return self._selected(inputs, lambda _: places)
+
+    def rest(self, inputs: T, count: int) -> T:
+        """Return the examples of inputs behind the first `count`."""
+        return self._selected(inputs, lambda size: torch.arange(min(count, size), size))
+
     def resized(self, inputs: T, count: int) -> T:
         """Return inputs of `count` examples: the first ones, repeated where there are fewer."""
         return self._selected(inputs, lambda size: torch.arange(count) % size)

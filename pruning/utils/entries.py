@@ -39,13 +39,13 @@ class Entry:
         Args:
             convert: changes the tensors of inputs, for example to another device.
         """
-        if self.function is not None:
-            # On the meta device, the tensors that the function makes are there, too.
-            device = device_of(model)
-            with device if device.type == "meta" else contextlib.nullcontext():
+        # On the meta device, the tensors that a function makes are there, too.
+        device = device_of(model)
+        with device if device.type == "meta" else contextlib.nullcontext():
+            if self.function is not None:
                 return self.function(model)
-        if self.prepare is not None:
-            self.prepare(model)
+            if self.prepare is not None:
+                self.prepare(model)
         inputs = fresh(self.inputs)
         return call(model, inputs if convert is None else map_tensors(convert, inputs))
 

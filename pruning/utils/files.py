@@ -29,7 +29,7 @@ def read_plain(path: str | Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; check the path") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
     except Exception as error:  # reading a damaged file can fail in any way
         kind = _foreign_kind(Path(path))
         if kind is not None:
@@ -39,10 +39,10 @@ def read_plain(path: str | Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(
                 f"{path} was refused: it is damaged, or holds objects other than tensors and plain data. "
-                "Instead of a pickled model, save model.state_dict()"
+                "Instead of a pickled model, save model.state_dict() (see docs/checkpoint-format.md)"
             ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}; write it again") from error
 
 
 #: Kinds of files by their first bytes.
@@ -126,7 +126,9 @@ def replace_file(path: str | Path, content: bytes, check: Callable[[Path], None]
             check(partial)
         os.replace(partial, path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}; give another path"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or was never created
             partial.unlink()

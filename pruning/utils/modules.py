@@ -35,7 +35,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """
     found: nn.Module | None = model
     for part in name.split(".") if name else ():
-        owner, found = found, found._modules.get(part) if found is not None else None
+        owner, children = found, found._modules if found is not None else {}
+        # No `get`: the children of a scripted module have none.
+        found = children[part] if part in children else None  # noqa: SIM401
     if found is None and owner is not None and owner._parameters.get(part) is not None:
         return held_weight(owner, part)
     return model.get_submodule(name) if found is None else found
@@ -234,7 +236,8 @@ def copied(
         return copy.deepcopy(model, known)
     except RuntimeError as error:
         raise PruningError(
-            f"{type(model).__name__} cannot be copied, and pruning works on a copy of the model: {error}"
+            f"{type(model).__name__} cannot be copied, and pruning works on a copy of the model: {error}; "
+            "remove what cannot be copied from its attributes"
         ) from error
 
 

@@ -74,7 +74,7 @@ def counted(output: object, outputs: Outputs) -> list[Tensor]:
         except Exception as error:  # of the user's function
             raise PruningError(
                 f"outputs: the function fails on what the model returns, {_described(output)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; give one that takes it"
             ) from error
         if not chosen:
             raise PruningError("outputs: the function returns no tensor; return the tensors that count")

@@ -194,3 +194,16 @@ def test_pretrained_networks_are_measured_once_and_absent_ones_skipped(tmp_path,
     pretrained.main()
     assert (tmp_path / "found.json").read_text() == first
     assert (tmp_path / "found.md").read_text().count("| tiny |") == 2
+
+
+def test_forecasts_of_a_frontier_are_compared_with_what_is_measured(tmp_path):
+    brief = ("--networks", "perceptron", "--epochs", 1, "--points", 3, "--widths", 2, "--threads", 1)
+    module("benchmarks.forecasts", *brief, "--output", tmp_path / "f.json")
+    before = (tmp_path / "f.json").read_bytes()
+    rows = json.loads(before)["rows"]
+    assert [row["budget"] for row in rows] == ["85%", "70%", "55%", "40%", "25%"]
+    losses = [row["loss"] for row in rows]
+    held = [each["forecast"][1] <= each["measured"][0] <= each["forecast"][2] for each in losses]
+    assert f"the interval holds the loss in {sum(held)} and" in (tmp_path / "f.md").read_text()
+    module("benchmarks.forecasts", *brief, "--output", tmp_path / "f.json")
+    assert (tmp_path / "f.json").read_bytes() == before

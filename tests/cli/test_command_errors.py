@@ -57,7 +57,7 @@ PICTURES = (
         (("prune", *NET, "--max-macs", "120%"), "at most 100"),
         (("prune", *NET), "a budget is needed: --max-macs 50%, or --max-params"),
         (("prnue", *NET, *BUDGET), "there is no command 'prnue': did you mean prune?"),
-        (("compress", *NET, *BUDGET), "expected one of doctor, prune, slim"),
+        (("compress", *NET, *BUDGET), "expected one of doctor, prune, frontier"),
         (("slim", "--resume", "--output", "nowhere"), "nowhere holds no run to resume"),
         (
             ("prune", "--config", "absent.toml"),
@@ -76,7 +76,7 @@ PICTURES = (
         (("slim", "--model", "mine:Net", *BUDGET), "data is needed"),
         (("prune", *NET, *BUDGET, "--max-latency", "0.5x"), "stands alone"),
         (("prune", *NET, "--max-latency", "quick"), "0.5x"),
-        (("prune", *NET, "--max-latency", "1ms", "--ranking", "group"), "only ranking 'global'"),
+        (("prune", *NET, "--max-latency", "1ms", "--ranking", "group"), "a latency budget expects 'global'"),
         (("slim", *NET, "--resume", *BUDGET), "--resume needs --output"),
         (("slim", *NET, "--resume", "--output", "nowhere", *BUDGET), "no run to resume"),
         (("test", "--data", "mine:digits"), "a model is needed"),

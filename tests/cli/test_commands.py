@@ -17,6 +17,7 @@ from user import MODULE, NET, image_folder
 
 from pruning import __main__ as program
 from pruning import save
+from pruning.stages import Run
 from pruning.utils.modules import thread_count
 
 SHORT = ("--sparsify-epochs", 1, "--recover-epochs", 1, "--finetune-epochs", 2, "--iterations", 2)
@@ -361,3 +362,33 @@ def test_two_processes_find_the_same_plan_as_one(run, tmp_path, monkeypatch, cap
     )
     for key, value in alone.items():
         torch.testing.assert_close(both[key], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_few_examples_without_labels_recover_a_pruned_network(run, tmp_path, monkeypatch):
+    assert run("finetune", *NET, "--epochs", 4, "--output", "dense")[0] == 0
+    pruned = ("--weights", "dense/best.pth", *BUDGET, "--score", "l2", "--output", "small.pth")
+    assert run("prune", *NET, *pruned)[0] == 0
+    words = ("finetune", *NET, "--weights", "small.pth", "--few-shot", 64, "--epochs", 6, "--rate", 0.05)
+    taught = ("--teacher", "dense/best.pth")
+    code, out, err = run(*words, *taught, "--output", "few")
+    assert code == 0, err
+    before, after = re.search(r"on 16 examples held out: (\S+) before, (\S+) after", out).groups()
+    assert float(after) < float(before)
+    saved = Run.save
+
+    def interrupted(self, state):
+        saved(self, state)
+        if state["fit"]["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", interrupted)
+        assert run(*words, *taught, "--output", "cut")[0] == 130
+    assert run(*words, *taught, "--output", "cut", "--resume")[0] == 0
+    whole, resumed = (
+        torch.load(f"{name}/best.pth", weights_only=True)["state_dict"] for name in ("few", "cut")
+    )
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    for flags, said in (((), "give --teacher FILE"), ((*taught, "--int8"), "leave out --int8")):
+        code, _, err = run(*words, *flags, "--output", "no")
+        assert code == 2 and said in err and not (tmp_path / "no").exists()

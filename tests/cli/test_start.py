@@ -10,7 +10,7 @@ import pytest
 
 import pruning
 from pruning import cli
-from pruning.cli.command_flags import COMMANDS
+from pruning.cli.command_table import COMMANDS
 from pruning.planning import scores
 from pruning.planning.options import SCORES
 from pruning.utils import lazy
@@ -100,6 +100,10 @@ def test_only_a_run_that_exists_is_offered_to_go_on(tmp_path):
     assert call.advice().endswith(f"python -m pruning slim --resume --output {tmp_path}")
     call.args = Namespace(command="export", output=tmp_path)
     assert call.advice() == "interrupted"
+    call.args = Namespace(command="frontier", output=tmp_path)
+    assert call.advice() == "interrupted"
+    (tmp_path / "frontier.json").touch()
+    assert call.advice() == f"interrupted; the same command goes on from {tmp_path}"
 
 
 def test_the_command_alone_shows_an_example_of_each_command(tmp_path, monkeypatch, capsys):

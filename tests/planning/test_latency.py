@@ -19,7 +19,8 @@ from pruning.planning.latency import _between, even_scores
 from pruning.planning.layer_times import LatencyTable, _interpolated
 from pruning.planning.options import PlanOptions
 from pruning.planning.scores import l2
-from pruning.planning.search import ascending, lowest_widths
+from pruning.planning.search import ascending
+from pruning.planning.width_limits import lowest_widths
 from pruning.stages.config import PruneConfig, SlimConfig
 from pruning.training import cross_entropy
 from pruning.training.config import TrainConfig

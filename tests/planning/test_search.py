@@ -177,7 +177,7 @@ def test_limits_other_than_counts_and_percentages_are_rejected(limit):
 
 
 def test_a_budget_without_a_limit_is_rejected():
-    with pytest.raises(PruningError, match="on params, on MACs, or on channels"):
+    with pytest.raises(PruningError, match="give params, macs or channels"):
         Budget()
 
 

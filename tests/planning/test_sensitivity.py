@@ -16,7 +16,7 @@ from pruning import Budget, Plan, PruningError, prune, sensitivity, trace
 from pruning.planning import CostModel, joint
 from pruning.planning.cost import Cost
 from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
-from pruning.planning.prefix_cache import modules_before
+from pruning.planning.prefix_cache import PrefixCache
 from pruning.surgery import channel_constants, recalibrate
 from pruning.surgery.apply import apply
 from pruning.training import TrainConfig
@@ -63,7 +63,7 @@ def test_every_point_equals_a_measurement_of_the_pruned_model(name):
         for stage in ("pruned", "recalibrated"):
             if stage == "recalibrated":
                 layers = {member.layer for member in traced.groups[point.group].members}
-                unchanged = modules_before(net, layers, validation[0][0])
+                unchanged = PrefixCache(net, layers, [validation[0][0]]).unchanged
                 recalibrate(small, [x for x, _ in calibration], keep=unchanged)
             reading = point.readings[stage]
             assert (reading.loss, reading.accuracy) == pytest.approx(

@@ -146,3 +146,13 @@ def test_masks_of_weights_are_narrowed_with_them(kind, groups, tmp_path):
         assert layer.mask.shape == layer.weight.shape
     save(tmp_path / "small.pth", step.model)
     assert torch.equal(pruning.load(tmp_path / "small.pth", make)(images), step.model(images))
+
+
+def test_weight_norm_is_narrowed_by_the_parameters_that_it_has_now():
+    net, x = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.Linear(8, 2)), torch.randn(4, 6)
+    with torch.no_grad():
+        net[0].weight_g.mul_(3)  # as loading a checkpoint does, after the weight was computed
+    traced, plan = trace(net, x), Plan({"0": (0, 3, 5)})
+    with torch.no_grad():
+        net[0].weight_g.mul_(2)
+    assert verify(net, apply(net, traced, plan), traced, plan, x) < 1e-5

@@ -161,3 +161,25 @@ def test_layers_with_fake_quantization_are_kept_with_the_cure():
     prepared = quantization.prepare_qat(net)
     traced = trace(prepared, torch.randn(2, 3, 9, 9))
     assert traced.widths == {} and "prune first and call prepare_qat" in traced.skipped["0"]
+
+
+class TiedConv(nn.Module):
+    """An autoencoder of convolutions whose decoder has the weights of its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = torch.tanh(self.second(torch.tanh(self.first(x))))
+        hidden = F.conv_transpose2d(code, self.second.weight, stride=2, padding=1, output_padding=1)
+        return F.conv_transpose2d(hidden.tanh(), self.first.weight, stride=2, padding=1, output_padding=1)
+
+
+def test_transposed_convolutions_with_tied_weights_are_counted_by_their_inputs():
+    net, x = TiedConv(), torch.randn(2, 3, 16, 16)
+    traced, plan = trace(net, x), Plan({"first": (0, 4, 7), "second": (1, 2)})
+    costs = CostModel(net, traced)
+    assert costs({}).macs == count(net, x).macs
+    small = apply(net, traced, plan)
+    assert costs(plan.widths).macs == count(small, x).macs and verify(net, small, traced, plan, x) < 1e-5

@@ -62,12 +62,6 @@ def hard_split(self, x):
     return self.extra(torch.cat([left, right], 1))
 
 
-def assigned_beside(self, x):
-    moved = torch.zeros(x.shape, device=x.device)  # gets the channels of its part
-    moved[:, :, 1:] = x[:, :, :-1]
-    return self.extra(moved)
-
-
 def added_to_channels(self, x):
     places = torch.tensor([0, 1] * 4, device=x.device)
     return self.extra(x.new_zeros(x.shape).index_add(1, places, x))
@@ -87,7 +81,6 @@ def functional(self, x):
         (by_position, "by position"),
         (rolled, "by position"),
         (hard_split, "tied to its width"),
-        (assigned_beside, "copy"),
         (added_to_channels, "index_add"),
         (functional, "convolves it"),
     ],
@@ -173,6 +166,32 @@ def assigned(self, x):
     return self.extra(moved)
 
 
+def assigned_beside(self, x):
+    moved = torch.zeros(x.shape, device=x.device)
+    moved[:, :, 1:] = x[:, :, :-1]
+    return self.extra(moved)
+
+
+def assigned_parts(self, x):
+    both = torch.zeros(len(x), 2 * x.shape[1], *x.shape[2:], device=x.device)
+    both[:, : x.shape[1]], both[:, x.shape[1] :] = x, torch.relu(x)
+    first, second = both.chunk(2, 1)
+    return self.extra(first * second)
+
+
+def spread_out(self, x):
+    wide = torch.empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3], device=x.device).zero_()
+    wide[:, :, ::2, ::2] = x
+    return self.extra(wide)
+
+
+def assigned_rows(self, x):
+    rows = x.permute(0, 2, 3, 1)
+    moved = torch.zeros_like(rows)
+    moved[torch.arange(len(x), device=x.device).flip(0)] = rows
+    return self.extra(moved.permute(0, 3, 1, 2))
+
+
 def added_by_index(self, x):
     places = torch.tensor([0, 1] * (x.shape[2] // 2), device=x.device)
     total = x.new_zeros(len(x), x.shape[1], 2, x.shape[3]).index_add(2, places, x)
@@ -195,6 +214,10 @@ def ordered(self, x):
 
 FOLLOWED = [
     assigned,
+    assigned_beside,
+    assigned_parts,
+    spread_out,
+    assigned_rows,
     added_by_index,
     scattered,
     largest,

@@ -64,6 +64,23 @@ def test_attributes_follow_that_a_flag_or_another_forward_method_reads(kind, cha
         assert torch.allclose(small(IMAGES), expected, atol=1e-5)
 
 
+class Grid(nn.Module):
+    """Stores a grid for images of one size, as heads of detectors do: no parameter, and no buffer."""
+
+    size = None
+
+    def forward(self, x):
+        if self.size != x.shape[2:]:
+            self.size, self.grid = x.shape[2:], torch.linspace(0, 1, x.shape[3], device=x.device)
+        return x + self.grid
+
+
+def test_attributes_follow_in_a_model_that_stores_tensors_of_its_passes():
+    net = nn.Sequential(Method(3, 16), Grid(), nn.Conv2d(16, 2, 1)).eval()
+    step = prune(net, IMAGES, Budget(macs="60%"), score="l2", widths={"0.first": 5})
+    assert step.model[0].part == 5 and not step.stale
+
+
 class Trains(nn.Module):
     def __init__(self):
         super().__init__()
@@ -216,3 +233,61 @@ def test_attributes_follow_that_count_heads_and_positions_of_heads():
     assert (small[1].heads, small[1].depth, small[1].inner) == (3, 5, 15)
     small.train()(x).sum().backward()
     assert small[1].blank(2).shape == small[1](small[0](x))[:, 0].shape
+
+
+class Branches(nn.Module):
+    """RepVGG's block, depthwise: a convolution and an identity with norms, which `reparameterize` merges."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels, self.groups, self.merged = channels, channels, None
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
+        self.norm, self.skip = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.skip(x) if self.merged is None else self.merged(x)
+
+    def reparameterize(self):
+        identity = torch.zeros_like(self.conv.weight)
+        for i in range(self.channels):
+            identity[i, i % (self.channels // self.groups), 1, 1] = 1
+        self.merged = nn.Conv2d(self.channels, self.channels, 3, 1, 1, groups=self.groups)
+        weight, bias = 0, 0
+        for kernel, norm in ((self.conv.weight, self.norm), (identity, self.skip)):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weight = weight + kernel * scale.view(-1, 1, 1, 1)
+            bias = bias + norm.bias - norm.running_mean * scale
+        self.merged.weight.data, self.merged.bias.data = weight, bias
+
+
+class Wave(nn.Module):
+    """WaveNet's gates: one attribute holds the width of the stream and of the gates."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.first = 8, nn.Conv1d(2, 8, 1)
+        self.gates, self.mix, self.last = nn.Conv1d(8, 16, 3), nn.Conv1d(8, 16, 1), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        gates = self.gates(x)
+        mixed = self.mix(gates[:, : self.channels].tanh() * gates[:, self.channels :].sigmoid())
+        return self.last(x[:, :, 2:] + mixed[:, : self.channels] + mixed[:, self.channels :].relu())
+
+
+def test_numbers_that_a_reparameterization_reads_follow():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Branches(8), nn.ReLU(), Branches(8), nn.Conv2d(8, 2, 1))
+    with torch.random.fork_rng():
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+    small = prune(net, IMAGES, Budget(macs="50%"), score="l1").model.eval()
+    before = small(IMAGES)
+    assert small[1].channels == small[1].groups == small[0].out_channels < 8
+    small[1].reparameterize(), small[3].reparameterize()
+    assert torch.allclose(small(IMAGES), before, atol=1e-5)
+
+
+def test_an_attribute_that_holds_several_widths_follows_them_together():
+    net, x = Wave(), torch.randn(2, 2, 9)
+    small = prune(net, x, Budget(macs="50%"), score="l1").model
+    assert small.channels == small.first.out_channels == small.gates.out_channels // 2 < 8

@@ -91,7 +91,9 @@ def _examples(images: Images, data: Data) -> list[tuple[Tensor, int]]:
             break
         if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != images.shape:
             got = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise PruningError(f"data {data.name!r} gives {got}, the network takes {images.shape}")
+            raise PruningError(
+                f"data {data.name!r} gives {got}, the network takes {images.shape}: give data of this shape"
+            )
         if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise PruningError(

@@ -30,9 +30,9 @@ def execute(args: argparse.Namespace) -> None:
     flags = read_flags(ExportFlags, args)
     wanted = flags.int8 or flags.int8_faster
     if wanted and (flags.to != "onnx" or args.data is None):
-        raise PruningError("--int8 needs --to onnx and --data to calibrate on")
+        raise PruningError("--int8 needs --to onnx and --data to calibrate on: add them")
     if flags.optimize and flags.to != "onnx":
-        raise PruningError("--optimize is for --to onnx")
+        raise PruningError("--optimize is for --to onnx: add it, or leave out --optimize")
     path: Path = args.checkpoint
     model, content = build.network_with(args, path), build.described(args, path)
     output = flags.output or path.with_suffix(SUFFIXES[flags.to])

@@ -11,12 +11,14 @@ from torch import nn
 from pruning.cli import build
 from pruning.cli.arguments import read_flags
 from pruning.cli.commands.results import finish, start
+from pruning.cli.sources import Data
 from pruning.errors import PruningError
+from pruning.stages.few_shot import recover
 from pruning.stages.finetune import tune
 from pruning.training.config import TrainConfig
 from pruning.training.distillation import require_features
 from pruning.training.loop import require_trainable
-from pruning.training.losses import accuracy, require_classifier
+from pruning.training.losses import accuracy, require_classifier, why_not_classifier
 from pruning.training.optimizers import require_small
 
 #: Peak learning rate of sgd and soap; other optimizers have their own.
@@ -25,6 +27,9 @@ RATE = 0.05
 
 def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.required_data(args)
+    if args.few_shot is not None:
+        _recover(args, model, data)
+        return
     if bool(args.distill) != (args.teacher is not None):
         raise PruningError("a teacher and its weight go together: --teacher FILE --distill WEIGHT")
     example = build.examples(args, model, data, trains=True)
@@ -45,7 +50,8 @@ def execute(args: argparse.Namespace) -> None:
         )
     if config.compile and (args.int8 or args.distill_features):
         raise PruningError(
-            "--compile: compiled networks leave out the hooks of --int8 and --distill-features"
+            "--compile: compiled networks leave out the hooks of --int8 and --distill-features; "
+            "train without --compile"
         )
     require_trainable(model, [config], data.train)
     require_classifier(model, data.train, data.validation)
@@ -71,3 +77,27 @@ def execute(args: argparse.Namespace) -> None:
     after = validate(tuned)
     written = finish(args, run, tuned, example, data, epochs=args.epochs, accuracy=after, given=before)
     print(f"{written} ({before:.4f} before)")
+
+
+def _recover(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
+    """Train on a few examples without labels, towards the outputs of the teacher."""
+    if args.teacher is None:
+        raise PruningError("--few-shot trains towards the dense network: give --teacher FILE, too")
+    if args.int8 or args.distill not in (0, 1):
+        raise PruningError("--few-shot has no loss but the teacher's: leave out --int8 and --distill")
+    example = build.examples(args, model, data)
+    config = replace(read_flags(TrainConfig, args), eval_mode=True)
+    teacher = build.network_with(args, args.teacher)
+    require_features(model, teacher, args.distill_features)
+    require_trainable(model, [config], data.train)
+    classifies = why_not_classifier(model, data.validation) is None
+    run = start(args)
+    torch.manual_seed(args.seed)
+    batches = data.calibration(args.few_shot)
+    done = recover(model, teacher, batches, config, features=args.distill_features, run=run)
+    before, after = (accuracy(net, data.validation) if classifies else None for net in (model, done.model))
+    written = finish(args, run, done.model, example, data, epochs=args.epochs, accuracy=after, given=before)
+    print(
+        f"{written}{'' if before is None else f' ({before:.4f} before)'}; loss towards the teacher on "
+        f"{done.held_out} examples held out: {done.before:.4g} before, {done.after:.4g} after"
+    )

@@ -9,6 +9,7 @@ from torch import nn
 
 from pruning.cli import build
 from pruning.cli.commands.results import save_network
+from pruning.cli.plan_file import PlanFile, given_plan
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.options import NEED_DATA
@@ -21,15 +22,16 @@ def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.data_of(args)
     example = build.examples(args, model, data)
     calibration = data.calibration(args.calibration) if data is not None else []
+    given = given_plan(args)
     if not calibration and args.refit:
         raise PruningError("--refit needs data: add --data")
     score = args.score or default_score(calibration, args.refit)
-    if not calibration and score in NEED_DATA:
+    if not calibration and score in NEED_DATA and given is None:
         raise PruningError(f"score {score} needs data: add --data, or --score l1, l2 or bn_scale")
     step = prune(
         model,
         example,
-        build.budget(args),
+        build.budget(args) if given is None else given.plan,
         score=score,
         calibration=calibration,
         ignored=args.ignore,
@@ -43,16 +45,26 @@ def execute(args: argparse.Namespace) -> None:
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example, data)
-    print(f"before: {step.before}\nafter:  {step.after} (asked {step.asked})")
+    asked = step.asked if given is None else args.plan
+    print(f"before: {step.before}\nafter:  {step.after} (asked {asked})")
     if step.latency is not None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
     lines += _thin_groups(step)
+    lines += _judged_otherwise(args, given)
     lines += [f"left out: {name}: {why}" for name, why in step.left_out.items()]
     lines += [f"not changed: {held}" for held in step.stale]
     print(*lines, f"{args.output}: outputs agree with the plan to {step.difference:.1e}", sep="\n")
+
+
+def _judged_otherwise(args: argparse.Namespace, given: PlanFile | None) -> list[str]:
+    """The warning that a plan was judged with a refit, and is applied without, or the other way round."""
+    if given is None or given.refit in (None, args.refit):
+        return []
+    how, cure = ("with", "add --refit") if given.refit else ("without", "omit --refit")
+    return [f"warning: {args.plan} was judged {how} a refit; to get that network, {cure}"]
 
 
 def _thin_groups(step: Step) -> list[str]:

@@ -39,7 +39,7 @@ ELSEWHERE = {
 
 #: Flags that runs of earlier versions did not have, with their defaults; they are resumed without them.
 LATER = {
-    **dict.fromkeys(("augment", "crop", "cutout", "mean", "rate", "resize", "std")),
+    **dict.fromkeys(("augment", "crop", "cutout", "few_shot", "mean", "rate", "resize", "std")),
     **later_flags(SlimConfig),
 }
 
@@ -78,20 +78,24 @@ def finish(
     data: Data,
     *,
     epochs: int,
-    accuracy: float,
+    accuracy: float | None,
     given: float | None = None,
 ) -> str:
     """Write the network of a run; return a line that describes it.
 
     Args:
-        accuracy, given: on the validation split, of the network and of the trained one it was made from.
+        accuracy, given: on the validation split, of the network and of the trained one it was made from;
+            None for a network that is no classifier.
     """
     path = run.folder / "best.pth"
-    facts: dict[str, object] = {"epochs": epochs, "validation_accuracy": accuracy}
+    facts: dict[str, object] = {"epochs": epochs}
+    if accuracy is not None:
+        facts["validation_accuracy"] = accuracy
     if given is not None:
         facts["given_accuracy"] = given
     net = save_network(args, path, model, example, data, **facts)
-    return f"{path}: {deployed_cost(net, example)}, validation {accuracy:.4f}"
+    shown = "" if accuracy is None else f", validation {accuracy:.4f}"
+    return f"{path}: {deployed_cost(net, example)}{shown}"
 
 
 def facts_of(args: argparse.Namespace, example: Inputs, data: Data | None) -> dict[str, object]:

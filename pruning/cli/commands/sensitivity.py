@@ -10,9 +10,9 @@ from pruning.cli.command_flags import SensitivityFlags
 from pruning.planning.sensitivity import sensitivity
 from pruning.report.figures import require_matplotlib, save
 from pruning.report.sensitivity_plots import lost_per_cost, sensitivity_curves, sensitivity_map
+from pruning.training.batches import spread_examples
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
-from pruning.utils.batch import usual_batch
 from pruning.utils.files import replace_file
 
 
@@ -22,13 +22,8 @@ def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.required_data(args)
     example = build.examples(args, model, data, trains=flags.finetune_epochs > 0)
     require_classifier(model, data.train, data.validation)
-    validation, seen = [], 0
-    for inputs, targets in data.validation:
-        room = flags.examples - seen if flags.examples else len(targets)
-        validation.append((usual_batch(inputs).first(inputs, room), targets[:room]))
-        seen += len(validation[-1][1])
-        if flags.examples and seen >= flags.examples:
-            break
+    validation = spread_examples(data.validation, flags.examples)
+    seen = sum(len(targets) for _, targets in validation)
     brief = TrainConfig(flags.finetune_epochs, lr=0.02) if flags.finetune_epochs else None
     found = sensitivity(
         model,

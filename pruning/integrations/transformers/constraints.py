@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypedDict
@@ -74,6 +74,21 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
         small = apply(model, trace, plan) if configs else model
         return any(adapted(small, config, inputs, trace.outputs)[0] is not None for config in configs)
 
+    described, fixed = _tried(trace, fits)
+    if not described:
+        raise PruningError(
+            f"no configuration of {type(model).__name__} describes it with fewer channels; save it with "
+            "pruning.save, or ignore other layers"
+        )
+    everything = list(trace.groups)
+    return {
+        "alike": [_pattern(each.names, everything) for each in described if len(each.names) > 1],
+        "widths": dict.fromkeys(fixed, "100%"),
+    }
+
+
+def _tried(trace: Trace, fits: Callable[[Iterable[_Set]], bool]) -> tuple[list[_Set], list[str]]:
+    """Return the sets of groups that a configuration describes, and the names of the other groups."""
     described: list[_Set] = []
     others: list[_Set] = []
     fixed: list[str] = []
@@ -94,16 +109,7 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
             described.append(_Set(tuple(n for each in together for n in each.names), together[0].channels))
             others = [each for each in others if each not in together]
     fixed += [name for each in others for name in each.names]
-    if not described:
-        raise PruningError(
-            f"no configuration of {type(model).__name__} describes it with fewer channels; save it with "
-            "pruning.save, or ignore other layers"
-        )
-    everything = list(trace.groups)
-    return {
-        "alike": [_pattern(each.names, everything) for each in described if len(each.names) > 1],
-        "widths": dict.fromkeys(fixed, "100%"),
-    }
+    return described, fixed
 
 
 def _places(trace: Trace) -> list[_Set]:

@@ -166,7 +166,9 @@ def _write_own(model: Any, folder: File) -> None:
         held: Any = described.pop(part)
         for name, value in held.items():
             if not isinstance(value, Tensor):
-                raise CheckpointError(f"{folder} was not written: {name} of the model's state is no tensor")
+                raise CheckpointError(
+                    f"{folder} was not written: {name} of the model's state is no tensor; use pruning.save"
+                )
             tensors[f"{part}.{name}"] = value.detach().clone().contiguous()  # tied weights share memory
     kind = type(model)
     content = {"format": FORMAT, "class": f"{kind.__module__}:{kind.__qualname__}", **described}
@@ -198,12 +200,12 @@ def load(folder: str | File, *, device: str | torch.device = "cpu") -> Any:
     """
     folder = File(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no folder of a model: it has no config.json")
+        raise CheckpointError(f"{folder} is no folder of a model: it has no config.json; give one")
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of any kind: the library reads the file
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}; save again") from error
     if (folder / DESCRIPTION).is_file():
         return _read_own(folder, config).to(device).eval()
     names = getattr(config, "architectures", None) or ["?"]
@@ -217,7 +219,9 @@ def load(folder: str | File, *, device: str | torch.device = "cpu") -> Any:
         with quiet():
             return kind.from_pretrained(folder, local_files_only=True).to(device).eval()
     except Exception as error:  # of any kind: the library reads the files
-        raise CheckpointError(f"{folder} cannot be loaded as {names[0]}: {error}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded as {names[0]}: {error}; save the model again"
+        ) from error
 
 
 def _read_own(folder: File, config: Any) -> Any:
@@ -234,7 +238,9 @@ def _read_own(folder: File, config: Any) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # of any kind: damaged files
-        raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{folder} is damaged: {type(error).__name__}: {error}; save the model again"
+        ) from error
     for part in ("state_dict", "buffers"):
         content[part] = {
             name.partition(".")[2]: value for name, value in stored.items() if name.startswith(f"{part}.")
@@ -244,7 +250,10 @@ def _read_own(folder: File, config: Any) -> Any:
     try:
         rebuild(model, content)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {error}; install the version of transformers that "
+            "wrote it"
+        ) from error
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -96,7 +96,8 @@ class PruningCallback(transformers.TrainerCallback):
         if args.world_size > 1 or not isinstance(model, transformers.PreTrainedModel):
             raise PruningError(
                 f"PruningCallback prunes a PreTrainedModel in one process, not {type(model).__name__} in "
-                f"{args.world_size}: wrappers of several processes hold the dense weights"
+                f"{args.world_size}: wrappers of several processes hold the dense weights; prune "
+                "before or after such a training"
             )
         inputs = inputs_for(model) if self.example_inputs is None else self.example_inputs
         stored = getattr(model.config, _KEY, None)

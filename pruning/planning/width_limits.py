@@ -1,0 +1,61 @@
+"""The least and the greatest width of each group, and of what number it is a multiple."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+
+import numpy as np
+
+from pruning.errors import PruningError
+from pruning.graph.groups import Group, Trace
+from pruning.planning.options import PlanOptions, per_group
+
+
+def lowest_widths(trace: Trace, scored: Container[str], options: PlanOptions) -> np.ndarray:
+    """Return the least width of each group, (groups,); a group without scores keeps all channels."""
+    groups, multiples = list(trace.groups), width_multiples(trace, options).astype(int).tolist()
+    floors = per_group(options.floor, groups) if options.floor is not None else {}
+    shares = per_group(options.most, groups)
+
+    def lowest(name: str, group: Group, multiple: int) -> int:
+        channels, needed = group.channels, group.multiple
+        if name not in scored:
+            return channels
+        by_share = math.ceil((channels * (1 - shares.get(name, 1.0)) - 1e-9) / multiple) * multiple
+        floor = math.ceil(floors.get(name, multiple) / needed) * needed
+        return min(channels, max(floor, by_share))
+
+    each = zip(trace.groups.items(), multiples, strict=True)
+    return np.array([lowest(name, group, multiple) for (name, group), multiple in each], dtype=np.float64)
+
+
+def width_multiples(trace: Trace, options: PlanOptions) -> np.ndarray:
+    """Return the numbers of which the widths of the groups are multiples, (groups,)."""
+    return np.array([math.lcm(options.multiple, g.multiple) for g in trace.groups.values()], dtype=np.float64)
+
+
+def width_range(trace: Trace, scored: Container[str], options: PlanOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and the greatest width of each group, (groups,) each; equal for exact widths."""
+    lowest = lowest_widths(trace, scored, options)
+    highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
+    exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
+    for i, (name, group) in enumerate(trace.groups.items()):
+        if name in exact:
+            lowest[i] = highest[i] = _exact_width(group, exact[name])
+    return lowest, highest
+
+
+def _exact_width(group: Group, wanted: int | str) -> int:
+    """Convert an exact width, a count or a percentage, to a number of channels."""
+    text, channels = str(wanted).strip(), group.channels
+    try:
+        width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
+    except ValueError:
+        width = 0
+    said = f"width {wanted!r} of group {group.name!r}: expected"
+    if not 1 <= width <= channels:
+        raise PruningError(f"{said} a count from 1 to {channels}, or a percentage")
+    if width % group.multiple and width < channels:
+        raise PruningError(f"{said} a multiple of {group.multiple}, as products in the model's code need")
+    return width

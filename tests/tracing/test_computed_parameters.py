@@ -1,0 +1,156 @@
+"""Weights that code computes from parameters: scaled, modulated, mixed and merged."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pruning import Budget, Plan, load, prune, save, trace
+from pruning.planning.cost import CostModel, count
+from pruning.surgery.apply import apply
+from pruning.surgery.verify import verify
+
+pytestmark = pytest.mark.quick
+
+
+class Scaled(nn.Module):
+    """A convolution with an equalized learning rate."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(out, into, 3, 3)), nn.Parameter(torch.randn(out))
+        self.scale = 1 / math.sqrt(9 * into)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.scale, self.bias, padding=1)
+
+
+class Modulated(nn.Module):
+    """StyleGAN2's convolution: each example has its own weight, modulated and demodulated."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(1, out, into, 3, 3)), nn.Linear(3, into)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        styles = self.style(torch.linspace(0, 1, 3 * n).view(n, 3))
+        weight = self.weight * styles.view(n, 1, c, 1, 1)
+        weight = weight * torch.rsqrt(weight.square().sum([2, 3, 4], keepdim=True) + 1e-8)
+        weight = weight.reshape(n * weight.shape[1], c, 3, 3)
+        return F.conv2d(x.reshape(1, n * c, h, w), weight, padding=1, groups=n).view(n, -1, h, w)
+
+
+class Mixed(nn.Module):
+    """CondConv: the weight of an example is a mixture of several."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.weight, self.routing = nn.Parameter(torch.randn(4, out, into, 3, 3)), nn.Linear(into, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        shares = torch.sigmoid(self.routing(x.mean((2, 3))))
+        weight = torch.einsum("ne,eoihw->noihw", shares, self.weight).flatten(0, 1)
+        return F.conv2d(x.reshape(1, n * c, h, w), weight, padding=1, groups=n).view(n, -1, h, w)
+
+
+class Merged(nn.Linear):
+    """A linear layer whose code adds an update of low rank to its weight."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__(into, out)
+        self.a, self.b = nn.Parameter(torch.randn(4, into)), nn.Parameter(torch.randn(out, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + 0.5 * (self.b @ self.a), self.bias)
+
+
+class Slots(nn.Module):
+    """A matrix for each slot of the input."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, into, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nsi,sio->nso", x, self.weight)
+
+
+SHAPES = {
+    Scaled: (2, 3, 6, 6),
+    Modulated: (2, 3, 6, 6),
+    Mixed: (2, 3, 6, 6),
+    Merged: (2, 40, 3),
+    Slots: (2, 5, 3),
+}
+
+
+def net_of(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(kind(3, 8), nn.Tanh(), kind(8, 6), nn.Tanh(), kind(6, 2))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_weight_that_code_computes_is_narrowed_and_counted(kind, tmp_path):
+    net, x = net_of(kind), torch.randn(SHAPES[kind])
+    step = prune(net, x, Budget(macs="50%"), score="l1")
+    widths = {
+        member.layer: len(step.plan.keep[g])
+        for g, group in step.trace.groups.items()
+        for member in group.members
+    }
+    assert (
+        widths["0.weight"] == step.model[0].weight.shape[{Slots: 2, Modulated: 1, Mixed: 1}.get(kind, 0)] < 8
+    )
+    assert step.after.params == sum(p.numel() for p in step.model.parameters())
+    assert step.after.macs == pytest.approx(count(step.model, x).macs, abs=2)
+    assert verify(net, step.model, step.trace, step.plan, torch.randn(3, *x.shape[1:])) < 1e-4
+    save(tmp_path / "small.pth", step.model)
+    again = load(tmp_path / "small.pth", lambda: net_of(kind))
+    assert torch.equal(again.eval()(x), step.model.eval()(x))
+
+
+class Flat(nn.Module):
+    """Mixes weights that are held as rows of one matrix, which has no dimension for each side."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.weight = nn.Parameter(torch.randn(4, 8 * 8 * 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (torch.ones(1, 4) @ self.weight).view(8, 8, 3, 3)
+        return self.last(F.conv2d(self.first(x), weight))
+
+
+def test_a_weight_without_a_dimension_for_each_side_is_named():
+    traced = trace(Flat(), torch.randn(2, 3, 8, 8))
+    assert "first" in traced.skipped and "to let it be pruned" in traced.skipped["first"]
+
+
+class Blurred(nn.Module):
+    """Blurs each channel as an image of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.register_buffer("kernel", torch.ones(1, 1, 3, 3) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        return self.last(F.conv2d(x.reshape(n * c, 1, h, w), self.kernel, padding=1).reshape(n, c, h, w))
+
+
+def test_channels_that_are_convolved_as_images_are_followed_and_counted():
+    net, x = Blurred(), torch.randn(2, 3, 8, 8)
+    traced, plan = trace(net, x), Plan({"first": (0, 4, 7)})
+    assert not traced.skipped.keys() - {"last"}
+    small = apply(net, traced, plan)
+    assert verify(net, small, traced, plan, x) < 1e-5
+    assert CostModel(net, traced)({"first": 3}).macs == count(small, x).macs
