@@ -158,9 +158,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
             "budgets at which the measured figure lies within the interval that the frontier forecasts.",
             "",
             *table(["network", "factor of the curves", "loss within", "accuracy within"], lines),
-            f"Of {len(rows)} cases, the interval holds the loss in {loss} and the accuracy in {accuracy}. In the",
-            f"median it is {_width(rows, 'forecast'):.1f} points of accuracy wide; the interval of a network that",
-            f"is measured is {_width(rows, 'measured'):.1f} points wide.",
+            f"Of {len(rows)} cases, the interval holds the loss in {loss} and the accuracy in {accuracy}.",
+            f"In the median it is {_width(rows, 'forecast'):.1f} points of accuracy wide; the interval of a",
+            f"network that is measured is {_width(rows, 'measured'):.1f} points wide.",
             "",
         ]
     )
