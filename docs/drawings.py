@@ -124,6 +124,90 @@ def pull() -> None:
     drawing.write("pull")
 
 
+def proof() -> None:
+    drawing = Drawing(300, "How a cut is checked: example inputs, random weights, double precision")
+    steps = (
+        (10, "compare on the example inputs"),
+        (85, "again with random weights"),
+        (160, "again in double precision"),
+    )
+    reasons = ("the outputs do not depend on the cut", "they differ: rounding or error?")
+    for y, words in steps:
+        drawing.box(60, y, 280, 34, words)
+    for (y, _), words in zip(steps, reasons, strict=False):
+        drawing.arrow(90, y + 36, 90, y + 73)
+        drawing.text(102, y + 59, words, size=13, anchor="start")
+    drawing.arrow(130, 196, 105, 243)
+    drawing.arrow(270, 196, 295, 243)
+    drawing.text(100, 264, "equal:", color=GREEN)
+    drawing.text(100, 284, "the smaller model", size=13)
+    drawing.text(300, 264, "different:", color=ORANGE)
+    drawing.text(300, 284, "an error, no model", size=13)
+    drawing.write("proof")
+
+
+def cost() -> None:
+    drawing = Drawing(
+        270, "Cost of a convolution: the product of input width, output width, kernel and positions"
+    )
+    for x, words, name in (
+        (10, "16", "inputs"),
+        (110, "32", "outputs"),
+        (210, "3 × 3", "kernel"),
+        (310, "14 × 14", "positions"),
+    ):
+        drawing.box(x, 15, 80, 34, words)
+        drawing.text(x + 40, 68, name, size=13)
+    for x in (100, 200, 300):
+        drawing.text(x, 38, "×")
+    drawing.text(200, 100, "903,168 MACs; 4,608 params without positions")
+    for y, width, words in (
+        (125, 360, "dense: 16 → 32"),
+        (170, 180, "half of the outputs"),
+        (215, 90, "half of both"),
+    ):
+        drawing.rect(20, y, width, 22, f'fill="{BLUE}"')
+        drawing.text(20, y + 38, words, size=13, anchor="start")
+    drawing.text(380, 186, "÷ 2", anchor="end")
+    drawing.text(380, 231, "÷ 4", anchor="end")
+    drawing.write("cost")
+
+
+def refit() -> None:
+    drawing = Drawing(250, "A refit fits the layer that lost an input to its former outputs")
+    for y, name, row, gone in ((10, "dense", "0123", ""), (110, "pruned", "0123", "2")):
+        drawing.text(20, y + 16, name, anchor="start")
+        drawing.channels(20, y + 26, row, gone=gone)
+        drawing.arrow(128, y + 38, 166, y + 38)
+        drawing.box(168, y + 21, 110, 34, "weights" if y == 10 else "new weights")
+        drawing.arrow(280, y + 38, 318, y + 38)
+        drawing.box(320, y + 21, 70, 34, "outputs")
+    drawing.text(355, 98, "≈", size=24, color=GREEN)
+    drawing.text(200, 195, "The inputs that stay take over, as far as they can,")
+    drawing.text(200, 217, "what the removed one gave: least squares")
+    drawing.text(200, 239, "on calibration inputs, without labels.")
+    drawing.write("refit")
+
+
+def gives() -> None:
+    drawing = Drawing(195, "What pruning gives depends on what the network and the data are")
+    rows = (
+        ("pretrained, few images", "the weights", BLUE),
+        ("small, trained from scratch", "the widths", ORANGE),
+        ("calls dominate the time", "little time", PINK),
+    )
+    drawing.text(20, 24, "the network is", size=13, anchor="start", color=LINE)
+    drawing.text(380, 24, "pruning gives", size=13, anchor="end", color=LINE)
+    for number, (left, right, color) in enumerate(rows):
+        y = 40 + 52 * number
+        drawing.box(10, y, 380, 42)
+        drawing.text(22, y + 26, left, anchor="start")
+        drawing.text(378, y + 26, right, anchor="end", color=color)
+    drawing.write("gives")
+
+
+PICTURES = (groups, labels, equivalence, proof, cost, pull, refit, gives)
+
 if __name__ == "__main__":
-    for draw in (groups, labels, equivalence, pull):
+    for draw in PICTURES:
         draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,9 @@ TOPICS = (
         "See [export and runtimes](../export.md) and [int8](../int8.md).",
     ),
     (
-        "transformers and Lightning",
+        "Other libraries",
         ("integrations",),
-        "See [a transformer](../transformer.md) and [Lightning](../lightning.md).",
+        "See [transformers](../hugging-face.md), [Lightning](../lightning.md) and [YOLO](../yolo.md).",
     ),
     (
         "Several processes",
@@ -99,7 +100,8 @@ class Text:
         return re.fullmatch(pattern, message, re.DOTALL) is not None
 
 
-def texts() -> list[Text]:
+@functools.cache
+def texts() -> tuple[Text, ...]:
     """Return the text of each error that the sources raise for users."""
     found = []
     for path in sorted((ROOT / "pruning").rglob("*.py")):
@@ -109,7 +111,7 @@ def texts() -> list[Text]:
                 text = re.sub("…+", "…", _text(node.args[0]))
                 if re.search("[a-z]{3}", text):  # others pass on a text that stands elsewhere
                     found.append(Text(file, node.lineno, text))
-    return found
+    return tuple(found)
 
 
 def topic(file: str) -> str:

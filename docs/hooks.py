@@ -17,6 +17,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 #: Packages with a public interface, in the order in which a user meets them.
 PACKAGES = ("planning", "stages", "training", "surgery", "tracing", "graph", "deploy", "report", "demo")
+#: Pages of results; docs/measured.md says how each was measured.
+RESULTS = ("results.md", "trained.md", "paper.md", "zoo.md", "libraries.md", "fair.md", "without-training.md")
 #: Files of the repository that are pages of the site, or that pages link to.
 OUTSIDE = (
     "CONTRIBUTING.md",
@@ -27,9 +29,18 @@ OUTSIDE = (
 )
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the decisions to the navigation, in the order in which docs/design.md lists them."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    pages: list[object] = ["design.md", *re.findall(r"^- \[.+\]\((decisions/.+\.md)\)$", text, re.MULTILINE)]
+    for section in config.nav or []:
+        section.update({title: pages for title in section if title == "Decisions"})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files from outside docs/, and the pages of the reference."""
-    sys.path.append(str(ROOT))
+    sys.path += [str(ROOT), str(ROOT / "docs")]
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
@@ -38,7 +49,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text, resources = MarkdownExporter().from_filename(path)
         for name, content in {f"{path.stem}.md": text, **resources["outputs"]}.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
-    pages = {"commands": commands(), "pruning": functions(), "packages": packages()}
+    errors = importlib.import_module("error_texts").page()
+    pages = {"commands": commands(), "pruning": functions(), "packages": packages(), "errors": errors}
     for name, content in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=content))
     return files
@@ -47,11 +59,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Point links between docs/ and the rest of the repository to where the pages are in the site."""
     here = page.file.src_uri
+    if here in RESULTS:
+        markdown += (
+            "\n\nCommand, commit, date and machine of these figures: [how it was measured](measured.md).\n"
+        )
     markdown = re.sub(r"\]\((\S+)\.ipynb\)", r"](\1.md)", markdown)
     if here in ("CONTRIBUTING.md", "CHANGELOG.md"):
         return markdown.replace("](docs/", "](")
-    if here.startswith("benchmarks/"):
+    if here.startswith(("benchmarks/", "notebooks/")):
         return markdown.replace("](../docs/", "](../")
+    if here.startswith("decisions/"):
+        return markdown.replace("](../../", "](../")
     return re.sub(r"\]\(\.\./", "](", markdown) if "/" not in here else markdown
 
 
@@ -83,7 +101,7 @@ def _entries(package: object, names: list[str]) -> list[str]:
 
 def commands() -> str:
     """Return the help texts of all commands as a page."""
-    names = importlib.import_module("pruning.cli.command_flags").COMMANDS
+    names = importlib.import_module("pruning.cli.command_table").COMMANDS
     parts = ["# Commands", _help()]
     for name in names:
         parts += [f"## {name}", _help(name)]

@@ -6,7 +6,13 @@ class UserError(ValueError):
 
 
 class PruningError(UserError):
-    """An invalid model, plan, budget or setting. Nothing was changed."""
+    """An invalid model, plan, budget or setting. Nothing was changed.
+
+    >>> from pruning import Budget
+    >>> Budget(macs="150%")
+    Traceback (most recent call last):
+    pruning.errors.PruningError: macs budget '150%': expected a percentage above 0 and at most 100
+    """
 
 
 class ExportError(PruningError):

@@ -72,11 +72,11 @@ TIMING = (
 
 @pytest.fixture(scope="session", autouse=True)
 def brief_timing():
-    """Let the project time networks for at most a tenth of a second: tests are not about the figures."""
+    """Let the project time networks for at most a quarter of a second: tests are not about the figures."""
     from pruning.deploy.timing import time_forward
 
-    def timed_briefly(*args, seconds=0.1, warmup=0.05, **options):
-        return time_forward(*args, seconds=min(seconds, 0.1), warmup=min(warmup, 0.05), **options)
+    def timed_briefly(*args, seconds=0.25, warmup=0.1, **options):
+        return time_forward(*args, seconds=min(seconds, 0.25), warmup=min(warmup, 0.1), **options)
 
     with pytest.MonkeyPatch.context() as patch:
         for name in TIMING:

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md run as they stand."""
+"""The examples of docs/extend.md run as they stand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 
 
 def examples():
@@ -29,7 +29,7 @@ def test_each_kind_of_extension_has_an_example():
 def test_examples_run(tmp_path):
     # In a separate process, because the examples register layers, operators and runtimes.
     runs = [
-        f"exec(compile({code!r}, 'CONTRIBUTING.md', 'exec'), {{'__name__': 'example'}})"
+        f"exec(compile({code!r}, 'extend.md', 'exec'), {{'__name__': 'example'}})"
         for code in examples().values()
     ]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pruning.cli.arguments import add_flags
-from pruning.cli.command_flags import COMMANDS
+from pruning.cli.command_table import COMMANDS
 from pruning.cli.config_file import read_recipe
 from pruning.cli.parsers import HelpFormatter, Parser
 from pruning.errors import PruningError, UserError

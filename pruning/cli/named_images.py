@@ -191,7 +191,7 @@ def _tiles(path: Path) -> Tensor:
     try:
         with Image.open(path) as picture:
             mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # as damaged pictures do
+    except (OSError, SyntaxError, ValueError, EOFError, ImportError) as error:  # as damaged pictures do
         raise PruningError(
             f"{path} cannot be read ({error}): it is truncated, or no picture; copy it again"
         ) from error

@@ -259,6 +259,12 @@ class Trace:
         rescales: factors that keep scales which the code computes from widths.
         stale: attributes that equal a width and that the traced passes do not read. Pruning leaves them.
         foreign: modules whose code calls operators of other libraries than torch.
+
+    >>> import torch
+    >>> from pruning import trace
+    >>> traced = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(1, 3))
+    >>> traced.widths, list(traced.skipped)
+    ({'0': 4}, ['1'])
     """
 
     groups: dict[str, Group]

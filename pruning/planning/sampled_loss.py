@@ -99,7 +99,7 @@ class SampledLoss:
 
 
 def _log_probabilities(values: Tensor, kind: str) -> Tensor:
-    """Return logits or probabilities of classes, (N, classes, ...), as logarithms, (N x positions, classes)."""
+    """Return logits or probabilities, (N, classes, ...), as logarithms, (N x positions, classes)."""
     rows = values.movedim(1, -1).flatten(0, -2)
     return rows.log_softmax(1) if kind == "logits" else rows.clamp(min=LEAST).log()
 

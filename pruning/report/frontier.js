@@ -9,7 +9,7 @@ let places = [];
 const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)} %`;
 const count = (value) => value.toLocaleString("en");
 const isShare = ["accuracy", "agreement"].includes(data.metric);
-const measure = (value) => (isShare ? percent(value) : value.toPrecision(3));
+const measure = (value) => (isShare ? percent(value) : value.toPrecision(3)).replace("-", "−");
 
 function element(parent, name, attributes = {}, text = "") {
   const made = parent.namespaceURI.endsWith("svg")

@@ -112,10 +112,13 @@ def _answer(found: Frontier, chosen: FrontierPoint | None) -> str:
         return "No network on the curve loses as little as was asked for; refit, or train after pruning."
     lost = found.drop(chosen)
     assert lost is not None
-    loses = f"{_difference(found, max(0.0, lost.value))} of {found.metric}"
+    if found.metric == "error":
+        loses = f"its outputs have a relative squared error of {lost.value:.3g}"
+    else:
+        loses = f"it loses {_difference(found, max(0.0, lost.value))} of {found.metric}"
     return (
-        f"Pruned to {found.share(chosen):.1%} of its {what} without training, it loses {loses}. This network "
-        "was chosen on the validation examples; report what it reaches on others."
+        f"Pruned to {found.share(chosen):.1%} of its {what} without training, {loses}. This network was "
+        "chosen on the validation examples; report what it reaches on others."
     )
 
 
@@ -212,14 +215,16 @@ def _changes(found: Frontier, point: FrontierPoint) -> str:
             f"The outputs differ by a squared error of {drop.value:.3g}, relative to the dense ones."
         )
     else:
-        value, low, high = (_difference(found, end) for end in drop)
-        parts.append(f"{found.metric.capitalize()} drops by {value} ({low} to {high}).")
+        value, high, low = (_difference(found, -end) for end in drop)
+        interval = f"({low.removesuffix(' points')} to {high.removesuffix(' points')})"
+        parts.append(f"{found.metric.capitalize()} changes by {value} {interval}.")
     agreement = point.judgement.metrics.get("agreement")
     if found.metric == "accuracy" and agreement is not None:
         parts.append(f"{agreement.value:.1%} of the predictions stay as they were.")
     if lost := _by_loss(found, point):
-        gone = sum(now == 0 for _, _, now, _ in lost)
-        how = "recognized" if found.metric == "accuracy" else "predicted as before"
-        never = f", {gone} of these never" if gone else ""
-        parts.append(f"{len(lost)} of {len(found.totals)} classes are {how} less often{never}.")
+        gone, of = sum(now == 0 for _, _, now, _ in lost), f"{len(lost)} of {len(found.totals)} classes"
+        if found.metric == "accuracy":
+            parts.append(f"{of} are recognized less often" + (f", {gone} of them never." if gone else "."))
+        else:
+            parts.append(f"Predictions change in {of}" + (f", in {gone} of them always." if gone else "."))
     return " ".join(parts)

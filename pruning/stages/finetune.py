@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -52,7 +53,7 @@ def finetune(
         extra: see `fit`; not with `int8`, which stores its ranges there. batches, config, loss, validate,
             keep_start, before_epoch, after_step, on_epoch, statistics, label, resume: see `fit`.
 
-    Returns the model in eval mode.
+    Returns the model in eval mode. Raises `PruningError` for what it cannot train, and `TrainingDiverged`.
 
     >>> import torch
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2)]
@@ -66,19 +67,13 @@ def finetune(
         )  # fmt: skip
     if int8:
         _require_rounding(config, extra)
-
-    def train(extra: Stateful | None) -> nn.Module:
+    with Rounding(model) if int8 else nullcontext(extra) as extra:
         return fit(
             model, batches, config, loss=loss, validate=validate,
             keep_best=validate is not None if keep_best is None else keep_best, keep_start=keep_start,
             before_epoch=before_epoch, after_step=after_step, on_epoch=on_epoch, extra=extra,
             statistics=statistics, label=label, resume=resume,
         )  # fmt: skip
-
-    if not int8:
-        return train(extra)
-    with Rounding(model) as rounding:
-        return train(rounding)
 
 
 def _require_rounding(config: TrainConfig, extra: Stateful | None) -> None:

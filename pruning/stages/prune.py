@@ -129,9 +129,11 @@ def prune(
 ) -> Step:
     """Remove channels until a model meets a budget; the given model is not changed.
 
+    Scores: `taylor` (Molchanov et al., arXiv 1906.10771), `l1` and `l2` (LAMP, arXiv 2010.07611), `fisher`
+    (Martens, arXiv 1412.1193) and `reconstruction` (Frantar et al., arXiv 2208.11580).
+
     Args:
-        model: the model to prune.
-        example_inputs: inputs to trace and verify the model with, batch dimension first.
+        model: the model to prune. example_inputs: inputs to trace and verify it with, batch first.
         budget: limits on the cost of the result; percentages refer to this model. Or the `Plan` to apply.
         score: importance of a channel, by name or as a function (see `score_channels`). By default it is
             `reconstruction` with `refit`, `fisher` if all targets are None, and `taylor` otherwise.
@@ -156,13 +158,11 @@ def prune(
     >>> prune(net, net[0].weight.new_zeros(2, 3), Budget(channels="50%"), score="l2").plan.widths
     {'0': 4}
     """
-    batches = list(calibration)
+    batches, layers = list(calibration), tuple(remove)
     score = default_score(batches, refit) if score is None else score
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
-    return prune_step(
-        model, example_inputs, budget, settings, remove=tuple(remove), towards=towards, dense=dense
-    )
+    return prune_step(model, example_inputs, budget, settings, remove=layers, towards=towards, dense=dense)
 
 
 def default_score(calibration: Sequence[Batch], refit: bool) -> str:

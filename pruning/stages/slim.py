@@ -98,10 +98,7 @@ def slim(
 ) -> Slimmed:
     """Slim a network in three stages under a budget (Network Slimming, Liu et al., ICCV 2017).
 
-    If the given network is trained, stage 1 is paced (`PacedPull`), and a range test finds peak learning
-    rates where none are given. The result is the best network within the budget.
-
-    1. Train with a pull on the scales of channels.
+    1. Train with a pull on the scales of channels; a trained network at rates of a range test, paced.
     2. If asked, remove whole layers; then repeatedly remove the least important channels and train.
     3. Fine-tune, or train from newly initialized weights, and keep the best epoch.
 
@@ -115,7 +112,13 @@ def slim(
         teacher: teacher for `config.distill`; by default the given model if it is trained, else stage 1's.
         run: stores the state after every epoch, from which the pipeline resumes. log: receives its lines.
 
-    Raises `PruningError` before any training if `feasible` or `require_trainable` does.
+    Returns the best network within the budget, in eval mode, with the network after stage 1 and the score.
+
+    Raises:
+        PruningError: before any training, if the budget cannot be met or a setting is invalid.
+        TrainingDiverged: if the loss is no longer finite.
+
+    >>> slim(model, batches, budget=Budget(macs="40%"), validate=validation).model  # doctest: +SKIP
     """
     model, ignored, also = unwrapped(model), tuple(ignored), tuple(also)
     config = settings_of(model, config, budget, batches)
@@ -138,14 +141,11 @@ def slim(
 
 
 def _stages(state: Pipeline, teacher: nn.Module | None) -> Slimmed:
-    """Run the stages that the run has not finished yet."""
-    config, progress = state.config, state.progress
+    """Run the stages that the run has not finished yet, and return the best network within the budget."""
     choose_rates(state)
-    if progress.stage == 0:
-        _sparsify(state)
+    _sparsify(state)
     _add_teacher(state, teacher)
-    if config.prune.layers and progress.stage == 0:
-        _find_superfluous_layers(state)
+    _find_superfluous_layers(state)
     _prune(state)
     _finetune(state)
     return _result(state)
@@ -153,6 +153,8 @@ def _stages(state: Pipeline, teacher: nn.Module | None) -> Slimmed:
 
 def _sparsify(state: Pipeline) -> None:
     """Stage 1: train with a pull on the scales; a channel whose scale becomes 0 can be removed."""
+    if state.progress.stage > 0:
+        return
     label, config, progress, log = "stage 1, sparsify", state.config, state.progress, state.log
     scales, strength, train = state.scales(state.network), config.strength, config.sparsify
     if progress.resume(0) is None:
@@ -207,7 +209,9 @@ def _add_teacher(state: Pipeline, teacher: nn.Module | None) -> None:
 
 
 def _find_superfluous_layers(state: Pipeline) -> None:
-    """Before stage 2: find whole layers whose removal raises the validation score at the same budget."""
+    """If asked, find whole layers whose removal raises the validation score at the same budget."""
+    if not state.config.prune.layers or state.progress.stage > 0:
+        return
     finetune_config, progress = state.config.finetune, state.progress
     brief = replace(finetune_config, epochs=-(-finetune_config.epochs // 10), ema=0.0)
     search = LayerSearch(

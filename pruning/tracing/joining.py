@@ -76,3 +76,31 @@ def tie_inputs(model: nn.Module, found: Flow, labels: Mapping[str, np.ndarray], 
     if tied and found.axes is not None:
         found.axes.renew()
     return tied
+
+
+def tie_views(model: nn.Module, found: Flow, labels: Mapping[str, np.ndarray], names: Iterable[str]) -> bool:
+    """Tie the channels of views to the input channels whose number code may give as their size.
+
+    `values.view(B, C, H, W)`, with C channels of the input, needs as many values as there are inputs. Returns
+    whether any are tied.
+
+    Args:
+        labels: by group, the labels of its channels. names: groups that cannot be narrowed alone.
+    """
+    channels = np.unique(np.concatenate([np.arange(0), *(labels[name] for name in names)]))
+    tied = False
+    for extent in found.extents:
+        viewed = found.channels(extent.labels)
+        if not is_among(viewed, channels).all():
+            continue
+        inside = f"{extent.module}." if extent.module else ""
+        for (layer, side), use in list(found.sides.items()):
+            if side != "in" or not layer.startswith(inside) or len(use.labels) != len(extent.labels):
+                continue
+            read = found.channels(use.labels)
+            if is_among(read, channels).all() and not np.array_equal(read, viewed):
+                found.ties.union(extent.labels, use.labels)
+                tied = True
+    if tied and found.axes is not None:
+        found.axes.renew()
+    return tied

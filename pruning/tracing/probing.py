@@ -19,7 +19,7 @@ from torch import nn
 from pruning.graph.groups import Group, Rescale, WidthAttribute
 from pruning.tracing.bisection import faulty_groups, structure_of
 from pruning.tracing.grouping import is_along_axis
-from pruning.tracing.joining import tie_equal_sizes, tie_inputs
+from pruning.tracing.joining import tie_equal_sizes, tie_inputs, tie_views
 from pruning.tracing.narrowed_runs import NarrowedRuns
 from pruning.tracing.record import Flow
 from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
@@ -128,8 +128,8 @@ class WidthProbe:
         found, attributes = self.found, list[tuple[WidthAttribute, ...]]()
         if reasons and self.reads is None:
             self.reads = self.runs.reads()
-        for tie in (partial(tie_equal_sizes, reads=self.reads or {}), tie_inputs):
-            if not reasons or (tie is tie_inputs and found.axes is None):
+        for tie in (partial(tie_equal_sizes, reads=self.reads or {}), tie_inputs, tie_views):
+            if not reasons or (tie in (tie_inputs, tie_views) and found.axes is None):
                 break
             before, bound = copy.deepcopy((found.ties, found.axes)), len(reasons)
             if tie(self.model, found, self.labels, reasons):

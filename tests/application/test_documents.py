@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pruning import Budget, load, prune
+from pruning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Its examples register layers and runtimes; tests/test_contributing.py runs them in a process of their own.
+APART = ROOT / "docs" / "extend.md"
 
 #: A block, with the comment above it that says why it is not run.
 BLOCK = re.compile(
@@ -41,7 +47,9 @@ def commands(code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != APART and blocks(page)], ids=lambda page: page.stem
+)
 def test_code_blocks_run(page, run, tmp_path, monkeypatch):
     for module in ("mine", "net", "load_pruned"):  # that the pages write
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -70,8 +78,54 @@ def test_the_readme_is_a_page():
 
 def test_the_drawings_are_those_of_their_script(tmp_path):
     drawn = runpy.run_path(str(ROOT / "docs" / "drawings.py"))
-    for name in ("groups", "labels", "equivalence", "pull"):
-        drawn[name].__globals__["FOLDER"] = tmp_path
-        drawn[name]()
-        committed = ROOT / "docs" / "drawings" / f"{name}.svg"
+    drawn["Drawing"].write.__globals__["FOLDER"] = tmp_path
+    for draw in drawn["PICTURES"]:
+        draw()
+        committed = ROOT / "docs" / "drawings" / f"{draw.__name__}.svg"
         assert (tmp_path / committed.name).read_text() == committed.read_text()
+
+
+@pytest.fixture(scope="module")
+def error_page():
+    return runpy.run_path(str(ROOT / "docs" / "error_texts.py"))
+
+
+def test_each_error_is_listed_with_its_topic(error_page, toolkit, tmp_path):
+    page, texts, listed = error_page, error_page["texts"](), error_page["page"]()
+    assert {page["topic"](each.file) for each in texts} == {title for title, _, _ in page["TOPICS"]}
+    assert all(" ".join(each.text.split()) in listed for each in texts)
+    net, images = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4)
+    said = []
+    for call in (
+        lambda: prune(net, images, Budget(params=1), score="l2"),
+        lambda: prune(net, images, Budget(params="50%"), score="12"),
+        lambda: prune(net[0], images, Budget(params="50%"), score="l2"),
+        lambda: load(tmp_path / "none.pth"),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        said.append(str(raised.value))
+    _, _, errors = toolkit("test", "--model", "resnet18")
+    said.append(errors.removeprefix("error: ").strip())
+    for message in said:
+        assert any(each.matches(message) for each in texts), message
+
+
+def test_pages_that_errors_name_exist(error_page):
+    for each in error_page["texts"]():
+        for name in re.findall(r"docs/[\w/-]+\.md", each.text):
+            assert (ROOT / name).exists(), each
+
+
+def test_each_decision_is_listed():
+    listed = re.findall(r"\((decisions/.+\.md)\)", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    pages = [
+        path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "decisions").glob("*.md")
+    ]
+    assert set(listed) == set(pages)
+
+
+def test_each_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "design.md" or re.search(rf"[ :]{re.escape(page.name)}$", nav, re.MULTILINE), page

@@ -10,7 +10,7 @@ import pytest
 
 import pruning
 from pruning import cli
-from pruning.cli.command_flags import COMMANDS
+from pruning.cli.command_table import COMMANDS
 from pruning.planning import scores
 from pruning.planning.options import SCORES
 from pruning.utils import lazy

@@ -299,6 +299,46 @@ def test_channels_of_the_input_are_pruned_with_the_positions_of_heads_that_the_c
     assert CostModel(net, traced)(plan.widths) == count(small, x)
 
 
+class Viewed(nn.Module):
+    """Attention over pixels with fewer positions in q and k than in v; views take the width of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.key_dim, self.head_dim, self.scale = HEADS, 2, WIDTH // HEADS, 2**-0.5
+        self.qkv = nn.Conv2d(WIDTH, HEADS * (2 * self.key_dim + self.head_dim), 1)
+        self.near, self.out = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        shape = batch, self.num_heads, 2 * self.key_dim + self.head_dim, height * width
+        q, k, v = self.qkv(x).view(shape).split([self.key_dim, self.key_dim, self.head_dim], 2)
+        mixed = v @ ((q * self.scale).transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)
+        near = self.near(v.reshape(batch, channels, height, width))
+        return x + self.out(mixed.view(batch, channels, height, width) + near)
+
+
+def test_channels_are_pruned_with_the_values_that_a_view_takes_for_as_many():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 1), Viewed(), nn.Conv2d(WIDTH, 5, 1)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    traced = trace(net, x)
+    assert {key.partition("/")[2]: width for key, width in traced.widths.items()} == {
+        "width": 2,
+        "heads": HEADS,
+        "v": WIDTH // HEADS,
+    }
+    heads, key, value = (
+        next(name for name in traced.widths if name.endswith(e)) for e in ("heads", "h", "v")
+    )
+    small = apply(net, traced, Plan({heads: [1, 2, 3], key: [1], value: [0, 2]}))
+    block, kept = small[1], torch.tensor([3 * h + d for h in (1, 2, 3) for d in (0, 2)])
+    assert (block.num_heads, block.key_dim, block.head_dim) == (3, 1, 2)
+    rows = torch.tensor([7 * h + d for h in (1, 2, 3) for d in (1, 3, 4, 6)])
+    torch.testing.assert_close(block.qkv.weight[:, :, 0, 0], net[1].qkv.weight[rows][:, kept, 0, 0])
+    torch.testing.assert_close(block.out.weight, net[1].out.weight[kept][:, kept])
+    assert prune(net, x, Budget(macs="50%"), score="l2").difference < 1e-4
+
+
 def test_softmax_over_the_positions_of_heads_keeps_them():
     class Linear(Attention):
         def attend(self, q, k, v):

@@ -1,4 +1,4 @@
 """The toolkit's commands: `python -m pruning COMMAND --help`.
 
-Each is a module with a function `execute`; `cli/command_flags.py` lists their flags.
+Each is a module with a function `execute`; `cli/command_table.py` lists their flags.
 """

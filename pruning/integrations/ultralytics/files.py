@@ -92,5 +92,6 @@ def save(yolo: Any, path: str | Path, *, half: bool = True) -> Path:
             content["model"] = model
         torch.save(content, file)
         replace_file(path, file.read_bytes())
-    yolo.ckpt_path = yolo.overrides["model"] = model.pt_path = str(path)
+    yolo.ckpt_path = yolo.overrides["model"] = str(path)
+    setattr(model, "pt_path", str(path))  # noqa: B010 (not a declared attribute)
     return path

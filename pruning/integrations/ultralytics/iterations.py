@@ -68,7 +68,7 @@ def slim(weights: str | Path, config: YoloConfig, run: Run, log: Callable[[str],
 def require_ready(weights: str | Path, config: YoloConfig) -> None:
     """Raise `PruningError` if a model or its data cannot be read, or do not fit each other."""
     yolo = load(weights)
-    classes, own = classes_in(yolo, config.data, config.imgsz), network(yolo).yaml["nc"]
+    classes, own = classes_in(yolo, config.data, config.imgsz), vars(network(yolo))["yaml"]["nc"]
     if taken := sorted(_SET & config.arguments.keys()):
         raise PruningError(f"arguments {', '.join(taken)}: they are settings of their own")
     if classes != own and not config.dense_epochs and str(weights).endswith(".pt"):

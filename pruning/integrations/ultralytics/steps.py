@@ -131,7 +131,7 @@ def _restore(model: nn.Module, small: nn.Module) -> None:
         if isinstance(getattr(module, "dynamic", None), bool):
             pruned.__dict__.pop("dynamic", None)
             if "dynamic" in vars(module):
-                pruned.dynamic = module.dynamic  # type: ignore[assignment]
+                setattr(pruned, "dynamic", module.dynamic)  # noqa: B010 (not a declared attribute)
             for grid in ("shape", "anchors", "strides"):
                 pruned.__dict__.pop(grid, None)
     small.train(model.training)
