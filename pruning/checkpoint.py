@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
 from pruning.graph.layers import is_inferred, is_registered, rule_for
-from pruning.load_pruned import rebuild, takes
+from pruning.load_pruned import REMOVED, rebuild, takes
 from pruning.surgery.width_attributes import changed_attributes
 from pruning.utils.files import read_plain, replace_file
 from pruning.utils.wrappers import unwrapped
@@ -223,6 +223,11 @@ def describe(model: nn.Module) -> dict[str, object]:
     return {
         "layers": _channel_counts(model),
         "folded": [name for name, layer in everywhere if type(layer) is nn.Identity],
+        "removed": {
+            name: list(getattr(module, REMOVED))
+            for name, module in model.named_modules()
+            if hasattr(module, REMOVED)
+        },
         "not_in_place": [
             name for name, layer in model.named_modules() if getattr(layer, "inplace", None) is False
         ],

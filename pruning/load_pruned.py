@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,52 @@ def takes(factory: Callable[..., object], arguments: Mapping[str, object]) -> bo
         return False
 
 
+#: The attribute in which a list of modules keeps the numbers of the blocks that were removed from it.
+REMOVED = "_removed_blocks"
+
+#: The attribute in which it keeps the configuration's lists with a word for each block, as they were before.
+WORDS = "_words_of_blocks"
+
+
+def drop_blocks(model: nn.Module, name: str, numbers: Iterable[int]) -> None:
+    """Remove blocks from a list of modules, in place; `numbers` are those in the list with all blocks.
+
+    Attributes in which blocks hold their own number, and lists of words in the configuration of the module
+    that holds the list, with a word for each block, follow.
+    """
+    blocks: Any = model.get_submodule(name)
+    before, gone = getattr(blocks, REMOVED, ()), set(numbers)
+    dense = [i for i in range(len(blocks) + len(before)) if i not in before]
+    kept = [place for place, number in enumerate(dense) if number not in gone]
+    if not kept or gone - set(dense):
+        raise ValueError(f"{name} has the blocks {dense}, of which {sorted(gone)} cannot be removed")
+    own: dict[tuple[str, str], list[bool]] = {}
+    for place, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            for attribute, value in vars(module).items():
+                if type(value) is int:
+                    own.setdefault((inner, attribute), []).append(value == place)
+    numbered = [key for key, holds in own.items() if len(holds) > 1 and all(holds)]
+    config = getattr(model.get_submodule(name.rpartition(".")[0]), "config", None)
+    for attribute, value in list(vars(config).items()) if hasattr(config, "__dict__") else ():
+        if type(value) is list and len(value) == len(blocks) and {*map(type, value)} == {str}:
+            setattr(blocks, WORDS, {attribute: list(value), **getattr(blocks, WORDS, {})})
+            setattr(config, attribute, [value[place] for place in kept])
+    left = [blocks[place] for place in kept]
+    blocks._modules.clear()
+    for place, block in enumerate(left):
+        blocks._modules[str(place)] = block
+        inside = dict(block.named_modules())
+        for inner, attribute in numbered:
+            if inner in inside and hasattr(inside[inner], attribute):
+                setattr(inside[inner], attribute, place)
+    setattr(blocks, REMOVED, sorted({*before, *gone}))
+
+
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     """Set the channel counts and weights of a dense network to those of a checkpoint, in place."""
+    for name, numbers in sorted(content.get("removed", {}).items(), key=lambda item: item[0].count(".")):
+        drop_blocks(model, name, numbers)
     inputs = 0  # most input channels of a removed layer; the layer behind it receives these instead
     for name in content["folded"]:  # norms that are folded, and removed layers
         removed, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")

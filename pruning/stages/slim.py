@@ -141,7 +141,7 @@ def slim(
 
 
 def _stages(state: Pipeline, teacher: nn.Module | None) -> Slimmed:
-    """Run the stages that the run has not finished yet, and return the best network within the budget."""
+    """Run the stages that the run has not finished yet."""
     choose_rates(state)
     _sparsify(state)
     _add_teacher(state, teacher)

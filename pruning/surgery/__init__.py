@@ -5,12 +5,14 @@
 
 from pruning.surgery.apply import channel_constants
 from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate
+from pruning.surgery.block_removal import block_influence
 from pruning.surgery.layer_removal import Removable, removable, without_layer
 from pruning.surgery.optimizer_state import transfer
 from pruning.surgery.verify import with_random_weights
 
 __all__ = [
     "Removable",
+    "block_influence",
     "channel_constants",
     "equalize",
     "fold_batchnorm",

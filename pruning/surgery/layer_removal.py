@@ -1,8 +1,9 @@
 """Remove whole layers: find the layers that can be removed, and build the model without one.
 
-Two kinds can be removed. A hidden layer whose channels a single layer reads: that layer is refitted by
-least squares on calibration data to replace both (exact if the layers between them are linear). And a
-residual block whose input can replace its output. Training afterwards recovers accuracy.
+Three kinds can be removed. A hidden layer whose channels a single layer reads: that layer is refitted by
+least squares on calibration data to replace both (exact if the layers between them are linear). A residual
+block whose input can replace its output. And a block of a transformer, which is deleted from its list
+(`pruning.surgery.block_removal`). Training afterwards recovers accuracy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeGuard
 
 import torch
@@ -20,6 +21,7 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group, Trace
 from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
+from pruning.surgery.block_removal import Block, removable_blocks
 from pruning.surgery.linear_form import weight_uses
 from pruning.utils.meta import Shapes, without_storage
 from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input, submodule
@@ -39,14 +41,16 @@ class Removable:
     """A layer that can be removed.
 
     Attributes:
-        name: name of the hidden layer or the residual block.
+        name: name of the hidden layer or the block, in the model with all blocks.
         bypassed: names of the modules that `nn.Identity` replaces.
-        joined: name of the layer that is refitted; empty for a residual block.
+        joined: name of the layer that is refitted; empty for a block.
+        block: of a block that is deleted from its list, its place.
     """
 
     name: str
     bypassed: tuple[str, ...]
     joined: str = ""
+    block: Block | None = field(default=None, repr=False)
 
 
 def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Removable]:
@@ -78,12 +82,14 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             candidate = None if kept else Removable(name, (name,))
         if candidate is not None and _runs(probe, candidate, example, seen):
             found[name] = candidate
+    listed = removable_blocks(model, inputs, traced.outputs, traced.ignored, identities=found)
+    found.update({name: Removable(name, (), block=block) for name, block in listed.items()})
     # Of nested blocks return the innermost (a stage of blocks may also return its input).
     blocks = [name for name, candidate in found.items() if not candidate.joined]
     return {
         name: candidate
         for name, candidate in found.items()
-        if candidate.joined or not any(other.startswith(f"{name}.") for other in blocks)
+        if candidate.joined or candidate.block or not any(other.startswith(f"{name}.") for other in blocks)
     }
 
 
@@ -111,7 +117,7 @@ def without_layer(
     )
     """
     model = unwrapped(model)
-    smaller = _bypassed(model, layer)
+    smaller = _bypassed(model, layer) if layer.block is None else layer.block.removed_from(model)
     if layer.joined:
         _refit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))
     smaller.zero_grad(set_to_none=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -145,7 +147,7 @@ def with_heads(
         if all(fewer.values()) and runs.is_exact(fewer):
             chosen = fewer
     more = {
-        name: merged([several, *(_held(model, s, None) for s in sizes[name])], _names_heads)
+        name: merged([several, *(_held(model, s, None) for s in sizes[name])], partial(_fits_name, name))
         for name, several in chosen.items()
     }
     return more if runs.is_exact(more) else chosen
@@ -153,6 +155,16 @@ def with_heads(
 
 def _names_heads(attribute: str) -> bool:
     return "head" in attribute.lower()
+
+
+def _fits_name(group: str, attribute: str) -> bool:
+    """Whether an attribute is named after what a group holds: the heads, or the places within one.
+
+    >>> [_fits_name(group, "num_heads") for group in ("q/heads", "q/width")]
+    [True, False]
+    """
+    counts = re.search(r"heads$|^(n|num).*head$", attribute.lower()) is not None
+    return _names_heads(attribute) and counts == group.endswith("/heads")
 
 
 def counted_sizes(

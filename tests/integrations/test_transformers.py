@@ -124,6 +124,18 @@ def narrowed(model, found, keep):
     return apply(model, found, Plan({name: tuple(range(n)) for name, n in keep.items()}))
 
 
+def test_the_residual_width_and_that_of_heads_keep_one_share_in_bert(traced, tmp_path):
+    model, inputs, outputs, found = traced("bert")
+    widths = {n: g.channels for n, g in found.groups.items() if n.endswith("/width") or g.channels == 16}
+    small = apply(model, found, Plan({name: tuple(range(n * 3 // 4)) for name, n in widths.items()}))
+    assert small.bert.encoder.layer[0].attention.self.num_attention_heads == 4
+    result = save_pretrained(small, tmp_path, inputs, outputs=outputs)
+    assert result.loadable and result.changes == {"hidden_size": 12}
+    again = hf.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(**inputs).logits, small(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_heads_their_width_and_frequencies_of_positions_are_stated(traced, tmp_path):
     model, inputs, outputs, found = traced("llama")
     width = next(name for name in found.groups if name.endswith("/width"))
@@ -190,8 +202,12 @@ def test_other_files_of_the_folder_and_the_model_are_left_alone(traced, tmp_path
 def test_groups_that_no_number_describes_keep_their_channels(traced):
     model, inputs, _, found = traced("bert")
     constraints = loadable(model, found, inputs)
-    assert constraints["alike"] == ["bert.encoder.layer.*.intermediate.dense"]
-    assert {name for name in found.groups if "/" in name} <= constraints["widths"].keys()
+    assert constraints["alike"] == [
+        "bert.encoder.layer.*.intermediate.dense",
+        # The width of a head is hidden_size / num_attention_heads.
+        "bert.embeddings.word_embeddings,bert.pooler.dense,bert.encoder.layer.*.attention.self.query/width",
+    ]
+    assert {name for name in found.groups if "/heads" in name} == constraints["widths"].keys()
     model, inputs, _, found = traced("t5")
     alike = loadable(model, found, inputs)["alike"]
     wi = "encoder.block.*.layer.*.DenseReluDense.wi,decoder.block.*.layer.*.DenseReluDense.wi"

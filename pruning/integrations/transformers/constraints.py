@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypedDict
@@ -42,9 +43,9 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
     """Return the arguments of `prune` with which a configuration can describe the result.
 
     Groups at the same place of each layer get one width (`alike`). Those that no number of the configuration
-    describes keep all channels (`widths`), such as heads where their width is `hidden_size / heads`. This is
-    tried: each set of groups is narrowed, a configuration is searched as by `save_pretrained`, and outputs
-    are compared at random weights.
+    describes keep all channels (`widths`). Where the library computes one width from another, as
+    `hidden_size / heads` in BERT, both keep one share (`alike`). All of this is tried: each set of groups is
+    narrowed, a configuration is searched as by `save_pretrained`, and outputs are compared at random weights.
 
     Args:
         model: of transformers. trace: of this model.
@@ -66,11 +67,28 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
 
     def fits(group_sets: Iterable[_Set]) -> bool:
         # The first channels go: what a class counts from 0, as the frequencies of positions, then differs.
-        plan = Plan({name: tuple(range(1, s.channels)) for s in group_sets for name in s.names})
+        together = list(group_sets)
+        parts = math.gcd(*(each.channels for each in together))
+        plan = Plan({n: tuple(range(s.channels // parts, s.channels)) for s in together for n in s.names})
         configs = fit.configs(apply(bare, trace, plan))[0]
         small = apply(model, trace, plan) if configs else model
         return any(adapted(small, config, inputs, trace.outputs)[0] is not None for config in configs)
 
+    described, fixed = _tried(trace, fits)
+    if not described:
+        raise PruningError(
+            f"no configuration of {type(model).__name__} describes it with fewer channels; save it with "
+            "pruning.save, or ignore other layers"
+        )
+    everything = list(trace.groups)
+    return {
+        "alike": [_pattern(each.names, everything) for each in described if len(each.names) > 1],
+        "widths": dict.fromkeys(fixed, "100%"),
+    }
+
+
+def _tried(trace: Trace, fits: Callable[[Iterable[_Set]], bool]) -> tuple[list[_Set], list[str]]:
+    """Return the sets of groups that a configuration describes, and the names of the other groups."""
     described: list[_Set] = []
     others: list[_Set] = []
     fixed: list[str] = []
@@ -85,17 +103,13 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
             if fits(together):
                 described.append(_Set(tuple(n for each in together for n in each.names), channels))
                 equal = [each for each in equal if each not in together]
-        fixed += [name for each in equal for name in each.names]
-    if not described:
-        raise PruningError(
-            f"no configuration of {type(model).__name__} describes it with fewer channels; save it with "
-            "pruning.save, or ignore other layers"
-        )
-    everything = list(trace.groups)
-    return {
-        "alike": [_pattern(each.names, everything) for each in described if len(each.names) > 1],
-        "widths": dict.fromkeys(fixed, "100%"),
-    }
+        others = [each for each in others if each.channels != channels] + equal
+    for together in _coupled(trace, others):
+        if all(each in others for each in together) and fits(together):
+            described.append(_Set(tuple(n for each in together for n in each.names), together[0].channels))
+            others = [each for each in others if each not in together]
+    fixed += [name for each in others for name in each.names]
+    return described, fixed
 
 
 def _places(trace: Trace) -> list[_Set]:
@@ -113,6 +127,25 @@ def _candidates(sets: Sequence[_Set]) -> list[list[_Set]]:
         by_end.setdefault(re.split(r"[./]", each.names[0])[-1], []).append(each)
     found = [together for together in by_end.values() if len(together) > 1]
     return [*found, list(sets)] if len(sets) > 1 and [list(sets)] != found else found
+
+
+def _coupled(trace: Trace, sets: Sequence[_Set]) -> Iterator[list[_Set]]:
+    """Yield combinations of sets of different widths, of which a class may compute one from the other.
+
+    These are the residual width, alone or with all sets as wide, and the places within a head, or the heads,
+    of the layers that read it.
+    """
+    for channels in sorted({each.channels for each in sets}, reverse=True):
+        wide = [each for each in sets if each.channels == channels and "/" not in each.names[0]]
+        for chosen in [*([each] for each in wide), *([wide] if len(wide) > 1 else [])]:
+            readers = {m.layer for each in chosen for n in each.names for m in trace.groups[n].side("in")}
+            by_end: dict[str, list[_Set]] = {}
+            for each in sets:
+                makers = {m.layer for n in each.names for m in trace.groups[n].side("out")}
+                if "/" in each.names[0] and makers <= readers and math.gcd(each.channels, channels) > 1:
+                    by_end.setdefault(each.names[0].rpartition("/")[2], []).append(each)
+            for end in sorted(by_end, reverse=True):  # widths before heads, which are fewer
+                yield [*chosen, *by_end[end]]
 
 
 def _pattern(names: Sequence[str], everything: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pruning.checkpoint import describe, find_class
 from pruning.errors import CheckpointError, PruningError
 from pruning.integrations.transformers.adapting import adapted
+from pruning.integrations.transformers.depth import dense_config
 from pruning.integrations.transformers.fitting import ConfigFit
 from pruning.integrations.transformers.inputs import example_inputs as inputs_for
 from pruning.integrations.transformers.inputs import without_cache
@@ -174,7 +175,7 @@ def _write_own(model: Any, folder: File) -> None:
     replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
     replace_file(folder / DESCRIPTION, json.dumps(content, indent=1).encode())
     with quiet():
-        config = type(model.config).from_dict(model.config.to_dict())
+        config = type(model.config).from_dict(dense_config(model).to_dict())
         config.architectures = [kind.__name__]
         config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from pruning.integrations.transformers.depth import config_of_blocks
 from pruning.integrations.transformers.sizes import (
     Path,
     Sizes,
@@ -61,7 +62,7 @@ class ConfigFit:
     """
 
     def __init__(self, model: nn.Module):
-        self.kind, self.config = type(model), getattr(model, "config")  # noqa: B009 - nn.Module declares none
+        self.kind, self.config = type(model), config_of_blocks(model)
         self.start = sizes_of_config(self.kind, self.config, sizes_of(model).keys())
 
     @cached_property
