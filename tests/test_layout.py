@@ -47,6 +47,7 @@ def test_the_toolkit_imports_nothing_else_of_this_repository():
         "safetensors",
         "lightning",
         "ultralytics",
+        "ray",
         *sys.stdlib_module_names,
     }
     assert {name for _, name in imports("pruning")} <= allowed

@@ -106,7 +106,9 @@ def _network(args: argparse.Namespace, weights: Path | None) -> nn.Module:
         else:
             model = _loaded(weights, made)
     else:
-        raise PruningError("a model is needed: --model NAME, or --weights with a checkpoint of this toolkit")
+        raise PruningError(
+            "a model is needed: --model NAME (see docs/your-model.md), or --weights with a checkpoint"
+        )
     return model
 
 
@@ -159,7 +161,7 @@ def required_data(args: argparse.Namespace) -> Data:
     args.data = args.data or _recorded_data(args)
     flags = read_flags(DataFlags, args)
     if flags.data is None:
-        raise PruningError("data is needed: --data NAME, FOLDER or module:factory")
+        raise PruningError("data is needed: --data NAME, FOLDER or module:factory (see docs/your-model.md)")
     if flags.cutout is not None and flags.data not in BUILT_IN:
         raise PruningError(f"--cutout is for named data sets ({', '.join(BUILT_IN)}); {flags.data} is none")
     stored = stored_facts(getattr(args, "weights", None) or getattr(args, "checkpoint", None))

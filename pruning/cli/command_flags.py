@@ -122,6 +122,13 @@ class SensitivityFlags:
         str,
         Setting("runtime in which layers are timed, one example at a time on one thread", choices=PLACES),
     ] = "eager"
+    cluster: Annotated[
+        str | None,
+        Setting(
+            "measure groups on a Ray cluster: its address, or local for a worker per CPU (default: here)",
+            metavar="ADDRESS",
+        ),
+    ] = None
     output: Annotated[
         Path,
         Setting(

@@ -90,6 +90,7 @@ COMMANDS: dict[str, Command] = {
             flags.ModelFlags,
             flags.DataFlags,
             *flags.STAGES,
+            flags.OutputFlags,
             FlagsOf(flags.CalibrationFlags, {"calibration": 2048}),
             flags.RunFlags,
             flags.ResultFlags,

@@ -78,7 +78,7 @@ def factory(name: str) -> Callable[..., object]:
         if name not in names:
             raise PruningError(
                 f"model {name!r} is none of torchvision's{similar(name, names)}; your own is "
-                "package.module:factory"
+                "package.module:factory (see docs/your-model.md)"
             )
         return lambda **arguments: models.get_model(name, **arguments)
     module_name, _, attribute = name.partition(":")

@@ -199,6 +199,7 @@ class OutputFlags:
             "outputs that count, by their keys, attributes or indices: logits, 0, features.* (default: all); "
             "others may change their size",
             metavar="NAME",
+            later="setting",
         ),
     ] = field(default_factory=list)
 

@@ -258,6 +258,7 @@ class Trace:
         products: products of activations whose MACs depend on the groups.
         rescales: factors that keep scales which the code computes from widths.
         stale: attributes that equal a width and that the traced passes do not read. Pruning leaves them.
+        foreign: modules whose code calls operators of other libraries than torch.
 
     >>> import torch
     >>> from pruning import trace
@@ -281,6 +282,7 @@ class Trace:
     products: tuple[ProductUse, ...] = field(default=(), repr=False)
     rescales: tuple[Rescale, ...] = field(default=(), repr=False)
     stale: tuple[HeldWidth, ...] = field(default=(), repr=False, compare=False)
+    foreign: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -7,8 +7,9 @@ second count includes biases, because some published figures do.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -103,7 +104,8 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
     params = sum(p.numel() for p in probe.parameters())
     probe.eval()
     whole = _WithInputs(probe, inputs)
-    with torch.no_grad(), plain_attention():  # the flop counter does not know the CPU's kernel of attention
+    # The flop counter does not know the CPU's kernel of attention.
+    with torch.no_grad(), plain_attention(), _without_gradients(probe):
         with Shapes(), FlopCounterMode(display=False) as flops, _BiasCounter(probe) as biases:
             call(probe, inputs)
         try:
@@ -113,6 +115,19 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
             macs = 0
     macs = max(macs, flops.get_total_flops() / 2)
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients: the flop counter fails on views of those that do."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 class _WithInputs(nn.Module):
@@ -181,8 +196,13 @@ class _BiasCounter:
             handle.remove()
 
 
-def uncounted(model: nn.Module) -> dict[str, str]:
+def uncounted(model: nn.Module, traced: Trace | None = None) -> dict[str, str]:
     """Return the layers with weights that the MACs do not include: name to type.
+
+    Args:
+        traced: trace of the model. Of modules that the table of layers does not know, those are listed whose
+            code calls operators of other libraries: the products of torch are counted. Without it, all
+            such modules with parameters are listed.
 
     >>> uncounted(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     {'0': 'Embedding'}
@@ -192,7 +212,11 @@ def uncounted(model: nn.Module) -> dict[str, str]:
         name: type(module).__name__
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False))
-        and ((rule := rule_for(module)) is None or rule.kind == "embedding")
+        and (
+            (traced is None or name in traced.foreign)
+            if (rule := rule_for(module)) is None
+            else rule.kind == "embedding"
+        )
     }
 
 

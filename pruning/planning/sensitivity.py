@@ -40,6 +40,7 @@ from pruning.tracing.trace import trace
 from pruning.training.batches import to_device
 from pruning.training.config import TrainConfig
 from pruning.training.losses import cross_entropy
+from pruning.utils.cluster import require_cluster
 from pruning.utils.digests import add_state
 from pruning.utils.files import replace_file
 from pruning.utils.modules import device_of
@@ -60,6 +61,7 @@ def sensitivity(
     runtime: str | None = None,
     path: str | Path | None = None,
     label: str = "sensitivity",
+    cluster: str | None = None,
 ) -> Sensitivity:
     """Narrow each group alone to several widths, and measure loss and accuracy.
 
@@ -74,10 +76,10 @@ def sensitivity(
         runtime: if given, also time the layers in this runtime, for one example on one thread.
         path: a JSON file that is rewritten after every point; an interrupted analysis resumes from it.
         label: text before the progress bar.
+        cluster: address of a Ray cluster that measures the groups, or `local` (see `in_order`).
 
     Raises:
-        PruningError: if the model has no prunable group, the validation split is empty or lacks a
-            class, or the file belongs to another analysis.
+        PruningError: if there is no group, no validation example of a class, or a file of another analysis.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -86,8 +88,7 @@ def sensitivity(
     [('0', 3, 20), ('0', 2, 14), ('0', 1, 8)]
     """
     model = unwrapped(model)
-    if score == "sensitivity":
-        raise PruningError("the channels of a group cannot be ordered by sensitivity; choose another score")
+    _require_settings(score, cluster)
     traced, device = trace(model, example_inputs, ignored), device_of(model)
     validation = [to_device(batch, device) for batch in validation]
     calibration = [to_device(batch, device) for batch in calibration]
@@ -99,7 +100,7 @@ def sensitivity(
     points, done = points_to_measure(traced, widths), {(p.group, p.width) for p in result.points}
     todo = [point for point in points if point not in done]
     with tqdm(total=len(todo) + len(done), initial=len(done), desc=label, disable=None, leave=False) as bar:
-        for point in sweep.measure(order, todo, finetune):
+        for point in sweep.measure(order, todo, finetune, cluster):
             result.points.append(point)
             file.write(result)
             bar.update()
@@ -107,6 +108,12 @@ def sensitivity(
         result = _with_times(result, sweep, LatencyBudget("1x", runtime, batch_size=1))
         file.write(result)
     return result
+
+
+def _require_settings(score: object, cluster: str | None) -> None:
+    if score == "sensitivity":
+        raise PruningError("the channels of a group cannot be ordered by sensitivity; choose another score")
+    require_cluster(cluster)
 
 
 def _with_times(result: Sensitivity, sweep: WidthSweep, timing: LatencyBudget) -> Sensitivity:

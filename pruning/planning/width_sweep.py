@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -22,6 +23,8 @@ from pruning.surgery.batchnorm import recalibrate
 from pruning.training.config import TrainConfig
 from pruning.training.loop import fit
 from pruning.training.losses import IGNORED, class_logits, logits_for
+from pruning.utils.cluster import in_order
+from pruning.utils.compare import cuda_devices
 from pruning.utils.modules import call, eval_mode
 from pruning.utils.tree import Inputs
 
@@ -30,6 +33,9 @@ Batch = tuple[Inputs, object]
 
 #: A batch of a classifier: its targets are classes.
 LabeledBatch = tuple[Inputs, Tensor]
+
+#: Seed of the training of every point.
+SEED = 0
 
 
 class WidthSweep:
@@ -82,6 +88,7 @@ class WidthSweep:
         order: Mapping[str, Sequence[int]],
         points: Iterable[tuple[str, int]],
         finetune: TrainConfig | None = None,
+        cluster: str | None = None,
     ) -> Iterator[SensitivityPoint]:
         """Measure the model at each point, a pair (group, width).
 
@@ -89,15 +96,44 @@ class WidthSweep:
             order: by group, its channels in ascending order of importance.
             points: the pairs to measure.
             finetune: if given, also train each small model on the calibration batches.
+            cluster: where to measure the groups, see `in_order`.
         """
         inputs = [batch[0] for batch in self.calibration]
         constants = calibrated_constants(self.model, self.trace, inputs)
-        cache, cached = None, ""
+        by_group: dict[str, list[int]] = {}
         for group, width in points:
-            if cache is None or group != cached:
-                layers = {member.layer for member in self.trace.groups[group].members}
-                cache = PrefixCache(self.model, layers, [*self.evaluator.inputs, *inputs])
-                cached = group
+            by_group.setdefault(group, []).append(width)
+        if cluster is None:
+            for item in by_group.items():
+                yield from self._group(order, constants, finetune, item)
+            return
+        work = partial(self._listed, order, constants, finetune)
+        for found in in_order(work, list(by_group.items()), cluster):
+            yield from found
+
+    def _listed(
+        self,
+        order: Mapping[str, Sequence[int]],
+        constants: dict[str, Tensor],
+        finetune: TrainConfig | None,
+        item: tuple[str, list[int]],
+    ) -> list[SensitivityPoint]:
+        """Measure one group, and return the points together."""
+        return list(self._group(order, constants, finetune, item))
+
+    def _group(
+        self,
+        order: Mapping[str, Sequence[int]],
+        constants: dict[str, Tensor],
+        finetune: TrainConfig | None,
+        item: tuple[str, list[int]],
+    ) -> Iterator[SensitivityPoint]:
+        """Measure one group at some widths."""
+        group, widths = item
+        inputs = [batch[0] for batch in self.calibration]
+        layers = {member.layer for member in self.trace.groups[group].members}
+        cache = PrefixCache(self.model, layers, [*self.evaluator.inputs, *inputs])
+        for width in widths:
             plan = Plan({group: tuple(order[group][-width:])})
             small = apply(self.model, self.trace, plan, constants)
             readings = {}
@@ -109,7 +145,9 @@ class WidthSweep:
             if not inputs:
                 readings["recalibrated"] = readings["pruned"]
             if finetune is not None:
-                fit(small, self.calibration, finetune)
+                with torch.random.fork_rng(cuda_devices()):  # a point does not depend on those before it
+                    torch.manual_seed(SEED)
+                    fit(small, self.calibration, finetune)
                 readings["finetuned"] = self.evaluator.read(small)
             cost = self.cost_model(plan.widths)
             yield SensitivityPoint(group, width, cost.params, cost.macs, readings)

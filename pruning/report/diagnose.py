@@ -195,7 +195,7 @@ def doctor(
         traced.skipped,
         [size.name for size in traced.sizes],
         [str(held) for held in traced.stale],
-        uncounted(model),
+        uncounted(model, traced),
         trial,
     )
 

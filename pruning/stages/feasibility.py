@@ -21,7 +21,9 @@ from pruning.training.distillation import require_features
 from pruning.training.loop import require_trainable
 from pruning.training.optimizers import require_small
 from pruning.training.output_comparison import require_comparable
+from pruning.utils.entries import Also
 from pruning.utils.modules import call, eval_mode, fresh_weights
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh
 
 
@@ -32,11 +34,13 @@ def feasible(
     *,
     ignored: Iterable[Ignored] = (),
     teacher: nn.Module | None = None,
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
 ) -> Budget:
     """Return the budget as counts if `slim` can meet it with these settings; nothing is trained.
 
     Args:
-        model, example_inputs, config, ignored, teacher: see `slim`.
+        model, example_inputs, config, ignored, teacher, outputs, also: see `slim`.
 
     Raises:
         PruningError: if the budget cannot be met (see `reachable`), if the teacher's outputs cannot be
@@ -52,7 +56,9 @@ def feasible(
         with torch.no_grad(), eval_mode(model, teacher):
             require_comparable(*(call(net, fresh(example_inputs)) for net in (model, teacher)))
     require_features(model, teacher or model, config.distill_features)
-    target = reachable(model, example_inputs, config.budget, ignored, config.prune)
+    target = reachable(
+        model, example_inputs, config.budget, ignored, config.prune, outputs=outputs, also=also
+    )
     require_trainable(model, config.trainings)
     if config.finetune.optimizer == "soap":
         require_small(model.parameters(), target.limits().get("params"))
@@ -68,6 +74,9 @@ def reachable(
     budget: Budget | LatencyBudget,
     ignored: Iterable[Ignored] = (),
     config: PruneConfig | None = None,
+    *,
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
 ) -> Budget:
     """Return the budget as counts if some widths of the model meet it.
 
@@ -77,6 +86,7 @@ def reachable(
     Args:
         config: the floor, the multiple and the groups of one width to plan with. If it allows removing
             whole layers, the budget may also be met by the network without some or all removable layers.
+        outputs, also: see `trace`.
 
     Raises:
         PruningError: if no widths meet the budget; the message states the least cost.
@@ -85,7 +95,8 @@ def reachable(
     >>> reachable(net, torch.zeros(1, 3), Budget(macs="50%"))
     Budget(params=None, macs=20, channels=None)
     """
-    traced = trace(model, example_inputs, ignored)
+    also = tuple(also)
+    traced = trace(model, example_inputs, ignored, outputs=outputs, also=also)
     cost_model = CostModel(model, traced)
     options = (
         PlanOptions(floor=config.floor, multiple=config.multiple, alike=config.alike)
@@ -109,5 +120,5 @@ def reachable(
                 raise
         *_, last = candidates.values()
         model = without_layer(model, traced, last, [example_inputs])
-        traced = trace(model, example_inputs, ignored)
+        traced = trace(model, example_inputs, ignored, outputs=outputs, also=also)
         cost_model = CostModel(model, traced)

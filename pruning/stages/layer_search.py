@@ -14,7 +14,6 @@ from pruning.planning.width_sweep import Batch
 from pruning.stages.prune import StepSettings, prune_step
 from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
-from pruning.tracing.trace import trace
 from pruning.training.batches import to_device
 from pruning.training.losses import Validate, loss_of
 from pruning.utils.modules import device_of, eval_mode
@@ -94,7 +93,7 @@ class LayerSearch:
 
     def _without_each(self, model: nn.Module, only: str = "") -> Iterator[tuple[str, nn.Module]]:
         """Yield each removable layer, or only one, and the recalibrated model without it."""
-        traced = trace(model, self.example_inputs, self.settings.ignored)
+        traced = self.settings.traced(model, self.example_inputs)
         inputs = [inputs for inputs, _ in self._calibration()]
         for name, layer in removable(model, traced, self.example_inputs).items():
             if only in ("", name):

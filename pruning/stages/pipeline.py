@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,7 +14,6 @@ from pruning.stages.progress import Progress
 from pruning.stages.prune import StepSettings
 from pruning.stages.scales import ChannelScales
 from pruning.surgery.batchnorm import equalize
-from pruning.tracing.trace import trace
 from pruning.training.batches import Batch, BatchSource, length
 from pruning.training.config import TrainConfig
 from pruning.training.loop import fit
@@ -81,11 +80,12 @@ class Pipeline:
 
     def scales(self, network: nn.Module) -> ChannelScales:
         """Read the scales of a network's channels."""
-        return ChannelScales(network, trace(network, self.example_inputs, self.settings.ignored))
+        return ChannelScales(network, self.settings.traced(network, self.example_inputs))
 
     def equalized(self, network: nn.Module) -> nn.Module:
         """Return an equivalent network whose BatchNorm channels have scales of equal size."""
-        return equalize(network, trace(network, self.example_inputs), self.example_inputs)
+        every = replace(self.settings, ignored=())
+        return equalize(network, every.traced(network, self.example_inputs), self.example_inputs)
 
     def initialized(self, pruned: nn.Module) -> nn.Module:
         """Return a pruned network with the weights from which stage 3 trains it."""

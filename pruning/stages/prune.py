@@ -22,7 +22,7 @@ from pruning.surgery.batchnorm import recalibrate
 from pruning.surgery.layer_removal import removable, without_layer
 from pruning.surgery.refit import LayerFit, refit
 from pruning.tracing.trace import require_groups, trace
-from pruning.training.batches import to_device
+from pruning.training.batches import like_examples
 from pruning.training.losses import Loss, cross_entropy
 from pruning.utils import distributed
 from pruning.utils.entries import Also
@@ -204,8 +204,8 @@ def prune_step(
     cost_model = CostModel(model, traced)
     before = cost_model(cost_model.full)
     asked = budget.resolve(before) if isinstance(budget, Budget) else budget
-    device = device_of(model)
-    batches = [to_device(batch, device)[0] for batch in settings.calibration]
+    calibration = like_examples(settings.calibration, example_inputs, device_of(model))
+    batches = [inputs for inputs, _ in calibration]
 
     if remove:
         model, traced = _without_layers(model, traced, example_inputs, remove, batches, settings)
@@ -216,7 +216,7 @@ def prune_step(
 
     scores: Scores = {}
     if not isinstance(asked, Plan):
-        scores = score_channels(model, traced, settings.score, settings.calibration, settings.loss)
+        scores = score_channels(model, traced, settings.score, calibration, settings.loss)
     task = Task(
         model,
         example_inputs,

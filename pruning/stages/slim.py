@@ -42,6 +42,8 @@ from pruning.training.losses import (
     Validate,
     cross_entropy,
 )
+from pruning.utils.entries import Also
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 from pruning.utils.wrappers import unwrapped
 
@@ -89,6 +91,8 @@ def slim(
     teacher: nn.Module | None = None,
     loss: Loss = cross_entropy,
     ignored: Iterable[Ignored] = (),
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
     run: Run | None = None,
     log: Callable[[str], None] = print,
 ) -> Slimmed:
@@ -100,7 +104,8 @@ def slim(
 
     Args:
         model: the dense model, trained or not; it is not changed.
-        batches, loss: see `fit`. example_inputs, ignored: see `trace`; by default two training examples.
+        batches, loss: see `fit`. example_inputs: by default two training examples.
+        ignored, outputs, also: see `trace`.
         config, budget: the settings, or only the budget. target: result of `feasible`, if known.
         validate: maps a model to its validation score, higher is better; or batches for the accuracy.
         calibration: batches for the scores; by default the first `CALIBRATION_BATCHES` of training.
@@ -115,20 +120,28 @@ def slim(
 
     >>> slim(model, batches, budget=Budget(macs="40%"), validate=validation).model  # doctest: +SKIP
     """
-    model, ignored = unwrapped(model), tuple(ignored)
+    model, ignored, also = unwrapped(model), tuple(ignored), tuple(also)
     config = settings_of(model, config, budget, batches)
     score, examples = validation_of(model, validate)
     calibration = list(itertools.islice(batches, CALIBRATION_BATCHES) if calibration is None else calibration)
     example_inputs = two_examples(model, batches) if example_inputs is None else example_inputs
     progress = Progress(run, model)
-    known = progress.target or target
-    target = known or feasible(model, example_inputs, config, ignored=ignored, teacher=teacher)
+    target = progress.target or target or feasible(
+        model, example_inputs, config, ignored=ignored, teacher=teacher, outputs=outputs, also=also
+    )  # fmt: skip
     require_trainable(model, config.trainings, batches)
     progress.state["target"] = target.limits()
-    settings = StepSettings(config.prune.score, calibration, loss, ignored, config.prune.options)
+    settings = StepSettings(
+        config.prune.score, calibration, loss, ignored, config.prune.options, outputs=outputs, also=also
+    )
     given = progress.given or progress.record(assess(model, score, examples, calibration, loss))
     state = Pipeline(model, given, progress.network, example_inputs, batches, loss, score, config, target,
                      settings, progress, log)  # fmt: skip
+    return _stages(state, teacher)
+
+
+def _stages(state: Pipeline, teacher: nn.Module | None) -> Slimmed:
+    """Run the stages that the run has not finished yet."""
     choose_rates(state)
     _sparsify(state)
     _add_teacher(state, teacher)
@@ -163,6 +176,8 @@ def _sparsify(state: Pipeline) -> None:
         budget=state.target,
         pace=pace,
         ignored=state.settings.ignored,
+        outputs=state.settings.outputs,
+        also=state.settings.also,
         loss=state.loss,
         validate=state.validate,
         on_epoch=progress.recorder(0, label, state.network),

@@ -18,6 +18,8 @@ from pruning.training.config import TrainConfig
 from pruning.training.loop import Epoch, fit
 from pruning.training.losses import Loss, Validate, cross_entropy
 from pruning.training.state import TrainingState
+from pruning.utils.entries import Also
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 
@@ -31,6 +33,8 @@ def sparsify(
     budget: Budget | None = None,
     pace: int | None = None,
     ignored: Iterable[Ignored] = (),
+    outputs: Outputs = None,
+    also: Iterable[Also] = (),
     loss: Loss = cross_entropy,
     validate: Validate | None = None,
     keep_best: bool = False,
@@ -43,12 +47,11 @@ def sparsify(
     """Train a model in place so that the scales of superfluous channels, or their weights, become 0.
 
     Args:
-        example_inputs: inputs to trace the model with.
+        example_inputs, ignored, outputs, also: see `trace`; scales of ignored layers are not shrunk.
         strength: λ of `ScalePull`; None finds it in every epoch, such that stage 1 reaches the
             geometric mean of dense cost and budget. Stage 2 meets the budget, by scores of the loss.
         budget: limits on the cost of the result; percentages refer to this model.
         pace: of a trained model, the fewest channels of a group: `PacedPull` replaces `ScalePull`.
-        ignored: layers whose scales are not shrunk, see `trace`.
         batches, config, loss, validate, keep_best, keep_start, on_epoch, statistics, label, resume: as `fit`.
 
     Returns the model in eval mode. Raises `PruningError` as `ScalePull` and `fit` do.
@@ -60,11 +63,9 @@ def sparsify(
     >>> int((net[1].weight == 0).sum())
     3
     """
-    traced, steps = trace(model, example_inputs, ignored), config.steps(length(batches) or 0)
-    if pace is not None and budget is not None and config.epochs * steps:
-        pull: ScalePull | PacedPull = _paced(budget, model, traced, config.epochs * steps, pace)
-    else:
-        pull = _pull_towards(budget, model, traced, strength)
+    traced = trace(model, example_inputs, ignored, outputs=outputs, also=also)
+    steps = config.steps(length(batches) or 0)
+    pull = _pull(budget, model, traced, strength, config.epochs * steps, pace)
     return fit(
         model,
         batches,
@@ -95,6 +96,20 @@ def _step(pull: ScalePull | PacedPull, lr: float) -> None:
         pull.step(lr)
     else:
         pull.after_step()
+
+
+def _pull(
+    budget: Budget | None,
+    model: nn.Module,
+    traced: Trace,
+    strength: float | None,
+    steps: int,
+    pace: int | None,
+) -> ScalePull | PacedPull:
+    """Return the pull of stage 1: paced, if that is asked and there is a budget and a step."""
+    if pace is not None and budget is not None and steps:
+        return _paced(budget, model, traced, steps, pace)
+    return _pull_towards(budget, model, traced, strength)
 
 
 def _paced(budget: Budget, model: nn.Module, traced: Trace, steps: int, floor: int) -> PacedPull:

@@ -88,6 +88,8 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
                 labels.select_along(whole, [dim], reason)
         else:
             labels.note_positions(_counted(first, dim, start, lengths), reason)
+            if len(pieces) > 1:  # their size may be a part of an attribute: `x.split(self.channels // 2)`
+                labels.note_sizes(first, first)
             if len(pieces) == 1 and alone:
                 labels.note_slice(first, dim, start, lengths[0])
             elif equal:

@@ -86,6 +86,7 @@ class Flow:
             multiplies activations.
         products: products of activations that have channels.
         composed: parameters that are layers in this pass because code computes weights from them.
+        foreign: modules whose code calls operators of other libraries than torch.
         noted: parameters that have to be such layers in the next pass.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
@@ -112,6 +113,7 @@ class Flow:
     products: list[ProductUse] = field(default_factory=list)
     composed: dict[str, Composed] = field(default_factory=dict)
     noted: dict[str, Composed] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 

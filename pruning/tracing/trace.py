@@ -103,7 +103,7 @@ def trace(
         _uses(model, found, foldable, batch.size), frozenset(ignored_by), found.other_macs / batch.size,
         inputs, unread.sizes, batch, outputs, entries, inferred,
         _products(found, {name: labels[name] for name in groups}, batch.size), probe.rescales(groups),
-        unread.stale,
+        unread.stale, frozenset(found.foreign),
     )  # fmt: skip
 
 

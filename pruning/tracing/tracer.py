@@ -43,6 +43,9 @@ from pruning.utils.modules import submodule
 from pruning.utils.outputs import Outputs, counted, kept_output, named_outputs
 from pruning.utils.tree import tensors, tensors_among
 
+#: Libraries of operators whose products torch counts.
+_OF_TORCH = frozenset(("aten", "prims", "torchvision"))
+
 #: Operations that return a view of a whole parameter.
 _VIEWS = frozenset(("t", "transpose", "permute", "detach", "alias", "unsqueeze", "view", "_unsafe_view"))
 
@@ -177,6 +180,8 @@ class Tracer(TorchDispatchMode):
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
                 self.found.other_macs += flops / 2
+            elif func.namespace not in _OF_TORCH:
+                self.found.foreign.add(self.labels.path[-1][0])
             operation = Operation(func, args, kwargs, output)
             self._read_by(operation)
             place = self.calls.place(self.labels.path[-1][0], func)

@@ -55,6 +55,9 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
                 else "its weight is computed from others, by code or hooks; remove them "
                 "(remove_spectral_norm), prune, and add them again",
             )
+        elif rule_of(layer).kind == "weighted" and (f"{name}.{weight}", "self") in found.sides:
+            if (f"{name}.{weight}", "out") not in found.sides:
+                yield name, _OTHER_CODE
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN

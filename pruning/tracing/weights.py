@@ -94,11 +94,10 @@ def convolution(labels: Labels, op: Operation) -> None:
     dim, transposed = 1, op.given["transposed"]
     if op.given["groups"] == x.shape[1] > 1 and not transposed:
         return _depthwise(labels, op, x, weight, bias)
-    if x.shape[1] == op.output.shape[1] == 1 and varying(labels.of(x)) == [0]:  # a channel as an image
-        held = labels.of(x)
-        assert held is not None  # it varies
-        note_macs(labels, op, vector_along(held, 0, len(x)))
-        return labels.put(op.output, held)
+    images = labels.of(x)
+    if images is not None and x.shape[1] == op.output.shape[1] == 1 and varying(images) == [0]:
+        note_macs(labels, op, vector_along(images, 0, len(x)))  # each channel is an image of its own
+        return labels.put(op.output, images)
     if op.given["groups"] == 1:
         read, made = (0, 1) if transposed else (1, 0)
         if _weighted(labels, op, (x, weight, bias), (read, made), dim):

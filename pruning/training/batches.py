@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from pruning.errors import PruningError
 from pruning.utils.batch import usual_batch
+from pruning.utils.paths import Path, map_with_paths, tensors_with_paths
+from pruning.utils.tree import Inputs
 
 #: A pair: the inputs of the model, and the targets that the loss compares its outputs with.
 Batch: TypeAlias = tuple[Any, Any]
@@ -77,6 +79,45 @@ def to_device(batch: object, device: torch.device) -> Batch:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, inputs), pytree.tree_map(move, targets)
+
+
+def like_examples(batches: Iterable[object], examples: Inputs, device: torch.device) -> list[Batch]:
+    """Return batches whose inputs have the types of example inputs, on a device.
+
+    Floating-point tensors are converted to the type of the example's tensor at the same place.
+
+    Raises:
+        PruningError: if a batch has no example, if its inputs are integers where the examples are not, or if
+            they are not finite where the examples are.
+
+    >>> [(inputs, _)] = like_examples([(torch.ones(2).double(), None)], torch.ones(2), torch.device("cpu"))
+    >>> inputs.dtype
+    torch.float32
+    """
+    given = {path: tensor for path, tensor in tensors_with_paths(examples) if tensor.numel()}
+    wanted = {path: tensor for path, tensor in given.items() if tensor.is_floating_point()}
+    is_finite = all(bool(torch.isfinite(tensor).all()) for tensor in wanted.values())
+    found = []
+    for number, batch in enumerate(batches):
+        inputs, targets = to_device(batch, device)
+
+        def convert(path: Path, value: object, number: int = number) -> object:
+            if not isinstance(value, Tensor) or path not in given:
+                return value
+            where = f"calibration batch {number}"
+            if not value.numel():
+                raise PruningError(f"{where} has inputs of shape {tuple(value.shape)}: leave it out")
+            if path not in wanted:
+                return value
+            if not value.is_floating_point():
+                kinds = f"{value.dtype} inputs, the example inputs are {wanted[path].dtype}"
+                raise PruningError(f"{where} has {kinds}: prepare both in the same way")
+            if is_finite and not bool(torch.isfinite(value).all()):
+                raise PruningError(f"{where} has inputs that are not finite: leave it out, or correct it")
+            return value.to(wanted[path].dtype)
+
+        found.append((map_with_paths(convert, inputs), targets))
+    return found
 
 
 def spread_examples(batches: BatchSource, count: int | None) -> list[Batch]:

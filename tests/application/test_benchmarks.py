@@ -10,7 +10,7 @@ import torch
 from commands import children_in_process, few_digits, module
 from PIL import Image
 
-from benchmarks import libraries, pretrained, trained_networks
+from benchmarks import libraries, pretrained, pretrained_networks, trained_networks
 from benchmarks.table import side_by_side
 from pruning import PruningError, load
 
@@ -174,26 +174,40 @@ def test_pretrained_networks_are_measured_once_and_absent_ones_skipped(tmp_path,
         head = (torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64, 5))
         return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), *head).eval()
 
-    tiny = pretrained.Network(("torch",), load, 8, 127, 128)
-    absent = pretrained.Network(("no_such_package_here",), load, 8, 127, 128)
+    make = pretrained_networks.classifier(load, 8, 127, 128)
+    tiny = pretrained_networks.Network(("torch",), "agreement", make, needs_images=True)
+    absent = pretrained_networks.Network(("no_such_package_here",), "agreement", make)
     monkeypatch.setattr(pretrained, "NETWORKS", {"tiny": tiny, "absent": absent})
+    (tmp_path / "images").mkdir()
     for i in range(40):
         pixels = torch.randint(256, (9, 12, 3), generator=torch.Generator().manual_seed(i))
-        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f"{i:02}.png")
-    words = ["--images", str(tmp_path), "--calibration", "24", "--output", str(tmp_path / "found.json")]
-    monkeypatch.setattr(sys, "argv", ["pretrained", *words, "--budgets", "80%", "50%"])
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / f"{i:02}.png")
+    words = ["--images", tmp_path / "images", "--calibration", 24, "--budgets", "80%", "50%", "--epochs", 2]
+    files = ["--output", tmp_path / "found.json", "--page", tmp_path / "found.md"]
+    methods = ["--methods", "l2", "reconstruction+refit+few-shot"]
+    monkeypatch.setattr(sys, "argv", ["pretrained", *map(str, [*words, *files, *methods])])
     pretrained.main()
     first = (tmp_path / "found.json").read_text()
-    rows = json.loads(first)
-    assert [(row["network"], row["budget"], row["images"]) for row in rows] == [
-        ("tiny", "80%", 16),
-        ("tiny", "50%", 16),
+    cells = json.loads(first)["cells"]
+    assert [(cell["method"], cell["budget"], cell["examples"]) for cell in cells] == [
+        (method, budget, 16) for method in methods[1:] for budget in ("80%", "50%")
     ]
-    assert rows[0]["divergence"] <= rows[1]["divergence"] and rows[0]["macs"] > rows[1]["macs"]
+    assert cells[2]["divergence"] <= cells[3]["divergence"] < cells[1]["divergence"]
+    assert cells[2]["macs"] > cells[3]["macs"] and cells[0]["macs"] <= 0.8
     assert "absent is skipped: no_such_package_here is not installed" in capsys.readouterr().out
     pretrained.main()
     assert (tmp_path / "found.json").read_text() == first
-    assert (tmp_path / "found.md").read_text().count("| tiny |") == 2
+    written = (tmp_path / "found.md").read_text()
+    assert "| l2 |" in written and "| reconstruction+refit+few-shot, 2 epochs |" in written
+
+
+def test_tones_have_the_frequencies_that_are_stated():
+    sound, pitch = pretrained_networks.tones(6, 0.5, 8000, 0)
+    spectrum = torch.fft.rfft(sound * torch.hann_window(sound.shape[1])).abs()
+    for row, frequency in zip(spectrum, pitch.tolist(), strict=True):
+        assert row[max(0, round(frequency / 2) - 2) :][:5].amax() > 10 * row.median()
+    assert pretrained_networks.within_50_cents(pitch * 2 ** (0.4 / 12), pitch)["figure"] == 1
+    assert pretrained_networks.within_50_cents(pitch * 2 ** (0.6 / 12), pitch)["figure"] == 0
 
 
 def test_forecasts_of_a_frontier_are_compared_with_what_is_measured(tmp_path):

@@ -147,6 +147,7 @@ def test_the_example_of_the_documents_runs_and_exports_what_the_model_computes(d
     code = page.split("```python\n")[1].split("```")[0]
     tiny(tmp_path)
     small = {"yolov8n.pt": "tiny-detect.yaml", "640": "64", "images=64": "images=4", "epochs=20": "epochs=1"}
+    small['("75%", "67%")'] = '("60%",)'
     small |= {"data.yaml": str(data), "street.jpg": str(data.parent / "images/val/0.png")}
     for given, value in small.items():
         assert given in code
@@ -230,7 +231,7 @@ def test_the_command_prunes_in_iterations_and_resumes(data, tmp_path, run, monke
         code, _, errors = run(*words)
     assert code == 130 and "interrupted" in errors
     first = (tmp_path / "out" / "step1.pt").read_bytes()
-    code, out, errors = run(*words, "--resume")
+    code, out, errors = run("yolo", "--resume", "--output", tmp_path / "out")
     assert code == 0, errors
     assert "mAP50-95(B): 0." in out and (tmp_path / "out" / "step1.pt").read_bytes() == first
     small = ultralytics.YOLO(tmp_path / "out" / "pruned.pt")
@@ -244,6 +245,11 @@ def test_errors_of_the_command_are_one_line(data, tmp_path, run, monkeypatch):
         (("--weights", "absent.pt", "--data", data), "no such file"),
         (("--weights", "tiny-detect.yaml", "--data", "absent.yaml"), "absent.yaml"),
         (("--weights", "tiny-detect.yaml", "--data", data, "--train-arg", "lr0"), "KEY=VALUE"),
+        (("--weights", "tiny-detect.yaml", "--data", data, "--train-arg", "lr=0.1"), "lr0"),
+        (
+            ("--weights", "tiny-detect.yaml", "--data", data, "--train-arg", "epochs=3"),
+            "settings of their own",
+        ),
     ):
         code, _, errors = run("yolo", *words, *budget)
         assert code == 2 and said in errors and len(errors.splitlines()) == 1, errors

@@ -79,6 +79,42 @@ def test_layers_that_are_not_counted_are_listed():
     assert uncounted(net) == {"0": "Embedding"}
 
 
+def test_products_with_parameters_of_any_module_are_counted_and_operators_of_others_are_listed():
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return x @ (2 * self.weight)
+
+    class Foreign(Product):
+        def forward(self, x):
+            return torch.ops.cost_test.product(x, self.weight)
+
+    @torch.library.custom_op("cost_test::product", mutates_args=())
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    product.register_fake(lambda x, weight: x.new_empty(len(x), weight.shape[1]))
+    net, x = torch.nn.Sequential(Product(), torch.nn.Linear(3, 4), Foreign()), torch.randn(2, 4)
+    assert uncounted(net, trace(net, x)) == {"2": "Foreign"}
+    assert uncounted(net) == {"0": "Product", "2": "Foreign"}
+
+
+def test_a_token_that_is_a_parameter_is_given_to_a_module():
+    class Token(torch.nn.Module):  # as timm's CaiT gives its class token to its blocks
+        def __init__(self):
+            super().__init__()
+            self.token, self.block = torch.nn.Parameter(torch.randn(1, 1, 4)), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.block(self.token.expand(len(x), -1, -1)) + x
+
+    net = Token()
+    assert count(net, torch.randn(2, 1, 3)).macs == 12 and net.token.requires_grad
+
+
 @pytest.mark.slow
 def test_a_slower_network_measures_slower_and_copies_measure_the_same():
     torch.manual_seed(0)

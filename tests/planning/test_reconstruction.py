@@ -191,3 +191,38 @@ def test_bad_calibration_is_reported():
     x[0, 0] = torch.nan
     with pytest.raises(PruningError, match="not finite"):
         reconstruction(net, traced, [(x, None)], cross_entropy)
+
+
+def test_calibration_inputs_of_another_type_give_the_same_plan_and_weights():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(32, 4)
+
+    def pruned(inputs):
+        return prune(net, x[:2], Budget(channels=4), calibration=[(inputs, None)], refit=True)
+
+    plain, double = pruned(x), pruned(x.double())
+    assert plain.plan == double.plan
+    assert all(map(torch.equal, plain.model.state_dict().values(), double.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("score", [None, "l2"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x[:0], r"batch 1 has inputs of shape \(0, 4\)"),
+        (lambda x: x.long(), r"batch 1 has torch.int64 inputs, the example inputs are torch.float32"),
+        (lambda x: x / 0, "batch 1 has inputs that are not finite"),
+    ],
+)
+def test_calibration_inputs_that_are_no_inputs_are_refused(change, said, score):
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(8, 4)
+    batches = [(x, None), (change(x), None)]
+    with pytest.raises(PruningError, match=said):
+        prune(net, x[:2], Budget(channels=4), calibration=batches, score=score, refit=True)
+
+
+def test_fewer_positions_than_channels_are_enough():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(8, 4)
+    step = prune(net, x[:2], Budget(channels=20), calibration=[(x, None)], refit=True)
+    assert all(torch.isfinite(value).all() for value in step.model.state_dict().values())

@@ -200,3 +200,32 @@ def test_a_run_that_another_process_uses_is_rejected(tmp_path):
         with pytest.raises(PruningError, match="another process is writing to this run"):
             Run(tmp_path / "run", {}, resume=True)
     Run(tmp_path / "run", {}, resume=True)
+
+
+class Several(torch.nn.Module):
+    """Returns features beside the logits, and encodes by a method that reads a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.first = 8, torch.nn.Linear(4, 16)
+        self.middle, self.last = torch.nn.Linear(16, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        features = torch.relu(self.middle(torch.relu(self.first(x))))
+        return {"logits": self.last(features), "features": features}
+
+    def encode(self, n):
+        return self.last(self.middle(torch.ones(n, self.middle.in_features)).view(n, self.width))
+
+
+def test_stages_follow_the_outputs_that_count_and_other_calls():
+    data = [(torch.randn(16, 4), torch.arange(16) % 2)]
+    one = TrainConfig(1)
+    config = SlimConfig(Budget(params="40%"), sparsify=one, prune=PruneConfig(1, one), finetune=one)
+    small = slim(
+        Several(), data, config=config, validate=lambda _: 0.0, log=lambda _: None,
+        outputs=["logits"], also=[lambda model: model.encode(3)],
+    ).model  # fmt: skip
+    assert small.middle.out_features == small.width < 8 and small.encode(3).shape == (3, 2)
+    with pytest.raises(PruningError, match="'logit' matches none"):
+        slim(Several(), data, config=config, validate=lambda _: 0.0, outputs=["logit"])

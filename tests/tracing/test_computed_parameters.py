@@ -154,3 +154,21 @@ def test_channels_that_are_convolved_as_images_are_followed_and_counted():
     small = apply(net, traced, plan)
     assert verify(net, small, traced, plan, x) < 1e-5
     assert CostModel(net, traced)({"first": 3}).macs == count(small, x).macs
+
+
+class Standardized(nn.Conv2d):
+    """A convolution with a gain, whose code standardizes its weight by `F.batch_norm`."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__(into, out, 3)
+        self.gain = nn.Parameter(torch.ones(out, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=self.gain.view(-1), training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_layers_whose_code_computes_with_a_weight_in_another_way_are_named():
+    skipped = trace(net_of(Standardized), torch.randn(2, 3, 9, 9)).skipped
+    assert skipped.keys() == {"0", "2", "4"} and all("to let it be pruned" in why for why in skipped.values())

@@ -291,3 +291,20 @@ def test_an_attribute_that_holds_several_widths_follows_them_together():
     net, x = Wave(), torch.randn(2, 2, 9)
     small = prune(net, x, Budget(macs="50%"), score="l1").model
     assert small.channels == small.first.out_channels == small.gates.out_channels // 2 < 8
+
+
+class Paths(nn.Module):
+    """Splits by a part of an attribute, as timm's SelectiveKernel does."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.first, self.last = 8, nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        first, second = self.first(x).split(self.channels // 2, 1)
+        return self.last(first * second)
+
+
+def test_an_attribute_of_which_code_takes_a_part_follows():
+    small = prune(Paths(), IMAGES, Budget(macs="50%"), score="l1").model
+    assert small.channels == small.first.out_channels == 2 * small.last.in_channels < 8

@@ -36,6 +36,7 @@ def execute(args: argparse.Namespace) -> None:
         ignored=args.ignore,
         runtime=flags.runtime,
         path=flags.output / "curves.json",
+        cluster=flags.cluster,
     )
     replace_file(flags.output / "curves.csv", found.to_csv().encode())
     save(sensitivity_curves(found), flags.output / "curves")

@@ -26,7 +26,8 @@ def execute(args: argparse.Namespace) -> None:
     model, data = build.network(args), build.required_data(args)
     example = build.examples(args, model, data, trains=True)
     # Refuse impossible settings before creating the run folder.
-    target = None if args.resume else feasible(model, example, config, ignored=args.ignore)
+    outputs = args.outputs or None
+    target = None if args.resume else feasible(model, example, config, ignored=args.ignore, outputs=outputs)
     require_trainable(model, config.trainings, data.train)
     require_classifier(model, data.train, data.validation)
     run = start(args)
@@ -46,6 +47,7 @@ def execute(args: argparse.Namespace) -> None:
         target=target,
         calibration=calibration,
         ignored=args.ignore,
+        outputs=outputs,
         run=run,
         log=lambda line: print(line, flush=True),
     )

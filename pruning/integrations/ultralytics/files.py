@@ -78,7 +78,8 @@ def save(yolo: Any, path: str | Path, *, half: bool = True) -> Path:
         save(yolo, "pruned.pt")
         ```
     """
-    path, model = Path(path), network(yolo)
+    path = Path(path)
+    model: Any = network(yolo)
     if path.suffix != ".pt":
         raise CheckpointError(f"{path}: the library reads .pt files only; choose a name with .pt")
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics.cfg import get_cfg
 
 from pruning.errors import PruningError
 from pruning.integrations.ultralytics.calibration import calibration_batches, classes_in
@@ -68,7 +69,11 @@ def slim(weights: str | Path, config: YoloConfig, run: Run, log: Callable[[str],
 def require_ready(weights: str | Path, config: YoloConfig) -> None:
     """Raise `PruningError` if a model or its data cannot be read, or do not fit each other."""
     yolo = load(weights)
-    classes, own = classes_in(yolo, config.data, config.imgsz), vars(network(yolo))["yaml"]["nc"]
+    model: Any = network(yolo)
+    example_images(model, config.imgsz)
+    classes, own = classes_in(yolo, config.data, config.imgsz), model.yaml["nc"]
+    with user_input("arguments"):
+        get_cfg(overrides=dict(config.arguments))
     if taken := sorted(_SET & config.arguments.keys()):
         raise PruningError(f"arguments {', '.join(taken)}: they are settings of their own")
     if classes != own and not config.dense_epochs and str(weights).endswith(".pt"):
@@ -127,7 +132,7 @@ class _Iterations:
         """Store the given model, whose random weights a resumed run has to have again."""
         torch.manual_seed(self.config.seed)
         yolo = load(self.weights)
-        return {"file": str(save(yolo, self.run.folder / "given.pt", half=self.weights.endswith(".pt")))}
+        return {"file": str(save(yolo, self.run.folder / "given.pt", half=False))}
 
     def _train(self, file: str, name: str, epochs: int) -> dict[str, Any]:
         """Train a network, from the last stored epoch where there is one; return its file."""
@@ -145,8 +150,7 @@ class _Iterations:
             "data": config.data, "imgsz": config.imgsz, "batch": config.batch, "epochs": epochs,
             "device": config.device, "seed": config.seed, "project": str(folder.parent), "name": name,
         }  # fmt: skip
-        with user_input("training"):
-            train(yolo, **arguments, **({"resume": True} if resumable else {}))
+        train(yolo, **arguments, **({"resume": True} if resumable else {}))
         return self._trained(folder)
 
     def _trained(self, folder: Path) -> dict[str, Any]:
@@ -172,7 +176,7 @@ class _Iterations:
         """Return the cost of a network, and the metrics of the library's validation."""
         config, yolo = self.config, load(file)
         cost = deployed_cost(network(yolo), example_images(network(yolo), config.imgsz))
-        with user_input("validation"), quiet():
+        with quiet():
             metrics = yolo.val(
                 data=config.data, imgsz=config.imgsz, batch=config.batch, device=config.device, plots=False,
                 workers=0, project=str(self.run.folder.absolute()), name="val", exist_ok=True, verbose=False,

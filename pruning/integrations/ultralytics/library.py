@@ -79,6 +79,10 @@ def mark(model: Any) -> None:
     model.yaml = description
 
 
+#: Most characters of a message of the library, which may print its whole help.
+LONGEST = 300
+
+
 @contextlib.contextmanager
 def user_input(what: str) -> Iterator[None]:
     """Turn an error of the library about what the user gave into one line.
@@ -100,7 +104,7 @@ def plain(error: BaseException) -> str:
     'no such file here'
     """
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).encode("ascii", "ignore").decode()
-    return " ".join(said.split()) or type(error).__name__
+    return " ".join(said.split())[:LONGEST] or type(error).__name__
 
 
 @contextlib.contextmanager
