@@ -12,6 +12,7 @@ from pruning.checkpoint import provenance, save, write_loader
 from pruning.cli import argument_types, build, config_file
 from pruning.cli.arguments import later_flags
 from pruning.cli.factories import arguments_of
+from pruning.cli.flags import OutputFlags
 from pruning.cli.sources import Data
 from pruning.errors import PruningError
 from pruning.planning.cost import deployed_cost
@@ -40,7 +41,7 @@ ELSEWHERE = {
 #: Flags that runs of earlier versions did not have, with their defaults; they are resumed without them.
 LATER = {
     **dict.fromkeys(("augment", "crop", "cutout", "few_shot", "mean", "rate", "resize", "std")),
-    **later_flags(SlimConfig),
+    **later_flags(SlimConfig, OutputFlags),
 }
 
 #: Facts of the checkpoint from which the weights came that still hold.
