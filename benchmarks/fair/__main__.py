@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from benchmarks.table import side_by_side
 from eval.cli import ROOT, use_threads
 from pruning import cli
 from pruning.deploy.runtimes import require_package
+from pruning.utils.cluster import in_order
 
 #: Seconds between two looks at cells that other processes compute.
 POLL = 5.0
@@ -34,6 +36,9 @@ def main() -> None:
             results.require_settings(name, settings(workshop_of(name, args)))
         if args.time:
             time_again(args)
+        elif args.cluster is not None:
+            for _ in in_order(functools.partial(job, args), range(args.jobs), args.cluster):
+                pass
         else:
             side_by_side(args.jobs, work, [(args,)] * args.jobs)
     print(draw(results.read(), args.page))
@@ -63,6 +68,11 @@ def arguments() -> argparse.Namespace:
         "--seeds", type=cli.whole_number(0), nargs="+", default=[0, 1, 2], help="seeds to run"
     )
     parser.add_argument("--jobs", type=cli.whole_number(1), default=1, help="cells at the same time")
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Ray cluster for the jobs, whose machines share these folders; local: workers of this machine",
+    )
     parser.add_argument(
         "--seconds", type=cli.number(0.01), default=4.0, help="duration of the timing of a cell"
     )
@@ -97,6 +107,12 @@ def work(args: argparse.Namespace) -> None:
         if len(left) == len(pending):
             time.sleep(POLL)
         pending = left
+
+
+def job(args: argparse.Namespace, number: int) -> int:
+    """Do the work of one job in a worker of a cluster; return the number of the job."""
+    work(args)
+    return number
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:

@@ -6,6 +6,7 @@
 from pruning.surgery.apply import channel_constants
 from pruning.surgery.batchnorm import equalize, fold_batchnorm, recalibrate
 from pruning.surgery.block_removal import block_influence
+from pruning.surgery.expert_removal import expert_usage, mixtures, without_experts
 from pruning.surgery.layer_removal import Removable, removable, without_layer
 from pruning.surgery.optimizer_state import transfer
 from pruning.surgery.verify import with_random_weights
@@ -15,10 +16,13 @@ __all__ = [
     "block_influence",
     "channel_constants",
     "equalize",
+    "expert_usage",
     "fold_batchnorm",
+    "mixtures",
     "recalibrate",
     "removable",
     "transfer",
     "with_random_weights",
+    "without_experts",
     "without_layer",
 ]

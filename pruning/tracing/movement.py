@@ -79,7 +79,7 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
         equal = all(n == lengths[0] for n in lengths) and not (
             x.shape[dim] % lengths[0] or start % lengths[0]
         )
-        if grid and step > 1 and not x.shape[dim] % step:
+        if alone and step > 1 and not x.shape[dim] % step:
             labels.note_positions(_counted(first, dim, start, lengths), reason)
             labels.tie_neighbors(first, dim, step)
         elif pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):

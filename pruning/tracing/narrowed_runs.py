@@ -227,8 +227,9 @@ class NarrowedRuns:
             last = [
                 piece[-multiple * (max(1, int(share * len(piece) / multiple)) + i % 2) :] for piece in each
             ]
-            keep[name] = tuple(np.setdiff1d(channels, np.concatenate(last)).tolist())
-            keep[name] = keep[name] or tuple(range(multiple))
+            kept = np.setdiff1d(channels, np.concatenate(last)).tolist()
+            kept = kept[: len(kept) - (len(kept) - len(channels)) % multiple]  # pieces may be small
+            keep[name] = tuple(kept) or tuple(range(multiple))
         sizes = merged((self.sizes, sizes)) if self.sizes else sizes
         rescales = tuple(rescale for name in keep for rescale in self.scales.get(name, ()))
         traced = Trace(

@@ -12,7 +12,7 @@ from hf_families import TOKENS, decoder, ids  # noqa: E402
 from pruning import Plan, trace  # noqa: E402
 from pruning.graph.groups import Trace  # noqa: E402
 from pruning.integrations.transformers import load, save_pretrained  # noqa: E402
-from pruning.surgery import removable, without_layer  # noqa: E402
+from pruning.surgery import expert_usage, removable, without_experts, without_layer  # noqa: E402
 from pruning.surgery.apply import apply  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -82,3 +82,29 @@ def test_blocks_and_widths_that_differ_have_the_format_of_our_own(tmp_path):
     with torch.no_grad():
         assert torch.equal(load(tmp_path)(**inputs).logits, again(**inputs).logits)
     assert model.config.layer_types == KINDS
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek"])
+def test_from_pretrained_makes_as_many_experts(family, tmp_path):
+    hf.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if family == "gpt_oss":
+        sizes = {**decoder(head_dim=8), "num_local_experts": 4, "num_experts_per_tok": 2}
+        model, number = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes)), "num_local_experts"
+    else:
+        sizes = {
+            **decoder(), "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 12, "kv_lora_rank": 10,
+            "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+        }  # fmt: skip
+        model, number = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes)), "n_routed_experts"
+    inputs = ids()
+    keep = {n: share.topk(3).indices.tolist() for n, share in expert_usage(model.eval(), [inputs]).items()}
+    assert len(keep) == (2 if family == "gpt_oss" else 1)  # the first layer of DeepSeek is dense
+    small = without_experts(model, keep, inputs, ["logits"])
+    saved = save_pretrained(small, tmp_path, inputs, outputs=["logits"])
+    assert saved.loadable and saved.changes[number] == 3
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, small(**inputs).logits)
+    assert torch.equal(generated(again, inputs), generated(small, inputs))

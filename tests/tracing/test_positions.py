@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pruning import Budget, prune, trace
+from pruning import Budget, Plan, prune, trace
+from pruning.surgery.apply import apply
 
 pytestmark = pytest.mark.quick
 
@@ -102,3 +103,26 @@ def test_an_empty_slice_of_channels_holds_none(share):
     net, images = Partial().eval(), torch.randn(2, 3, 8, 8)
     step = prune(net, images, Budget(macs="50%"), score="l2", widths={"first": 7, "second": 5})
     assert step.model.first.out_channels == 7 and step.difference < 1e-4
+
+
+def test_interleaved_parts_lose_neighbors_together():
+    """The gate and the value of a channel lie side by side, as in the experts of GPT-OSS."""
+
+    class Interleaved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 16), nn.Linear(8, 3)
+
+        def forward(self, x):
+            both = self.up(x)
+            return self.down(both[..., ::2].sigmoid() * both[..., 1::2])
+
+    torch.manual_seed(0)
+    net, x = Interleaved(), torch.randn(4, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"up": 8}
+    small = apply(net, traced, Plan({"up": (1, 4, 6)}))
+    gate, value = (net.up.weight[i::2][[1, 4, 6]] for i in (0, 1))
+    a, b = (net.up.bias[i::2][[1, 4, 6]] for i in (0, 1))
+    hidden = (x @ gate.T + a).sigmoid() * (x @ value.T + b)
+    torch.testing.assert_close(small(x), hidden @ net.down.weight[:, [1, 4, 6]].T + net.down.bias)
