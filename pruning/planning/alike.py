@@ -143,10 +143,10 @@ def _step(multiples: np.ndarray, units: np.ndarray) -> int:
 def _spread(scores: np.ndarray, channels: int) -> np.ndarray:
     """Return scores with the same sums, of another number of channels that has them in the same shares.
 
-    >>> _spread(np.array([1.0, 3.0, 5.0, 7.0]), 2)
-    array([ 4., 12.])
-    >>> _spread(np.array([1.0, 3.0]), 4)
-    array([0.5, 0.5, 1.5, 1.5])
+    >>> _spread(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist()
+    [4.0, 12.0]
+    >>> _spread(np.array([1.0, 3.0]), 4).tolist()
+    [0.5, 0.5, 1.5, 1.5]
     """
     total = np.concatenate([[0.0], np.cumsum(scores)])
     return np.diff(np.interp(np.linspace(0, len(scores), channels + 1), np.arange(len(total)), total))

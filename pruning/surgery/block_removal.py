@@ -154,7 +154,8 @@ def block_influence(model: nn.Module, blocks: Iterable[str], batches: Iterable[I
     with hooked(handles), torch.no_grad(), eval_mode(model):
         for inputs in batches:
             call(model, fresh(inputs))
-    return {name: round(1 - (total / count).item(), 12) for name, (total, count) in totals.items()}
+    influence = {name: 1 - (total / count).item() for name, (total, count) in totals.items()}
+    return {name: max(0.0, round(value, 12)) for name, value in influence.items()}  # rounding may pass 0
 
 
 #: The arguments of a call, and its output.
