@@ -31,6 +31,11 @@ LONGEST = (
     "cli/test_commands.py",
     "application/test_documents.py",
     "application/test_programs.py",
+    "utils/test_cluster.py",
+    "utils/test_distributed.py",
+    "integrations/test_transformers.py",
+    "integrations/test_ultralytics.py",
+    "tracing/test_zoo.py",
     "application/test_notebooks.py",
     "stages/test_given.py",
     "stages/test_slim.py",
@@ -60,6 +65,14 @@ def operators_of_onnx():
     writers["onnx"] = write_quickly
     yield
     writers["onnx"] = write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_end_soon():
+    """Let torch wait half a second, not five, for a worker of a DataLoader that was left by an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5, raising=False)
+        yield
 
 
 #: Modules that time networks.

@@ -64,8 +64,9 @@ def parse(
     Returns:
         The flags, with the command's parser as `parser`, and the function that executes the command.
     """
-    parser, commands = _parsers()
-    if not (sys.argv[1:] if argv is None else argv):
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = _parsers(argv)
+    if not argv:
         parser.print_help()
         sys.exit()
     first = Parser(add_help=False)
@@ -101,8 +102,8 @@ def parse(
     return args, execute
 
 
-def _parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the command line, and those of the commands."""
+def _parsers(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of the commands; only those that it names have flags."""
     listed = [f"\n  {name}: {command.summary}\n    {_example(name)}" for name, command in COMMANDS.items()]
     parser = Parser(
         prog="python -m pruning",
@@ -121,7 +122,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
             epilog=f"example: {_example(name)}",
             formatter_class=HelpFormatter,
         )
-        add_flags(made[name], *command.flags)
+        if name in argv:
+            add_flags(made[name], *command.flags)
     return parser, made
 
 
