@@ -66,14 +66,28 @@ NETS = {
 }
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a network and its file, which is written once."""
+    made = {}
+
+    def find(name):
+        if name not in made:
+            torch.manual_seed(0)
+            net, file = NETS[name](), tmp_path_factory.mktemp("nets") / "net.onnx"
+            export(net, file, torch.zeros(1, *net.shape), "onnx", metadata={"seed": 1})
+            made[name] = net, file
+        return made[name]
+
+    return find
+
+
 @pytest.mark.parametrize("poolings", [0, 1, 2])
 @pytest.mark.parametrize("name", NETS)
-def test_every_variant_computes_the_same_outputs(name, poolings, prefer, tmp_path):
-    torch.manual_seed(0)
-    net = NETS[name]()
-    export(net, tmp_path / "net.onnx", torch.zeros(1, *net.shape), "onnx", metadata={"seed": 1})
+def test_every_variant_computes_the_same_outputs(name, poolings, prefer, exported, tmp_path):
+    net, file = exported(name)
     prefer(poolings)
-    made = optimize(tmp_path / "net.onnx", tmp_path / "fast.onnx")
+    made = optimize(file, tmp_path / "fast.onnx")
     assert (made.poolings, made.ratio) == (poolings, 0.5)
     assert made.size == made.path.stat().st_size and f"{poolings} pooling" in str(made)
     assert [stride > 1 for stride in strides(made.path)] == [True] * poolings + [False] * (2 - poolings)

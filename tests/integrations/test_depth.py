@@ -27,7 +27,7 @@ def gemma():
 
 def t5():
     config = hf.T5Config(
-        vocab_size=TOKENS, d_model=8, d_kv=4, d_ff=32, num_layers=3, num_decoder_layers=3, num_heads=2,
+        vocab_size=TOKENS, d_model=8, d_kv=4, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2,
         decoder_start_token_id=0,
     )  # fmt: skip
     return hf.T5ForConditionalGeneration(config), {
@@ -39,7 +39,7 @@ def t5():
 CASES = {
     "gemma": (gemma, ["model.layers.0", "model.layers.2"], {"num_hidden_layers": 2}),
     "t5": (t5, ["decoder.block.1", "decoder.block.2", "encoder.block.1"],
-           {"num_layers": 2, "num_decoder_layers": 1}),
+           {"num_layers": 1, "num_decoder_layers": 1}),
 }  # fmt: skip
 
 

@@ -32,8 +32,21 @@ def vgg_bn():
     return model
 
 
+def alexnet():
+    """AlexNet with a narrow classifier."""
+    with torch.device("meta"):  # the classifier, which is wide
+        model = torchvision.models.AlexNet(num_classes=5)
+    model.features.to_empty(device="cpu").apply(
+        lambda layer: layer.reset_parameters() if isinstance(layer, nn.Conv2d) else None
+    )
+    for at, (into, out) in {1: (256 * 36, 48), 4: (48, 40), 6: (40, 5)}.items():
+        model.classifier[at] = nn.Linear(into, out)
+    return model
+
+
 #: Networks of torchvision's classes that are smaller than any that it names.
 SMALLER = {
+    "alexnet": alexnet,
     "convnext": lambda: torchvision.models.ConvNeXt(
         [
             torchvision.models.convnext.CNBlockConfig(16, 32, 1),
