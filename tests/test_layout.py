@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -136,6 +137,14 @@ def test_functions_have_at_most_60_lines(most=60):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= most:
                 long[f"{path}:{node.name}"] = node.end_lineno - node.lineno + 1
     assert long == {}
+
+
+def test_any_is_the_type_of_few_values(most=150):
+    lines = [
+        line for path in (ROOT / "pruning").rglob("*.py") for line in path.read_text("utf-8").splitlines()
+    ]
+    used = [line for line in lines if re.search(r"\bAny\b", line) and "import" not in line]
+    assert len(used) <= most, "name the type, or give a name to what may hold anything"
 
 
 def test_thop_matplotlib_jinja2_and_torchvision_are_imported_only_where_expected():

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from pruning.training.batches import to_device
 from pruning.utils.batch import find_batch
 from pruning.utils.files import read_plain
 from pruning.utils.tree import Inputs, tensors
+
+#: What a checkpoint holds, by name.
+Stored: TypeAlias = Mapping[str, Any]
 
 
 def budget(args: argparse.Namespace) -> Budget | LatencyBudget:
@@ -112,7 +115,7 @@ def _network(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     return model
 
 
-def described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+def described(args: argparse.Namespace, path: Path) -> Stored:
     """Return the content of a checkpoint; a bare state dict of the model of --model describes nothing."""
     content = read_plain(path)
     if args.model is not None and not (isinstance(content, dict) and "format" in content):
@@ -120,20 +123,20 @@ def described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     return read(path)
 
 
-def _stored_factory(path: Path) -> dict[str, Any] | None:
+def _stored_factory(path: Path) -> Stored | None:
     """The factory that made the network of a checkpoint: its `name` and its `arguments`."""
     made = stored_facts(path).get("model")
     return made if isinstance(made, dict) and {"name", "arguments"} <= made.keys() else None
 
 
-def stored_facts(path: Path | None) -> dict[str, Any]:
+def stored_facts(path: Path | None) -> Stored:
     """Return the provenance in a checkpoint; empty for no file and for one of weights alone."""
     content = None if path is None else read_plain(path)
     facts = content.get("provenance") if isinstance(content, dict) else None
     return facts if isinstance(facts, dict) else {}
 
 
-def _loaded(path: Path, made: dict[str, Any] | None) -> nn.Module:
+def _loaded(path: Path, made: Stored | None) -> nn.Module:
     """The network of a checkpoint by its class alone; a factory of the user's is named, not imported."""
     try:
         return load(path)
@@ -197,7 +200,7 @@ def _recorded_data(args: argparse.Namespace) -> str | None:
     return name
 
 
-def _preprocessing(flags: DataFlags, stored: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(flags: DataFlags, stored: Stored) -> Preprocessing:
     """How images of a folder become inputs: as flags say, or else the checkpoint."""
     if flags.image_size is not None and flags.crop is not None and flags.image_size != flags.crop:
         raise PruningError("--image-size and --crop are the same setting: give one of them")
@@ -247,9 +250,7 @@ def input_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
     return tuple(int(size) for size in text.lower().split("x"))
 
 
-def image_shape(
-    args: argparse.Namespace, content: Mapping[str, Any], data: Data | None = None
-) -> tuple[int, ...]:
+def image_shape(args: argparse.Namespace, content: Stored, data: Data | None = None) -> tuple[int, ...]:
     """Return the shape of one input: from --input-shape, the content of `args.checkpoint`, or the data."""
     given, stored = input_shape(args), tuple(content["arguments"].get("image_shape", ()))
     if not stored and len(inputs := content["provenance"].get("inputs", ())) == 1:
@@ -264,14 +265,14 @@ def image_shape(
     return given or stored or tuple(tensors(_inputs(args, data))[0].shape[1:])
 
 
-def stored_dtype(content: Mapping[str, Any]) -> torch.dtype:
+def stored_dtype(content: Stored) -> torch.dtype:
     """Return the type of the inputs that a checkpoint stores, or float32."""
     inputs = content["provenance"].get("inputs") or [{}]
     found = getattr(torch, str(inputs[0].get("dtype", "float32")), None)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def normalization(args: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any] | None:
+def normalization(args: argparse.Namespace, content: Stored) -> Stored | None:
     """Return `mean` and `std` by channel: from --mean and --std, or the content of a checkpoint."""
     given = _normalization(args.mean, args.std)
     if given is not None:

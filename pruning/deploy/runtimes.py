@@ -118,7 +118,7 @@ class _OnnxPass:
         # Given no names, a session would look them up at every call.
         self.outputs = [result.name for result in session.get_outputs()]
 
-    def __call__(self, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *inputs: object, **named: object) -> Tensor | tuple[Tensor, ...]:
         feeds = self._feeds(inputs, named)
         outputs = [torch.from_numpy(array) for array in self.session.run(self.outputs, feeds)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -173,7 +173,7 @@ def _stored(extra: Mapping[str, object]) -> dict[str, str]:
 
 
 def _without_gradients(module: ForwardPass) -> ForwardPass:
-    def run(*inputs: Any, **named: Any) -> object:
+    def run(*inputs: object, **named: object) -> object:
         with torch.no_grad():
             return module(*inputs, **named)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning
 import torch
@@ -24,6 +24,9 @@ from pruning.stages.prune import StepSettings
 from pruning.utils.modules import copied
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
+
+#: What a checkpoint of Lightning holds, by name.
+Stored: TypeAlias = dict[str, Any]
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class PruningCallback(lightning.Callback):
                 f"{', '.join(name for name, _ in module.named_children()) or 'none'}"
             ) from error
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Narrow the dense network to the checkpoint that is resumed; refuse several processes."""
         self._network(pl_module)
         if stage == "fit" and trainer.world_size > 1:
@@ -98,23 +101,25 @@ class PruningCallback(lightning.Callback):
             )
         given = pl_module.on_load_checkpoint
 
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        def on_load_checkpoint(checkpoint: Stored) -> None:
             narrow(pl_module, checkpoint)
             given(checkpoint)
 
         # Lightning calls it before it loads the weights; the hook of callbacks comes after that.
-        pl_module.on_load_checkpoint = on_load_checkpoint
+        vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         vars(pl_module).pop("on_load_checkpoint", None)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Resolve the budget, and start to pull."""
         self.pruner.begin(self._network(pl_module), self.example_inputs, trainer.global_step)
         self._pruned_until = max([n for n in self.pruner.at if n <= trainer.global_step], default=0)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any
+    ) -> None:
         """Prune the network and carry the optimizers over, if it is due."""
         step = trainer.global_step
         if step <= self._pruned_until and step in self.pruner.at:
@@ -125,23 +130,25 @@ class PruningCallback(lightning.Callback):
             self._pruned_until = step
             _LOG.info("step %d: pruned, %s → %s", step, done.before, done.after)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: Stored
+    ) -> None:
         """Store the widths of the network, from which the dense one is narrowed."""
         if self._pruned_until:
             described = describe(self._network(pl_module))
             described.pop("state_dict")
             checkpoint["pruning"] = {"network": self.network, **described}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Stored:
         """Return the budget as counts, and the cost before pruning."""
         return self.pruner.state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Stored) -> None:
         """Continue from what `state_dict` returned."""
         self.pruner.restore(state_dict)
 
 
-def narrow(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def narrow(module: nn.Module, checkpoint: Stored) -> None:
     """Narrow the network of a LightningModule in place to the widths that a checkpoint holds.
 
     A checkpoint that was written before the first pruning changes nothing. Make optimizers afterwards.

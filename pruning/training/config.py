@@ -313,7 +313,7 @@ def keyword_arguments(given: Iterable[str] | Mapping[str, Any]) -> dict[str, Any
     """
     if isinstance(given, Mapping):
         return dict(given)
-    found: dict[str, Any] = {}
+    found = dict[str, object]()
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():

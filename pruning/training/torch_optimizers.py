@@ -20,6 +20,10 @@ ParameterGroups: TypeAlias = list[dict[str, Any]]
 #: The name of an optimizer, or a function of parameter groups that makes one.
 Optimizer: TypeAlias = str | Callable[..., Any]
 
+#: Makes an optimizer of parameters and arguments, which are of its own.
+Maker: TypeAlias = Callable[..., Any]
+Arguments: TypeAlias = Mapping[str, Any]
+
 #: Optimizers of torch.optim that do not suit the loop, with the reason.
 _UNSUITABLE = {
     "lbfgs": "evaluates the loss several times in a step",
@@ -42,7 +46,7 @@ def named_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
-def require_optimizer(optimizer: Optimizer, arguments: Mapping[str, Any]) -> None:
+def require_optimizer(optimizer: Optimizer, arguments: Arguments) -> None:
     """Check that an optimizer exists and takes these arguments.
 
     Raises:
@@ -75,7 +79,7 @@ def require_optimizer(optimizer: Optimizer, arguments: Mapping[str, Any]) -> Non
     _require_arguments(_maker(optimizer), _shown(optimizer), arguments)
 
 
-def default_rate(optimizer: Optimizer, arguments: Mapping[str, Any]) -> float:
+def default_rate(optimizer: Optimizer, arguments: Arguments) -> float:
     """Return the learning rate of an optimizer that is given none.
 
     >>> default_rate("adamw", {}), default_rate(lambda groups: torch.optim.SGD(groups, lr=0.3), {})
@@ -87,7 +91,7 @@ def default_rate(optimizer: Optimizer, arguments: Mapping[str, Any]) -> float:
 
 
 def made_optimizer(
-    optimizer: Optimizer, groups: ParameterGroups, lr: float, arguments: Mapping[str, Any]
+    optimizer: Optimizer, groups: ParameterGroups, lr: float, arguments: Arguments
 ) -> torch.optim.Optimizer:
     """Return an optimizer of parameter groups, at a learning rate.
 
@@ -120,7 +124,7 @@ def made_optimizer(
     return made
 
 
-def arguments_of_sgd(momentum: float, fused: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of_sgd(momentum: float, fused: bool, arguments: Arguments) -> dict[str, Any]:
     """Return the arguments of SGD with Nesterov momentum, overridden by given ones."""
     momentum = arguments.get("momentum", momentum)
     defaults = {"momentum": momentum, "nesterov": momentum > 0, "fused": fused}
@@ -131,9 +135,7 @@ def arguments_of_sgd(momentum: float, fused: bool, arguments: Mapping[str, Any])
     return {**defaults, **arguments}
 
 
-def _made(
-    optimizer: Optimizer, groups: ParameterGroups, arguments: Mapping[str, Any]
-) -> torch.optim.Optimizer:
+def _made(optimizer: Optimizer, groups: ParameterGroups, arguments: Arguments) -> torch.optim.Optimizer:
     maker, shown = _maker(optimizer), _shown(optimizer)
     try:
         made = maker(groups, **arguments)
@@ -150,7 +152,7 @@ def _made(
     return made
 
 
-def _require_trains(made: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], shown: str) -> None:
+def _require_trains(made: torch.optim.Optimizer, groups: Iterable[Arguments], shown: str) -> None:
     """Check that an optimizer has parameters of the model, and a learning rate for each group."""
     known = {id(p) for group in groups for p in group["params"]}
     trained: list[Tensor] = [p for group in made.param_groups for p in group["params"]]
@@ -165,7 +167,7 @@ def _require_trains(made: torch.optim.Optimizer, groups: Iterable[Mapping[str, A
         )
 
 
-def _require_arguments(maker: Callable[..., Any], shown: str, arguments: Mapping[str, Any]) -> None:
+def _require_arguments(maker: Maker, shown: str, arguments: Arguments) -> None:
     known = _parameters(maker)
     for name in arguments:
         if known is None or name in known:
@@ -177,7 +179,7 @@ def _require_arguments(maker: Callable[..., Any], shown: str, arguments: Mapping
         )
 
 
-def _maker(optimizer: Optimizer) -> Callable[..., Any]:
+def _maker(optimizer: Optimizer) -> Maker:
     if optimizer == "soap":
         return Soap
     return named_optimizers()[optimizer] if isinstance(optimizer, str) else optimizer
@@ -190,7 +192,7 @@ def _shown(optimizer: Optimizer) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def _parameters(maker: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+def _parameters(maker: Maker) -> Mapping[str, inspect.Parameter] | None:
     """Return the parameters of a function; None if it takes any, or cannot tell."""
     try:
         known = inspect.signature(maker).parameters
@@ -199,7 +201,7 @@ def _parameters(maker: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | 
     return None if any(p.kind is p.VAR_KEYWORD for p in known.values()) else known
 
 
-def _takes(maker: Callable[..., Any], name: str) -> bool:
+def _takes(maker: Maker, name: str) -> bool:
     """Return whether a function takes a keyword argument; one that takes any keywords does."""
     known = _parameters(maker)
     if known is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pruning.integrations.transformers.sizes import quiet
@@ -43,7 +44,7 @@ class Fold:
 
 
 def adapted(
-    model: nn.Module, config: Any, inputs: Inputs, outputs: Outputs
+    model: nn.Module, config: PretrainedConfig, inputs: Inputs, outputs: Outputs
 ) -> tuple[nn.Module | None, float, str]:
     """Return the model of a configuration with the weights of a pruned model and the same outputs.
 
@@ -84,7 +85,7 @@ def _explained(reason: str, model: nn.Module, made: nn.Module, scales: Iterable[
     return f"{reason}; the configuration gives other values of {', '.join(causes)}" if causes else reason
 
 
-def with_weights_of(model: nn.Module, config: Any) -> nn.Module:
+def with_weights_of(model: nn.Module, config: PretrainedConfig) -> nn.Module:
     """Return a new model of a class and a configuration, with the weights of a model of equal sizes."""
     with quiet(), torch.random.fork_rng(devices=[]):
         made: Any = type(model)(copy.deepcopy(config))
@@ -112,7 +113,7 @@ def _buffer_differs(model: nn.Module, made: nn.Module, name: str) -> bool:
     return ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-6)
 
 
-def _with_frequencies(model: nn.Module, config: Any) -> Any:
+def _with_frequencies(model: nn.Module, config: PretrainedConfig) -> PretrainedConfig:
     """State the frequencies of rotary embeddings that pruning has left, if the configuration gives others."""
     names = _frequencies(model)
     with quiet(), torch.random.fork_rng(devices=[]):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from pruning.integrations.transformers.sizes import (
     Path,
@@ -25,7 +26,7 @@ def lists_with_removed(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def config_of_blocks(model: nn.Module) -> Any:
+def config_of_blocks(model: nn.Module) -> PretrainedConfig:
     """Return the configuration of a model whose class makes the blocks that the model has.
 
     The number is found by proof: each number of the configuration that equals the number of blocks before is
@@ -59,7 +60,7 @@ def _keys(sizes: Any, name: str) -> set[str]:
     return {key for key in sizes if key.startswith(f"{name}.") and key.endswith("]")}
 
 
-def _trials(config: Any, left: int, removed: list[int]) -> Iterator[Any]:
+def _trials(config: PretrainedConfig, left: int, removed: list[int]) -> Iterator[PretrainedConfig]:
     """Yield configurations that state fewer blocks: those with a number named after layers first."""
     before = left + len(removed)
     paths = [path for path, number in numbers_in(config).items() if number == before]
@@ -71,7 +72,7 @@ def _trials(config: Any, left: int, removed: list[int]) -> Iterator[Any]:
         yield changed
 
 
-def _shorten(config: Any, path: Path, before: int, removed: list[int]) -> bool:
+def _shorten(config: PretrainedConfig, path: Path, before: int, removed: list[int]) -> bool:
     """Shorten lists with an entry for each block, beside a number, in place; return whether there are any."""
     holder, found = _part(config, path[:-1]), False
     for attribute, value in list(vars(holder).items()) if hasattr(holder, "__dict__") else ():
@@ -82,7 +83,7 @@ def _shorten(config: Any, path: Path, before: int, removed: list[int]) -> bool:
     return found
 
 
-def _part(config: Any, path: Path) -> Any:
+def _part(config: PretrainedConfig, path: Path) -> Any:
     for name in path:
         config = getattr(config, name)
     return config

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from pruning.checkpoint import describe, find_class
 from pruning.errors import CheckpointError, PruningError
@@ -224,7 +225,7 @@ def load(folder: str | File, *, device: str | torch.device = "cpu") -> Any:
         ) from error
 
 
-def _read_own(folder: File, config: Any) -> Any:
+def _read_own(folder: File, config: PretrainedConfig) -> Any:
     """Load a model of the format of our own."""
     path = folder / DESCRIPTION
     try:

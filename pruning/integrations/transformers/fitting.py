@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from pruning.integrations.transformers.depth import config_of_blocks
 from pruning.integrations.transformers.sizes import (
@@ -75,7 +76,7 @@ class ConfigFit:
         """The configuration, with the numbers stated that it leaves to the class."""
         return _with_stated_numbers(self.kind, self.config, self.start or {})
 
-    def configs(self, model: nn.Module) -> tuple[list[Any], str]:
+    def configs(self, model: nn.Module) -> tuple[list[PretrainedConfig], str]:
         """Return the configurations from which the class makes the sizes of a pruned model.
 
         Several differ in numbers that show in no tensor, such as the number of heads.
@@ -96,7 +97,7 @@ class ConfigFit:
             return [], f"{differing[0]} and {len(differing) - 1} more are sizes of {whose} alone"
         if not any(self.start.get(key) != target[key] for key in hard & self.start.keys()):
             return [self.config], ""
-        found: list[Any] = []
+        found: list[PretrainedConfig] = []
         reason = ""
         try:
             for numbers in itertools.islice(_solutions(self.response, target, hard), _MOST_TRIALS):
@@ -106,7 +107,9 @@ class ConfigFit:
             reason = str(error)
         return found, "" if found else reason
 
-    def _tried(self, numbers: dict[Path, int], target: Sizes, hard: set[str]) -> tuple[Any, str]:
+    def _tried(
+        self, numbers: dict[Path, int], target: Sizes, hard: set[str]
+    ) -> tuple[PretrainedConfig | None, str]:
         """Return the configuration with these numbers, or None and why it does not give the sizes."""
         numbers = _mixed_solved(self.kind, self.explicit, self.response, target, hard, numbers)
         made = sizes_of_config(self.kind, self.explicit, target.keys(), numbers)
@@ -126,7 +129,7 @@ def _more(count: int) -> str:
     return f" (nor {count} other sizes)" if count else ""
 
 
-def _with_stated_numbers(kind: type[nn.Module], config: Any, sizes: Sizes) -> Any:
+def _with_stated_numbers(kind: type[nn.Module], config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
     """Return the configuration with the numbers stated that it leaves to the class, such as `n_inner`."""
     for path, number in numbers_in(config).items():
         if number is not None:
@@ -143,7 +146,7 @@ def _with_stated_numbers(kind: type[nn.Module], config: Any, sizes: Sizes) -> An
     return config
 
 
-def _response(kind: type[nn.Module], config: Any, target: Sizes) -> Response:
+def _response(kind: type[nn.Module], config: PretrainedConfig, target: Sizes) -> Response:
     """Multiply each number of a configuration in turn, and see which sizes follow, and how."""
     base = sizes_of_config(kind, config, target.keys())
     assert base is not None  # it was made before
@@ -269,7 +272,7 @@ def _shown(value: Fraction) -> str:
 
 def _mixed_solved(
     kind: type[nn.Module],
-    config: Any,
+    config: PretrainedConfig,
     response: Response,
     target: Sizes,
     hard: set[str],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from pruning.surgery.width_attributes import numbers_of
@@ -24,7 +25,7 @@ _OPTIONAL = ("head_dim", "attention_head_size")
 Sizes = Mapping[str, int]
 
 
-def numbers_in(config: Any) -> dict[Path, int | None]:
+def numbers_in(config: PretrainedConfig) -> dict[Path, int | None]:
     """Return the integers of a configuration and of those inside it; None for attributes without a value.
 
     Numbers of tokens (`pad_token_id`) are left out.
@@ -32,7 +33,7 @@ def numbers_in(config: Any) -> dict[Path, int | None]:
     found: dict[Path, int | None] = {}
     stated = {**{key: None for key in _OPTIONAL if hasattr(config, "hidden_size")}, **config.to_dict()}
     for key in stated:
-        value = getattr(config, key, None)
+        value: Any = getattr(config, key, None)
         if key.endswith(("_id", "_ids", "_token", "_index")) or key.startswith("_"):
             continue
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -44,7 +45,7 @@ def numbers_in(config: Any) -> dict[Path, int | None]:
     return found
 
 
-def with_numbers(config: Any, numbers: Mapping[Path, int]) -> Any:
+def with_numbers(config: PretrainedConfig, numbers: Mapping[Path, int]) -> PretrainedConfig:
     """Return a copy of a configuration with other numbers.
 
     >>> from types import SimpleNamespace
@@ -53,7 +54,7 @@ def with_numbers(config: Any, numbers: Mapping[Path, int]) -> Any:
     """
     changed = copy.deepcopy(config)
     for path, number in numbers.items():
-        holder = changed
+        holder: Any = changed
         for name in path[:-1]:
             owner, holder = holder, getattr(holder, name)
         if isinstance(holder, list | tuple):
@@ -91,7 +92,7 @@ def quiet() -> Iterator[None]:
 
 def sizes_of_config(
     kind: type[nn.Module],
-    config: Any,
+    config: PretrainedConfig,
     attributes: Collection[str],
     numbers: Mapping[Path, int] | None = None,
 ) -> dict[str, int] | None:

@@ -91,7 +91,14 @@ class PruningCallback(transformers.TrainerCallback):
         self.example_inputs, self.distill, self.temperature = example_inputs, distill, temperature
         self._remove: Callable[[], None] = lambda: None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
         """Resolve the budget, start to pull, and set up the teacher."""
         if args.world_size > 1 or not isinstance(model, transformers.PreTrainedModel):
             raise PruningError(
@@ -110,7 +117,13 @@ class PruningCallback(transformers.TrainerCallback):
             self._add_teacher(model, teacher)
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Prune the model and carry the optimizer over, if it is due."""
         while hasattr(optimizer, "optimizer"):  # of Accelerate
@@ -130,7 +143,13 @@ class PruningCallback(transformers.TrainerCallback):
             self._add_teacher(model, self._teacher)
         _LOG.info("step %d: pruned, %s → %s", state.global_step, done.before, done.after)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **_: Any,
+    ) -> None:
         """Remove the teacher."""
         self._remove()
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT
 
 from pruning.integrations.ultralytics.library import network, quiet, random_state_kept, user_input
@@ -24,7 +25,7 @@ _AUGMENTATIONS = (
 
 
 def calibration_batches(
-    yolo: Any, data: str | Path, images: int = 64, *, imgsz: int = 640, batch: int = 16
+    yolo: YOLO, data: str | Path, images: int = 64, *, imgsz: int = 640, batch: int = 16
 ) -> list[Batch]:
     """Return batches of training images of a data set, resized as for inference, with their labels.
 
@@ -54,7 +55,7 @@ def calibration_batches(
     return found
 
 
-def classes_in(yolo: Any, data: str | Path, imgsz: int = 640) -> int:
+def classes_in(yolo: YOLO, data: str | Path, imgsz: int = 640) -> int:
     """Return the number of classes of a data set.
 
     Raises:
@@ -65,7 +66,7 @@ def classes_in(yolo: Any, data: str | Path, imgsz: int = 640) -> int:
 
 
 @contextlib.contextmanager
-def _reader(yolo: Any, data: str | Path, imgsz: int, batch: int) -> Iterator[Any]:
+def _reader(yolo: YOLO, data: str | Path, imgsz: int, batch: int) -> Iterator[Any]:
     """Yield a trainer of the library that reads a data set without augmentation, and trains nothing."""
     model = network(yolo)
     settings = {**dict.fromkeys(_AUGMENTATIONS, 0.0), "auto_augment": None}
@@ -93,7 +94,7 @@ def _reader(yolo: Any, data: str | Path, imgsz: int, batch: int) -> Iterator[Any
         yield trainer
 
 
-def model_loss(yolo: Any) -> Callable[[Any, Any], Tensor]:
+def model_loss(yolo: YOLO) -> Callable[[Any, Any], Tensor]:
     """Return the loss of a model for an image, as a criterion of (outputs, labels).
 
     `prune` uses it for batches of `calibration_batches`.

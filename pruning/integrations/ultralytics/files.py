@@ -18,7 +18,7 @@ from pruning.utils.files import replace_file
 OF_TRAINING = ("epoch", "ema", "updates", "optimizer", "scaler", "stopper", "best_fitness", "modelopt")
 
 
-def load(weights: str | Path, task: str | None = None) -> Any:
+def load(weights: str | Path, task: str | None = None) -> YOLO:
     """Return the `YOLO` object of a file, or of a name that the library knows.
 
     Weights of the library's own names (`yolov8n.pt`) are downloaded, unless the file exists. A name with
@@ -62,7 +62,7 @@ def load(weights: str | Path, task: str | None = None) -> Any:
     return yolo
 
 
-def save(yolo: Any, path: str | Path, *, half: bool = True) -> Path:
+def save(yolo: YOLO, path: str | Path, *, half: bool = True) -> Path:
     """Write a model as a .pt file of the library, atomically; `YOLO(path)` reads it without this toolkit.
 
     Args:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
 from pruning.errors import PruningError
@@ -22,6 +23,9 @@ from pruning.integrations.ultralytics.trainer import train
 from pruning.planning.budget import Budget
 from pruning.planning.cost import Cost, deployed_cost
 from pruning.stages.run import Run
+
+#: What is noted of a stage, as JSON.
+Notes: TypeAlias = dict[str, Any]
 
 #: Arguments of the library's training that `slim` sets.
 _SET = frozenset(("data", "model", "imgsz", "batch", "epochs", "device", "seed", "project", "name", "resume"))
@@ -37,7 +41,7 @@ class Slimmed:
         metrics_before, metrics_after: of the library's validation.
     """
 
-    yolo: Any
+    yolo: YOLO
     path: Path
     before: Cost
     after: Cost
@@ -90,7 +94,7 @@ class _Iterations:
         self.weights, self.config, self.run, self.log = str(weights), config, run, log
         self.ended = run.state["stage"] if run.state is not None else 0
         self.at = 0
-        self.notes: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, Notes] = {}
         if run.history.exists():
             events = (json.loads(line) for line in run.history.read_text().splitlines())
             self.notes = {event["stage"]: event for event in events}
@@ -118,7 +122,7 @@ class _Iterations:
         costs = Cost(**before["cost"]), Cost(**after["cost"])
         return Slimmed(yolo, path, *costs, before["metrics"], after["metrics"])
 
-    def _stage(self, name: str, act: Callable[[], dict[str, Any]]) -> str:
+    def _stage(self, name: str, act: Callable[[], Notes]) -> str:
         """Run a stage, unless it has ended; return the file of the network after it."""
         self.at += 1
         if self.at > self.ended:
@@ -128,13 +132,13 @@ class _Iterations:
             self.run.save({"stage": self.at})
         return str(self.notes[name].get("file", ""))
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self) -> Notes:
         """Store the given model, whose random weights a resumed run has to have again."""
         torch.manual_seed(self.config.seed)
         yolo = load(self.weights)
         return {"file": str(save(yolo, self.run.folder / "given.pt", half=False))}
 
-    def _train(self, file: str, name: str, epochs: int) -> dict[str, Any]:
+    def _train(self, file: str, name: str, epochs: int) -> Notes:
         """Train a network, from the last stored epoch where there is one; return its file."""
         config, folder = self.config, self.run.folder.absolute() / name
         last = folder / "weights" / "last.pt"
@@ -145,7 +149,7 @@ class _Iterations:
                 return self._trained(folder)  # all epochs were trained, but this was not stored
         yolo = resumable or load(file)
         self.log(f"{name}: {'resumed' if resumable else f'{epochs} epochs'}")
-        arguments: dict[str, Any] = {
+        arguments: Notes = {
             "plots": False, "exist_ok": True, **config.arguments,
             "data": config.data, "imgsz": config.imgsz, "batch": config.batch, "epochs": epochs,
             "device": config.device, "seed": config.seed, "project": str(folder.parent), "name": name,
@@ -153,11 +157,11 @@ class _Iterations:
         train(yolo, **arguments, **({"resume": True} if resumable else {}))
         return self._trained(folder)
 
-    def _trained(self, folder: Path) -> dict[str, Any]:
+    def _trained(self, folder: Path) -> Notes:
         best = folder / "weights" / "best.pt"
         return {"file": str(best if best.exists() else folder / "weights" / "last.pt")}
 
-    def _prune(self, file: str, name: str, budget: Budget) -> dict[str, Any]:
+    def _prune(self, file: str, name: str, budget: Budget) -> Notes:
         """Prune a network by one step, and store it."""
         config, yolo = self.config, load(file)
         batches = calibration_batches(
@@ -172,7 +176,7 @@ class _Iterations:
         self.log(f"pruned: {step.before} → {step.after}, outputs agree to {step.difference:.1e}")
         return {"file": str(path), "cost": vars(step.after), "left_out": dict(step.left_out)}
 
-    def _validate(self, file: str) -> dict[str, Any]:
+    def _validate(self, file: str) -> Notes:
         """Return the cost of a network, and the metrics of the library's validation."""
         config, yolo = self.config, load(file)
         cost = deployed_cost(network(yolo), example_images(network(yolo), config.imgsz))

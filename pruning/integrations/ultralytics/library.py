@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import ultralytics
 from torch import nn
+from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
 from pruning.errors import PruningError
@@ -41,7 +42,7 @@ def require_tested() -> None:
         )
 
 
-def network(yolo: Any) -> nn.Module:
+def network(yolo: YOLO) -> nn.Module:
     """Return the network of a `YOLO` object.
 
     Raises:

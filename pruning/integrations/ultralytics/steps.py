@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics import YOLO
 
 from pruning.errors import PruningError
 from pruning.graph.groups import Ignored
@@ -22,7 +23,7 @@ from pruning.utils.modules import copied, device_of
 
 
 def prune(
-    yolo: Any,
+    yolo: YOLO,
     budget: Budget | LatencyBudget,
     *,
     imgsz: int = 640,

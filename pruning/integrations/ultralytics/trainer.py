@@ -39,7 +39,7 @@ class KeepsWidths:
         return model
 
 
-def trainer_for(yolo: Any) -> type:
+def trainer_for(yolo: YOLO) -> type:
     """Return the library's trainer for the task of a model, with `KeepsWidths`."""
     try:
         base = yolo.task_map[yolo.task]["trainer"]
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> type:
     raise AttributeError(name)
 
 
-def train(yolo: Any, **arguments: Any) -> Any:
+def train(yolo: YOLO, **arguments: Any) -> Any:
     """Train a model, pruned or not, by the library's trainer; return the metrics that it returns.
 
     All that its `train` does is as documented there: EMA, mixed precision, early stopping, files. To resume a
@@ -96,7 +96,7 @@ def train(yolo: Any, **arguments: Any) -> Any:
     return metrics
 
 
-def _is_stored(yolo: Any) -> bool:
+def _is_stored(yolo: YOLO) -> bool:
     path = str(yolo.overrides.get("model", ""))
     return path.endswith(".pt") and os.path.exists(path) and path == str(yolo.ckpt_path)
 
