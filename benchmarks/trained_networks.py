@@ -114,7 +114,7 @@ def draw_pictures(folder: Path, seed: int = 0, noise: float = 0.16) -> None:
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 
-def train(model: nn.Module, batches: object, epochs: int, rate: float = 2e-3) -> nn.Module:
+def train(model: nn.Module, batches: object, epochs: int, rate: float) -> nn.Module:
     """Train a network by AdamW with a one-cycle rate, as a user without this toolkit would."""
     steps = len(batches)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
