@@ -153,10 +153,10 @@ class _Survey(TorchFunctionMode):
         self.reached = self.reached or any(id(tensor) in self.own for tensor in given)
         if self.reached:
             self.live |= self.numbers.known(given)
-            return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        self.cut += 1
-        self.numbers.note(result)
+        if not self.reached:
+            self.cut += 1
+            self.numbers.note(result)
         return result
 
     def end(self, outputs: Sequence[Tensor]) -> None:
@@ -236,9 +236,10 @@ class _Recorder(TorchFunctionMode):
         if len(self.prefix.results) == self.cut:
             raise _Finished
         result = func(*args, **(kwargs or {}))
-        numbered = {id(tensor): _Number(number) for number, tensor in self.numbers.note(result)}
+        noted = self.numbers.note(result)
+        numbered = {id(tensor): _Number(number) for number, tensor in noted}
         self.prefix.results.append(_replaced(result, lambda tensor: numbered[id(tensor)]))
-        for number, tensor in self.numbers.note(result):
+        for number, tensor in noted:
             if number in self.live:
                 self.held[number] = tensor
             elif number not in self.prefix.dead:
