@@ -104,7 +104,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the forecasts and measurements of one network, one row for each budget."""
     digits = data.load("mnist5k", ROOT / "data", quiet=True)
     torch.manual_seed(0)
-    net = train(NETWORKS[name](), digits.batches("train", 64, shuffle=True), args.epochs)
+    net = train(NETWORKS[name](), digits.batches("train", 64, shuffle=True), args.epochs, 2e-3)
     validation = list(digits.batches("validation", 250))
     calibration = list(digits.batches("train", 64))[:8]
     example = calibration[0][0][:2]
