@@ -226,12 +226,14 @@ class SlimConfig:
         """Return the total number of epochs of all stages."""
         return self.sparsify.epochs + self.prune.iterations * self.prune.recover.epochs + self.finetune.epochs
 
-    def with_rates(self, gentle: float | None = None, rate: float | None = None) -> SlimConfig:
+    def with_rates(
+        self, gentle: float | None = None, rate: float | None = None, last: float | None = None
+    ) -> SlimConfig:
         """Return the settings with a peak learning rate for every stage that has none.
 
         Args:
-            gentle, rate: peak learning rates found for a trained network, in stage 1 and after it; None for
-                an untrained one. The setting `rate` precedes them.
+            gentle, rate, last: peak learning rates found for a trained network, in stage 1, after it, and
+                in stage 3 (by default `rate`); None for an untrained one. The setting `rate` precedes them.
 
         >>> config = SlimConfig(Budget(macs="50%"))
         >>> [stage.lr for stage in (config.with_rates().sparsify, config.with_rates(0.01, 0.03).finetune)]
@@ -248,7 +250,7 @@ class SlimConfig:
         elif gentle is not None and rate is not None:
             # Fresh weights, or steps of another size, need another rate.
             is_other = self.restart or self.finetune.optimizer != self.sparsify.optimizer
-            rates = (gentle, rate / 2, rates[2] if is_other else rate)
+            rates = (gentle, rate / 2, rates[2] if is_other else last or rate)
         rated = [
             stage if stage.lr is not None else replace(stage, lr=lr)
             for stage, lr in zip(self.trainings, rates, strict=True)

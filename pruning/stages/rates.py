@@ -10,7 +10,8 @@ from torch import nn
 from pruning.errors import PruningError
 from pruning.stages.pipeline import Pipeline
 from pruning.stages.prune import prune_step
-from pruning.training.range_test import range_test, recovery_rate
+from pruning.training.batches import length
+from pruning.training.range_test import range_test, rate_of_longer, recovery_rate
 from pruning.utils import distributed
 
 
@@ -27,10 +28,21 @@ def choose_rates(state: Pipeline) -> None:
         gentle = min(gentle, rate)
         gentle, rate = distributed.broadcast((gentle, rate))
         state.given = progress.record(replace(given, gentle=gentle, rate=rate))
-        line += f"; range tests find peak rates of {gentle:.2g} in stage 1 and {rate:.2g} after it"
+        line += f"; range tests find peak rates of {gentle:.2g} in stage 1, {rate:.2g} after it"
+    state.config = config.with_rates(state.given.gentle, state.given.rate, _rate_of_stage_3(state))
+    if state.given.rate is not None:
+        line += f" and {state.config.finetune.peak:.2g} in stage 3"
     if is_new:
         state.log(line)
-    state.config = config.with_rates(state.given.gentle, state.given.rate)
+
+
+def _rate_of_stage_3(state: Pipeline) -> float | None:
+    """Return the rate of stage 3, which is longer than the trials that found that of stage 2."""
+    if state.given.rate is None:
+        return None
+    untrained = state.config.with_rates().finetune
+    steps = untrained.epochs * ((length(state.batches) or 0) // untrained.accumulate)
+    return rate_of_longer(state.given.rate, steps, most=untrained.peak)
 
 
 def _pruned_at_once(state: Pipeline) -> nn.Module:

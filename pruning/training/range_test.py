@@ -130,6 +130,22 @@ def recovery_rate(
     return first * 10 ** (best / 2)
 
 
+def rate_of_longer(rate: float, steps: int, most: float) -> float:
+    """Return the peak learning rate of a longer training than the trials of `recovery_rate`.
+
+    What a high rate breaks, a longer training has the steps to mend while its rate falls, and it ends better.
+    The rate grows with the square root of the steps; `benchmarks.trained` is the measurement.
+
+    Args:
+        rate: result of `recovery_rate`. steps: optimizer steps of the training.
+        most: rate of an untrained network, above which the result only is if `rate` is.
+
+    >>> rate_of_longer(0.01, 16 * TRIAL, 0.2), rate_of_longer(0.1, 16 * TRIAL, 0.2)
+    (0.04, 0.2)
+    """
+    return max(rate, min(rate * math.sqrt(steps / TRIAL), most))
+
+
 def _scale(config: TrainConfig) -> float:
     """Return the factor of the rates to try: the optimizer's default as a share of `DEFAULT_RATE`."""
     own = config.own_rate
