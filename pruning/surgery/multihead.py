@@ -110,7 +110,9 @@ def multihead(given: Attended) -> tuple[Tensor, Tensor | None]:
         scores = scores + torch.zeros_like(causal, dtype=k.dtype).masked_fill(~causal, -math.inf)
     elif mask is not None:
         mask = _padded(_added(mask, k), added)
-        scores = scores + (mask.reshape(batch, heads, length, -1) if mask.ndim == 3 and len(mask) > 1 else mask)
+        scores = scores + (
+            mask.reshape(batch, heads, length, -1) if mask.ndim == 3 and len(mask) > 1 else mask
+        )
     if padding is not None:
         scores = scores + _padded(padding, added)
     plain = given["need_weights"] or not hasattr(torch, "_safe_softmax")
@@ -128,7 +130,11 @@ def multihead(given: Attended) -> tuple[Tensor, Tensor | None]:
 
 def _added(mask: Tensor, x: Tensor) -> Tensor:
     """Return what a mask adds to scores: -inf where a boolean one is true."""
-    return torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, -math.inf)
+        if mask.dtype == torch.bool
+        else mask
+    )
 
 
 def _projected(given: Attended, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:

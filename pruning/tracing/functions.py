@@ -76,9 +76,9 @@ class Functions(TorchFunctionMode):
         elif getattr(func, "__name__", "") in _PACKING:
             return self.tracer.run_packing(args[0], lambda: func(*args, **kwargs))
         elif func is nn.functional.multi_head_attention_forward:
-            given = attended(args, kwargs)
-            read = given["query"], given["key"], given["value"]
-            return self.tracer.run_multihead(read, lambda: func(*args, **kwargs))
+            attention = attended(args, kwargs)
+            inputs_of = attention["query"], attention["key"], attention["value"]
+            return self.tracer.run_multihead(inputs_of, lambda: func(*args, **kwargs))
         elif func is nn.functional.rms_norm:
             self.tracer.note_normalized(tensors_among((args, kwargs))[0])
         return func(*args, **kwargs)

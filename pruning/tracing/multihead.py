@@ -12,7 +12,6 @@ from pruning.tracing.record import KnownSize, SideUse
 from pruning.tracing.ties import varying
 from pruning.utils.held_weight import held_weight
 
-
 #: The weights of a layer whose keys or values have other widths than its queries.
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -37,7 +36,7 @@ def begin_multihead(
         return
     held = {weight: held_weight(layer, weight) for weight in _SEPARATE}
     rule = Rule({"weight": 0}, {"weight": 1}, kind="weighted")
-    if all([infer_rule(type(each), rule, inferred) for each in held.values()]):
+    if all(infer_rule(type(each), rule, inferred) for each in held.values()):
         made = torch.cat([labels.side(f"{name}.{own}", each, "out", -1) for own, each in held.items()])
         labels.found.sides[f"{name}.in_proj_bias", "self"] = SideUse(made.numpy(), 0)
         labels.own[id(bias)] = made

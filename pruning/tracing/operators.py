@@ -93,7 +93,7 @@ def join_grids(labels: Labels, op: Operation, pieces: list[Tensor], dim: int, st
     ]
     joined = torch.stack(full, dim) if stacked else torch.cat(full, dim)
     assert joined.shape == shape
-    labels.put(op.output, compact(joined))
+    return labels.put(op.output, compact(joined))
 
 
 # --- the first tensor's channels ------------------------------------------------------------

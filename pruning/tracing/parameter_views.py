@@ -83,10 +83,12 @@ class Weights:
         module, attribute, parameter = self._by_memory.get(_memory(tensor), ("", "", None))
         if parameter is None or not parameter.is_contiguous() or not tensor.numel():
             return None
-        offset = tensor.storage_offset() - parameter.storage_offset()
+        offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
         for part, size in enumerate(parameter.shape):
             first, rest = divmod(offset, parameter.stride(part))
-            others = {(n, parameter.stride(d)): d for d, n in enumerate(parameter.shape) if d != part and n > 1}
+            others = {
+                (n, parameter.stride(d)): d for d, n in enumerate(parameter.shape) if d != part and n > 1
+            }
             dims: dict[int, int] = {}
             for d, n in enumerate(tensor.shape):
                 if (n, tensor.stride(d)) in others:
@@ -94,7 +96,11 @@ class Weights:
                 elif tensor.stride(d) == parameter.stride(part) and first + n <= size:
                     dims[d] = part
             count = tensor.numel() * size // parameter.numel()
-            if not rest and first >= 0 and len(set(dims.values())) == len(dims) == parameter.ndim == tensor.ndim:
+            if (
+                not rest
+                and first >= 0
+                and len(set(dims.values())) == len(dims) == parameter.ndim == tensor.ndim
+            ):
                 return ParameterView(module, attribute, dims, (part, first, count))
         return None
 

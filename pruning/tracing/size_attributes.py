@@ -191,7 +191,7 @@ def known_sizes(found: Flow, labels: Mapping[str, np.ndarray]) -> tuple[WidthAtt
     Args:
         labels: by group, the labels of its channels.
     """
-    sizes = {}
+    sizes: dict[tuple[str, str], WidthAttribute] = {}
     for known in found.known:
         positions = positions_by_group(found.channels(known.labels), labels)
         if positions.owners:

@@ -32,8 +32,8 @@ from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
-from pruning.tracing.size_attributes import merged
 from pruning.tracing.shared import loses_alike, shared_parameters, tie_shared
+from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import NONE
 from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread

@@ -227,9 +227,7 @@ class Tracer(TorchDispatchMode):
                 self.labels.fix(labels, f"{self.labels.where()} packs channels along another dimension")
         return packed, sizes
 
-    def run_multihead(
-        self, read: tuple[Tensor, Tensor, Tensor], run: Callable[[], object]
-    ) -> object:
+    def run_multihead(self, read: tuple[Tensor, Tensor, Tensor], run: Callable[[], object]) -> object:
         """Run the function that `nn.MultiheadAttention` calls, and tie the channels that its code ties."""
         name = self.labels.path[-1][0]
         layer = submodule(self.probe, name)

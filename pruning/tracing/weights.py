@@ -161,9 +161,7 @@ def _weighted(
         return False
     own_bias = labels.weights.find_part(bias) if bias is not None else None
     elsewhere = bias is not None and (
-        own_bias is None
-        or own_bias.module != place.module
-        or own_bias.positions(0) != place.positions(made)
+        own_bias is None or own_bias.module != place.module or own_bias.positions(0) != place.positions(made)
     )
     if not place.module or elsewhere or groups > 1 or not _is_one_layer(module):
         return _held(labels, op, tensors, (read, made), dim, groups)
@@ -256,9 +254,7 @@ def _pass_through(
         arriving = None
     end = dim - x.ndim
     whole: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}
-    sides = {
-        side: held[place.positions(d)] for (side, held), d in zip(whole.items(), dims, strict=True)
-    }
+    sides = {side: held[place.positions(d)] for (side, held), d in zip(whole.items(), dims, strict=True)}
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")

@@ -60,7 +60,8 @@ class Transformed(nn.Module):
         super().__init__()
         self.call = call
         options = {"dim_feedforward": HIDDEN, "batch_first": True, "dropout": 0.0, **options}
-        self.stem, self.memory, self.head = nn.Linear(5, width), nn.Linear(7, width), nn.Linear(width, 3)
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.memory = None if "encoder" in call else nn.Linear(7, width)
         self.encoder = self.decoder = self.both = None
         if "encoder" in call:
             self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, **options), 2)
@@ -74,7 +75,7 @@ class Transformed(nn.Module):
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         padding = torch.arange(x.shape[1]).expand(x.shape[:2]) >= x.shape[1] - 2
-        x, memory = self.stem(x), self.memory(memory)
+        x, memory = self.stem(x), memory if self.memory is None else self.memory(memory)
         if not self.batch_first:
             x, memory = x.transpose(0, 1), memory.transpose(0, 1)
         if self.encoder is not None:
@@ -104,7 +105,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
         ("cross padded weights", {"batch_first": False}),
         ("cross", {"kdim": KEYS, "vdim": VALUES}),
         ("cross padded", {"kdim": KEYS, "vdim": VALUES, "add_bias_kv": True}),
-        ("cross", {"vdim": VALUES, "bias": False}),
+        ("cross", {"kdim": KEYS, "vdim": VALUES, "bias": False}),
     )
 } | {
     f"{call} {' '.join(f'{k}={v}' for k, v in options.items())}": (
@@ -122,7 +123,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     )
 }
 
-KEPT = [([0, 1, 2, 3], [0, 2]), ([1, 3], [0, 1, 2]), ([0, 1, 3], [1, 2])]
+KEPT = [([0, 1, 3], [1, 2]), ([0, 1, 2, 3], [0, 2]), ([1, 3], [0, 1, 2])]
 
 
 def make(name: str, **size: int) -> nn.Module:
@@ -173,14 +174,20 @@ def narrowed(name: str, heads: list[int], places: list[int]) -> tuple[nn.Module,
     return net, apply(net, traced, plan), plan
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(("heads", "places"), KEPT)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "heads", "places"),
+    [(name, *KEPT[i % len(KEPT)]) for i, name in enumerate(NETS)] + [("encoder padded ", *KEPT[0])],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:Support for mismatched")
 def test_the_narrowed_network_computes_what_the_plain_class_does_with_its_parameters(
     name, heads, places, tmp_path
 ):
     net, small, _ = narrowed(name, heads, places)
     made = by_hand(name, net, heads, places)
-    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+    assert {n: p.shape for n, p in small.named_parameters()} == {
+        n: p.shape for n, p in made.named_parameters()
+    }
     save(tmp_path / "small.pth", small)
     again = load(tmp_path / "small.pth", lambda: make(name))
     for module in (made, small, again):
@@ -196,7 +203,8 @@ def test_the_narrowed_network_computes_what_the_plain_class_does_with_its_parame
                 torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attention: cross plain ".replace(" plain", ""), "decoder "])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention: cross ", "decoder "])
 def test_costs_of_cross_attention_are_those_that_are_counted(name):
     net, small, plan = narrowed(name, [0, 1, 3], [1, 2])
     traced = trace(net, inputs())
@@ -222,6 +230,7 @@ def test_channels_that_the_query_shares_with_the_input_of_the_model_stay():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_attention_by_products_is_that_of_torch(name):
     net = make(name).eval()
     expected = net(*inputs())
