@@ -105,7 +105,7 @@ def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
         for attribute, count in counts.items():
             made, limit = getattr(module, attribute), inputs if attribute[:3] == "in_" else 0
             dense, given = ([n] if isinstance(n, int) else list(n) for n in (made, count))
-            fits = (g == m or 0 < g <= max(m, limit) for g, m in zip(given, dense, strict=False))
+            fits = (g == m or m is True or 0 < g <= max(m, limit) for g, m in zip(given, dense, strict=False))
             if len(dense) != len(given) or not all(fits):
                 raise ValueError(f"{name}.{attribute} is stored as {count}, the factory makes {made}")
             setattr(module, attribute, count if isinstance(made, int) else type(made)(count))

@@ -40,6 +40,15 @@ class PruneFlags:
             group="stage 2",
         ),
     ] = field(default_factory=list)
+    remove: Annotated[
+        list[str],
+        Setting(
+            "whole layers, residual blocks or blocks of a transformer to remove first, by their names: "
+            "model.layers.5; with them alone, no budget is needed",
+            metavar="LAYER",
+            group="stage 2",
+        ),
+    ] = field(default_factory=list)
     refit: Annotated[
         bool,
         Setting(

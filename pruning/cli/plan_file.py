@@ -18,16 +18,17 @@ class PlanFile(NamedTuple):
 
 
 def given_plan(args: argparse.Namespace) -> PlanFile | None:
-    """Return what the file of --plan holds; None without the flag.
+    """Return what the file of --plan holds, or the plan of --remove alone; None for a budget.
 
     Raises:
         PruningError: a budget is given, too, or the file holds no plan.
     """
+    limits = (args.max_params, args.max_macs, args.max_channels, args.max_latency)
+    limited = any(limit is not None for limit in limits)
     if args.plan is None:
-        return None
-    if any(
-        limit is not None for limit in (args.max_params, args.max_macs, args.max_channels, args.max_latency)
-    ):
+        alone = args.remove and not limited
+        return PlanFile(Plan({}, tuple(args.remove)), None) if alone else None
+    if limited:
         raise PruningError(
             "--plan takes the place of a budget: give no --max-params, --max-macs, "
             "--max-channels or --max-latency"

@@ -181,6 +181,8 @@ def _described(value: object) -> str:
 def rule_for(layer: nn.Module) -> Rule | None:
     """Return the rule for a layer, registered, of `TABLE` or inferred; None if there is none."""
     kind = type(layer)
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
+        return _registered_rule(kind)  # each of its weights is a layer
     return _registered_rule(kind) or _table_rule(kind) or inferred_rule(kind)
 
 

@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.graph.groups import PRODUCTS, Trace
 from pruning.graph.plan import Plan
+from pruning.surgery.multihead import MultiheadByProducts
+from pruning.utils.fast_path import without_fast_path
 
 #: Operators that compute a statistic over dimensions, which depends on no order of the elements.
 REDUCTIONS = frozenset(
@@ -45,13 +47,8 @@ def operator_name(func: OpOverload) -> str:
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Let torch compute attention by products and softmax, not by kernels that do both."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH), MultiheadByProducts():
+        yield
 
 
 class CallCounter:

@@ -37,6 +37,13 @@ def update_attributes(model: nn.Module, trace: Trace, plan: Plan) -> None:
             value -= removed
         setattr(module, size.attribute, value)
         mark_changed(module, [size.attribute])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            attention = getattr(module.layers[0], "self_attn", None)
+            # Torch's kernel for padded sequences takes an even number of heads, which its constructor checks.
+            if isinstance(attention, nn.MultiheadAttention) and attention.num_heads % 2:
+                module.use_nested_tensor = False
+                mark_changed(module, ["use_nested_tensor"])
 
 
 def mark_changed(module: nn.Module, attributes: list[str]) -> None:

@@ -20,6 +20,9 @@ from pruning.tracing.ties import NONE, Ties, is_among, spread, varying
 #: Definitions are followed to this depth; deeper ones refer to themselves.
 _DEEPEST = 12
 
+#: A label stands for fewer others than this; one that stands for more refers to itself.
+_MOST_PARTS = 64
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -178,7 +181,7 @@ class Axes:
         for _ in range(_DEEPEST):
             flat = sets.ravel()
             number = self._definition_of(flat)
-            if (number < 0).all():
+            if (number < 0).all() or sets.shape[1] > _MOST_PARTS:
                 break
             wide = max(len(self.definitions[n].parts) for n in np.unique(number) if n >= 0)
             deeper = np.full((len(flat), wide), NONE)

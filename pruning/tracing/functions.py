@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pruning.surgery.linear_form import FUNCTIONS
+from pruning.surgery.multihead import attended
 from pruning.utils.tree import tensors_among
 
 #: Functions that pack sequences of different lengths; each channel stays along the last dimension.
@@ -30,6 +31,8 @@ class FunctionFollower(Protocol):
     def run_channelwise(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor: ...
 
     def run_packing(self, x: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]: ...
+
+    def run_multihead(self, read: tuple[Tensor, Tensor, Tensor], run: Callable[[], object]) -> object: ...
 
     def note_function(self, weight: int, function: str) -> None: ...
 
@@ -72,6 +75,10 @@ class Functions(TorchFunctionMode):
             return self.tracer.run_channelwise(read[0], lambda: func(*args, **kwargs))
         elif getattr(func, "__name__", "") in _PACKING:
             return self.tracer.run_packing(args[0], lambda: func(*args, **kwargs))
+        elif func is nn.functional.multi_head_attention_forward:
+            attention = attended(args, kwargs)
+            inputs_of = attention["query"], attention["key"], attention["value"]
+            return self.tracer.run_multihead(inputs_of, lambda: func(*args, **kwargs))
         elif func is nn.functional.rms_norm:
             self.tracer.note_normalized(tensors_among((args, kwargs))[0])
         return func(*args, **kwargs)

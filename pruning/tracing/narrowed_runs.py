@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import is_among
 from pruning.utils.entries import Entry
+from pruning.utils.fast_path import without_fast_path
 from pruning.utils.meta import Shapes, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
@@ -113,9 +114,11 @@ class NarrowedRuns:
         """What changes the tensors of the inputs of other calls."""
         return to_meta if self.on_meta else None
 
-    def _shapes(self) -> contextlib.AbstractContextManager[object]:
-        """Return the mode in which copies run: on the meta device, also with tensors of other devices."""
-        return Shapes() if self.on_meta else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _shapes(self) -> Iterator[None]:
+        """Let copies run in the block: on the meta device, also with tensors of other devices."""
+        with without_fast_path(), Shapes() if self.on_meta else contextlib.nullcontext():
+            yield
 
     def run(self, probe: nn.Module) -> list[Tensor]:
         """Run a copy of the model in all ways, and return its outputs in eval mode."""
@@ -131,7 +134,7 @@ class NarrowedRuns:
         """Return the attributes that each module's code reads; None if the model does not run like that."""
         probe = self.probe().eval()
         try:
-            with torch.no_grad(), attribute_reads(probe) as reads:
+            with torch.no_grad(), without_fast_path(), attribute_reads(probe) as reads:
                 call(probe, self.example)
         except Exception:  # of code that depends on the types of modules, whatever it raises
             return None

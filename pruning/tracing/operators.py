@@ -83,6 +83,9 @@ def join_grids(labels: Labels, op: Operation, pieces: list[Tensor], dim: int, st
             labels.tie(held[0], each, joins)
         if len(held) < len(pieces):
             labels.fix(held[0], joins)
+    if not stacked and not any(dim in each for each in vectors):
+        made = {d: vector for each in reversed(vectors) for d, vector in each.items()}
+        return labels.put(op.output, labels.compose(made, op.output.ndim))
     shape = op.output.shape
     full = [
         (torch.full([1] * piece.ndim, NONE) if x is None else x).expand(piece.shape)
@@ -90,7 +93,7 @@ def join_grids(labels: Labels, op: Operation, pieces: list[Tensor], dim: int, st
     ]
     joined = torch.stack(full, dim) if stacked else torch.cat(full, dim)
     assert joined.shape == shape
-    labels.put(op.output, compact(joined))
+    return labels.put(op.output, compact(joined))
 
 
 # --- the first tensor's channels ------------------------------------------------------------

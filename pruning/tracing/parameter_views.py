@@ -15,11 +15,20 @@ class ParameterView:
     Attributes:
         module, attribute: names of the module that owns the parameter, and of its attribute.
         dims: by dimension of the tensor, the dimension of the parameter that it is.
+        part: of a tensor that holds a part of one dimension alone, this dimension of the parameter, the first
+            position and the number of positions.
     """
 
     module: str
     attribute: str
     dims: dict[int, int]
+    part: tuple[int, int, int] | None = None
+
+    def positions(self, dim: int) -> slice:
+        """Return the positions along a dimension of the parameter that the tensor holds."""
+        if self.part is None or self.part[0] != dim:
+            return slice(None)
+        return slice(self.part[1], self.part[1] + self.part[2])
 
     @property
     def full_name(self) -> str:
@@ -57,6 +66,43 @@ class Weights:
             if (n, tensor.stride(d)) in strides
         }
         return ParameterView(module, attribute, dims)
+
+    def parameter(self, place: ParameterView) -> Tensor:
+        """Return the parameter that a tensor is a view of."""
+        return self.modules[place.module].get_parameter(place.attribute)
+
+    def find_part(self, tensor: Tensor) -> ParameterView | None:
+        """Return the parameter of which a tensor is a view, whole or with a part of one dimension alone.
+
+        >>> layer = nn.MultiheadAttention(4, 2)
+        >>> Weights(layer).find_part(layer.in_proj_weight[4:].T)
+        ParameterView(module='', attribute='in_proj_weight', dims={0: 1, 1: 0}, part=(0, 4, 8))
+        """
+        if (whole := self.find(tensor)) is not None:
+            return whole
+        module, attribute, parameter = self._by_memory.get(_memory(tensor), ("", "", None))
+        if parameter is None or not parameter.is_contiguous() or not tensor.numel():
+            return None
+        offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
+        for part, size in enumerate(parameter.shape):
+            first, rest = divmod(offset, parameter.stride(part))
+            others = {
+                (n, parameter.stride(d)): d for d, n in enumerate(parameter.shape) if d != part and n > 1
+            }
+            dims: dict[int, int] = {}
+            for d, n in enumerate(tensor.shape):
+                if (n, tensor.stride(d)) in others:
+                    dims[d] = others[n, tensor.stride(d)]
+                elif tensor.stride(d) == parameter.stride(part) and first + n <= size:
+                    dims[d] = part
+            count = tensor.numel() * size // parameter.numel()
+            if (
+                not rest
+                and first >= 0
+                and len(set(dims.values())) == len(dims) == parameter.ndim == tensor.ndim
+            ):
+                return ParameterView(module, attribute, dims, (part, first, count))
+        return None
 
 
 def _memory(tensor: Tensor) -> int:

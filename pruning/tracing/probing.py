@@ -22,7 +22,7 @@ from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes, tie_inputs, tie_views
 from pruning.tracing.narrowed_runs import NarrowedRuns
 from pruning.tracing.record import Flow
-from pruning.tracing.size_attributes import counted_sizes, following, merged, with_heads
+from pruning.tracing.size_attributes import counted_sizes, following, known_sizes, merged, with_heads
 from pruning.tracing.ties import NONE, is_among
 from pruning.utils.entries import Entry
 from pruning.utils.modules import submodule
@@ -71,6 +71,7 @@ class WidthProbe:
     ):
         self.model, self.found, self.groups, self.labels = model, found, groups, labels
         self.runs = NarrowedRuns(model, inputs, found, groups, labels, outputs, also)
+        self.runs.sizes = self.known_sizes()
         #: By module, the attributes that its code reads, if only those are to be tried.
         self.reads: dict[str, set[str]] | None = None
         self.structures = {name: structure_of(model, found, group) for name, group in groups.items()}
@@ -78,6 +79,10 @@ class WidthProbe:
     def rescales(self, names: Iterable[str]) -> tuple[Rescale, ...]:
         """Return the factors that keep the scales of products, of some groups."""
         return tuple(rescale for name in names for rescale in self.runs.scales.get(name, ()))
+
+    def known_sizes(self) -> tuple[WidthAttribute, ...]:
+        """Return the attributes of torch's own layers that hold widths of the groups."""
+        return known_sizes(self.found, {name: self.labels[name] for name in self.groups})
 
     def code_bound(self) -> tuple[dict[str, str], tuple[WidthAttribute, ...]]:
         """Return the groups that cannot be narrowed, with the reason, and the attributes to update."""
@@ -152,6 +157,7 @@ class WidthProbe:
         for name in parts:
             self.runs.add(groups[name], labels[name])
             self.structures[name] = structure_of(self.model, self.found, groups[name])
+        self.runs.sizes = self.known_sizes()
         at_fault = faulty_groups(self.runs.error, list(parts), self.structures)
         at_fault |= self._misplaced([name for name in parts if name not in at_fault])
         attributes = self._following(at_fault)

@@ -43,6 +43,20 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class KnownSize:
+    """An attribute of a layer of torch that is known to count channels.
+
+    Attributes:
+        module, attribute: the name of the layer, and of its attribute.
+        labels: of the channels that it counts, one for each.
+    """
+
+    module: str
+    attribute: str
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Composed:
     """A parameter from which code computes a weight.
 
@@ -68,6 +82,7 @@ class Flow:
         fixed: labels that cannot be pruned, each vector with the reason.
         sized: labels that reached an operation whose sizes may be constants in the code.
         extents: these sizes.
+        known: attributes that are known to hold sizes.
         by_position: labels of channels that the code selects by position, with bounds that may be
             constants; each vector with the reason to fix them if they are.
         calls: how often each layer in the table ran.
@@ -98,6 +113,7 @@ class Flow:
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     sized: list[np.ndarray] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
+    known: list[KnownSize] = field(default_factory=list)
     by_position: list[tuple[np.ndarray, str]] = field(default_factory=list)
     aligned: list[tuple[np.ndarray, int]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)

@@ -46,9 +46,10 @@ def rescaling_choices(
         most = max(len(places) for _, places in by_place)
         choices[name] = [
             tuple(
-                Rescale(*places[min(i, len(places) - 1)], counted, power)
+                Rescale(*place, counted, power)
                 for counted, places in by_place
                 if places
+                for place in places[min(i, len(places) - 1)]
             )
             for power in POWERS
             for i in range(most)
@@ -56,22 +57,27 @@ def rescaling_choices(
     return choices
 
 
-def _places(
-    model: nn.Module, found: Flow, group: Group, left: np.ndarray
-) -> list[tuple[str, Side, Tensor, int]]:
-    """Return what may be multiplied: layers or tensors outside them, sides, positions and dimensions."""
-    makers: list[tuple[str, Side, Tensor, int]] = []
+#: A layer or a tensor outside the layers, its side, positions, and the dimension along which they lie.
+_Place = tuple[str, Side, Tensor, int]
+
+
+def _places(model: nn.Module, found: Flow, group: Group, left: np.ndarray) -> list[list[_Place]]:
+    """Return what may be multiplied together: a layer, with a bias outside it, or a norm."""
+    makers: list[_Place] = []
+    biases: list[_Place] = []
     for (name, side), use in found.sides.items():
         if side == "out" and makes_channels(submodule(model, name)):
             index = np.flatnonzero(is_among(use.labels, left))
             if len(index):
                 makers.append((name, side, torch.from_numpy(index), 0))
-    norms = [
+        elif side == "self" and use.labels.ndim == 1 and (held := is_among(use.labels, left)).any():
+            biases.append((name, side, torch.from_numpy(np.flatnonzero(held)), 0))
+    norms: list[_Place] = [
         (member.layer, member.side, member.index.unique(), member.dim)
         for member in group.members
         if member.side == "self" or (member.side == "out" and _is_norm(submodule(model, member.layer)))
     ]
-    return [*makers[-1:], *norms]
+    return [*([maker, *biases] for maker in makers[-1:]), *([norm] for norm in norms)]
 
 
 def _is_norm(layer: nn.Module) -> bool:

@@ -185,6 +185,21 @@ def counted_sizes(
     return sizes
 
 
+def known_sizes(found: Flow, labels: Mapping[str, np.ndarray]) -> tuple[WidthAttribute, ...]:
+    """Return the attributes that are known to hold widths of groups.
+
+    Args:
+        labels: by group, the labels of its channels.
+    """
+    sizes: dict[tuple[str, str], WidthAttribute] = {}
+    for known in found.known:
+        positions = positions_by_group(found.channels(known.labels), labels)
+        if positions.owners:
+            size = WidthAttribute(known.module, known.attribute, (), positions)
+            sizes.setdefault((known.module, known.attribute), size)
+    return tuple(sizes.values())
+
+
 def _held(model: nn.Module, size: CountedSize, reads: Reads | None) -> tuple[WidthAttribute, ...]:
     """Return the attributes of the module whose code ran that are equal to a size."""
     return tuple(

@@ -33,6 +33,7 @@ from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
 from pruning.tracing.shared import loses_alike, shared_parameters, tie_shared
+from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import NONE
 from pruning.tracing.unreached import missed, unreached
 from pruning.tracing.unread import Unread, find_unread
@@ -117,6 +118,7 @@ def _probed(probe: WidthProbe, ignored_by: dict[str, str], compare: bool) -> Unr
     sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
+    sizes = merged((probe.known_sizes(), sizes))
     apart = unreached(model, found, groups, ignored_by)
     left = [name for name in groups if name not in bound and name not in apart]
     unread = find_unread(probe, left, sizes)

@@ -31,6 +31,7 @@ from pruning.tracing.functions import Functions
 from pruning.tracing.labels import Labels
 from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
 from pruning.tracing.movement import selects_one
+from pruning.tracing.multihead import begin_multihead, tie_multihead
 from pruning.tracing.operation import Operation
 from pruning.tracing.operators import follow
 from pruning.tracing.parameter_views import ParameterView, Weights
@@ -225,6 +226,19 @@ class Tracer(TorchDispatchMode):
             else:
                 self.labels.fix(labels, f"{self.labels.where()} packs channels along another dimension")
         return packed, sizes
+
+    def run_multihead(self, read: tuple[Tensor, Tensor, Tensor], run: Callable[[], object]) -> object:
+        """Run the function that `nn.MultiheadAttention` calls, and tie the channels that its code ties."""
+        name = self.labels.path[-1][0]
+        layer = submodule(self.probe, name)
+        if not isinstance(layer, nn.MultiheadAttention) or self.depth:
+            return run()
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            begin_multihead(self.labels, name, layer, read)
+        output = run()
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            tie_multihead(self.labels, name, layer, read)
+        return output
 
     def _run_whole(self, x: Tensor, run: Callable[[], Result]) -> Result:
         """Run a function without following its operations."""

@@ -19,6 +19,7 @@ from pruning.tracing.computed_weights import (
 )
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
+from pruning.tracing.parameter_views import ParameterView
 from pruning.tracing.products import batched_product, product_of_activations
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.utils.held_weight import held_weight
@@ -151,15 +152,17 @@ def _weighted(
         groups: number of matrices in the weight, one of which multiplies each row.
     """
     x, weight, bias = tensors
-    place = labels.weights.find(weight)
+    place = labels.weights.find_part(weight)
     if place is None or place.full_name in labels.found.composed:
         return False
     read, made = (place.dims.get(d) for d in dims)
     module = labels.weights.modules[place.module]
     if read is None or made is None:
         return False
-    own_bias = labels.weights.find(bias) if bias is not None else None
-    elsewhere = bias is not None and (own_bias is None or own_bias.module != place.module)
+    own_bias = labels.weights.find_part(bias) if bias is not None else None
+    elsewhere = bias is not None and (
+        own_bias is None or own_bias.module != place.module or own_bias.positions(0) != place.positions(made)
+    )
     if not place.module or elsewhere or groups > 1 or not _is_one_layer(module):
         return _held(labels, op, tensors, (read, made), dim, groups)
     biases = {own_bias.attribute: 0} if own_bias is not None else {}
@@ -174,15 +177,18 @@ def _weighted(
             return _held(labels, op, tensors, (read, made), dim)  # code reads the weight of a layer
     elif not infer_rule(type(module), rule, labels.weights.inferred):
         return False
-    made_labels = _pass_through(labels, op, (x, weight), (place.module, module), dim)
+    _pass_through(labels, op, x, (place.module, module), (place, read, made), dim)
+    whole = labels.side(place.module, module, "out", dim - x.ndim)
     for bias_name in biases:
-        labels.own[id(getattr(module, bias_name))] = made_labels
+        labels.own[id(getattr(module, bias_name))] = whole
     return True
 
 
 def _is_one_layer(module: nn.Module) -> bool:
     """Whether the parameters of a module may be those of one layer: there is one matrix among them."""
-    if isinstance(module, nn.MultiheadAttention) or rule_for(module) is not None:
+    if isinstance(module, nn.MultiheadAttention):
+        return module._qkv_same_embed_dim
+    if rule_for(module) is not None:
         return True
     own = (p for p in module.parameters(recurse=False) if p.ndim > 1 and p.numel() > max(p.shape))
     return sum(1 for _ in own) < 2 and not isinstance(module, nn.ParameterList | nn.ParameterDict)
@@ -203,10 +209,10 @@ def _held(
         dim, groups: as in `_weighted`.
     """
     x, weight, bias = tensors
-    place = labels.weights.find(weight)
+    place = labels.weights.find_part(weight)
     assert place is not None
     owner = labels.weights.modules[place.module]
-    if isinstance(owner, nn.MultiheadAttention) or parts(owner) > 1 or is_depthwise(owner):
+    if parts(owner) > 1 or is_depthwise(owner):
         return False
     layer, (read, made) = held_weight(owner, place.attribute), dims
     rule = Rule({"weight": made}, {"weight": read}, kind="weighted")
@@ -214,7 +220,7 @@ def _held(
         return False
     name = place.full_name
     own = None if bias is None else labels.of(bias)
-    made_labels = _pass_through(labels, op, (x, weight), (name, layer), dim, groups)
+    made_labels = _pass_through(labels, op, x, (name, layer), (place, read, made), dim, groups)
     if bias is not None:
         vector = None if own is None else vector_along(own, own.ndim - 1, bias.shape[-1])
         if own is None or varying(own) not in ([], [bias.ndim - 1]) or vector is None:
@@ -228,30 +234,34 @@ def _held(
 def _pass_through(
     labels: Labels,
     op: Operation,
-    tensors: tuple[Tensor, Tensor],
+    x: Tensor,
     layer: tuple[str, nn.Module],
+    weight: tuple[ParameterView, int, int],
     dim: int,
     groups: int = 1,
 ) -> Tensor:
     """Tie what a product reads to the inputs of a layer, label its output, and return these labels.
 
     Args:
-        tensors: the activations and the weight. layer: name of the layer, and the layer.
+        x: the activations. layer: name of the layer, and the layer.
+        weight: the weight, and the dimensions of the parameter that are read and made.
         dim, groups: as in `_weighted`.
     """
-    (x, weight), (name, module) = tensors, layer
+    (name, module), (place, *dims) = layer, weight
     arriving = labels.of(x)
     if set(varying(arriving)) - {dim % x.ndim}:
         labels.fix(arriving, f"its channels do not lie along the dimension that {labels.where()} reads")
         arriving = None
     end = dim - x.ndim
-    sides: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}
+    whole: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}
+    sides = {side: held[place.positions(d)] for (side, held), d in zip(whole.items(), dims, strict=True)}
     if arriving is not None:
         vector = vector_along(arriving, dim, x.shape[dim])
         labels.tie(vector, sides["in"], f"{labels.where()} also reads positions of fixed size")
     positions = op.output.numel() / sides["out"].numel() / groups
     transposed = op.name == "convolution" and op.given["transposed"]
     uses = x.numel() / sides["in"].numel() if transposed else positions
-    labels.note_weighted(name, uses, positions, weight.numel())
+    share = (sides["in"].numel() * sides["out"].numel()) / (whole["in"].numel() * whole["out"].numel())
+    labels.note_weighted(name, uses * share, positions * share, labels.weights.parameter(place).numel())
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
     return sides["out"]

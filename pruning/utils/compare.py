@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.errors import PruningError
 from pruning.utils.entries import Entry
+from pruning.utils.fast_path import without_fast_path
 from pruning.utils.modules import buffers_kept, call, copied, eval_mode
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
@@ -28,7 +30,7 @@ def outputs_of(model: nn.Module, inputs: Inputs, outputs: Outputs = None) -> lis
     constant, so that they do not depend on the shapes of tensors.
     """
     try:
-        with torch.no_grad(), eval_mode(model), buffers_kept(model), _ConstantRandomNumbers():
+        with torch.no_grad(), _plainly(model), buffers_kept(model), _ConstantRandomNumbers():
             return counted(call(model, fresh(inputs)), outputs)
     except PruningError:
         raise
@@ -46,10 +48,17 @@ def outputs_of_entry(
         convert: changes the tensors of the entry's inputs.
     """
     try:
-        with torch.no_grad(), eval_mode(model), _ConstantRandomNumbers():
+        with torch.no_grad(), _plainly(model), _ConstantRandomNumbers():
             return tensors(entry.run(model, convert))
     except Exception as error:  # of the user's function
         return error
+
+
+@contextlib.contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without kernels that compute padded positions in another way."""
+    with eval_mode(model), without_fast_path():
+        yield
 
 
 def joined(parts: Iterable[list[Tensor] | Exception]) -> list[Tensor] | Exception:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruning.utils.fast_path import without_fast_path
 from pruning.utils.modules import copied
 from pruning.utils.tree import Inputs, fresh, map_tensors
 
@@ -37,7 +38,8 @@ def without_computing(run: Callable[[nn.Module, Inputs], T], model: nn.Module, i
     torch.Size([2, 3])
     """
     try:
-        return run(on_meta(model), map_tensors(to_meta, inputs))
+        with without_fast_path():
+            return run(on_meta(model), map_tensors(to_meta, inputs))
     except Exception:  # of any kind; an error of the model itself is raised again below
         return run(copied(model), fresh(inputs))
 
@@ -48,7 +50,7 @@ def without_storage(
     """Return a model and its inputs on the meta device if `run` works there, else unchanged."""
     probe, example = on_meta(model), map_tensors(to_meta, inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_fast_path():
             run(probe.eval(), example)
     except Exception:  # of any kind: the model reads values
         return model, inputs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
+from pruning.utils.fast_path import without_fast_path
 from pruning.utils.held_weight import held_weight
 from pruning.utils.tree import Inputs, fresh, tensors_among
 from pruning.utils.wrappers import require_module, unwrapped
@@ -108,9 +109,10 @@ def on_input(layer: nn.Module, function: Callable[[Tensor], Tensor | None]) -> R
 
 @contextlib.contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove registered hooks at the end of the block."""
+    """Remove registered hooks at the end of the block, in which no kernel skips them."""
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -49,3 +49,33 @@ def test_heads_and_widths_are_narrowed_alike_in_all_layers(run, tmp_path):
     assert run("prune", *net, "--weights", "small.pth", "--score", "l2", "--max-macs", "90%")[0] == 0
     code, _, err = run("prune", *net, "--score", "l2", "--max-macs", "50%", "--alike", "*/hands")
     assert code == 2 and "alike='*/hands' matches no group" in err and "Traceback" not in err
+
+
+def test_blocks_are_removed_by_name_with_a_budget_or_alone(run, tmp_path):
+    module = MODULE.replace(
+        "nn.Sequential(Attention(), Attention())", "nn.ModuleList([Attention() for _ in range(3)])"
+    )
+    module = module.replace(
+        "return self.head(self.blocks(self.stem(x)).mean(1))",
+        """x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))""",
+    )
+    (tmp_path / "deep.py").write_text(module)
+    net = ("--model", "deep:Net", "--input-shape", "7x5", "--score", "l2")
+    code, out, err = run("prune", *net, "--remove", "blocks.1", "--output", "two.pth")
+    assert code == 0, err
+    assert "removed: blocks.1" in out and "widths:" not in out
+    stored = torch.load(tmp_path / "two.pth", weights_only=True)["state_dict"]
+    assert {name.split(".")[1] for name in stored if name.startswith("blocks")} == {"0", "2"}
+    code, out, err = run(
+        "prune", *net, "--remove", "blocks.0", "blocks.2", "--max-macs", "25%", "--output", "one.pth"
+    )
+    assert code == 0, err
+    assert "removed: blocks.0, blocks.2" in out and "widths:" in out
+    assert run("prune", *net, "--weights", "one.pth", "--max-macs", "90%")[0] == 0
+    code, _, err = run("prune", *net, "--remove", "blocks.7")
+    assert (
+        code == 2 and "'blocks.7' cannot be removed" in err and "blocks.0" in err and "Traceback" not in err
+    )

@@ -35,6 +35,7 @@ def execute(args: argparse.Namespace) -> None:
         score=score,
         calibration=calibration,
         ignored=args.ignore,
+        remove=args.remove,
         refit=args.refit,
         ranking=args.ranking,
         floor=args.floor,
@@ -45,12 +46,15 @@ def execute(args: argparse.Namespace) -> None:
     )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example, data)
-    asked = step.asked if given is None else args.plan
+    asked = step.asked if given is None else args.plan or "no budget"
     print(f"before: {step.before}\nafter:  {step.after} (asked {asked})")
     if step.latency is not None:
         print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
-    print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
+    if step.plan.removed:
+        print(f"removed: {', '.join(step.plan.removed)}")
+    if narrowed:
+        print("widths: " + ", ".join(f"{g} {w}" for g, w in narrowed.items()))
     lines += [_refitted(step.refits)] if args.refit else []
     lines += _thin_groups(step)
     lines += _judged_otherwise(args, given)
