@@ -23,9 +23,13 @@ from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import is_among
 from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, to_meta
-from pruning.utils.modules import call, copied
+from pruning.utils.modules import call
 from pruning.utils.outputs import Outputs, counted
+from pruning.utils.sharing import sharing
 from pruning.utils.tree import Inputs, map_tensors, tensors
+
+#: Larger differences are those of wrong channels: a tenth of the largest output in single precision.
+_ROUNDING = 1e6
 
 #: Most plans for which the outputs of masked models are kept.
 MOST_KEPT = 4
@@ -82,7 +86,7 @@ class NarrowedRuns:
 
     def probe(self) -> nn.Module:
         """Return a copy of the model, on the meta device if it runs there."""
-        return copied(self.original)
+        return sharing(self.original, buffers=self.on_meta)
 
     def with_training(self) -> NarrowedRuns:
         """Return such runs that also run the copies in training mode."""
@@ -195,8 +199,11 @@ class NarrowedRuns:
             if len(self.masked) == MOST_KEPT:
                 del self.masked[next(iter(self.masked))]
             self.masked[key] = groups, masked_outputs(model, traced, plan, self.inputs)
-        small, expected = apply(model, traced, plan), self.masked[key][1]
-        return compare_with_masked(model, small, traced, plan, self.inputs, expected=expected)[0]
+        small, expected = apply(model, traced, plan, shared=True), self.masked[key][1]
+        found = compare_with_masked(
+            model, small, traced, plan, self.inputs, expected=expected, rounding=_ROUNDING
+        )
+        return found[0]
 
     @functools.cached_property
     def _randomized(self) -> nn.Module:
