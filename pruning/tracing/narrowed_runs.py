@@ -23,7 +23,7 @@ from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import is_among
 from pruning.utils.entries import Entry
 from pruning.utils.meta import Shapes, to_meta
-from pruning.utils.modules import call
+from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.sharing import sharing
 from pruning.utils.tree import Inputs, map_tensors, tensors
@@ -84,9 +84,13 @@ class NarrowedRuns:
             groups = {name: self.groups[name] for name in labels}
             self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
 
-    def probe(self) -> nn.Module:
-        """Return a copy of the model, on the meta device if it runs there."""
-        return sharing(self.original, buffers=self.on_meta)
+    def probe(self, own: bool = False) -> nn.Module:
+        """Return a copy of the model, on the meta device if it runs there.
+
+        Args:
+            own: whether code of a user may change it in place; otherwise it shares what it can.
+        """
+        return copied(self.original) if own or not self.on_meta else sharing(self.original, buffers=True)
 
     def with_training(self) -> NarrowedRuns:
         """Return such runs that also run the copies in training mode."""
@@ -107,8 +111,8 @@ class NarrowedRuns:
         """
         runs = copy.copy(self)
         runs.also, runs.masked = (*self.also, entry), {}
-        with torch.no_grad(), self._shapes():
-            got = tensors(entry.run(self.probe().eval(), runs.convert))
+        with torch.no_grad(), self.shapes():
+            got = tensors(entry.run(self.probe(own=True).eval(), runs.convert))
         runs.expected = [*self.expected, *(t.shape for t in got)]
         return runs
 
@@ -117,13 +121,13 @@ class NarrowedRuns:
         """What changes the tensors of the inputs of other calls."""
         return to_meta if self.on_meta else None
 
-    def _shapes(self) -> contextlib.AbstractContextManager[object]:
+    def shapes(self) -> contextlib.AbstractContextManager[object]:
         """Return the mode in which copies run: on the meta device, also with tensors of other devices."""
         return Shapes() if self.on_meta else contextlib.nullcontext()
 
     def run(self, probe: nn.Module) -> list[Tensor]:
         """Run a copy of the model in all ways, and return its outputs in eval mode."""
-        with torch.no_grad(), self._shapes():
+        with torch.no_grad(), self.shapes():
             got = counted(call(probe.eval(), self.example), self.outputs)
             for entry in self.also:
                 got = got + tensors(entry.on_copy(probe, self.convert))
@@ -135,7 +139,7 @@ class NarrowedRuns:
         """Return the attributes that each module's code reads; None if the model does not run like that."""
         probe = self.probe().eval()
         try:
-            with torch.no_grad(), attribute_reads(probe) as reads:
+            with torch.no_grad(), self.shapes(), attribute_reads(probe) as reads:
                 call(probe, self.example)
         except Exception:  # of code that depends on the types of modules, whatever it raises
             return None
@@ -146,7 +150,7 @@ class NarrowedRuns:
         probe = self.probe()
         try:
             cut_channels(probe, *self._narrower(names, ()))
-            with torch.no_grad(), self._shapes():
+            with torch.no_grad(), self.shapes():
                 call(probe.train(), self.example)
         except Exception as error:  # whatever the narrowed copy raises
             return described(error)
