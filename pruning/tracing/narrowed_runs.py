@@ -173,28 +173,35 @@ class NarrowedRuns:
             share: least share of the channels to remove from each slice.
         """
         some = list(names)
-        problem = self._mismatch(some, sizes, share)
         summed = [name for name in some if name in self.choices and name not in self.scales]
-        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
-            for name in summed:
-                self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
-            if not self._mismatch(some, sizes, share):
+        # A difference that a scale explains needs no decision in double precision.
+        for rounding in (0.0, _ROUNDING) if summed else (_ROUNDING,):
+            problem = self._mismatch(some, sizes, share, rounding)
+            for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
+                for name in summed:
+                    self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
+                if not self._mismatch(some, sizes, share, rounding):
+                    return ""
+                for name in summed:
+                    del self.scales[name]
+            if not problem:
                 return ""
-            for name in summed:
-                del self.scales[name]
         return problem
 
-    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
+    def _mismatch(
+        self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float, rounding: float
+    ) -> str:
         traced, plan = self._narrower(names, sizes, share)
-        problem = self._compared(self.model, traced, plan)
+        problem = self._compared(self.model, traced, plan, rounding)
         if problem or self.choices.keys().isdisjoint(names):
             return problem
         # With the given weights, the outputs may not depend on a scale: a head of zeros, for example.
-        return self._compared(self._randomized, traced, plan)
+        return self._compared(self._randomized, traced, plan, rounding)
 
-    def _compared(self, model: nn.Module, traced: Trace, plan: Plan) -> str:
+    def _compared(self, model: nn.Module, traced: Trace, plan: Plan, rounding: float) -> str:
         """Return how a narrowed copy differs from the masked model; empty if they agree.
 
+        Smaller differences than `rounding` are decided in double precision, see `compare_with_masked`.
         The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
         """
         groups = tuple(self.groups[name] for name in plan.keep)
@@ -205,7 +212,7 @@ class NarrowedRuns:
             self.masked[key] = groups, masked_outputs(model, traced, plan, self.inputs)
         small, expected = apply(model, traced, plan, shared=True), self.masked[key][1]
         found = compare_with_masked(
-            model, small, traced, plan, self.inputs, expected=expected, rounding=_ROUNDING
+            model, small, traced, plan, self.inputs, expected=expected, rounding=rounding
         )
         return found[0]
 
