@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def inputs_of_other_sizes(inputs: Inputs) -> Iterator[Inputs]:
         for resized in _RESIZED:
             new = {size: resized(size) for size in sizes}
             if all(new.values()):
-                yield map_tensors(lambda x, new=new: _resized(x, new), inputs)
+                yield map_tensors(partial(_resized, new=new), inputs)
 
 
 def _resized(tensor: Tensor, new: dict[int, int]) -> Tensor:

@@ -130,7 +130,7 @@ _OUTPUTS: dict[tuple[object, ...], list[tuple[torch.Size, tuple[int, ...], torch
 _MOST_OUTPUTS = 20_000
 
 
-def _remembered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, object]) -> Any:
+def _remembered(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     """Run an operation that makes new tensors, or make such tensors as it made for arguments alike.
 
     Many of torch's operations on the meta device are written in Python and take longer than on the CPU.
@@ -150,8 +150,8 @@ def _remembered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, objec
                 _OUTPUTS.clear()
             _OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) for x in made]
         return output
-    made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
-    return made[0] if len(func._schema.returns) == 1 else tuple(made)
+    like = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+    return like[0] if len(func._schema.returns) == 1 else tuple(like)
 
 
 @functools.cache
