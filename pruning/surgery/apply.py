@@ -30,6 +30,7 @@ from pruning.utils.modules import (
     parameter_places,
     submodule,
 )
+from pruning.utils.sharing import sharing
 from pruning.utils.tree import Inputs, fresh, noise_like
 from pruning.utils.wrappers import unwrapped
 
@@ -37,7 +38,9 @@ from pruning.utils.wrappers import unwrapped
 Constants = Mapping[str, Tensor]
 
 
-def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | None = None) -> nn.Module:
+def apply(
+    model: nn.Module, trace: Trace, plan: Plan, constants: Constants | None = None, *, shared: bool = False
+) -> nn.Module:
     """Return a copy of a model that keeps only the channels of a plan.
 
     Args:
@@ -46,6 +49,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
         plan: the channels that each group keeps; a group that it does not name keeps all.
         constants: values of input channels (see `channel_constants`). The contribution of the removed
             channels is folded into the layer's bias, or into the running mean of the BatchNorm behind it.
+        shared: whether parameters that stay whole are the model's own, for one comparison without constants.
 
     Returns a new model on the same device, in the same mode, without gradients.
     Raises `PruningError` for a plan that names a group or channel which the trace does not have.
@@ -64,7 +68,7 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
         for name, side in dropped
         if side != "self" and (weight := _weight_along(submodule(model, name), side)) is not None
     ]
-    small = copied(model, {id(weight): weight for weight in narrowed})
+    small = sharing(model) if shared else copied(model, {id(weight): weight for weight in narrowed})
     # Fold while every layer still has its full width, then narrow.
     for (name, side), drop in dropped.items():
         if side == "in" and constants is not None and name in constants:
@@ -72,7 +76,8 @@ def apply(model: nn.Module, trace: Trace, plan: Plan, constants: Constants | Non
     _cut(small, trace, plan, dropped)
     for (name, side), factors in output_factors(model, trace, plan).items():
         _scale(small, name, side, trace, factors)
-    small.zero_grad(set_to_none=True)
+    if not shared:
+        small.zero_grad(set_to_none=True)
     return small
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -109,6 +110,7 @@ def compare_with_masked(
     inputs: Inputs,
     constants: Constants | None = None,
     expected: list[Tensor] | Exception | None = None,
+    rounding: float = math.inf,
 ) -> tuple[str, float]:
     """Return a description of the difference from the masked model, and the largest relative difference.
 
@@ -116,12 +118,14 @@ def compare_with_masked(
 
     Args:
         expected: `masked_outputs` of the same arguments, where the caller has them.
+        rounding: the largest relative difference that rounding may cause, in units of the type's epsilon.
+            Smaller ones are decided in double precision.
     """
     model = unwrapped(model)
     if expected is None:
         expected = masked_outputs(model, trace, plan, inputs, constants)
     found = compare(expected, _outputs(small, trace, inputs))
-    if not found[0] or not found[1] < float("inf"):
+    if not found[0] or not found[1] < min(math.inf, rounding * _epsilon(expected)):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
@@ -129,6 +133,12 @@ def compare_with_masked(
         oracle = masked_outputs(wide, trace, plan, finer, constants, to_double)
         again = compare(oracle, _outputs(narrower, trace, finer, to_double))
     return found if again[0] else again
+
+
+def _epsilon(outputs: list[Tensor] | Exception) -> float:
+    """Return the coarsest machine epsilon of the outputs."""
+    held = [] if isinstance(outputs, Exception) else [x.dtype for x in outputs if x.is_floating_point()]
+    return max((torch.finfo(dtype).eps for dtype in held), default=1.0)
 
 
 def masked_outputs(

@@ -71,6 +71,7 @@ def _widths(model: nn.Module, groups: Mapping[str, Group]) -> Iterator[tuple[Pos
 
 
 _READ: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
+_STORED: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
 
 
 def names_read(kind: type[nn.Module]) -> frozenset[str]:
@@ -114,6 +115,8 @@ def names_stored(kind: type[nn.Module]) -> frozenset[str]:
     >>> names_stored(Net)
     frozenset({'last'})
     """
+    if kind in _STORED:
+        return _STORED[kind]
     methods, called, left = _methods(kind), {"forward"}, ["forward"]
     while left:
         more = methods.get(left.pop(), frozenset()) & methods.keys() - called
@@ -121,7 +124,8 @@ def names_stored(kind: type[nn.Module]) -> frozenset[str]:
         left += more
     functions = (getattr(kind, name) for name in called if isinstance(getattr(kind, name), FunctionType))
     steps = (step for function in functions for step in dis.get_instructions(function))
-    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
+    _STORED[kind] = frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
+    return _STORED[kind]
 
 
 def _methods(kind: type[nn.Module]) -> dict[str, frozenset[str]]:

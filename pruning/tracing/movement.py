@@ -34,6 +34,7 @@ def _move(labels: Labels, op: Operation, first: Tensor) -> None:
 def view(labels: Labels, op: Operation, first: Tensor) -> None:
     """Reshape; the given sizes may be constants in the code."""
     found = compact(first.expand(op.operands[0].shape).reshape(op.output.shape))
+    labels.found.reshapes.note(labels.path[-1], op.operands[0], op.output, first, found)
     if labels.found.axes is None:
         found = _along_one_dimension(labels, found)
     labels.note_sizes(first, found)

@@ -26,7 +26,11 @@ from pruning.utils.fast_path import without_fast_path
 from pruning.utils.meta import Shapes, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.outputs import Outputs, counted
+from pruning.utils.sharing import sharing
 from pruning.utils.tree import Inputs, map_tensors, tensors
+
+#: Larger differences are those of wrong channels: a tenth of the largest output in single precision.
+_ROUNDING = 1e6
 
 #: Most plans for which the outputs of masked models are kept.
 MOST_KEPT = 4
@@ -81,9 +85,13 @@ class NarrowedRuns:
             groups = {name: self.groups[name] for name in labels}
             self.choices.update(rescaling_choices(self.model, self.found, groups, self.labels))
 
-    def probe(self) -> nn.Module:
-        """Return a copy of the model, on the meta device if it runs there."""
-        return copied(self.original)
+    def probe(self, own: bool = False) -> nn.Module:
+        """Return a copy of the model, on the meta device if it runs there.
+
+        Args:
+            own: whether code of a user may change it in place; otherwise it shares what it can.
+        """
+        return copied(self.original) if own or not self.on_meta else sharing(self.original, buffers=True)
 
     def with_training(self) -> NarrowedRuns:
         """Return such runs that also run the copies in training mode."""
@@ -104,8 +112,8 @@ class NarrowedRuns:
         """
         runs = copy.copy(self)
         runs.also, runs.masked = (*self.also, entry), {}
-        with torch.no_grad(), self._shapes():
-            got = tensors(entry.run(self.probe().eval(), runs.convert))
+        with torch.no_grad(), self.shapes():
+            got = tensors(entry.run(self.probe(own=True).eval(), runs.convert))
         runs.expected = [*self.expected, *(t.shape for t in got)]
         return runs
 
@@ -115,14 +123,14 @@ class NarrowedRuns:
         return to_meta if self.on_meta else None
 
     @contextlib.contextmanager
-    def _shapes(self) -> Iterator[None]:
+    def shapes(self) -> Iterator[None]:
         """Let copies run in the block: on the meta device, also with tensors of other devices."""
         with without_fast_path(), Shapes() if self.on_meta else contextlib.nullcontext():
             yield
 
     def run(self, probe: nn.Module) -> list[Tensor]:
         """Run a copy of the model in all ways, and return its outputs in eval mode."""
-        with torch.no_grad(), self._shapes():
+        with torch.no_grad(), self.shapes():
             got = counted(call(probe.eval(), self.example), self.outputs)
             for entry in self.also:
                 got = got + tensors(entry.on_copy(probe, self.convert))
@@ -134,7 +142,7 @@ class NarrowedRuns:
         """Return the attributes that each module's code reads; None if the model does not run like that."""
         probe = self.probe().eval()
         try:
-            with torch.no_grad(), without_fast_path(), attribute_reads(probe) as reads:
+            with torch.no_grad(), self.shapes(), attribute_reads(probe) as reads:
                 call(probe, self.example)
         except Exception:  # of code that depends on the types of modules, whatever it raises
             return None
@@ -145,7 +153,7 @@ class NarrowedRuns:
         probe = self.probe()
         try:
             cut_channels(probe, *self._narrower(names, ()))
-            with torch.no_grad(), self._shapes():
+            with torch.no_grad(), self.shapes():
                 call(probe.train(), self.example)
         except Exception as error:  # whatever the narrowed copy raises
             return described(error)
@@ -168,28 +176,35 @@ class NarrowedRuns:
             share: least share of the channels to remove from each slice.
         """
         some = list(names)
-        problem = self._mismatch(some, sizes, share)
         summed = [name for name in some if name in self.choices and name not in self.scales]
-        for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
-            for name in summed:
-                self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
-            if not self._mismatch(some, sizes, share):
+        # A difference that a scale explains needs no decision in double precision.
+        for rounding in (0.0, _ROUNDING) if summed else (_ROUNDING,):
+            problem = self._mismatch(some, sizes, share, rounding)
+            for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
+                for name in summed:
+                    self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
+                if not self._mismatch(some, sizes, share, rounding):
+                    return ""
+                for name in summed:
+                    del self.scales[name]
+            if not problem:
                 return ""
-            for name in summed:
-                del self.scales[name]
         return problem
 
-    def _mismatch(self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float) -> str:
+    def _mismatch(
+        self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float, rounding: float
+    ) -> str:
         traced, plan = self._narrower(names, sizes, share)
-        problem = self._compared(self.model, traced, plan)
+        problem = self._compared(self.model, traced, plan, rounding)
         if problem or self.choices.keys().isdisjoint(names):
             return problem
         # With the given weights, the outputs may not depend on a scale: a head of zeros, for example.
-        return self._compared(self._randomized, traced, plan)
+        return self._compared(self._randomized, traced, plan, rounding)
 
-    def _compared(self, model: nn.Module, traced: Trace, plan: Plan) -> str:
+    def _compared(self, model: nn.Module, traced: Trace, plan: Plan, rounding: float) -> str:
         """Return how a narrowed copy differs from the masked model; empty if they agree.
 
+        Smaller differences than `rounding` are decided in double precision, see `compare_with_masked`.
         The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
         """
         groups = tuple(self.groups[name] for name in plan.keep)
@@ -198,8 +213,11 @@ class NarrowedRuns:
             if len(self.masked) == MOST_KEPT:
                 del self.masked[next(iter(self.masked))]
             self.masked[key] = groups, masked_outputs(model, traced, plan, self.inputs)
-        small, expected = apply(model, traced, plan), self.masked[key][1]
-        return compare_with_masked(model, small, traced, plan, self.inputs, expected=expected)[0]
+        small, expected = apply(model, traced, plan, shared=True), self.masked[key][1]
+        found = compare_with_masked(
+            model, small, traced, plan, self.inputs, expected=expected, rounding=rounding
+        )
+        return found[0]
 
     @functools.cached_property
     def _randomized(self) -> nn.Module:

@@ -18,15 +18,20 @@ from pruning.graph.layers import rule_for
 from pruning.surgery.statistics import plain_attention
 from pruning.tracing.axes import Axes
 from pruning.tracing.labels import FIXED_SIZE
+from pruning.tracing.other_sizes import inputs_of_other_sizes
 from pruning.tracing.products import AxesNeeded
 from pruning.tracing.record import Composed, Flow
+from pruning.tracing.reshapes import Reshapes
 from pruning.tracing.tracer import Tracer
 from pruning.utils.batch import Pass
 from pruning.utils.entries import Entry, exchanges_modules
-from pruning.utils.meta import to_meta, without_computing
+from pruning.utils.meta import on_meta, to_meta, without_computing
 from pruning.utils.modules import copied
 from pruning.utils.outputs import Outputs, counted
-from pruning.utils.tree import Inputs, fresh, tensors
+from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
+
+#: Number of other sizes of the inputs at which reshapes are looked at.
+_OTHER_SIZES = 2
 
 #: Runs a model on inputs.
 Run = Callable[[nn.Module, Inputs], object]
@@ -43,7 +48,10 @@ def flow(
     Raises `PruningError` when the model does not run on the inputs, or cannot be followed.
     """
     try:
-        return _passes(partial(_follow, run=run, outputs=outputs, also=also), model, inputs)
+        found = _passes(partial(_follow, run=run, outputs=outputs, also=also), model, inputs)
+        if found.reshapes.doubtful:
+            _fix_mixed(found, partial(_follow, run=run, outputs=outputs, also=()), model, inputs)
+        return found
     except PruningError:
         raise
     except Exception as error:  # of a foreign model, of a registered rule, or of this toolkit
@@ -70,6 +78,20 @@ def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Fl
         if found.noted.keys() <= composed.keys():
             return found
         composed = {**found.noted, **composed}
+
+
+def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> None:
+    """Fix channels that a reshape mixes with positions: those that end up elsewhere at other sizes."""
+    on_device, others = found.probe is None, list[Reshapes]()
+    for other in inputs_of_other_sizes(inputs):
+        probe = copied(model) if on_device else on_meta(model)
+        with contextlib.suppress(Exception, AxesNeeded):  # the model need not take this size
+            example = other if on_device else map_tensors(to_meta, other)
+            again = follow(probe, example, axes=found.axes is not None, composed=found.composed)
+            others.append(again.reshapes)
+        if len(others) == _OTHER_SIZES:
+            break
+    found.fixed[:0] = found.reshapes.mixed(others)  # this reason before what follows from it
 
 
 def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:
@@ -107,7 +129,9 @@ def _follow(
         table = [name for name, layer in probe.named_modules() if rule_for(layer) is not None]
         if any(not found.calls[name] for name in table):
             # Keep the ties of this pass; calls, uses and readers (costs, folding) are those of eval mode.
-            in_training = replace(found, calls=Counter(), uses={}, readers={}, products=[], done=Pass())
+            in_training = replace(
+                found, calls=Counter(), uses={}, readers={}, products=[], done=Pass(), reshapes=Reshapes()
+            )
             with (
                 contextlib.suppress(Exception),  # the model need not run in this mode
                 Tracer(probe.train(), in_training) as tracer,
@@ -136,7 +160,9 @@ def _follow_entry(probe: nn.Module, found: Flow, entry: Entry) -> None:
     if exchanged:
         return
     with (
-        Tracer(probe, replace(found, uses={}, other_macs=0.0, products=[], done=Pass())) as tracer,
+        Tracer(
+            probe, replace(found, uses={}, other_macs=0.0, products=[], done=Pass(), reshapes=Reshapes())
+        ) as tracer,
         tracer.functions,
     ):
         tracer.finish_entry(entry.run(probe, convert), entry.name)

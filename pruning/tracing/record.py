@@ -11,6 +11,7 @@ from torch import nn
 
 from pruning.graph.rule import Side
 from pruning.tracing.axes import Axes, ProductUse
+from pruning.tracing.reshapes import Reshapes
 from pruning.tracing.ties import Ties
 from pruning.utils.batch import Pass
 
@@ -103,6 +104,7 @@ class Flow:
         composed: parameters that are layers in this pass because code computes weights from them.
         foreign: modules whose code calls operators of other libraries than torch.
         noted: parameters that have to be such layers in the next pass.
+        reshapes: the reshapes of the pass in eval mode.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
     """
@@ -130,6 +132,7 @@ class Flow:
     composed: dict[str, Composed] = field(default_factory=dict)
     noted: dict[str, Composed] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
+    reshapes: Reshapes = field(default_factory=Reshapes)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
 

@@ -140,7 +140,10 @@ _ReadsOfCalls = dict[tuple[type[nn.Module], tuple[str, ...], str], set[tuple[str
 
 def _reads_of(runs: NarrowedRuns, places: list[tuple[str, str]], entry: Entry) -> set[tuple[str, str]]:
     """Return which attributes, given by module and name, another call of the model reads."""
-    return attributes_read(runs.probe().eval(), places, lambda probe: entry.run(probe, runs.convert))
+    with runs.shapes():
+        return attributes_read(
+            runs.probe(own=True).eval(), places, lambda probe: entry.run(probe, runs.convert)
+        )
 
 
 def _proven(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -121,7 +122,65 @@ def run_operation(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, obj
         left, right = args[1:]
         if left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0] and x.shape == right.shape[1:]:
             return left.new_empty(left.shape[0], right.shape[1])
-    return func(*args, **kwargs)
+    return _remembered(func, args, kwargs)
+
+
+#: By operator and the shapes, layouts and types of its arguments, those of its outputs.
+_OUTPUTS: dict[tuple[object, ...], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = {}
+
+#: Most outputs that are kept.
+_MOST_OUTPUTS = 20_000
+
+
+def _remembered(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    """Run an operation that makes new tensors, or make such tensors as it made for arguments alike.
+
+    Many of torch's operations on the meta device are written in Python and take longer than on the CPU.
+    """
+    if not _makes_new(func):
+        return func(*args, **kwargs)
+    try:
+        key = func, torch.get_default_dtype(), _described(args), _described(kwargs.values()), *kwargs
+        known = _OUTPUTS.get(key)
+    except TypeError:  # an argument that is neither a plain tensor on the meta device nor plain data
+        return func(*args, **kwargs)
+    if known is None:
+        output = func(*args, **kwargs)
+        made = output if isinstance(output, tuple) else (output,)
+        if all(type(x) is Tensor and x.is_meta and x.layout is torch.strided for x in made):
+            if len(_OUTPUTS) >= _MOST_OUTPUTS:
+                _OUTPUTS.clear()
+            _OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) for x in made]
+        return output
+    like = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+    return like[0] if len(func._schema.returns) == 1 else tuple(like)
+
+
+@functools.cache
+def _makes_new(func: OpOverload) -> bool:
+    """Whether an operation returns new tensors, and neither changes its arguments nor returns views."""
+    schema = func._schema
+    return not any(each.alias_info for each in (*schema.arguments, *schema.returns)) and all(
+        str(each.type) == "Tensor" for each in schema.returns
+    )
+
+
+def _described(values: Iterable[object]) -> tuple[object, ...]:
+    """Return hashable descriptions of arguments; raise `TypeError` for tensors of other kinds."""
+    described: list[object] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN_TENSORS or not value.is_meta or value.layout is not torch.strided:
+                raise TypeError
+            described.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, list | tuple):
+            described.append((type(value), *_described(value)))
+        else:
+            described.append((type(value), value))
+    return tuple(described)
+
+
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -198,6 +198,9 @@ def thread_count(threads: int) -> Iterator[None]:
 #: The attributes that every module has (parameters, children, hooks), which can be copied.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
+#: Those of them that hold parameters, buffers and modules.
+_HELD = frozenset(("_parameters", "_buffers", "_modules"))
+
 _PLAIN = {int, float, bool, str, type(None)}
 
 _CONTAINERS = (dict, OrderedDict, set, list)
@@ -223,6 +226,8 @@ def copied(
         # deepcopy would spend most of its time on a module's dozen containers, nearly all empty, and on
         # long lists of numbers that some modules store.
         for name, value in vars(module).items():
+            if type(value) in _PLAIN:
+                continue
             plain_list = type(value) is list and {*map(type, value)} <= _PLAIN
             if type(value) in _CONTAINERS and (not value or plain_list):
                 known[id(value)] = value.copy()
@@ -260,8 +265,13 @@ def _copy_module(module: nn.Module, known: dict[int, object]) -> None:
     made = known[id(module)] = object.__new__(type(module))
     state = vars(made)
     for name, value in vars(module).items():
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value))):
             state[name] = value
+        elif id(value) not in known and name in _HELD and type(value) in (dict, OrderedDict):
+            pairs = (
+                (key, known[id(x)] if id(x) in known else copy.deepcopy(x, known)) for key, x in value.items()
+            )
+            state[name] = known[id(value)] = type(value)(pairs)
         elif name != "_compiled_call_impl":  # of `torch.compile`, which copies do not have
             state[name] = known[id(value)] if id(value) in known else copy.deepcopy(value, known)
 

@@ -249,3 +249,23 @@ def test_rms_norms_are_narrowed(tmp_path):
     fresh = nn.Sequential(nn.Linear(6, 16), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
     x = torch.randn(2, 5, 6)
     assert torch.equal(load(tmp_path / "small.pth", lambda: fresh)(x), step.model(x))
+
+
+def test_a_shared_copy_leaves_the_model_as_it_is():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 3)),
+        nn.Conv2d(6, 5, 1),
+    ).eval()
+    images = nets.images()
+    traced = trace(net, images)
+    before = {name: values.clone() for name, values in net.state_dict().items()}
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    plan = Plan({name: tuple(range(1, group.channels)) for name, group in traced.groups.items()})
+    small, own = apply(net, traced, plan, shared=True), apply(net, traced, plan)
+    torch.testing.assert_close(small(images), own(images))
+    assert small[3].bias is net[3].bias and own[3].bias is not net[3].bias
+    assert net[0].weight.grad is not None and plan.keep.keys() == {"0", "2"}
+    for name, values in net.state_dict().items():
+        assert torch.equal(values, before[name])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pruning.utils import meta
+from pruning.utils.entries import default_dtype
+from pruning.utils.tree import tensors
 
 pytestmark = pytest.mark.quick
 
@@ -60,3 +64,32 @@ def test_gradient_shapes_equal_those_of_torch(training, needed):
 def test_invalid_shapes_raise_as_in_torch(run):
     with meta.Shapes(), pytest.raises(RuntimeError):
         run(empty(4, 6))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.softmax(-1),
+        lambda x: torch.cat([x, x], 1),
+        lambda x: x.transpose(1, 2).contiguous() * x.mean(-1)[:, None],
+        lambda x: torch.nn.functional.group_norm(x, 2),
+        lambda x: torch.full_like(x, 1),
+        lambda x: torch.full_like(x, 1, dtype=torch.long),
+        lambda x: torch.var_mean(x, -1),
+        lambda x: x.to(torch.long) / 2,
+        lambda x: x.to(torch.long) + 1,
+        lambda x: x.to(torch.long) + 1.0,
+        lambda x: x.to(torch.long) + True,
+        lambda x: x.to(memory_format=torch.contiguous_format).topk(2),
+    ],
+)
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_remembered_operations_make_what_torch_makes(compute, default):
+    x = torch.empty(2, 4, 4, device="meta")
+
+    def made(mode):
+        with mode, default_dtype(default):
+            return [(t.shape, t.stride(), t.dtype) for t in tensors([compute(x)])]
+
+    expected = made(contextlib.nullcontext())
+    assert [made(meta.Shapes()) for _ in range(3)] == [expected] * 3
