@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.errors import PruningError
+from pruning.graph.cost_rows import RowTable
 from pruning.graph.deformable import count_deformable
 from pruning.graph.groups import Trace
 from pruning.graph.layers import WEIGHTED, bias_of, is_read_by_parent, is_weighted, rule_for
 from pruning.graph.recurrent import RECURRENT
-from pruning.planning.cost_rows import RowTable
 from pruning.surgery.statistics import plain_attention
 from pruning.tracing.trace import trace
 from pruning.utils.batch import find_batch

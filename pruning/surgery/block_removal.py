@@ -8,8 +8,7 @@ checked: the shorter model must compute what the model does whose block returns 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pruning.load_pruned import REMOVED, drop_blocks
 from pruning.surgery.verify import with_random_weights
+from pruning.utils.calls import Call
 from pruning.utils.compare import compare, outputs_of
 from pruning.utils.modules import call, copied, eval_mode, hooked, submodule
 from pruning.utils.outputs import Outputs
@@ -85,6 +85,7 @@ def stream(
 def removable_blocks(
     model: nn.Module,
     inputs: Inputs,
+    seen: Mapping[str, Sequence[Call]],
     outputs: Outputs,
     ignored: Iterable[str],
     identities: Container[str] = (),
@@ -95,21 +96,23 @@ def removable_blocks(
     transformers, which make as many blocks as it says.
 
     Args:
-        model: it is not changed. inputs: example inputs. outputs: those that count.
-        ignored: names of layers whose blocks stay. identities: names of blocks that identities can replace.
+        model: it is not changed. inputs: example inputs. seen: the calls of its modules with these.
+        outputs: those that count. ignored: names of layers whose blocks stay.
+        identities: names of blocks that identities can replace.
     """
     kept, candidates = tuple(ignored), list[Block]()
+    modules = dict(model.named_modules(remove_duplicate=False))
     for block in blocks_of(model):
-        module = submodule(model, block.present)
-        owner = submodule(model, block.holder.rpartition(".")[0])
+        module, owner = modules[block.present], modules[block.holder.rpartition(".")[0]]
         if block.present in identities and getattr(owner, "config", None) is None:
             continue
         if any(f"{name}.".startswith(f"{block.present}.") for name in kept):
             continue
-        if any(True for _ in module.children()) and any(p.ndim > 1 for p in module.parameters()):
+        if not any(True for _ in module.children()) or all(p.ndim < 2 for p in module.parameters()):
+            continue
+        uses = seen.get(block.present, ())
+        if len(uses) == 1 and _has_shortcut(module, uses[0]):
             candidates.append(block)
-    seen = _observed(model, [block.present for block in candidates], inputs) if candidates else {}
-    candidates = [b for b in candidates if _has_shortcut(submodule(model, b.present), seen.get(b.present))]
     if not candidates:
         return {}
     probe = with_random_weights(model, inputs)
@@ -158,66 +161,24 @@ def block_influence(model: nn.Module, blocks: Iterable[str], batches: Iterable[I
     return {name: max(0.0, round(value, 12)) for name, value in influence.items()}  # rounding may pass 0
 
 
-#: The arguments of a call, and its output.
-_Use = tuple[tuple[object, ...], dict[str, object], object]
-
-
-def _observed(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, _Use]:
-    """Return the calls of modules that a forward pass calls once."""
-    seen: dict[str, list[_Use]] = {}
-    handles = []
-
-    def watch(name: str) -> None:
-        def begin(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            given = {key: _snapshot(value) for key, value in kwargs.items()}
-            seen.setdefault(name, []).append((tuple(map(_snapshot, args)), given, None))
-
-        def end(_: nn.Module, args: object, output: object) -> None:
-            seen[name][-1] = (*seen[name][-1][:2], output)
-
-        module = submodule(model, name)
-        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(module.register_forward_hook(end))
-
-    for name in names:
-        watch(name)
-    with hooked(handles), torch.no_grad(), eval_mode(model):
-        call(model, fresh(inputs))
-    return {name: uses[0] for name, uses in seen.items() if len(uses) == 1}
-
-
-def _snapshot(value: object) -> object:
-    """Return an argument as it is before the call, which may change it; None for an object with state.
-
-    A cache, for example, would hold at a second call what the first one has put into it.
-    """
-    if isinstance(value, list | dict):
-        return copy.copy(value)
-    plain = isinstance(value, Tensor | tuple | bool | int | float | str)
-    return value if plain else None
-
-
-def _has_shortcut(block: nn.Module, use: _Use | None) -> bool:
+def _has_shortcut(block: nn.Module, use: Call) -> bool:
     """Whether the output of a block depends on its input when all its matrices are 0."""
-    passed = stream(*use) if use is not None else None
-    if use is None or passed is None:
+    passed = stream(use.args, use.kwargs, use.output)
+    if passed is None:
         return False
     zeroed = copied(block).eval()
     with torch.no_grad():
         for parameter in zeroed.parameters():
             if parameter.ndim > 1:
                 parameter.zero_()
-
-        def run(x: Tensor) -> Tensor | None:
-            args = [x if value is passed[0] else _snapshot(value) for value in use[0]]
-            kwargs = {key: x if value is passed[0] else _snapshot(value) for key, value in use[1].items()}
-            again = stream([x], {}, zeroed(*args, **kwargs))
-            return None if again is None else again[1].clone()
-
-        try:
-            first, second = run(passed[0].clone()), run(passed[0].flip(-1).clone())
-        except Exception:  # of the block's code
-            return False
+        made = []
+        for x in (passed[0], passed[0].flip(-1)):
+            try:
+                again = stream([x], {}, use.repeated(zeroed, passed[0], x.clone()))
+            except Exception:  # of the block's code
+                return False
+            made.append(None if again is None else again[1].clone())
+    first, second = made
     return first is not None and second is not None and not torch.equal(first, second)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeGuard
 
@@ -23,8 +23,9 @@ from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
 from pruning.surgery.block_removal import Block, removable_blocks
 from pruning.surgery.linear_form import weight_uses
+from pruning.utils.calls import Call, calls_of
 from pruning.utils.meta import Shapes, without_storage
-from pruning.utils.modules import call, call_until, copied, eval_mode, hooked, on_input, submodule
+from pruning.utils.modules import call, call_until, copied, eval_mode, on_input, submodule
 from pruning.utils.tree import Inputs, fresh, tensors, tensors_among
 from pruning.utils.wrappers import unwrapped
 
@@ -68,7 +69,7 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
     {'0': Removable(name='0', bypassed=('0',), joined='2')}
     """
     model = unwrapped(model)
-    seen = _observe(model, inputs)
+    seen, modules = calls_of(model, inputs), dict(model.named_modules(remove_duplicate=False))
     probe, example = without_storage(model, lambda copied, x: call(copied, x), inputs)
     found: dict[str, Removable] = {}
     for name, uses in seen.items():
@@ -76,13 +77,13 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             continue
         candidate = None
         if name in traced.groups:
-            candidate = _hidden(model, traced.groups[name], seen)
-        elif _passes_input_on(submodule(model, name), uses[0]):
+            candidate = _hidden(modules, traced.groups[name], seen)
+        elif _passes_input_on(modules[name], uses[0]):
             kept = any(f"{layer}.".startswith(f"{name}.") for layer in traced.ignored)
             candidate = None if kept else Removable(name, (name,))
         if candidate is not None and _runs(probe, candidate, example, seen):
             found[name] = candidate
-    listed = removable_blocks(model, inputs, traced.outputs, traced.ignored, identities=found)
+    listed = removable_blocks(model, inputs, seen, traced.outputs, traced.ignored, identities=found)
     found.update({name: Removable(name, (), block=block) for name, block in listed.items()})
     # Of nested blocks return the innermost (a stage of blocks may also return its input).
     blocks = [name for name, candidate in found.items() if not candidate.joined]
@@ -124,52 +125,16 @@ def without_layer(
     return smaller
 
 
-@dataclass
-class _Use:
-    """One call of a module."""
-
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-    output: object
-
-    def inputs(self) -> list[Tensor]:
-        """Return the tensors among the arguments."""
-        return tensors_among((*self.args, *self.kwargs.values()))
-
-
-def _observe(model: nn.Module, inputs: Inputs) -> dict[str, list[_Use]]:
-    """Return the calls of every module in a forward pass, by name, in the order of their start."""
-    seen: dict[str, list[_Use]] = {}
-    handles = []
-
-    def begin(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            seen.setdefault(name, []).append(_Use(args, kwargs, None))
-
-        return hook
-
-    def end(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: object, output: object) -> None:
-            seen[name][-1].output = output
-
-        return hook
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(end(name)))
-    with hooked(handles), torch.no_grad(), eval_mode(model):
-        call(model, fresh(inputs))
-    return seen
-
-
-def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Removable | None:
+def _hidden(
+    modules: Mapping[str, nn.Module], group: Group, seen: Mapping[str, list[Call]]
+) -> Removable | None:
     """Return the layer that makes a group's channels if exactly one layer reads all of them, else None."""
     makers = [m.layer for m in group.side("out")]
-    weighted = [m for m in makers if isinstance(submodule(model, m), WEIGHTED)]
+    weighted = [m for m in makers if isinstance(modules.get(m), WEIGHTED)]
     consumers = group.side("in")
     if len(weighted) != 1 or len(consumers) != 1 or group.side("self"):
         return None
-    layer, consumer = submodule(model, weighted[0]), submodule(model, consumers[0].layer)
+    layer, consumer = modules[weighted[0]], modules.get(consumers[0].layer)
     if len(consumers[0].index) != group.channels or len(seen.get(consumers[0].layer, ())) != 1:
         return None
     if not _is_fittable(layer) or not _is_fittable(consumer):
@@ -186,12 +151,12 @@ def _hidden(model: nn.Module, group: Group, seen: dict[str, list[_Use]]) -> Remo
     return Removable(weighted[0], tuple(makers), consumers[0].layer)
 
 
-def _is_fittable(layer: nn.Module) -> TypeGuard[_Fittable]:
+def _is_fittable(layer: nn.Module | None) -> TypeGuard[_Fittable]:
     """Whether a layer can be refitted."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-def _passes_input_on(module: nn.Module, use: _Use) -> bool:
+def _passes_input_on(module: nn.Module, use: Call) -> bool:
     """Whether a module returns its input when all its parameters are 0: a residual block."""
     if not any(True for _ in module.children()) or not list(module.parameters()):
         return False
@@ -231,7 +196,7 @@ def _bypassed(model: nn.Module, layer: Removable) -> nn.Module:
     return smaller
 
 
-def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, list[_Use]]) -> bool:
+def _runs(model: nn.Module, layer: Removable, inputs: Inputs, seen: dict[str, list[Call]]) -> bool:
     """Whether the model without the layer runs and can be trained.
 
     One pass suffices: a hook gives the joined layer its new width when its input arrives.

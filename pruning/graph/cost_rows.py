@@ -20,6 +20,7 @@ from pruning.graph.layers import (
     rule_for,
     rule_of,
 )
+from pruning.graph.owned import Terms
 from pruning.graph.recurrent import (
     RECURRENT,
     gate_tensors,
@@ -28,7 +29,6 @@ from pruning.graph.recurrent import (
     hidden_readers,
 )
 from pruning.graph.rule import Rule
-from pruning.planning.owned import Terms
 from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import eval_mode, submodule
 
