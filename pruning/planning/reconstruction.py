@@ -15,7 +15,7 @@ held-out examples (`pruning.planning.held_out`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -87,12 +87,7 @@ def reconstruction_losses(
         for number, each in enumerate(inputs):
             for part, share in _parts(each, trace.batch.of(each), held_out(each, trace.batch, number), most):
                 _observe(model, part, weights, readers, loss, share)
-    for name, reader in readers.items():
-        if not reader.is_finite():
-            raise PruningError(
-                f"layer {name!r} has inputs or gradients that are not finite on the calibration inputs; "
-                "check these inputs and the model's weights"
-            )
+    _require_finite(readers)
     read = {
         name: [(readers[m.layer], m) for m in group.side("in") if m.layer in readers]
         for name, group in trace.groups.items()
@@ -112,20 +107,30 @@ def reconstruction_losses(
     return found
 
 
+def _require_finite(readers: Mapping[str, _Reader]) -> None:
+    for name, reader in readers.items():
+        if not reader.is_finite():
+            raise PruningError(
+                f"layer {name!r} has inputs or gradients that are not finite on the calibration inputs; "
+                "check these inputs and the model's weights"
+            )
+
+
 def _examples_at_once(model: nn.Module, batch: Examples, inputs: Inputs) -> int:
     """Return of how many examples the graph of a pass fits into memory, at least 1."""
-    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     sizes = dict[int, int]()
 
     def note(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known and tensor.layout is torch.strided:
+        if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = call(model, fresh(batch.first(inputs, 1)))
-    size, examples = sum(sizes.values()), 1 if batch.dims or batch.lists else batch.size
+        outputs = call(model, fresh(batch.first(inputs, 2)))  # some models change the form of a single one
+    for held in (*model.parameters(), *model.buffers()):
+        sizes.pop(held.untyped_storage().data_ptr() if held.layout is torch.strided else 0, None)
+    size, examples = sum(sizes.values()), min(2, batch.size)
     del outputs
     return max(1, GRAPH_BYTES * examples // max(1, size))
 

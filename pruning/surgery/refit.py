@@ -111,8 +111,7 @@ def refit(
     dropped, factors = dropped_positions(trace, plan), output_factors(dense, trace, plan)
     readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
-        largest = max(batches, key=lambda inputs: sum(x.numel() for x in tensors(inputs)))
-        sites = _plain_where_shared(find_sites(dense, largest, _weights(dense)))
+        sites = _plain_where_shared(find_sites(dense, max(batches, key=_values), _weights(dense)))
         order = [site.layer for site in sites]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
         shared = {name for places in parameter_places(dense).values() if places[1:] for name, _ in places}
@@ -133,6 +132,11 @@ def refit(
     fits.sort(key=lambda fit: order.index(fit.layer))
     fits += [LayerFit(name, nan, nan, reason=_UNSEEN) for name in readers if name not in order]
     return tuple(fits)
+
+
+def _values(inputs: Inputs) -> int:
+    """Return the number of values in a batch."""
+    return sum(tensor.numel() for tensor in tensors(inputs))
 
 
 def _weights(model: nn.Module) -> dict[Tensor, str]:
