@@ -171,7 +171,8 @@ def page(result: Mapping[str, Any]) -> str:
             shown = [figure(found[b]) if b in found else "" for b in budgets]
             rows.append([f"{method}, {epochs} epochs" if epochs else method, *shown, f"{seconds:.0f}"])
         lines += table(["method", *(f"{b} of MACs" for b in budgets), "CPU s"], rows)
-        calibrates = network.calibrates or f"{cells[0]['calibration']} examples calibrate"
+        most = max(cell["calibration"] for cell in cells)
+        calibrates = network.calibrates or f"{most} examples calibrate"
         lines += [f"{calibrates}; {cells[0]['examples']:,} are compared.", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -15,7 +15,7 @@ held-out examples (`pruning.planning.held_out`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -32,11 +32,18 @@ from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.width_sweep import Batch
 from pruning.surgery.linear_form import WeightUse, weight_uses
 from pruning.training.batches import to_device
-from pruning.utils.modules import device_of, eval_mode, submodule
+from pruning.utils.batch import Batch as Examples
+from pruning.utils.modules import call, device_of, eval_mode, submodule
 from pruning.utils.tree import Inputs, fresh
 
 #: Most rows of inputs that a batch adds to the Gram matrix of a layer with a kernel.
 ROWS = 1 << 15
+
+#: Examples are observed together whose graph needs at most this many bytes.
+GRAPH_BYTES = 1 << 30
+
+#: Most values of rows that are copied at once, unless one example has more.
+VALUES = 1 << 23
 
 #: The largest number of inputs whose Gram matrix is kept.
 MOST_INPUTS = 8192
@@ -76,15 +83,11 @@ def reconstruction_losses(
     device = device_of(model)
     inputs = [to_device(batch, device)[0] for batch in batches]
     with eval_mode(model), torch.enable_grad():
+        most = _examples_at_once(model, trace.batch.of(inputs[0]), inputs[0])
         for number, each in enumerate(inputs):
-            share = Fraction(*held_out(each, trace.batch, number))
-            _observe(model, each, weights, readers, loss, share)
-    for name, reader in readers.items():
-        if not reader.is_finite():
-            raise PruningError(
-                f"layer {name!r} has inputs or gradients that are not finite on the calibration inputs; "
-                "check these inputs and the model's weights"
-            )
+            for part, share in _parts(each, trace.batch.of(each), held_out(each, trace.batch, number), most):
+                _observe(model, part, weights, readers, loss, share)
+    _require_finite(readers)
     read = {
         name: [(readers[m.layer], m) for m in group.side("in") if m.layer in readers]
         for name, group in trace.groups.items()
@@ -102,6 +105,50 @@ def reconstruction_losses(
             losses[order] = ascending(scaled[order])
             found[name] = losses
     return found
+
+
+def _require_finite(readers: Mapping[str, _Reader]) -> None:
+    for name, reader in readers.items():
+        if not reader.is_finite():
+            raise PruningError(
+                f"layer {name!r} has inputs or gradients that are not finite on the calibration inputs; "
+                "check these inputs and the model's weights"
+            )
+
+
+def _examples_at_once(model: nn.Module, batch: Examples, inputs: Inputs) -> int:
+    """Return of how many examples the graph of a pass fits into memory, at least 1."""
+    sizes = dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = call(model, fresh(batch.first(inputs, 2)))  # some models change the form of a single one
+    for held in (*model.parameters(), *model.buffers()):
+        sizes.pop(held.untyped_storage().data_ptr() if held.layout is torch.strided else 0, None)
+    size, examples = sum(sizes.values()), min(2, batch.size)
+    del outputs
+    return max(1, GRAPH_BYTES * examples // max(1, size))
+
+
+def _parts(
+    inputs: Inputs, batch: Examples, held: tuple[int, int], most: int
+) -> Iterator[tuple[Inputs, Fraction]]:
+    """Yield parts of a batch of at most so many examples, each with the share of it that is held out.
+
+    Args:
+        held: how many of the first examples are held out, and how many there are.
+    """
+    if held[1] <= most or not (batch.dims or batch.lists):
+        yield inputs, Fraction(*held)
+        return
+    for start, end, share in ((0, held[0], 1), (held[0], held[1], 0)):
+        for at in range(start, end, most):
+            yield batch.at(inputs, torch.arange(at, min(at + most, end))), Fraction(share)
 
 
 def _observe(
@@ -145,25 +192,45 @@ class _Reader:
     @torch.no_grad()
     def add(self, use: WeightUse, gradient: Tensor, share: Fraction) -> None:
         """Add one use: its inputs, the gradients of the loss for its outputs, and the share held out."""
-        x = use.input.detach()
-        examples = 1 if x.ndim == len(self.form.kernel) + 1 else len(x)
-        most = ROWS if self.form.kernel else None
-        rows = torch.cat([block for (block, _) in self.form.rows(x, use.output.detach(), most=most)])
-        rows = rows.unflatten(0, (examples, -1)).permute(2, 0, 1, 3)  # (parts, examples, positions, inputs)
-        held = int(examples * share)
-        for fold, part in enumerate((rows[:, held:], rows[:, :held])):
-            if part.shape[1]:
-                self._add_inputs(fold, part)
-        # Gradients: (parts, examples, positions, outputs)
-        channels = gradient.detach().reshape(examples, -1, gradient.shape[-1]).mT
+        x, output, gradient = (t.detach() for t in (use.input, use.output, gradient))
+        if x.ndim == len(self.form.kernel) + 1:
+            x, output, gradient = (t.unsqueeze(0) for t in (x, output, gradient))
+        held = int(len(x) * share)
+        for fold, (start, end) in enumerate(((held, len(x)), (0, held))):
+            size = self._examples_at_once(output, len(x))
+            for at in range(start, end, size):
+                some = slice(at, min(at + size, end))
+                self._add_inputs(fold, self._rows(x[some], output[some], len(x)))
+                self._add_gradients(gradient[some])
+
+    def _positions(self, output: Tensor, examples: int) -> int:
+        """Return how many rows each example of a batch has at most."""
+        positions = output.numel() // (examples * self.matrix.shape[0] * self.matrix.shape[2])
+        return min(positions, max(1, ROWS // examples)) if self.form.kernel else positions
+
+    def _examples_at_once(self, output: Tensor, examples: int) -> int:
+        """Return of how many examples the rows and the gradients are copied at once."""
+        rows = self._positions(output, examples) * self.matrix.shape[0] * self.matrix.shape[1]
+        return max(1, VALUES // max(1, rows, output.numel() // examples))
+
+    def _rows(self, x: Tensor, output: Tensor, examples: int) -> Tensor:
+        """Return the rows of some examples of a batch, (parts, examples, positions, inputs)."""
+        most = max(1, ROWS // examples) * len(x) if self.form.kernel else None
+        rows = torch.cat([block for (block, _) in self.form.rows(x, output, most=most)])
+        return rows.unflatten(0, (len(x), -1)).permute(2, 0, 1, 3)
+
+    def _add_gradients(self, gradient: Tensor) -> None:
+        """Add the gradients of some examples, (examples, ...)."""
+        channels = gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT
         if self.form.kernel:
-            channels = gradient.detach().reshape(examples, self.matrix.shape[2] * len(self.matrix), -1)
+            channels = gradient.reshape(len(gradient), self.matrix.shape[2] * len(self.matrix), -1)
+        # (parts, examples, positions, outputs)
         g = channels.double().unflatten(1, (len(self.matrix), -1)).permute(1, 0, 3, 2)
         total = g.sum(2)
         inner = (g - g.mean(2, keepdim=True)).flatten(1, 2)
         self.common_gradient = self.common_gradient.to(g) + total.mT @ total
         self.within_gradient = self.within_gradient.to(g) + inner.mT @ inner
-        self.examples += examples
+        self.examples += len(gradient)
 
     def _add_inputs(self, fold: int, rows: Tensor) -> None:
         mean = rows.mean(2)

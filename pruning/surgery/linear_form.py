@@ -20,7 +20,7 @@ from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, fresh
 
 #: Largest number of values in a block of rows.
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = (

@@ -4,47 +4,27 @@ A *site* is a product with a weight, together with what directly follows it: a B
 another tensor, as at the end of a residual block. A pass pauses at the end of each site. If the weight, its
 bias or the norm has changed when the pass goes on, the site is computed anew. Several passes may be paused
 at the same site, so that the weights of one layer after the other can be chosen within one forward pass.
+
+The code of the model runs in a thread for each pass, but torch's functions in the caller's. Threads have
+memory pools of their own, and those of many passes hold several times the memory that is in use.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.surgery.linear_form import WeightUse, use_of
+from pruning.surgery.sites import ADDITIONS, DROPOUTS, Arguments, Function, Keywords, Site
 from pruning.utils.modules import call
 from pruning.utils.tree import Inputs, fresh
-
-Function = Callable[..., object]
-Arguments = tuple[object, ...]
-Keywords = Mapping[str, object]
-
-_ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__))
-_DROPOUTS = frozenset((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout))
-
-
-@dataclass(frozen=True)
-class Site:
-    """A product with a weight in a forward pass, and what follows it.
-
-    Attributes:
-        layer: name of the layer that has the weight.
-        norm: name of the BatchNorm that alone reads the product; None if there is none.
-        added: whether another tensor is added to the result, by the only function that reads it.
-        size: bytes of the input that is multiplied.
-    """
-
-    layer: str
-    norm: str | None = None
-    added: bool = False
-    size: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass
@@ -68,91 +48,6 @@ class _Finished(BaseException):
     """Ends a forward pass that nobody continues."""
 
 
-def find_sites(model: nn.Module, inputs: Inputs, weights: Mapping[Tensor, str]) -> list[Site]:
-    """Return the sites of a forward pass, in its order.
-
-    Args:
-        model: in eval mode; it is run once.
-        weights: the weights to look for, each with the name of its layer.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    >>> find_sites(net, torch.zeros(1, 3, 2, 2), {net[0].weight: "0", net[3].weight: "3"})
-    [Site(layer='0', norm='1', added=False), Site(layer='3', norm=None, added=False)]
-    """
-    finder = _Finder(model, weights)
-    with torch.no_grad(), finder:
-        call(model, fresh(inputs))
-    return [finder.site(i) for i in range(len(finder.layers))]
-
-
-class _Finder(TorchFunctionMode):
-    """Record which functions read the products with weights, directly or behind a norm or a dropout."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[Tensor, str]):
-        super().__init__()
-        self.weights = {id(weight): name for weight, name in weights.items()}
-        self.norms = {
-            id(buffer): name
-            for name, module in model.named_modules()
-            if (buffer := getattr(module, "running_mean", None)) is not None
-        }
-        self.layers, self.sizes = list[str](), list[int]()
-        #: For each product, the functions that read it or what is made of it: (kind, name of the norm).
-        self.readers: list[list[tuple[str, str | None]]] = []
-        self.made = WeakTensorKeyDictionary()
-
-    def __torch_function__(
-        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        if not isinstance(result, (Tensor, tuple, list)):
-            return result
-        number, kind, norm = None, "other", None
-        for value in (*args, *(kwargs or {}).values()):
-            if isinstance(value, Tensor) and value in self.made:
-                number = self.made[value]
-                kind, norm = self._kind(func, args, kwargs or {}, number)
-                self.readers[number].append((kind, norm))
-        use = use_of(func, args, kwargs or {}, result)
-        if use is not None and id(use.weight) in self.weights:
-            self.layers.append(self.weights[id(use.weight)])
-            self.sizes.append(use.input.numel() * use.input.element_size())
-            self.readers.append([])
-            self.made[use.output] = len(self.layers) - 1
-        elif number is not None and kind in ("norm", "dropout") and isinstance(result, Tensor):
-            self.made[result] = number
-        return result
-
-    def _kind(self, func: Function, args: Arguments, kwargs: Keywords, number: int) -> tuple[str, str | None]:
-        """Return what kind of function reads a product; only before the next one is it part of its site."""
-        if number != len(self.layers) - 1:
-            return "late", None
-        if func is F.batch_norm:
-            mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
-            if id(mean) in self.norms and not kwargs.get("training"):
-                return "norm", self.norms[id(mean)]
-        if func in _DROPOUTS:
-            return "dropout", None
-        if func in _ADDITIONS and len(args) == 2 and not kwargs and _same_shape(args):
-            return "add", None
-        return "other", None
-
-    def site(self, number: int) -> Site:
-        kinds = [kind for kind, _ in self.readers[number]]
-        norm = self.readers[number][0][1] if kinds[:1] == ["norm"] else None
-        rest = [kind for kind in (kinds[1:] if norm else kinds) if kind != "dropout"]
-        if norm is not None and "norm" in rest:
-            norm = None
-        added = rest == ["add"] and kinds.count("dropout") <= 1
-        return Site(self.layers[number], norm, added, self.sizes[number])
-
-
-def _same_shape(args: Sequence[object]) -> bool:
-    one, other = args
-    both = isinstance(one, Tensor) and isinstance(other, Tensor) and one is not other
-    return both and one.shape == other.shape  # type: ignore[attr-defined]
-
-
 @dataclass
 class _Pending:
     """A site in progress: the call that multiplies, the call of the norm, and the latest output."""
@@ -170,9 +65,9 @@ class _Pending:
             return
         if func is F.batch_norm and self.site.norm is not None and self.norm is None:
             self.norm, self.output = (args, kwargs), result
-        elif func in _DROPOUTS:
+        elif func in DROPOUTS:
             self.output = result
-        elif func in _ADDITIONS and self.site.added:
+        elif func in ADDITIONS and self.site.added:
             self.term, self.output = self.output, result
 
     @property
@@ -197,21 +92,29 @@ class _Pending:
 
 
 class _Pauser(TorchFunctionMode):
-    """Call `pause` at the end of each site; compute a site anew whose weights have changed then."""
+    """Call `pause` at the end of each site; compute a site anew whose weights have changed then.
+
+    Args:
+        weights, sites: as in `PausedPass`. run: calls a function.
+    """
 
     def __init__(
-        self, weights: Mapping[Tensor, str], sites: Sequence[Site], pause: Callable[[Reached], None]
+        self,
+        weights: Mapping[Tensor, str],
+        sites: Sequence[Site],
+        pause: Callable[[Reached], None],
+        run: Callable[[Callable[[], object]], object],
     ):
         super().__init__()
         self.weights = {id(weight): name for weight, name in weights.items()}
-        self.sites, self.pause = iter(sites), pause
+        self.sites, self.pause, self.run = iter(sites), pause, run
         self.pending: _Pending | None = None
 
     def __torch_function__(
         self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
     ) -> object:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self.run(functools.partial(func, *args, **kwargs))
         use = use_of(func, args, kwargs, result)
         if use is not None and id(use.weight) in self.weights:
             site = next(self.sites, None)
@@ -225,11 +128,11 @@ class _Pauser(TorchFunctionMode):
             return result
         versions, self.pending = pending.versions(), None
         self.pause(Reached(pending.use, pending.output))
-        return result if versions == pending.versions() else pending.again()
+        return result if versions == pending.versions() else self.run(pending.again)
 
 
 class PausedPass:
-    """A forward pass that pauses at its sites. It runs in a thread of its own, but only while it is asked to.
+    """A forward pass that pauses at its sites, and runs only while it is asked to.
 
     Args:
         model: in eval mode. inputs: one batch.
@@ -249,10 +152,14 @@ class PausedPass:
         self, model: nn.Module, inputs: Inputs, weights: Mapping[Tensor, str], sites: Sequence[Site]
     ):
         self.model, self.inputs = model, inputs
-        self.mode = _Pauser(weights, sites, self._pause)
+        self.mode = _Pauser(weights, sites, self._pause, self._elsewhere)
         self.reached: Reached | None = None
         self.error: BaseException | None = None
-        self.closing = False
+        #: A function that the caller's thread is to run, and its result, or its error.
+        self.task: Callable[[], object] | None = None
+        self.result: object = None
+        self.failure: BaseException | None = None
+        self.closing = self.ended = False
         self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
         self.device = torch.get_default_device()
         self.thread: threading.Thread | None = None
@@ -267,8 +174,11 @@ class PausedPass:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
         self.reached = None
-        self.go.release()
-        self.paused.acquire()
+        if self.error is None and not self.ended:
+            self._go_on()
+            while self.task is not None:
+                self._run_task()
+                self._go_on()
         if self.error is not None:
             raise self.error
         return self.reached
@@ -278,10 +188,37 @@ class PausedPass:
 
     def __exit__(self, *_: object) -> None:
         """End the pass where it is."""
-        self.closing, self.reached = True, None
+        self.closing, self.reached, self.result = True, None, None
         if self.thread is not None:
             self.go.release()
             self.thread.join()
+
+    def _go_on(self) -> None:
+        """Let the thread run until it pauses."""
+        self.go.release()
+        self.paused.acquire()
+
+    def _run_task(self) -> None:
+        assert self.task is not None
+        task, self.task = self.task, None
+        try:
+            with torch.no_grad():
+                self.result = task()
+        except BaseException as error:
+            self.failure = error
+
+    def _elsewhere(self, task: Callable[[], object]) -> object:
+        """Run a function in the caller's thread, except where the model's code sets a precision for it."""
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return task()
+        self.task = task
+        del task  # what it is given may be freed while the pass is paused
+        self._wait()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        result, self.result = self.result, None
+        return result
 
     def _run(self) -> None:
         self.go.acquire()
@@ -292,6 +229,7 @@ class PausedPass:
             pass
         except BaseException as error:
             self.error = error
+        self.ended = True
         self.paused.release()
 
     def _pause(self, reached: Reached) -> None:
@@ -299,6 +237,10 @@ class PausedPass:
             raise _Finished
         self.reached = reached
         del reached
+        self._wait()
+
+    def _wait(self) -> None:
+        """Stop until the caller lets the pass go on."""
         self.paused.release()
         self.go.acquire()
         if self.closing:

@@ -12,6 +12,7 @@ Accelerating Very Deep Neural Networks, ICCV 2017, arXiv 1707.06168.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from pruning.graph.layers import is_weighted, layer_width, weight_of
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import dropped_positions, kept_positions, output_factors
 from pruning.surgery.linear_form import WeightUse
-from pruning.surgery.paused_pass import PassDiffers, PausedPass, Reached, Site, find_sites
+from pruning.surgery.paused_pass import PassDiffers, PausedPass, Reached
 from pruning.surgery.ridge import Sums, best_ridge
+from pruning.surgery.sites import Site, find_sites
 from pruning.utils.modules import eval_mode, parameter_places, submodule
-from pruning.utils.tree import Inputs
+from pruning.utils.tree import Inputs, tensors
 
-#: The passes of all batches run at once if their inputs of a layer need at most this many bytes.
+#: The passes of as many batches pause at once as need at most this many bytes.
 MOST_BYTES = 4 << 30
 
 #: Most rows that a layer is fitted to: the larger of this number, and so many for each of its inputs.
@@ -109,7 +111,7 @@ def refit(
     dropped, factors = dropped_positions(trace, plan), output_factors(dense, trace, plan)
     readers = [name for name, side in dropped if side == "in"]
     with torch.no_grad(), eval_mode(small, dense):
-        sites = _plain_where_shared(find_sites(dense, batches[0], _weights(dense)))
+        sites = _plain_where_shared(find_sites(dense, max(batches, key=_values), _weights(dense)))
         order = [site.layer for site in sites]
         first = next((i for i, name in enumerate(order) if name in readers), len(order))
         shared = {name for places in parameter_places(dense).values() if places[1:] for name, _ in places}
@@ -130,6 +132,11 @@ def refit(
     fits.sort(key=lambda fit: order.index(fit.layer))
     fits += [LayerFit(name, nan, nan, reason=_UNSEEN) for name in readers if name not in order]
     return tuple(fits)
+
+
+def _values(inputs: Inputs) -> int:
+    """Return the number of values in a batch."""
+    return sum(tensor.numel() for tensor in tensors(inputs))
 
 
 def _weights(model: nn.Module) -> dict[Tensor, str]:
@@ -253,37 +260,58 @@ class _Pair:
         self.uses = Counter(site.layer for site in sites)
 
     def layers(self, first: int) -> Iterator[_Rows]:
-        """Yield the rows of each layer in turn, from site `first`; its weights may be changed then."""
-        together = 2 * len(self.batches) * max((site.size for site in self.sites), default=0) <= MOST_BYTES
+        """Yield the rows of each layer in turn, from site `first`; its weights may be changed then.
+
+        The passes of as many batches as fit into memory pause at each site. The others run to a layer that
+        is to be fitted and end there, until they fit: later sites of a network often hold less.
+        """
         done: set[str] = set()
         with contextlib.ExitStack() as stack:
-            pairs = [self._start(stack, inputs) for inputs in self.batches] if together else []
-            for number, site in enumerate(self.sites):
-                reached = [_proceed(pair) for pair in pairs]
-                if number >= first and site.layer in self.keep and site.layer not in done:
+            pairs: list[tuple[PausedPass, PausedPass]] = []
+            reached: list[tuple[Reached, Reached] | None] = []
+            for number, site in enumerate(self.sites[first:], first):
+                reached.clear()  # what is held there would be held during the next passes
+                reached += map(_proceed, pairs)
+                for inputs in self.batches[len(pairs) : self._most_passes(number)]:
+                    pairs.append(self._start(stack, inputs))
+                    reached.append(self._run_to(pairs[-1], number))
+                if site.layer in self.keep and site.layer not in done:
                     done.add(site.layer)
-                    yield self._rows(site, reached if together and self.uses[site.layer] == 1 else None)
+                    yield self._rows(site, reached if self.uses[site.layer] == 1 else [])
 
-    def _rows(self, site: Site, reached: list[tuple[Reached, Reached] | None] | None) -> _Rows:
-        """Return the rows of a layer, of passes that have reached it, or else of passes of its own."""
+    def _most_passes(self, number: int) -> int:
+        """Return how many batches of both models fit into memory at a site and all later ones."""
+        return MOST_BYTES // max(1, 2 * max(site.size for site in self.sites[number:]))
+
+    def _rows(self, site: Site, reached: list[tuple[Reached, Reached] | None]) -> _Rows:
+        """Return the rows of a layer: of the first batches, which have reached it, and of all others."""
         rows = _Rows(self.small, site, self.keep[site.layer], len(self.batches) * self.uses[site.layer])
-        for found in self._passes(site.layer) if reached is None else reached:
+        others = self._passes(site.layer, self.batches[len(reached) :])
+        for found in itertools.chain(reached, others):
             if found is None:
                 rows.use = None
                 break
             rows.add(*found)
         return rows
 
-    def _passes(self, layer: str) -> Iterator[tuple[Reached, Reached] | None]:
+    def _passes(self, layer: str, batches: Sequence[Inputs]) -> Iterator[tuple[Reached, Reached] | None]:
         """Yield all uses of a layer, from passes of one batch after the other."""
         last = max(i for i, site in enumerate(self.sites) if site.layer == layer)
-        for inputs in self.batches:
+        for inputs in batches:
             with contextlib.ExitStack() as stack:
                 pair = self._start(stack, inputs)
                 for site in self.sites[: last + 1]:
                     found = _proceed(pair)
                     if site.layer == layer or found is None:
                         yield found
+
+    def _run_to(self, pair: tuple[PausedPass, PausedPass], number: int) -> tuple[Reached, Reached] | None:
+        """Run both models to a site; None if they do not have the same sites."""
+        found = None
+        for _ in range(number + 1):
+            if (found := _proceed(pair)) is None:
+                break
+        return found
 
     def _start(self, stack: contextlib.ExitStack, inputs: Inputs) -> tuple[PausedPass, PausedPass]:
         small, dense = (

@@ -12,7 +12,7 @@ from torch import nn
 from pruning import Budget, PruningError, prune, trace
 from pruning.planning.elimination import Problem, eliminate
 from pruning.planning.held_out import HeldOut, Refitted, match
-from pruning.planning.reconstruction import reconstruction_losses
+from pruning.planning.reconstruction import GRAPH_BYTES, _examples_at_once, reconstruction_losses
 from pruning.planning.sampled_loss import SampledLoss
 from pruning.planning.scores import fisher, reconstruction
 from pruning.surgery.linear_form import LinearForm
@@ -226,3 +226,37 @@ def test_fewer_positions_than_channels_are_enough():
     net, x = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(8, 4)
     step = prune(net, x[:2], Budget(channels=20), calibration=[(x, None)], refit=True)
     assert all(torch.isfinite(value).all() for value in step.model.state_dict().values())
+
+
+def test_rows_that_are_copied_in_parts_give_the_same_scores(monkeypatch):
+    net = nets.make("residual").eval()
+    batches = [(part, None) for part in nets.images(32).split(8)]
+    traced = trace(net, batches[0][0][:2])
+    whole = reconstruction_losses(net, traced, batches, SampledLoss())
+    monkeypatch.setattr("pruning.planning.reconstruction.VALUES", 1)
+    parts = reconstruction_losses(net, traced, batches, SampledLoss())
+    assert parts.keys() == whole.keys()
+    for name, losses in whole.items():
+        torch.testing.assert_close(parts[name], losses, rtol=1e-5, atol=1e-9)
+
+
+def test_examples_whose_graphs_do_not_fit_into_memory_together_are_observed_in_parts(monkeypatch):
+    sizes = []
+
+    class Counted(SampledLoss):
+        def __call__(self, model, inputs, targets):
+            sizes.append(len(inputs))
+            return super().__call__(model, inputs, targets)
+
+    net = nets.make("residual").eval()
+    batches = [(part, None) for part in nets.images(32).split(8)]
+    traced = trace(net, batches[0][0][:2])
+    reconstruction_losses(net, traced, batches, Counted())
+    assert sizes == [8] * 4
+    size = GRAPH_BYTES // _examples_at_once(net, traced.batch.of(batches[0][0]), batches[0][0])
+    assert size > 800  # bytes of an example, rounded up
+    monkeypatch.setattr("pruning.planning.reconstruction.GRAPH_BYTES", 4 * size + 4)
+    sizes.clear()
+    losses = reconstruction_losses(net, traced, batches, Counted())
+    assert sizes == [2, 4, 2] * 4  # a quarter of each batch is held out
+    assert all(bool(torch.isfinite(each).all()) for each in losses.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 
 import nets
@@ -14,8 +16,8 @@ from torch.nn.functional import conv_transpose1d
 from pruning import Budget, Plan, PruningError, prune, trace
 from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.linear_form import weight_uses
-from pruning.surgery.paused_pass import Site, find_sites
 from pruning.surgery.refit import refit
+from pruning.surgery.sites import Site, find_sites
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
 
@@ -241,17 +243,30 @@ def test_a_residual_block_mends_the_error_of_its_input():
     assert fits[-1].layer == "last" and error(small, net, images) < min(before, 1.02 * least)
 
 
-def test_layers_are_fitted_alike_in_one_pass_and_in_passes_of_their_own(monkeypatch):
-    net, images = nets.make("residual").eval(), nets.images(32)
+def shrinking():
+    """A network whose first layers hold the most memory."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [lambda: nets.make("residual").eval(), shrinking], ids=["even", "shrinking"])
+def test_layers_are_fitted_alike_in_one_pass_and_in_passes_of_their_own(monkeypatch, make):
+    net, images = make(), nets.images(32)
     traced = trace(net, images[:2])
     plan = Plan({name: tuple(range(0, group.channels, 2)) for name, group in traced.groups.items()})
     found, threads = [], threading.active_count()
-    for most in (1 << 40, -1):
+    weights = {module.weight: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    sizes = [site.size for site in find_sites(net, images[:8], weights)]
+    for most in (1 << 40, 2 * 2 * max(sizes), 2 * max(sizes) - 1, -1):  # all, two, none at first, none
         monkeypatch.setattr("pruning.surgery.refit.MOST_BYTES", most)
         small = apply(net, traced, plan)
         found.append((refit(small, net, traced, plan, list(images.split(8))), small(images)))
-    assert [fit.layer for fit in found[0][0]] == [fit.layer for fit in found[1][0]]
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+    for fits, outputs in found[1:]:
+        assert [fit.layer for fit in fits] == [fit.layer for fit in found[0][0]]
+        torch.testing.assert_close(outputs, found[0][1], rtol=1e-3, atol=1e-4)
     assert threading.active_count() == threads
 
 
@@ -306,3 +321,49 @@ def test_a_layer_whose_weight_is_computed_is_named_and_left_as_it_was():
     [fit] = refit(small, net, traced, plan, [images])
     assert fit.layer == "2" and fit.ridge is None and "by its weight itself" in fit.reason
     assert torch.equal(small[2].weight, before)
+
+
+#: Prints by how many bytes a refit raises the peak of the memory in use.
+PEAK = """
+import resource, sys, torch
+from torch import nn
+import pruning.surgery.refit as module
+from pruning import Plan, trace
+from pruning.surgery.apply import apply
+
+def block(inputs, outputs, size=1):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, size), nn.BatchNorm2d(outputs), nn.ReLU())
+
+torch.set_num_threads(1)
+net = nn.Sequential(block(3, 48), block(48, 48), block(48, 16, 4), block(16, 16), nn.Conv2d(16, 4, 1)).eval()
+batches = list(torch.randn(256, 3, 64, 64).split(16))
+traced = trace(net, batches[0][:2])
+plan = Plan({name: tuple(range(group.channels // 2)) for name, group in traced.groups.items()})
+small = apply(net, traced, plan)
+module.MOST_BYTES = int(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fits = module.refit(small, net, traced, plan, batches)
+print(len(fits), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+def test_memory_is_limited():
+    peaks = []
+    for most in (1 << 40, 1 << 27):
+        done = subprocess.run([sys.executable, "-c", PEAK, str(most)], capture_output=True, check=True)
+        fits, peak = map(int, done.stdout.split())
+        assert fits == 4
+        peaks.append(peak)
+    assert peaks[1] < (1 << 27) + (1 << 28) < peaks[0]  # one batch runs while the others are paused
+
+
+def test_sites_state_the_bytes_in_use():
+    net = shrinking()
+    weights = {module.weight: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    images = torch.randn(4, 3, 16, 16)
+    sizes = [site.size for site in find_sites(net, images, weights)]
+    pixel, inputs = 4 * 16 * 16 * 4, 4 * 3 * 16 * 16 * 4  # bytes of a channel, and of the inputs
+    assert sizes[0] == 16 * pixel + inputs
+    assert sizes[1] == 16 * pixel + inputs + 8 * pixel // 16  # the ReLU's input is no longer in use
+    assert sizes[2] == inputs + 16 * pixel // 16
