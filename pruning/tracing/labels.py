@@ -279,6 +279,17 @@ class Labels:
         for other in pieces[1:]:
             self.tie(pieces[0], other, FIXED_SIZE)
 
+    def tie_positions(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor:
+        """Tie the channels at all positions along dimensions of a table, of which code selects some.
+
+        Returns the labels with size 1 along these dimensions: one row stands for all.
+        """
+        for dim in dims:
+            row = labels.narrow(dim, 0, 1)
+            self.tie(row.expand_as(labels), labels, reason)
+            labels = row
+        return labels
+
     def tie_neighbors(self, labels: Tensor, dim: int, step: int) -> None:
         """Tie each `step` successive labels along a dimension, of which code selects every `step`-th."""
         by_place = labels.movedim(dim, -1).reshape(-1, step)
@@ -304,7 +315,8 @@ class Labels:
             labels: of the operand. sized: labels along the dimensions whose sizes were given.
         """
         self.found.sized.append(labels.flatten().numpy())
-        if sized is not None:
+        table = self.found.axes is not None and len(varying(labels)) > 1 and not self.is_grid(labels)
+        if sized is not None and not table:  # the rows of a table are not channels
             for vector in self.vectors(sized).values():
                 self.found.extents.append(Extent(self.path[-1][0], vector.numpy()))
 

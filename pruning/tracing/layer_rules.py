@@ -208,8 +208,11 @@ def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -
             f"its channels do not lie along the dimension that {call.name} reads",
         )
         return labels.vectors(arriving).get(index)
-    if any(d != index for d in varying(arriving)):
-        reason = f"its channels do not lie along the dimension that {call.name} reads"
+    others = [d for d in varying(arriving) if d != index]
+    reason = f"its channels do not lie along the dimension that {call.name} reads"
+    if others and index in varying(arriving):  # a parameter: learned queries
+        arriving = labels.tie_positions(arriving, others, reason)
+    elif others:
         labels.fix(arriving, reason)
         return None
     return vector_along(arriving, index, x.shape[index])

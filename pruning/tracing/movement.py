@@ -83,7 +83,9 @@ def split(labels: Labels, op: Operation, first: Tensor) -> None:
         if alone and step > 1 and not x.shape[dim] % step:
             labels.note_positions(_counted(first, dim, start, lengths), reason)
             labels.tie_neighbors(first, dim, step)
-        elif pieces[0].ndim < x.ndim or step != 1 or not (alone or equal):
+        elif not alone and (len(pieces) == 1 or not equal):  # of a parameter or a buffer: a table
+            whole = labels.tie_positions(first, [dim], reason)
+        elif pieces[0].ndim < x.ndim or step != 1:
             labels.fix(first, reason)
             if grid:
                 labels.select_along(whole, [dim], reason)
@@ -136,7 +138,10 @@ def shift(labels: Labels, op: Operation, first: Tensor) -> None:
     """Roll, sort or gather along dimensions; fix channels that lie along one of them."""
     dims = op.given.get("dims", op.given.get("dim", []))
     touched = {d % first.ndim for d in ([dims] if isinstance(dims, int) else dims)}
-    if not touched or touched & set(varying(first)):
+    along = touched & set(varying(first))
+    if along and len(varying(first)) > len(along) and not labels.is_grid(first):  # of a table
+        first = labels.tie_positions(first, along, f"{labels.where()} rearranges its channels by position")
+    elif not touched or along:
         labels.fix_along(first, touched, f"{labels.where()} rearranges its channels by position")
         if not labels.is_grid(first):
             return
@@ -152,9 +157,12 @@ def index(labels: Labels, op: Operation, first: Tensor) -> None:
     used = [d for d, each in enumerate(indices) if each is not None]
     integer = all(each is None or each.dtype == torch.long for each in indices)
     taken, axes = set(used) & set(varying(first)), labels.found.axes
-    if taken and integer and axes is not None and len(varying(first)) > len(taken):
+    if taken and integer and len(varying(first)) > len(taken):
         reason = f"{labels.where()} picks from it by position"
-        first = labels.select_along(first, taken, reason)
+        if axes is not None and labels.is_grid(first):
+            first = labels.select_along(first, taken, reason)
+        else:  # a parameter or a buffer, such as a table of positions
+            first = labels.tie_positions(first, taken, reason)
         taken = set()
     if not integer or taken or used != list(range(used[0], used[-1] + 1)):
         return labels.fix(first, f"{labels.where()} picks from it by position")

@@ -65,6 +65,9 @@ def tie_multihead(
     inputs = [labels.found.sides[each, "in"].labels for each in projections]
     for i, x in enumerate(read):
         arriving = labels.of(x)
+        others = [d for d in varying(arriving) if d != x.ndim - 1]
+        if arriving is not None and others and not labels.is_grid(arriving):  # learned queries
+            arriving = labels.tie_positions(arriving, others, reason)
         vector = labels.vectors(arriving).get(x.ndim - 1)
         if vector is None or varying(arriving) != [x.ndim - 1]:  # the columns of one weight are shared
             labels.fix(arriving, reason)

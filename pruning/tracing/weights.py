@@ -249,8 +249,12 @@ def _pass_through(
     """
     (name, module), (place, *dims) = layer, weight
     arriving = labels.of(x)
-    if set(varying(arriving)) - {dim % x.ndim}:
-        labels.fix(arriving, f"its channels do not lie along the dimension that {labels.where()} reads")
+    others = set(varying(arriving)) - {dim % x.ndim}
+    reason = f"its channels do not lie along the dimension that {labels.where()} reads"
+    if arriving is not None and len(varying(arriving)) > len(others) > 0 and not labels.is_grid(arriving):
+        arriving = labels.tie_positions(arriving, others, reason)  # a parameter: learned queries
+    elif others:
+        labels.fix(arriving, reason)
         arriving = None
     end = dim - x.ndim
     whole: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}

@@ -1,0 +1,140 @@
+"""Tables of positions: parameters and buffers of which code selects rows before it adds them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pruning import Budget, prune, trace
+
+LONGEST, CHANNELS = 20, 12
+
+#: What code adds to x, (N, length, channels), of a table (1, LONGEST, channels).
+FORMS = {
+    "slice": lambda table, x: table[:, : x.shape[1]],
+    "slice of a row": lambda table, x: table[0, : x.shape[1]],
+    "from an offset": lambda table, x: table[:, 1 : x.shape[1] + 1],
+    "the last rows": lambda table, x: table[:, -x.shape[1] :],
+    "every second": lambda table, x: table[:, ::2][:, : x.shape[1]],
+    "positions": lambda table, x: table[:, torch.arange(x.shape[1])],
+    "positions of a row": lambda table, x: table[0][torch.arange(x.shape[1])],
+    "index_select": lambda table, x: table.index_select(1, torch.arange(x.shape[1])),
+    "one row": lambda table, x: table[:, 3].unsqueeze(1),
+    "rows of two uses": lambda table, x: table[:, :1] + table[:, 2 : x.shape[1] + 2],
+}
+
+
+class Positioned(nn.Module):
+    """A linear layer, a table of positions, and a layer that reads their sum."""
+
+    def __init__(self, form: str, learned: bool):
+        super().__init__()
+        self.form, self.first, self.last = form, nn.Linear(5, CHANNELS), nn.Linear(CHANNELS, 3)
+        table = torch.randn(1, LONGEST, CHANNELS)
+        if learned:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.relu(x + FORMS[self.form](self.table, x)))
+
+
+@pytest.mark.parametrize("length", [7, 10])
+@pytest.mark.parametrize("learned", [True, False], ids=["parameter", "buffer"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_channels_of_a_table_are_narrowed_in_all_rows(form, learned, length):
+    torch.manual_seed(0)
+    net, x = Positioned(form, learned), torch.randn(2, length, 5)
+    step = prune(net, x, Budget(channels="50%"), score="l2")
+    assert step.plan.widths == {"first": CHANNELS // 2} and not step.left_out
+    assert step.model.table.shape == (1, LONGEST, CHANNELS // 2)
+    dense, kept = copy.deepcopy(net), step.plan.keep["first"]
+    dropped = [c for c in range(CHANNELS) if c not in kept]
+    with torch.no_grad():
+        for tensor in (dense.first.weight, dense.first.bias):
+            tensor[dropped] = 0
+        dense.table[..., dropped] = 0
+        for other in (length, 3, 9):
+            inputs = torch.randn(2, other, 5)
+            torch.testing.assert_close(step.model(inputs), dense(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_which_code_selects_channels_by_position_is_not_narrowed():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.table = nn.Parameter(torch.randn(1, LONGEST, CHANNELS))
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(torch.relu(x + self.table[:, : x.shape[1], :8]))
+
+    found = trace(Part(), torch.randn(2, 7, 5))
+    assert not found.groups and "first" in found.skipped
+
+
+class Tutorial(nn.Module):
+    """The transformer of PyTorch's tutorial: embedding, sines of the positions, `nn.TransformerEncoder`."""
+
+    def __init__(self, batch_first: bool):
+        super().__init__()
+        self.embed, self.batch_first = nn.Embedding(30, 16), batch_first
+        angles = torch.arange(50)[:, None] * torch.exp(torch.arange(0, 16, 2) * (-math.log(1e4) / 16))
+        sines = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+        self.register_buffer("sines", sines[None] if batch_first else sines[:, None])
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.decode = nn.Linear(16, 30)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + (self.sines[:, : x.size(1)] if self.batch_first else self.sines[: x.size(0)])
+        return self.decode(self.encoder(x))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_residual_width_of_the_tutorials_transformer_is_narrowed(batch_first):
+    torch.manual_seed(0)
+    net, tokens = Tutorial(batch_first), torch.randint(0, 30, (7, 10))
+    found = trace(net, tokens)
+    assert {"embed/heads", "embed/width"} <= found.groups.keys()
+    step = prune(net, tokens, Budget(params="30%"), score="l2")
+    assert not step.left_out and step.model.sines.shape[-1] < 16
+    assert step.model(tokens[:5, :9]).shape == (5, 9, 30)
+
+
+class Queries(nn.Module):
+    """Learned queries that a layer reads as they are, and a transformer decoder, as in DETR."""
+
+    def __init__(self, read: str):
+        super().__init__()
+        self.read, self.embed = read, nn.Linear(5, 16)
+        self.queries = nn.Parameter(torch.randn(6, 16))
+        self.rows, self.columns = (nn.Parameter(torch.randn(9, 8)) for _ in range(2))
+        self.layer = {"linear": nn.Linear(16, 16), "norm": nn.LayerNorm(16), "attention": nn.Identity()}[read]
+        layer = nn.TransformerDecoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.decoder, self.last = nn.TransformerDecoder(layer, 1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        height, width = x.shape[1:3]
+        places = [self.columns[:width].expand(height, -1, -1),
+                  self.rows[:height].unsqueeze(1).repeat(1, width, 1)]  # fmt: skip
+        memory = self.embed(x).flatten(1, 2) + torch.cat(places, -1).flatten(0, 1)
+        queries = self.layer(self.queries)[None].repeat(len(x), 1, 1)
+        return self.last(self.decoder(queries, memory))
+
+
+@pytest.mark.parametrize("read", ["linear", "norm", "attention"])
+def test_learned_queries_are_narrowed(read):
+    torch.manual_seed(0)
+    net, x = Queries(read), torch.randn(2, 3, 4, 5)
+    step = prune(net, x, Budget(params="40%"), score="l2")
+    assert not step.left_out and step.difference < 1e-4
+    assert step.model.embed.out_features < 16
+    assert read == "linear" or step.model.queries.shape[1] < 16, "only layers and what they are added to are"
+    assert step.model(torch.randn(3, 5, 2, 5)).shape == (3, 6, 3)
