@@ -280,10 +280,7 @@ class Labels:
             self.tie(pieces[0], other, FIXED_SIZE)
 
     def tie_positions(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor:
-        """Tie the channels at all positions along dimensions of a table, of which code selects some.
-
-        Returns the labels with size 1 along these dimensions: one row stands for all.
-        """
+        """Tie the channels at all positions along dimensions of a table; return those of one row."""
         for dim in dims:
             row = labels.narrow(dim, 0, 1)
             self.tie(row.expand_as(labels), labels, reason)
