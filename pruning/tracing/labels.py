@@ -218,20 +218,6 @@ class Labels:
             self.note_sizes(labels, labels)
         return labels
 
-    def note_weighted(self, name: str, uses: float, positions: float, elements: int) -> None:
-        """Record that code multiplied by the weight of an inferred layer.
-
-        The operator's MACs were counted as those of no layer, which this corrects.
-
-        Args:
-            uses: number of times that each element of the weight is used.
-            positions: number of output positions. elements: number of elements of the weight.
-        """
-        before = self.found.uses.get(name, (0.0, 0.0))
-        self.found.uses[name] = before[0] + uses, before[1] + positions
-        self.found.other_macs -= uses * elements
-        self.found.calls[name] += 1
-
     # --- statistics over channels ----------------------------------------------------------
 
     def note_statistic(self, operand: Tensor, labels: Tensor) -> bool:
@@ -286,6 +272,18 @@ class Labels:
             self.tie(row.expand_as(labels), labels, reason)
             labels = row
         return labels
+
+    def row(self, labels: Tensor, dim: int, reason: str) -> Tensor | None:
+        """Return the labels that a layer reads along `dim`; tie the rows of a parameter, such as queries.
+
+        Channels that lie along another dimension, or a grid of them, are fixed, and the result is None.
+        """
+        dims = varying(labels)
+        others = [d for d in dims if d != dim]
+        if others and (dim not in dims or self.is_grid(labels)):
+            self.fix(labels, reason)
+            return None
+        return self.tie_positions(labels, others, reason)
 
     def tie_neighbors(self, labels: Tensor, dim: int, step: int) -> None:
         """Tie each `step` successive labels along a dimension, of which code selects every `step`-th."""

@@ -201,21 +201,12 @@ def _along(labels: Labels, call: LayerCall, arriving: Tensor | None, dim: int) -
         return None
     x = call.inputs[0]
     index = dim + x.ndim
-    if labels.is_grid(arriving):
-        labels.fix_along(
-            arriving,
-            [d for d in varying(arriving) if d > index],
-            f"its channels do not lie along the dimension that {call.name} reads",
-        )
-        return labels.vectors(arriving).get(index)
-    others = [d for d in varying(arriving) if d != index]
     reason = f"its channels do not lie along the dimension that {call.name} reads"
-    if others and index in varying(arriving):  # a parameter: learned queries
-        arriving = labels.tie_positions(arriving, others, reason)
-    elif others:
-        labels.fix(arriving, reason)
-        return None
-    return vector_along(arriving, index, x.shape[index])
+    if labels.is_grid(arriving):
+        labels.fix_along(arriving, [d for d in varying(arriving) if d > index], reason)
+        return labels.vectors(arriving).get(index)
+    row = labels.row(arriving, index, reason)
+    return None if row is None else vector_along(row, index, x.shape[index])
 
 
 BY_KIND: dict[Kind, LayerRule] = {

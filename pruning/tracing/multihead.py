@@ -9,7 +9,6 @@ from pruning.graph.inferred import infer_rule
 from pruning.graph.rule import Rule
 from pruning.tracing.labels import Labels
 from pruning.tracing.record import KnownSize, SideUse
-from pruning.tracing.ties import varying
 from pruning.utils.held_weight import held_weight
 
 #: The weights of a layer whose keys or values have other widths than its queries.
@@ -65,14 +64,11 @@ def tie_multihead(
     inputs = [labels.found.sides[each, "in"].labels for each in projections]
     for i, x in enumerate(read):
         arriving = labels.of(x)
-        others = [d for d in varying(arriving) if d != x.ndim - 1]
-        if arriving is not None and others and not labels.is_grid(arriving):  # learned queries
-            arriving = labels.tie_positions(arriving, others, reason)
-        vector = labels.vectors(arriving).get(x.ndim - 1)
-        if vector is None or varying(arriving) != [x.ndim - 1]:  # the columns of one weight are shared
+        row = None if arriving is None else labels.row(arriving, x.ndim - 1, reason)
+        vector = labels.vectors(row).get(x.ndim - 1)
+        if vector is None:  # the columns of one weight are shared
             labels.fix(arriving, reason)
             labels.fix(torch.from_numpy(inputs[i]), reason)
-            vector = None
         if i == 0:
             labels.fix(q, reason) if vector is None else labels.tie(vector, q, reason)
     counted = {"embed_dim": made[0], "kdim": inputs[1], "vdim": inputs[2]}

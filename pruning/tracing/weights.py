@@ -249,13 +249,9 @@ def _pass_through(
     """
     (name, module), (place, *dims) = layer, weight
     arriving = labels.of(x)
-    others = set(varying(arriving)) - {dim % x.ndim}
-    reason = f"its channels do not lie along the dimension that {labels.where()} reads"
-    if arriving is not None and len(varying(arriving)) > len(others) > 0 and not labels.is_grid(arriving):
-        arriving = labels.tie_positions(arriving, others, reason)  # a parameter: learned queries
-    elif others:
-        labels.fix(arriving, reason)
-        arriving = None
+    if arriving is not None:
+        reason = f"its channels do not lie along the dimension that {labels.where()} reads"
+        arriving = labels.row(arriving, dim, reason)
     end = dim - x.ndim
     whole: dict[Side, Tensor] = {side: labels.side(name, module, side, end) for side in ("in", "out")}
     sides = {side: held[place.positions(d)] for (side, held), d in zip(whole.items(), dims, strict=True)}
@@ -266,6 +262,21 @@ def _pass_through(
     transposed = op.name == "convolution" and op.given["transposed"]
     uses = x.numel() / sides["in"].numel() if transposed else positions
     share = (sides["in"].numel() * sides["out"].numel()) / (whole["in"].numel() * whole["out"].numel())
-    labels.note_weighted(name, uses * share, positions * share, labels.weights.parameter(place).numel())
+    elements = labels.weights.parameter(place).numel()
+    _count(labels, name, uses * share, positions * share, elements)
     labels.put(op.output, spread(sides["out"], op.output.ndim, dim))
     return sides["out"]
+
+
+def _count(labels: Labels, name: str, uses: float, positions: float, elements: int) -> None:
+    """Count the MACs of a product as those of an inferred layer; they were counted as those of no layer.
+
+    Args:
+        uses: number of times that each element of the weight is used.
+        positions: number of output positions. elements: number of elements of the weight.
+    """
+    found = labels.found
+    before = found.uses.get(name, (0.0, 0.0))
+    found.uses[name] = before[0] + uses, before[1] + positions
+    found.other_macs -= uses * elements
+    found.calls[name] += 1
