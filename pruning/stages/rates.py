@@ -14,6 +14,9 @@ from pruning.training.batches import length
 from pruning.training.range_test import range_test, rate_of_longer, recovery_rate
 from pruning.utils import distributed
 
+#: Stage 3 of a trained network takes at most this multiple of the rate of an untrained one.
+MOST = 1.5
+
 
 def choose_rates(state: Pipeline) -> None:
     """Say what is known of the given network, and set the rates of all stages."""
@@ -42,7 +45,7 @@ def _rate_of_stage_3(state: Pipeline) -> float | None:
         return None
     untrained = state.config.with_rates().finetune
     steps = untrained.epochs * ((length(state.batches) or 0) // untrained.accumulate)
-    return rate_of_longer(state.given.rate, steps, most=untrained.peak)
+    return rate_of_longer(state.given.rate, steps, most=MOST * untrained.peak)
 
 
 def _pruned_at_once(state: Pipeline) -> nn.Module:

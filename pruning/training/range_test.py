@@ -138,7 +138,7 @@ def rate_of_longer(rate: float, steps: int, most: float) -> float:
 
     Args:
         rate: result of `recovery_rate`. steps: optimizer steps of the training.
-        most: rate of an untrained network, above which the result only is if `rate` is.
+        most: limit of the result, above which it only is if `rate` is.
 
     >>> rate_of_longer(0.01, 16 * TRIAL, 0.2), rate_of_longer(0.1, 16 * TRIAL, 0.2)
     (0.04, 0.2)

@@ -117,7 +117,7 @@ def test_a_trained_network_keeps_its_accuracy_and_stage_1_stays_within_the_budge
              for stage in (1, 2, 3)}  # fmt: skip
     gentle, rate = result.reference.gentle, result.reference.rate
     assert rates[1] <= gentle <= rate and rates[2] <= rate / 2
-    assert rates[3] <= rate_of_longer(rate, 2 * len(batches()), most=0.2)
+    assert rates[3] <= rate_of_longer(rate, 2 * len(batches()), most=0.3)
     met = [e["validation"] for e in events if e["stage"] in ("stage 2, iteration 2/2", "stage 3, fine-tune")]
     assert result.score == max(met), "the best of all that met the budget"
 
