@@ -30,7 +30,9 @@ def load_pruned(path: Any, factory: Callable[..., nn.Module] | None = None, devi
         found = operator.attrgetter(name)(importlib.import_module(module))
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise ValueError(f"{content['class']!r} is not a subclass of nn.Module; give a factory")
-    model = found(**(content["arguments"] if factory is None or takes(factory, content["arguments"]) else {}))
+    if factory is None and not takes(found, content["arguments"]):
+        raise ValueError(f"{path} does not hold all arguments of {content['class']!r}; give a factory")
+    model = found(**(content["arguments"] if takes(found, content["arguments"]) else {}))
     try:
         rebuild(model, content)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:

@@ -207,6 +207,23 @@ def test_a_config_that_the_class_does_not_accept_is_not_stored(tmp_path):
         assert loader(tmp_path / "net.pth", lambda: Weighed()).first.kernel_size == (3, 3)
 
 
+class Required(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.layer = made()
+
+
+def test_a_class_that_the_stored_arguments_do_not_make_needs_a_factory(tmp_path):
+    def factory():
+        return Required(lambda: nn.Linear(2, 2))
+
+    save(tmp_path / "net.pth", factory())
+    for loader in (load, load_pruned):
+        with pytest.raises(ValueError, match="factory"):
+            loader(tmp_path / "net.pth")
+        assert loader(tmp_path / "net.pth", factory).layer.in_features == 2
+
+
 def test_extra_state_is_stored_if_it_is_plain_data(tmp_path):
     save(tmp_path / "net.pth", Stateful())
     for loader in (load, load_pruned):

@@ -156,7 +156,7 @@ def data_of(args: argparse.Namespace) -> Data | None:
 
 
 def required_data(args: argparse.Namespace) -> Data:
-    """Return the data that flags name, or else the checkpoint of --weights.
+    """Return the data that flags name, or else the checkpoint.
 
     Raises:
         PruningError: neither does, or the checkpoint names a factory, which is not imported.
@@ -167,7 +167,7 @@ def required_data(args: argparse.Namespace) -> Data:
         raise PruningError("data is needed: --data NAME, FOLDER or module:factory (see docs/your-model.md)")
     if flags.cutout is not None and flags.data not in BUILT_IN:
         raise PruningError(f"--cutout is for named data sets ({', '.join(BUILT_IN)}); {flags.data} is none")
-    stored = stored_facts(getattr(args, "weights", None) or getattr(args, "checkpoint", None))
+    stored = stored_facts(_checkpoint(args))
     data = make_data(
         flags.data,
         folder=flags.data_dir,
@@ -190,14 +190,20 @@ def required_data(args: argparse.Namespace) -> Data:
 
 
 def _recorded_data(args: argparse.Namespace) -> str | None:
-    """The data that the checkpoint of --weights was made with; a factory of the user's is not imported."""
-    name = stored_facts(getattr(args, "weights", None)).get("dataset")
+    """The data that the checkpoint was made with; a factory of the user's is not imported."""
+    path = _checkpoint(args)
+    name = stored_facts(path).get("dataset")
     if not isinstance(name, str):
         return None
     if not (name in BUILT_IN or Path(name).is_dir()):
         raise PruningError(f"data is needed: --data (the checkpoint was made with {name!r})")
-    print(f"data {name!r}, as {args.weights} says")
+    print(f"data {name!r}, as {path} says")
     return name
+
+
+def _checkpoint(args: argparse.Namespace) -> Path | None:
+    """The file that a command reads its network from: --weights, or the checkpoint that it names first."""
+    return getattr(args, "weights", None) or getattr(args, "checkpoint", None)
 
 
 def _preprocessing(flags: DataFlags, stored: Stored) -> Preprocessing:

@@ -67,7 +67,7 @@ class DataFlags:
         Setting(
             "mnist, fashion-mnist, kmnist, cifar10, cifar100; an image folder with one subfolder per class "
             "(or train, val and test, each of such); or module:factory that returns train, validation and "
-            "test batches (default: the folder or named data set that the checkpoint of --weights says)",
+            "test batches (default: the folder or named data set that the checkpoint says)",
             metavar="NAME",
         ),
     ] = None

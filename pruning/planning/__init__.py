@@ -9,7 +9,7 @@ from pruning.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pruning.planning.budget import Budget, LatencyBudget
-    from pruning.planning.cost import Cost, CostModel, count, uncounted
+    from pruning.planning.cost import Cost, CostModel, count, deployed_cost, uncounted
     from pruning.planning.curves import Sensitivity
     from pruning.planning.layer_times import LatencyTable
     from pruning.planning.options import PlanOptions
@@ -27,6 +27,7 @@ __all__ = [
     "PlanOptions",
     "Sensitivity",
     "count",
+    "deployed_cost",
     "joint",
     "plan_within",
     "score_channels",

@@ -41,7 +41,8 @@ class PlanOptions:
             group that has fewer.
         most: largest share of a group's channels that one plan drops, 0 to 1.
         multiple: widths are multiples of this number of channels, or the full width, or a given floor.
-        widths: exact widths of some groups: a count, or a percentage of the group's channels.
+        widths: exact widths of some groups: a count, which goes before `multiple`, `floor` and `most`, or a
+            percentage of the group's channels, which is rounded to `multiple`.
         alike: names or patterns, or several of them joined by commas; the groups that match one of them get
             one width, so that a configuration can state it. Groups of different numbers of channels keep one
             share of them.

@@ -40,20 +40,26 @@ def width_range(trace: Trace, scored: Container[str], options: PlanOptions) -> t
     lowest = lowest_widths(trace, scored, options)
     highest = np.array([group.channels for group in trace.groups.values()], dtype=np.float64)
     exact: dict[str, int | str] = per_group(options.widths or {}, list(trace.groups))
+    multiples = width_multiples(trace, options).astype(int).tolist()
     for i, (name, group) in enumerate(trace.groups.items()):
         if name in exact:
-            lowest[i] = highest[i] = _exact_width(group, exact[name])
+            lowest[i] = highest[i] = _exact_width(group, exact[name], multiples[i])
     return lowest, highest
 
 
-def _exact_width(group: Group, wanted: int | str) -> int:
-    """Convert an exact width, a count or a percentage, to a number of channels."""
+def _exact_width(group: Group, wanted: int | str, multiple: int) -> int:
+    """Convert an exact width to a number of channels: a count, or a percentage, rounded to a multiple."""
     text, channels = str(wanted).strip(), group.channels
+    said = f"width {wanted!r} of group {group.name!r}: expected"
     try:
-        width = round(float(text[:-1]) / 100 * channels) if text.endswith("%") else int(text)
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            width = max(1, round(share * channels / multiple)) * multiple if 0 < share <= 1 else 0
+            width = channels if share == 1 else min(width, channels)
+        else:
+            width = int(text)
     except ValueError:
         width = 0
-    said = f"width {wanted!r} of group {group.name!r}: expected"
     if not 1 <= width <= channels:
         raise PruningError(f"{said} a count from 1 to {channels}, or a percentage")
     if width % group.multiple and width < channels:

@@ -12,6 +12,7 @@ from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply
 from pruning.surgery.verify import compare_with_masked
 from pruning.tracing.bisection import faulty_groups, structure_of
+from pruning.tracing.operators import registered_operators
 from pruning.utils.tree import Inputs
 
 
@@ -32,9 +33,11 @@ def groups_at_fault(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) 
         return compare_with_masked(model, apply(model, trace, part), trace, part, inputs)[0]
 
     structures = {name: structure_of(model, trace, trace.groups[name]) for name in narrowed}
+    cause = "its code may use the width as a number. Use a constant in its place to let it be pruned"
+    if registered := registered_operators():
+        cause = f"the rule that was registered for {' or '.join(registered)} may be wrong, or {cause}"
     return {
-        name: f"with fewer channels, the model does not compute what the masked one does ({why}): its code "
-        "may use the width as a number. Use a constant in its place to let it be pruned"
+        name: f"with fewer channels, the model does not compute what the masked one does ({why}): {cause}"
         for name, why in faulty_groups(problem, narrowed, structures).items()
     }
 

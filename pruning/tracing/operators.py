@@ -250,6 +250,11 @@ def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -
     return handle
 
 
+def registered_operators() -> list[str]:
+    """Return the names of the operators that have a registered rule."""
+    return list(dict.fromkeys(name for name, _ in _REGISTERED.values()))
+
+
 def rule_for(name: str) -> OperatorRule | None:
     """Return the rule for an operator: registered, of `RULES`, or by torch's tags; None if there is none."""
     registered = [rule for known, rule in _REGISTERED.values() if known == name]

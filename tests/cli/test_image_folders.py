@@ -84,6 +84,8 @@ def test_a_checkpoint_needs_no_flags_again(photos, tmp_path):
         stored = json.loads(archive.read(name))
     assert stored["class_names"] == ["a", "bb", "cccc"] and stored["input_shape"] == [3, 12, 12]
     assert stored["preprocessing"]["augment"] == "flip" and 0 <= stored["given_accuracy"] <= 1
+    code, out, err = photos("export", "run/best.pth", "--to", "onnx", "--int8")
+    assert code == 0 and stated in out and "best.int8.onnx: validation accuracy" in out, err
     code, out, err = photos("demo", "run/best.pth")
     assert code == 0 and "cccc" in (tmp_path / "run" / "best.html").read_text(), err
 

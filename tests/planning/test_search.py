@@ -320,3 +320,18 @@ def test_exchanges_respect_floors_caps_multiples_and_exact_widths(seed):
     for group, width in widths.items():
         assert width % 2 == 0 or width in (3, full[group])
         assert width >= max(3, full[group] / 2)
+
+
+def test_a_width_given_as_a_share_is_rounded_to_the_multiple_and_a_count_is_exact():
+    _, traced, cost_model = traced_net("residual")
+    scores = {g: torch.rand(group.channels) for g, group in traced.groups.items()}
+    full = dict(zip(cost_model.groups, cost_model.full, strict=True))
+    everything = Budget(macs="100%").resolve(cost_model(cost_model.full))
+    for share in (10, 40, 65, 90, 100):
+        options = PlanOptions(multiple=4, widths={"*": f"{share}%"})
+        for group, width in plan_within(everything, traced, cost_model, scores, options).widths.items():
+            wanted = full[group] * share / 100
+            assert width == full[group] if share == 100 else width % 4 == 0 or width == full[group]
+            assert abs(width - wanted) <= 2 or width == min(4, full[group]) or width == full[group]
+    options = PlanOptions(multiple=4, floor=4, widths={"*": 3})
+    assert set(plan_within(everything, traced, cost_model, scores, options).widths.values()) == {3}

@@ -315,3 +315,32 @@ def test_an_error_in_a_registered_rule_is_not_attributed_to_the_model():
         pytest.raises(PruningError, match=r"could not be followed: KeyError.*error in a registered rule"),
     ):
         trace(nets.make("lenet"), nets.images())
+
+
+@torch.library.custom_op("registration::turn", mutates_args=())
+def turn(x: torch.Tensor) -> torch.Tensor:
+    return x.roll(1, 1)
+
+
+turn.register_fake(torch.empty_like)
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(turn(self.first(x)))
+
+
+def test_a_group_that_fails_the_check_is_left_out_with_the_registered_rule_named():
+    def same(labels, operation):
+        labels.put(operation.output, labels.of(operation.operands[0]))
+
+    budget = Budget(channels="50%")
+    with (
+        register_operator("registration::turn", same),
+        pytest.raises(PruningError, match="the rule that was registered for registration::turn may be wrong"),
+    ):
+        prune(Turned(), torch.randn(3, 4), budget, score="l2")

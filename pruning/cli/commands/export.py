@@ -29,8 +29,8 @@ WORTH_TRAINING = 0.002
 def execute(args: argparse.Namespace) -> None:
     flags = read_flags(ExportFlags, args)
     wanted = flags.int8 or flags.int8_faster
-    if wanted and (flags.to != "onnx" or args.data is None):
-        raise PruningError("--int8 needs --to onnx and --data to calibrate on: add them")
+    if wanted and flags.to != "onnx":
+        raise PruningError("--int8 needs --to onnx: add it")
     if flags.optimize and flags.to != "onnx":
         raise PruningError("--optimize is for --to onnx: add it, or leave out --optimize")
     path: Path = args.checkpoint
@@ -39,7 +39,8 @@ def execute(args: argparse.Namespace) -> None:
     if output.exists() and output.samefile(path):
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
-    data = build.data_of(args)  # should it be refused, nothing has been written
+    # Should it be refused, nothing has been written.
+    data = build.required_data(args) if wanted else build.data_of(args)
     metadata |= _facts(args, content, data)
     dynamic = dynamic_of(flags.dynamic)
     examples = example_inputs(args, model, flags.input, content, data)
