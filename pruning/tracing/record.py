@@ -107,6 +107,7 @@ class Flow:
         reshapes: the reshapes of the pass in eval mode.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
+        biases: labels of vectors outside layers that code adds to products, and those of the products.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -135,6 +136,7 @@ class Flow:
     reshapes: Reshapes = field(default_factory=Reshapes)
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
+    biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def channels(self, labels: np.ndarray) -> np.ndarray:
         """Return, after the pass, the final labels that each label stands for, (labels, most), padded."""

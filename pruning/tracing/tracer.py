@@ -75,6 +75,8 @@ class Tracer(TorchDispatchMode):
         owned: set[int] = set()
         for name, module in probe.named_modules():
             owned.update(self._hook(name, module))
+        # Code outside a layer may read its bias or its scales, which are then as any other parameter.
+        owned -= {id(p) for p in probe.parameters() if id(p) in self.owners and p.ndim == 1}
         loose = {
             id(tensor): name
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
@@ -329,8 +331,9 @@ class Tracer(TorchDispatchMode):
         for owner, place in self.multiplied:
             if place is None or (place.full_name, "in") not in self.found.sides:
                 self.found.read_elsewhere.add(owner)
-        for (name, _), use in self.found.sides.items():
-            if name in self.found.read_elsewhere:
-                reason = f"the code of another module reads what {name} holds"
+        for (name, side), use in self.found.sides.items():
+            layer = name.rpartition(".")[0] if side == "self" else name
+            if layer in self.found.read_elsewhere and (side != "self" or (layer, "out") in self.found.sides):
+                reason = f"the code of another module reads what {layer} holds"
                 self.labels.fix(torch.from_numpy(use.labels), reason)
         self.labels.close_slices(lambda name, value: any(attributes_with(submodule(self.probe, name), value)))

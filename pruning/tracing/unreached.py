@@ -11,8 +11,8 @@ from pruning.graph.computed import SPECTRAL, has_spectral_norm
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
-from pruning.tracing.labels import MOST_ELEMENTS
 from pruning.tracing.record import Flow
+from pruning.tracing.tables import MOST_ELEMENTS
 from pruning.utils.modules import submodule
 
 _OTHER_CODE = (
