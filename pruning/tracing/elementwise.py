@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pruning.tracing.labels import Labels
 from pruning.tracing.operation import Operation
-from pruning.tracing.products import grid_pointwise, label_uniform
+from pruning.tracing.products import AxesNeeded, grid_pointwise, label_uniform
 from pruning.tracing.ties import compact, varying
 
 
@@ -92,6 +92,21 @@ def _add_tables(labels: Labels, op: Operation, several: list[list[Tensor]]) -> N
     labels.tables.put_others(op.output, apart[1:])
 
 
+def _is_outer(shape: list[int], shape_of_other: list[int], found: Tensor, other: Tensor) -> bool:
+    """Whether each of two tensors has one position along the dimension of the channels of the other."""
+    ours, others = varying(found), varying(other)
+    return all(shape_of_other[d] == 1 for d in ours) and all(shape[d] == 1 for d in others)
+
+
+def _share_rows(labels: Labels, table: Tensor, other: Tensor) -> bool:
+    """Whether elements of a table share the channels of an activation along its other dimensions."""
+    if not labels.tables.hold(table) or labels.tables.hold(other):
+        return False
+    name = labels.tables.name_of(table)
+    labels.found.rows.add(name)
+    return name in labels.found.shared_rows
+
+
 def _along_one_dimension(
     labels: Labels, op: Operation, aligned: list[Tensor | None], tables: list[bool]
 ) -> None:
@@ -124,13 +139,23 @@ def _along_one_dimension(
                 labels.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
             labels.fix(result, f"{combines} with a tensor of fixed size")
-        elif set(varying(other)) <= set(channel_dims) and wide == channel_dims:
+        elif set(varying(other)) <= set(channel_dims) and (
+            wide == channel_dims or _share_rows(labels, result, other)
+        ):
             labels.tie(result, other, f"{combines} with a tensor of fixed size")
             if op.name == "add" and id(op.operands[i]) in labels.loose and len(channel_dims) == 1:
                 labels.found.biases.append((other.numpy().ravel(), result.numpy().ravel()))
+        elif not (tables[first] or tables[i]) and _is_outer(shapes[first], shapes[i], result, other):
+            if labels.found.axes is None:
+                raise AxesNeeded
+            result = labels.compose({**labels.vectors(result), **labels.vectors(other)}, rank)
+            assert result is not None
+            channel_dims = varying(result)
         else:
             for each in (result, other):
                 labels.fix(each, f"{combines} with channels along another dimension")
-    if len(channel_dims) > 1:  # of a parameter: after the ties its channels may lie along one dimension
+    if len(channel_dims) > 1 and not labels.is_grid(
+        result
+    ):  # of a parameter: after the ties its channels may lie along one dimension
         result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
     return labels.put(op.output, result)

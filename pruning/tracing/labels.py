@@ -66,7 +66,7 @@ class Labels:
                 labels = self.found.ties.new(tensor.numel())
                 self.found.sides[name, "self"] = SideUse(labels.reshape(tensor.shape), 0)
             known = torch.from_numpy(self.found.sides[name, "self"].labels)
-            self.tables.note(known.numpy())
+            self.tables.note(name, known.numpy())
         return known
 
     def _of_layer(self, name: str, parameter: Tensor) -> Tensor | None:

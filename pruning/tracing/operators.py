@@ -52,6 +52,14 @@ def join(labels: Labels, op: Operation) -> None:
     if stacked:
         found = [None if x is None else x.unsqueeze(dim) for x in found]
     sizes = [1 if stacked else piece.shape[dim] for piece in pieces]
+    if any(varying(x) and dim not in varying(x) for x in found):
+        joins = f"{labels.where()} joins its positions with channels"
+        found = [  # tokens of a table, such as registers, among tokens that hold channels
+            labels.tie_positions(x, [dim], joins)
+            if x is not None and labels.tables.hold(x) and dim in varying(x) and len(varying(x)) > 1
+            else x
+            for x in found
+        ]
     across = next((x for x in found if x is not None and set(varying(x)) - {dim}), None)
     if across is None:
         column = [

@@ -221,17 +221,19 @@ def _candidates(
 ) -> Iterator[tuple[WidthAttribute, ...]]:
     """Yield sets of attributes that the code may read a group's sizes from, likely ones first.
 
-    Modules of one type read a size from the same attribute, so that many blocks have as few sets as one.
+    Modules of one type, and of one place in blocks that are numbered, read a size from the same attribute, so
+    that many blocks have as few sets as one.
 
     Args:
         name: of the group. known: attributes that are known to follow, by module and name.
     """
-    alike: dict[Kind, list[tuple[WidthAttribute, ...]]] = {}
+    alike: dict[tuple[Kind, str], list[tuple[WidthAttribute, ...]]] = {}
     for size in sizes:
         held = [a for a in _held(model, size, reads) if (a.module, a.attribute) not in known]
         if held:
             held.sort(key=lambda attribute: not _fits_name(name, attribute.attribute))
-            alike.setdefault(_kind(model, tuple(held)), []).append(tuple(held))
+            place = re.sub(r"\d+", "", size.module)
+            alike.setdefault((_kind(model, tuple(held)), place), []).append(tuple(held))
     choices: list[list[tuple[WidthAttribute, ...]]] = []
     for several in alike.values():
         single = [tuple(each) for each in zip(*several, strict=True)]

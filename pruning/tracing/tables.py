@@ -22,11 +22,13 @@ class Tables:
 
     def __init__(self) -> None:
         self._ends: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self._others = WeakTensorKeyDictionary()
 
-    def note(self, labels: np.ndarray) -> None:
+    def note(self, name: str, labels: np.ndarray) -> None:
         """Record the labels of a table, which are successive numbers."""
-        self._ends.setdefault(int(labels.flat[0]), int(labels.flat[0]) + labels.size)
+        first = int(labels.flat[0])
+        self._ends[first], self._names[first] = first + labels.size, name
 
     def hold(self, labels: Tensor | None) -> bool:
         """Whether all labels of a tensor are those of tables, so that equal labels mean equal values."""
@@ -37,6 +39,10 @@ class Tables:
         ends = np.fromiter((self._ends[start] for start in starts.tolist()), dtype=np.int64)
         place = np.searchsorted(starts, flat, side="right") - 1
         return bool(((flat != NONE) & (place >= 0) & (flat < ends[place])).all())
+
+    def name_of(self, labels: Tensor) -> str:
+        """Return the name of the table that holds the labels of a tensor, see `hold`."""
+        return self._names[max(start for start in self._ends if start <= int(labels.min()))]
 
     def put_others(self, tensor: object, others: list[Tensor]) -> None:
         """Set the labels of the other tables of which a tensor is the sum."""
