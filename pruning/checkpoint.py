@@ -7,9 +7,10 @@
 
 Loading calls the class with the arguments, and sets the channel counts of every layer from `layers`: a
 pruned network loads even if its class cannot build narrow layers. `folded` names the modules that are
-`nn.Identity`. `sizes` are the attributes by which a module's own code views or splits channels. `buffers`
-are those with persistent=False, which a state dict omits although they may hold channels. Loading needs
-only torch and the class (`pruning/load_pruned.py`).
+`nn.Identity`, `branches` those that return zeros, with the number of their outputs. `sizes` are the
+attributes by which a module's own code views or splits channels. `buffers` are those with persistent=False,
+which a state dict omits although they may hold channels. Loading needs only torch and the class
+(`pruning/load_pruned.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
 from pruning.graph.layers import is_inferred, is_registered, rule_for
-from pruning.load_pruned import REMOVED, rebuild, takes
+from pruning.load_pruned import REMOVED, NoBranch, rebuild, takes
 from pruning.surgery.width_attributes import changed_attributes
 from pruning.utils.files import read_plain, replace_file
 from pruning.utils.wrappers import unwrapped
@@ -223,6 +224,7 @@ def describe(model: nn.Module) -> dict[str, object]:
     return {
         "layers": _channel_counts(model),
         "folded": [name for name, layer in everywhere if type(layer) is nn.Identity],
+        "branches": {name: layer.outputs for name, layer in everywhere if isinstance(layer, NoBranch)},
         "removed": {
             name: list(getattr(module, REMOVED))
             for name, module in model.named_modules()

@@ -90,10 +90,30 @@ def drop_blocks(model: nn.Module, name: str, numbers: Iterable[int]) -> None:
     setattr(blocks, REMOVED, sorted({*before, *gone}))
 
 
+class NoBranch(nn.Module):
+    """A residual branch that was removed: it returns zeros of the size of its first input.
+
+    `outputs` is the number of outputs in a tuple, of which the others are None; 0 for a tensor.
+    """
+
+    def __init__(self, outputs: int = 0):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return zeros."""
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+        zeros = torch.zeros_like(next(given))
+        return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
+
+
 def rebuild(model: nn.Module, content: Mapping[str, Any]) -> None:
     """Set the channel counts and weights of a dense network to those of a checkpoint, in place."""
     for name, numbers in sorted(content.get("removed", {}).items(), key=lambda item: item[0].count(".")):
         drop_blocks(model, name, numbers)
+    for name, outputs in content.get("branches", {}).items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, NoBranch(outputs))
     inputs = 0  # most input channels of a removed layer; the layer behind it receives these instead
     for name in content["folded"]:  # norms that are folded, and removed layers
         removed, (owner, _, attribute) = model.get_submodule(name), name.rpartition(".")

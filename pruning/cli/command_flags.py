@@ -43,8 +43,8 @@ class PruneFlags:
     remove: Annotated[
         list[str],
         Setting(
-            "whole layers, residual blocks or blocks of a transformer to remove first, by their names: "
-            "model.layers.5; with them alone, no budget is needed",
+            "whole layers, residual blocks or branches, or blocks of a transformer to remove first, by their "
+            "names: model.layers.5; with them alone, no budget is needed",
             metavar="LAYER",
             group="stage 2",
         ),

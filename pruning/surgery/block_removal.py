@@ -61,6 +61,14 @@ def blocks_of(model: nn.Module) -> Iterator[Block]:
             yield Block(f"{before}{number}", f"{before}{place}", holder, number)
 
 
+def dense_name(model: nn.Module, present: str) -> str:
+    """Return the name that a module had before blocks were removed from a model."""
+    for block in blocks_of(model):
+        if f"{present}.".startswith(f"{block.present}."):
+            return block.name + present[len(block.present) :]
+    return present
+
+
 def stream(
     args: Iterable[object], kwargs: Mapping[str, object], output: object
 ) -> tuple[Tensor, Tensor] | None:

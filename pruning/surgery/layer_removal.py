@@ -1,9 +1,10 @@
 """Remove whole layers: find the layers that can be removed, and build the model without one.
 
-Three kinds can be removed. A hidden layer whose channels a single layer reads: that layer is refitted by
+Four kinds can be removed. A hidden layer whose channels a single layer reads: that layer is refitted by
 least squares on calibration data to replace both (exact if the layers between them are linear). A residual
-block whose input can replace its output. And a block of a transformer, which is deleted from its list
-(`pruning.surgery.block_removal`). Training afterwards recovers accuracy.
+block whose input can replace its output. A block of a transformer, which is deleted from its list
+(`pruning.surgery.block_removal`). And a residual branch, such as the attention of a block alone, which
+is replaced by zeros (`pruning.surgery.branch_removal`). Training afterwards recovers accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pruning.errors import PruningError
 from pruning.graph.groups import Group, Trace
 from pruning.graph.layers import WEIGHTED, layer_width
 from pruning.surgery.apply import replace_module
-from pruning.surgery.block_removal import Block, removable_blocks
+from pruning.surgery.block_removal import Block, dense_name, removable_blocks
+from pruning.surgery.branch_removal import Branch, removable_branches
 from pruning.surgery.linear_form import weight_uses
 from pruning.utils.calls import Call, calls_of
 from pruning.utils.meta import Shapes, without_storage
@@ -42,16 +44,18 @@ class Removable:
     """A layer that can be removed.
 
     Attributes:
-        name: name of the hidden layer or the block, in the model with all blocks.
+        name: name of the hidden layer, the block or the branch, in the model with all blocks.
         bypassed: names of the modules that `nn.Identity` replaces.
         joined: name of the layer that is refitted; empty for a block.
         block: of a block that is deleted from its list, its place.
+        branch: of a residual branch, what takes its place.
     """
 
     name: str
     bypassed: tuple[str, ...]
     joined: str = ""
     block: Block | None = field(default=None, repr=False)
+    branch: Branch | None = field(default=None, repr=False)
 
 
 def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Removable]:
@@ -85,12 +89,22 @@ def removable(model: nn.Module, traced: Trace, inputs: Inputs) -> dict[str, Remo
             found[name] = candidate
     listed = removable_blocks(model, inputs, seen, traced.outputs, traced.ignored, identities=found)
     found.update({name: Removable(name, (), block=block) for name, block in listed.items()})
+    branches = removable_branches(model, inputs, seen, traced.outputs, traced.ignored)
+    wholes = [c.block.present if c.block else name for name, c in found.items() if not c.joined]
+    for name, branch in branches.items():
+        around = [modules[whole] for whole in wholes if f"{name}.".startswith(f"{whole}.")]
+        if not any(_is_all_of(modules[name], whole) for whole in around):
+            full = dense_name(model, name)
+            found[full] = Removable(full, (), branch=branch)
     # Of nested blocks return the innermost (a stage of blocks may also return its input).
-    blocks = [name for name, candidate in found.items() if not candidate.joined]
+    blocks = [name for name, candidate in found.items() if not (candidate.joined or candidate.branch)]
     return {
         name: candidate
         for name, candidate in found.items()
-        if candidate.joined or candidate.block or not any(other.startswith(f"{name}.") for other in blocks)
+        if candidate.joined
+        or candidate.block
+        or candidate.branch
+        or not any(other.startswith(f"{name}.") for other in blocks)
     }
 
 
@@ -118,11 +132,17 @@ def without_layer(
     )
     """
     model = unwrapped(model)
-    smaller = _bypassed(model, layer) if layer.block is None else layer.block.removed_from(model)
+    place = layer.block or layer.branch
+    smaller = _bypassed(model, layer) if place is None else place.removed_from(model)
     if layer.joined:
         _refit(model, smaller, layer, list(batches), traced.foldable.get(layer.joined))
     smaller.zero_grad(set_to_none=True)
     return smaller
+
+
+def _is_all_of(branch: nn.Module, block: nn.Module) -> bool:
+    """Whether a branch holds all matrices of a block, so that removing one of the two removes both."""
+    return {id(p) for p in block.parameters() if p.ndim > 1} <= {id(p) for p in branch.parameters()}
 
 
 def _hidden(

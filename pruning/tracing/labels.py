@@ -15,15 +15,12 @@ from pruning.graph.rule import Rule, Side
 from pruning.tracing.filled import FilledTensors
 from pruning.tracing.parameter_views import Weights
 from pruning.tracing.record import Extent, Flow, SideUse
+from pruning.tracing.tables import MOST_ELEMENTS, Tables
 from pruning.tracing.ties import NONE, spread, varying, vector_along
 from pruning.utils.held_weight import held_weight
 
 #: The reason for fixing channels that are tied to positions without a channel.
 FIXED_SIZE = "it is joined with a tensor of fixed size"
-
-#: Tensors outside the layers of the table (a layer scale, a position embedding) with more elements
-#: than this get no labels; channels that are combined with them are fixed.
-MOST_ELEMENTS = 1_000_000
 
 
 class Labels:
@@ -47,7 +44,7 @@ class Labels:
         #: By `id` of the bias of an inferred layer, the labels of the layer's outputs.
         self.own: dict[int, Tensor] = {}
         self._uniform = WeakTensorKeyDictionary()
-        self.filled = FilledTensors()
+        self.filled, self.tables = FilledTensors(), Tables()
         self._deferred = WeakTensorKeyDictionary()
         self._positions = WeakTensorKeyDictionary()
         #: The place of the running operator, if it computes statistics and outputs are compared.
@@ -69,6 +66,7 @@ class Labels:
                 labels = self.found.ties.new(tensor.numel())
                 self.found.sides[name, "self"] = SideUse(labels.reshape(tensor.shape), 0)
             known = torch.from_numpy(self.found.sides[name, "self"].labels)
+            self.tables.note(name, known.numpy())
         return known
 
     def _of_layer(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -110,14 +108,14 @@ class Labels:
 
     def put(self, tensor: object, labels: Tensor | None) -> None:
         """Set the labels of an output; fix them if it is no tensor or of another rank."""
+        self.tables.put_others(tensor, [])
         if not isinstance(tensor, Tensor):
             self.fix(labels, f"{self.where()} turns it into something other than a tensor")
         elif labels is not None and tensor.ndim == labels.ndim:
             self._of[tensor] = labels
         else:
             self.fix(labels, f"{self.where()} gives it another shape")
-            if tensor in self._of:
-                del self._of[tensor]
+            self._of.pop(tensor, None)
 
     def side(self, name: str, module: nn.Module, side: Side, dim: int) -> Tensor:
         """Return the labels of one side of a layer, (channels,); create them at its first use."""

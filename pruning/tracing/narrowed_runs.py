@@ -17,6 +17,7 @@ from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
 from pruning.surgery.verify import compare_with_masked, masked_outputs, with_random_weights
 from pruning.tracing.attribute_reads import attribute_reads
+from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import merged
@@ -196,9 +197,11 @@ class NarrowedRuns:
     ) -> str:
         traced, plan = self._narrower(names, sizes, share)
         problem = self._compared(self.model, traced, plan, rounding)
-        if problem or self.choices.keys().isdisjoint(names):
+        attention = (n in self.choices or is_along_axis(self.found, self.labels[n]) for n in names)
+        if problem or not any(attention):
             return problem
-        # With the given weights, the outputs may not depend on a scale: a head of zeros, for example.
+        # With the given weights, outputs may depend neither on a scale nor on how values are divided: a head
+        # of zeros, or weights so small that all tokens get the same attention.
         return self._compared(self._randomized, traced, plan, rounding)
 
     def _compared(self, model: nn.Module, traced: Trace, plan: Plan, rounding: float) -> str:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
 from pruning.tracing.assignment import accumulate, assign, put_indexed
-from pruning.tracing.elementwise import pointwise
+from pruning.tracing.elementwise import labels_of_all, pointwise
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.movement import (
     channel_shuffle,
@@ -52,6 +52,14 @@ def join(labels: Labels, op: Operation) -> None:
     if stacked:
         found = [None if x is None else x.unsqueeze(dim) for x in found]
     sizes = [1 if stacked else piece.shape[dim] for piece in pieces]
+    if any(varying(x) and dim not in varying(x) for x in found):
+        joins = f"{labels.where()} joins its positions with channels"
+        found = [  # tokens of a table, such as registers, among tokens that hold channels
+            labels.tie_positions(x, [dim], joins)
+            if x is not None and labels.tables.hold(x) and dim in varying(x) and len(varying(x)) > 1
+            else x
+            for x in found
+        ]
     across = next((x for x in found if x is not None and set(varying(x)) - {dim}), None)
     if across is None:
         column = [
@@ -282,5 +290,26 @@ def follow(labels: Labels, op: Operation) -> None:
     rule = rule_for(op.name)
     if rule is None:
         labels.fix_operands(op.name, op.operands)
-    else:
+        return
+    if rule is not pointwise:
+        for table in (t for t in op.operands if labels.tables.others(t)):
+            if len(op.operands) == 1 and isinstance(op.output, Tensor):
+                _follow_tables(labels, op, rule, labels_of_all(labels, table))
+                return
+            for other in labels.tables.others(table):
+                labels.fix(other, f"{labels.where()} uses a sum of tensors outside layers in {op.name}")
+    rule(labels, op)
+
+
+def _follow_tables(labels: Labels, op: Operation, rule: OperatorRule, tables: list[Tensor]) -> None:
+    """Apply a rule to each of the tables of which the operand is the sum."""
+    made = []
+    for each in tables:
+        labels.put(op.operands[0], each)
         rule(labels, op)
+        made.append(labels.of(op.output))
+    held = [found for found in made if found is not None]
+    labels.put(op.operands[0], tables[0])
+    labels.tables.put_others(op.operands[0], tables[1:])
+    labels.put(op.output, next(iter(held), None))
+    labels.tables.put_others(op.output, held[1:])

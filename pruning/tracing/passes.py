@@ -67,17 +67,21 @@ def flow(
 
 
 def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
-    """Repeat the pass until it has the labels that it needs: along single dimensions, of computed weights."""
-    axes, composed = False, dict[str, Composed]()
+    """Repeat the pass until it has the labels that it needs: along single dimensions, of weights, of rows."""
+    axes, composed, rows = False, dict[str, Composed](), frozenset[str]()
     while True:
+        again = partial(follow, axes=axes, composed=composed, rows=rows)
         try:
-            found = without_computing(partial(follow, axes=axes, composed=composed), model, inputs)
+            found = without_computing(again, model, inputs)
         except AxesNeeded:
             axes = True
             continue
-        if found.noted.keys() <= composed.keys():
+        if not found.noted.keys() <= composed.keys():
+            composed = {**found.noted, **composed}
+        elif more := found.rows - rows - composed.keys():
+            rows |= more
+        else:
             return found
-        composed = {**found.noted, **composed}
 
 
 def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> None:
@@ -87,7 +91,8 @@ def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, input
         probe = copied(model) if on_device else on_meta(model)
         with contextlib.suppress(Exception, AxesNeeded):  # the model need not take this size
             example = other if on_device else map_tensors(to_meta, other)
-            again = follow(probe, example, axes=found.axes is not None, composed=found.composed)
+            axes = found.axes is not None
+            again = follow(probe, example, axes=axes, composed=found.composed, rows=found.shared_rows)
             others.append(again.reshapes)
         if len(others) == _OTHER_SIZES:
             break
@@ -112,12 +117,13 @@ def _follow(
     also: tuple[Entry, ...],
     axes: bool,
     composed: dict[str, Composed],
+    rows: frozenset[str],
 ) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     found.axes = Axes(found.ties) if axes else None
-    found.composed = composed
+    found.composed, found.shared_rows = composed, rows
     with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)

@@ -92,8 +92,15 @@ def _note_macs(
     )
 
 
-def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], first: int) -> None:
-    """Apply an elementwise operator to a grid: tie the channels of other operands along its dimensions."""
+def grid_pointwise(
+    labels: Labels, op: Operation, aligned: list[Tensor | None], first: int, tables: list[bool]
+) -> None:
+    """Apply an elementwise operator to a grid: tie the channels of other operands along its dimensions.
+
+    Args:
+        aligned: labels of the operands, of the rank of the output. first: the grid among them.
+        tables: which operands are tables, whose elements are equal where their labels are.
+    """
     result = aligned[first]
     assert result is not None
     rank, combines = op.output.ndim, f"{labels.where()} combines it ({op.name})"
@@ -109,7 +116,7 @@ def grid_pointwise(labels: Labels, op: Operation, aligned: list[Tensor | None], 
         for d in wide:
             if d in arriving:
                 continue
-            if x.stride(d - rank) == 0:
+            if x.stride(d - rank) == 0 or tables[i]:
                 labels.note_sizes(vectors[d], vectors[d])
             else:
                 labels.fix(vectors[d], f"{combines} with a tensor of fixed size")

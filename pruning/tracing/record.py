@@ -105,8 +105,13 @@ class Flow:
         foreign: modules whose code calls operators of other libraries than torch.
         noted: parameters that have to be such layers in the next pass.
         reshapes: the reshapes of the pass in eval mode.
+        rows: tables that meet channels along one of their dimensions alone.
+        shared_rows: those of them whose elements along the other dimensions share the channels in this pass,
+            because no weight is computed from them.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
+        seen: by module, the labels of the channels of its outputs, each vector.
+        biases: labels of vectors outside layers that code adds to products, and those of the products.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -133,8 +138,12 @@ class Flow:
     noted: dict[str, Composed] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     reshapes: Reshapes = field(default_factory=Reshapes)
+    rows: set[str] = field(default_factory=set)
+    shared_rows: frozenset[str] = frozenset()
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
+    seen: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def channels(self, labels: np.ndarray) -> np.ndarray:
         """Return, after the pass, the final labels that each label stands for, (labels, most), padded."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.graph.groups import Group, Rescale
+from pruning.graph.groups import Group, Member, Reduction, Rescale
 from pruning.graph.layers import makes_channels, rule_for
 from pruning.graph.rule import Side
 from pruning.tracing.grouping import positions_by_group
@@ -42,7 +42,7 @@ def rescaling_choices(
         for reduction in summed:
             sets = found.channels(found.reductions[reduction.place].labels)
             counted = positions_by_group(sets, labels)
-            by_place.append((counted, list(_places(model, found, group, found.left[reduction.place]))))
+            by_place.append((counted, _places(model, found, group, reduction)))
         most = max(len(places) for _, places in by_place)
         choices[name] = [
             tuple(
@@ -61,8 +61,11 @@ def rescaling_choices(
 _Place = tuple[str, Side, Tensor, int]
 
 
-def _places(model: nn.Module, found: Flow, group: Group, left: np.ndarray) -> list[list[_Place]]:
-    """Return what may be multiplied together: a layer, with a bias outside it, or a norm."""
+def _places(model: nn.Module, found: Flow, group: Group, product: Reduction) -> list[list[_Place]]:
+    """Return what may be multiplied together: a layer, with biases outside it, or a norm behind it."""
+    left = found.left[product.place]
+    added = [own[is_among(made, left)] for own, made in found.biases]
+    left = np.unique(np.concatenate([left, *added]))
     makers: list[_Place] = []
     biases: list[_Place] = []
     for (name, side), use in found.sides.items():
@@ -75,11 +78,20 @@ def _places(model: nn.Module, found: Flow, group: Group, left: np.ndarray) -> li
     norms: list[_Place] = [
         (member.layer, member.side, member.index.unique(), member.dim)
         for member in group.members
-        if member.side == "self" or (member.side == "out" and _is_norm(submodule(model, member.layer)))
+        if _is_scale(model, found, member, product.module, left)
     ]
     return [*([maker, *biases] for maker in makers[-1:]), *([norm] for norm in norms)]
 
 
-def _is_norm(layer: nn.Module) -> bool:
-    rule = rule_for(layer)
-    return rule is not None and rule.kind == "norm"
+def _is_scale(model: nn.Module, found: Flow, member: Member, module: str, left: np.ndarray) -> bool:
+    """Whether a member may scale the left operand of a product: a norm of it, or a tensor beside it.
+
+    Args:
+        module: whose code multiplies. left: the labels of the operand.
+    """
+    if member.side == "self":
+        return f"{member.layer}.".startswith(f"{module}." if module else "")
+    rule = rule_for(submodule(model, member.layer)) if member.side == "out" else None
+    if rule is None or rule.kind != "norm":
+        return False
+    return bool(is_among(found.sides[member.layer, member.side].labels, left).any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -22,7 +22,13 @@ from pruning.utils.modules import submodule
 
 
 class Runs(Protocol):
-    """What runs narrowed copies of a model."""
+    """What runs narrowed copies of a model.
+
+    Attributes:
+        sizes: attributes that follow the widths in all runs.
+    """
+
+    sizes: tuple[WidthAttribute, ...]
 
     def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool: ...
 
@@ -66,10 +72,11 @@ def following(
             groups of similar blocks.
         reads: by module, the attributes that its code reads; others are not tried. By default, all are.
     """
+    known = {(size.module, size.attribute) for size in runs.sizes}
     candidates = {
         name: several
         for name, counted in sizes.items()
-        if (several := list(_candidates(model, counted, reads)))
+        if (several := list(_candidates(model, name, counted, reads, known)))
     }
     likely = {name: several[0] for name, several in candidates.items()}
     if not likely or runs.is_exact(likely):
@@ -210,15 +217,28 @@ def _held(model: nn.Module, size: CountedSize, reads: Reads | None) -> tuple[Wid
 
 
 def _candidates(
-    model: nn.Module, sizes: list[CountedSize], reads: Reads | None
+    model: nn.Module, name: str, sizes: list[CountedSize], reads: Reads | None, known: Set[tuple[str, str]]
 ) -> Iterator[tuple[WidthAttribute, ...]]:
-    """Yield sets of attributes that the code may read a group's sizes from, likely ones first."""
-    choices: list[list[tuple[WidthAttribute, ...]]] = []
+    """Yield sets of attributes that the code may read a group's sizes from, likely ones first.
+
+    Modules of one type, and of one place in blocks that are numbered, read a size from the same attribute, so
+    that many blocks have as few sets as one.
+
+    Args:
+        name: of the group. known: attributes that are known to follow, by module and name.
+    """
+    alike: dict[tuple[Kind, str], list[tuple[WidthAttribute, ...]]] = {}
     for size in sizes:
-        held = _held(model, size, reads)
+        held = [a for a in _held(model, size, reads) if (a.module, a.attribute) not in known]
         if held:
-            several = [held] if len(held) > 1 else []
-            choices.append([*((each,) for each in held), *several, ()])
+            held.sort(key=lambda attribute: not _fits_name(name, attribute.attribute))
+            place = re.sub(r"\d+", "", size.module)
+            alike.setdefault((_kind(model, tuple(held)), place), []).append(tuple(held))
+    choices: list[list[tuple[WidthAttribute, ...]]] = []
+    for several in alike.values():
+        single = [tuple(each) for each in zip(*several, strict=True)]
+        both = [merged(several)] if len(single) > 1 else []
+        choices.append([*single, *both, ()])
     for chosen in itertools.islice(itertools.product(*choices), MOST_CANDIDATES):
         if any(chosen):
             yield merged(chosen)

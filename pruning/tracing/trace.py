@@ -16,10 +16,11 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.graph.computed import SPECTRAL, can_be_narrowed, has_spectral_norm, refresh_computed
-from pruning.graph.groups import Group, Ignored, LayerUse, ProductUse, Trace
+from pruning.graph.groups import Group, Ignored, LayerUse, Member, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
     bias_of,
+    is_weighted,
     layer_width,
     makes_channels,
     parts,
@@ -35,7 +36,7 @@ from pruning.tracing.record import Flow
 from pruning.tracing.shared import loses_alike, shared_parameters, tie_shared
 from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import NONE
-from pruning.tracing.unreached import missed, unreached
+from pruning.tracing.unreached import adopt_unreached, missed, unreached
 from pruning.tracing.unread import Unread, find_unread
 from pruning.utils.batch import find_batch
 from pruning.utils.entries import Also, entries_of
@@ -115,7 +116,8 @@ def _probed(probe: WidthProbe, ignored_by: dict[str, str], compare: bool) -> Unr
     """
     model, found, groups = probe.model, probe.found, probe.groups
     bound, sizes = probe.code_bound()
-    sizes += probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2])
+    # Attributes of joined groups first: they count the channels of these, and not those of their parts.
+    sizes = (*probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2]), *sizes)
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
     sizes = merged((probe.known_sizes(), sizes))
@@ -156,6 +158,7 @@ def _prunable(
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     frozen |= {f"{name}.weight" for name in frozen if (name, "in") in found.sides}
     tie_shared(model, found)
+    adopt_unreached(model, found)
     shared = shared_parameters(model, found)
     groups: dict[str, Group] = {}
     labels: dict[str, np.ndarray] = {}
@@ -239,6 +242,9 @@ def _obstacle(
         if all(len(member.index) == 1 for member in group.side("out")):
             return "it has one channel, and a group is never emptied"
         return "its channels are all tied to each other, and a group is never emptied"
+    trained = any(
+        f"{m.layer}.weight" not in frozen for m in group.side("out") if is_weighted(submodule(model, m.layer))
+    )
     for member in group.members:
         owner = member.layer.rpartition(".")[0] if member.side == "self" else member.layer
         layer = submodule(model, owner)
@@ -251,13 +257,19 @@ def _obstacle(
         else:
             names = [f"{owner}.{p}" for p, _ in layer.named_parameters(recurse=False)]
         for full in names:
-            if full in frozen:
+            if full in frozen and not (trained and _is_table(layer, member)):
                 return f"{owner if held else full} is frozen; set requires_grad=True to let it be pruned"
             if full in shared and not loses_alike(model, group, [full, *shared[full]]):
                 return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
         if problem := _computed(owner, layer):
             return problem
     return ""
+
+
+def _is_table(layer: nn.Module, member: Member) -> bool:
+    """Whether a member holds fixed values that are added to channels, such as the sines of positions."""
+    rule = rule_for(layer)
+    return member.side == "self" or (rule is not None and rule.kind == "embedding")
 
 
 def _computed(name: str, layer: nn.Module) -> str:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.errors import PruningError
-from pruning.graph.layers import holds_layers, is_read_by_parent
+from pruning.graph.layers import holds_layers, is_depthwise, is_read_by_parent, rule_for
 from pruning.graph.recurrent import is_recurrent
 from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
@@ -75,6 +75,11 @@ class Tracer(TorchDispatchMode):
         owned: set[int] = set()
         for name, module in probe.named_modules():
             owned.update(self._hook(name, module))
+        # Code outside a layer may read its bias, scales or kernels, which are then as any other parameter.
+        for p in probe.parameters():
+            layer = self.owners.get(id(p))
+            if layer is not None and (p.ndim == 1 or is_depthwise(submodule(probe, layer))):
+                owned.discard(id(p))
         loose = {
             id(tensor): name
             for name, tensor in (*probe.named_parameters(), *probe.named_buffers())
@@ -114,8 +119,13 @@ class Tracer(TorchDispatchMode):
 
         return before
 
-    def _leave_module(self, *_: object) -> None:
-        self.labels.path.pop()
+    def _leave_module(self, _: nn.Module, args: object, kwargs: object, output: object) -> None:
+        name, _described = self.labels.path.pop()
+        self.found.seen[name] = [
+            vector_along(labels, dims[0], x.shape[dims[0]]).numpy()
+            for x in tensors_among((output,))
+            if len(dims := varying(labels := self.labels.carried(x))) == 1 and labels is not None
+        ]
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         norm = name if isinstance(module, nn.modules.batchnorm._BatchNorm) else ""
@@ -131,8 +141,9 @@ class Tracer(TorchDispatchMode):
         def after(_: nn.Module, args: object, kwargs: object, output: object) -> None:
             self.depth -= 1
             inputs = tensors_among((args, kwargs))
-            if self.depth or not inputs:
-                return
+            rule = rule_for(module)
+            if self.depth or not (inputs or (rule is not None and rule.kind == "embedding")):
+                return  # an embedding may be given the number of positions alone
             if isinstance(output, Tensor) or is_recurrent(module):
                 self.follow_layer(name, module, inputs, *tensors_among((output,)))
             else:
@@ -329,8 +340,9 @@ class Tracer(TorchDispatchMode):
         for owner, place in self.multiplied:
             if place is None or (place.full_name, "in") not in self.found.sides:
                 self.found.read_elsewhere.add(owner)
-        for (name, _), use in self.found.sides.items():
-            if name in self.found.read_elsewhere:
-                reason = f"the code of another module reads what {name} holds"
+        for (name, side), use in self.found.sides.items():
+            layer = name.rpartition(".")[0] if side == "self" else name
+            if layer in self.found.read_elsewhere and (side != "self" or (layer, "out") in self.found.sides):
+                reason = f"the code of another module reads what {layer} holds"
                 self.labels.fix(torch.from_numpy(use.labels), reason)
         self.labels.close_slices(lambda name, value: any(attributes_with(submodule(self.probe, name), value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,8 +12,8 @@ from pruning.graph.computed import SPECTRAL, has_spectral_norm
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
-from pruning.tracing.labels import MOST_ELEMENTS
-from pruning.tracing.record import Flow
+from pruning.tracing.record import Flow, SideUse
+from pruning.tracing.tables import MOST_ELEMENTS
 from pruning.utils.modules import submodule
 
 _OTHER_CODE = (
@@ -69,6 +70,40 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         rule = rule_for(submodule(model, owner))
         if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
             yield name, why
+
+
+def adopt_unreached(model: nn.Module, found: Flow) -> None:
+    """Let parameters that no pass reached, such as the token of a mask, go with the channels beside them.
+
+    The channels are the only ones of this size that the code of the module sees: in its other parameters, in
+    its layers, and in what its modules put out. If there are several, nothing is done.
+    """
+    beside: dict[str, list[np.ndarray]] = {}
+    for (name, side), use in found.sides.items():
+        several = [use.labels]
+        if side == "self":
+            several = [
+                np.moveaxis(use.labels, d, 0).reshape(size, -1)[:, 0]
+                for d, size in enumerate(use.labels.shape)
+            ]
+        beside.setdefault(_scope(model, name), []).extend(several)
+    for name, several in found.seen.items():
+        if name:
+            beside.setdefault(_scope(model, name), []).extend(several)
+    for name, owner, _ in _unreached_tensors(model, found):
+        if name == owner:
+            continue
+        shape = submodule(model, owner).get_parameter(name.rpartition(".")[2]).shape
+        fitting = {
+            (d, found.channels(labels).tobytes()): labels
+            for d, size in enumerate(shape)
+            for labels in beside.get(_scope(model, name), [])
+            if len(labels) == size > 1
+        }
+        if len(fitting) == 1:
+            (((dim, _), labels),) = fitting.items()
+            along = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+            found.sides[name, "self"] = SideUse(np.broadcast_to(along, shape).copy(), 0)
 
 
 def unreached(

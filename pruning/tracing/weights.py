@@ -228,6 +228,7 @@ def _held(
             labels.fix(own, f"{labels.where()} adds it along another dimension")
         else:
             labels.tie(made_labels, vector, f"{labels.where()} adds a tensor of fixed size to it")
+            labels.found.biases.append((vector.numpy(), made_labels.numpy()))
     return True
 
 
