@@ -50,6 +50,8 @@ def pointwise(labels: Labels, op: Operation) -> None:
                 labels.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
             labels.fix(result, f"{combines} with a tensor of fixed size")
+        elif labels.found.reduced and _is_statistic(result, other):
+            continue
         elif set(varying(other)) <= set(channel_dims) and wide == channel_dims:
             labels.tie(result, other, f"{combines} with a tensor of fixed size")
         else:
@@ -58,3 +60,11 @@ def pointwise(labels: Labels, op: Operation) -> None:
     if len(channel_dims) > 1:  # of a parameter: after the ties its channels may lie along one dimension
         result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
     return labels.put(op.output, result)
+
+
+def _is_statistic(labels: Tensor, other: Tensor) -> bool:
+    """Whether the second labels are those of a statistic of the first tensor, along its other dimensions."""
+    for d, size in enumerate(other.shape):
+        if size == 1 < labels.shape[d]:
+            labels = labels.narrow(d, 0, 1)
+    return labels.shape == other.shape and torch.equal(labels, other)

@@ -89,7 +89,7 @@ class Tracer(TorchDispatchMode):
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks; its tensors keep their size
             return {id(t) for t in (*own.values(), *module.buffers(recurse=False))}
-        if not is_known(module, own):
+        if not is_known(module, own) or name in self.found.opened:
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
         if holds_layers(module) and "weight" in own:
@@ -184,6 +184,8 @@ class Tracer(TorchDispatchMode):
             elif func.namespace not in _OF_TORCH:
                 self.found.foreign.add(self.labels.path[-1][0])
             operation = Operation(func, args, kwargs, output)
+            if self.found.composed:
+                self.labels.weights.computed.note(operation.operands, output)
             self._read_by(operation)
             place = self.calls.place(self.labels.path[-1][0], func)
             self.labels.place = None if self.probe.training else place  # outputs are compared in eval mode
@@ -326,6 +328,8 @@ class Tracer(TorchDispatchMode):
         self._close()
 
     def _close(self) -> None:
+        for name in self.found.reduced.keys() - self.found.noted.keys() - self.found.composed.keys():
+            self.labels.fix(torch.from_numpy(self.found.sides[name, "self"].labels), self.found.reduced[name])
         for owner, place in self.multiplied:
             if place is None or (place.full_name, "in") not in self.found.sides:
                 self.found.read_elsewhere.add(owner)
