@@ -1,7 +1,8 @@
-"""Weights that a layer computes from other parameters: parametrizations and the older weight norm.
+"""Weights that a layer computes from other parameters: parametrizations, and torch's older hooks.
 
 Such a weight is narrowed by computing it, narrowing the result, and choosing parameters that give it. For
-weight norm (Salimans and Kingma, arXiv 1602.07868), w = g v / ‖v‖, these are v = w and g = ‖w‖.
+weight norm (Salimans and Kingma, arXiv 1602.07868), w = g v / ‖v‖, these are v = w and g = ‖w‖. Spectral norm
+is a module of its own (`pruning.graph.spectral`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from pruning.graph.spectral import has_spectral_hook, spectral_norm
 
 
 def _weight_norm(layer: nn.Module, name: str) -> WeightNorm | None:
@@ -22,42 +24,21 @@ def _weight_norm(layer: nn.Module, name: str) -> WeightNorm | None:
     return next((hook for hook in hooks if hook.name == name), None)
 
 
-#: Why a layer with spectral norm keeps its channels, after the name of the layer.
-SPECTRAL = (
-    "has spectral norm: its weight is divided by the largest singular value of the whole weight, and a part "
-    "of it has another; call remove_parametrizations(layer, 'weight') of torch.nn.utils.parametrize, or "
-    "torch.nn.utils.remove_spectral_norm(layer), which keep the weight, to let it be pruned"
-)
-
-
-def has_spectral_norm(layer: nn.Module) -> bool:
-    """Whether a layer has spectral norm, of either API of torch.
-
-    >>> has_spectral_norm(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)))
-    True
-    >>> has_spectral_norm(nn.utils.spectral_norm(nn.Linear(3, 4))), has_spectral_norm(nn.Linear(3, 4))
-    (True, False)
-    """
-    held = getattr(layer, "parametrizations", {}) if parametrize.is_parametrized(layer) else {}
-    own = (part for several in held.values() for part in several)
-    hooks = layer._forward_pre_hooks.values()
-    return any(isinstance(p, _SpectralNorm) for p in own) or any(isinstance(h, SpectralNorm) for h in hooks)
-
-
 def is_computed(layer: nn.Module, name: str) -> bool:
     """Whether a layer computes one of its tensors in a way that can be inverted or tried.
 
     >>> is_computed(nn.Linear(3, 4), "weight")
     False
     """
-    return parametrize.is_parametrized(layer, name) or _weight_norm(layer, name) is not None
+    hooked = _weight_norm(layer, name) is not None or has_spectral_hook(layer, name)
+    return hooked or parametrize.is_parametrized(layer, name)
 
 
 def sources(layer: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the parameters, by their names within the layer, from which it computes a tensor."""
     if parametrize.is_parametrized(layer, name):
         prefix = f"parametrizations.{name}."
-    elif _weight_norm(layer, name) is not None:
+    elif is_computed(layer, name):
         prefix = f"{name}_"
     else:
         return {}
@@ -77,6 +58,8 @@ def computed_value(layer: nn.Module, name: str) -> Tensor:
     >>> torch.allclose(computed_value(layer, "weight"), 2 * layer.weight_v)
     True
     """
+    if (spectral := spectral_norm(layer, name)) is not None:
+        return spectral.weight()
     hook = _weight_norm(layer, name)
     value = getattr(layer, name) if hook is None else hook.compute_weight(layer)
     assert isinstance(value, Tensor)
@@ -84,10 +67,10 @@ def computed_value(layer: nn.Module, name: str) -> Tensor:
 
 
 def refresh_computed(model: nn.Module) -> None:
-    """Set the weights that layers compute by the older weight norm, as the next forward pass would."""
+    """Set the weights that layers compute by torch's older hooks, as the next pass in eval mode would."""
     for layer in model.modules():
         for hook in [*layer._forward_pre_hooks.values()]:
-            if isinstance(hook, WeightNorm):
+            if isinstance(hook, WeightNorm | SpectralNorm):
                 setattr(layer, hook.name, computed_value(layer, hook.name))
 
 
@@ -100,6 +83,9 @@ def set_computed(layer: nn.Module, name: str, value: Tensor) -> None:
     >>> torch.allclose(layer.weight, narrower)
     True
     """
+    if (spectral := spectral_norm(layer, name)) is not None:
+        spectral.set_weight(value)
+        return
     hook = _weight_norm(layer, name)
     if hook is None:
         setattr(layer, name, value)
@@ -114,9 +100,9 @@ def set_computed(layer: nn.Module, name: str, value: Tensor) -> None:
 def can_be_narrowed(layer: nn.Module, names: list[str]) -> bool:
     """Whether a layer can compute the given ones of its tensors without a slice along each dimension."""
     for name in filter(lambda name: is_computed(layer, name), names):
-        trial = copy.deepcopy(layer).eval() if _weight_norm(layer, name) is None else None
-        if trial is None:
-            continue  # weight norm is exact
+        if _weight_norm(layer, name) is not None or spectral_norm(layer, name) is not None:
+            continue  # these are exact
+        trial = copy.deepcopy(layer).eval()
         try:
             with torch.no_grad():
                 value = getattr(trial, name).detach().clone()

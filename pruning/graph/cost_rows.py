@@ -12,6 +12,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import readers, weight_size
 from pruning.graph.layers import (
+    has_more_parameters,
     is_depthwise,
     is_inferred,
     is_of_layer,
@@ -97,7 +98,7 @@ class RowTable:
         if isinstance(layer, RECURRENT):
             self._add_recurrent(name, layer, rule, params)
             return
-        if is_registered(layer) or is_inferred(layer):
+        if is_registered(layer) or is_inferred(layer) or has_more_parameters(layer):
             params -= self._add_other_tensors(name, layer, rule)
         if use is None:  # a norm, a PReLU, a layer that does not run: no MACs
             row = self._sides(name, layer, rule)
@@ -178,7 +179,7 @@ class RowTable:
             self.rows.append(row)
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
-        """Add a registered layer's parameters besides weight and bias; return their number of elements."""
+        """Add a layer's parameters besides weight and bias; return their number of elements."""
         sides, total = self._sides(name, layer, rule), 0
         for key, parameter in layer.named_parameters(recurse=False):
             if key == rule.bias or (key in rule.out and key in rule.into):

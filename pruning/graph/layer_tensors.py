@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.graph.computed import computed_value, is_computed, set_computed
-from pruning.graph.layers import channels_stand_alone, is_depthwise, is_weighted, parts, rule_of
+from pruning.graph.layers import channels_stand_alone, is_depthwise, is_weighted, parts, rule_of, weight_of
 from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
 from pruning.graph.rule import Side
 
@@ -118,7 +118,7 @@ def masks(layer: nn.Module) -> list[str]:
     >>> masks(layer)
     ['mask']
     """
-    weight = getattr(layer, rule_of(layer).weight, None)
+    weight = weight_of(layer)
     if not is_weighted(layer) or not isinstance(weight, Tensor) or weight.ndim < 2:
         return []
     return [name for name, buffer in layer.named_buffers(recurse=False) if buffer.shape == weight.shape]
@@ -145,11 +145,10 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     held = rule.out if side == "out" else rule.into
     like_weight = masks(layer) if rule.weight in held else []
     for name, dim in (*held.items(), *((name, held[rule.weight]) for name in like_weight)):
-        tensor = getattr(layer, name, None)
+        # In training mode, an access may change a computed weight.
+        tensor = computed_value(layer, name) if is_computed(layer, name) else getattr(layer, name, None)
         if tensor is None:
             continue
-        if is_computed(layer, name):
-            tensor = computed_value(layer, name)
         index, dim = keep, 0 if depthwise else dim
         if (name == rule.weight or name in like_weight) and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
@@ -187,14 +186,14 @@ def ignore_channels(layer: nn.Module, side: Side, drop: Tensor) -> None:
     rule = rule_of(layer)
     size = rule.width(layer, side) // parts(layer)
     for name, dim in (rule.out if side == "out" else rule.into).items():
-        tensor = getattr(layer, name, None)
+        tensor = computed_value(layer, name) if is_computed(layer, name) else getattr(layer, name, None)
         if tensor is None:
             continue
         within = name == rule.weight and dim == 1 and parts(layer) > 1  # counts channels within one part
         index = (drop[drop < size] if within else drop).to(tensor.device)
         with torch.no_grad():
             if is_computed(layer, name):
-                set_computed(layer, name, computed_value(layer, name).index_fill(dim, index, 0))
+                set_computed(layer, name, tensor.index_fill(dim, index, 0))
             else:
                 tensor.index_fill_(dim, index, 0)
 

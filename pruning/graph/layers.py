@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from pruning.errors import PruningError
@@ -14,6 +16,7 @@ from pruning.graph.deformable import DeformableConv
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.recurrent import has_hidden_channels
 from pruning.graph.rule import Rule, Side
+from pruning.utils.modules import eval_mode
 
 _ROWS = {"weight": 0, "bias": 0}
 
@@ -24,6 +27,9 @@ _TRANSPOSED = Rule(
 )
 
 _LINEAR = Rule(_ROWS, {"weight": 1}, "out_features", "in_features", bias="bias")
+
+#: The rules of torch's own layers that multiply by a weight.
+_PRODUCTS = (_CONV, _TRANSPOSED, _LINEAR)
 
 _STATISTICS = {**_ROWS, "running_mean": 0, "running_var": 0}
 
@@ -183,7 +189,23 @@ def rule_for(layer: nn.Module) -> Rule | None:
     kind = type(layer)
     if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
         return _registered_rule(kind)  # each of its weights is a layer
-    return _registered_rule(kind) or _table_rule(kind) or inferred_rule(kind)
+    rule = _registered_rule(kind) or _table_rule(kind) or inferred_rule(kind)
+    return _with_scales(layer, rule) if len(layer._parameters) > 2 and rule in _PRODUCTS else rule
+
+
+def _with_scales(layer: nn.Module, rule: Rule) -> Rule:
+    """Return the rule of a convolution or linear layer whose class adds one number for each filter.
+
+    An example is the gain of standardized filters, (out, 1, 1, 1). Other parameters change nothing.
+    """
+    weight = layer._parameters.get(rule.weight)
+    if weight is None:
+        return rule
+    dim = rule.out[rule.weight]
+    shape = [size if d == dim else 1 for d, size in enumerate(weight.shape)]
+    own = {name for name, p in layer._parameters.items() if p is not None and list(p.shape) == shape}
+    own -= rule.out.keys()
+    return replace(rule, out={**rule.out, **dict.fromkeys(sorted(own), dim)}) if own else rule
 
 
 def _registered_rule(kind: type) -> Rule | None:
@@ -209,6 +231,12 @@ def rule_of(layer: nn.Module) -> Rule:
 def is_registered(layer: nn.Module) -> bool:
     """Whether a layer has a rule that a user registered."""
     return _registered_rule(type(layer)) is not None
+
+
+def has_more_parameters(layer: nn.Module) -> bool:
+    """Whether the class of a convolution or linear layer adds parameters to its weight and bias."""
+    rule = _table_rule(type(layer))
+    return rule in _PRODUCTS and "weight" in layer._parameters and len(layer._parameters) > 2
 
 
 def is_inferred(layer: nn.Module) -> bool:
@@ -251,7 +279,12 @@ def makes_channels(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> Tensor | None:
     """Return the weight of a layer with input and output channels, or the scales of a norm."""
     rule = rule_for(layer)
-    weight = getattr(layer, rule.weight, None) if rule is not None and rule.weight else None
+    if rule is None or not rule.weight:
+        return None
+    if layer.training and parametrize.is_parametrized(layer, rule.weight):
+        with eval_mode(layer.get_submodule("parametrizations")):  # spectral norm iterates in training mode
+            return getattr(layer, rule.weight)
+    weight = getattr(layer, rule.weight, None)
     return weight if isinstance(weight, Tensor) else None
 
 
@@ -288,7 +321,7 @@ def channel_dim(layer: nn.Module) -> int:
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each input channel is convolved alone, into one output channel or several."""
-    rule = rule_for(layer)
+    rule = None if is_registered(layer) else _table_rule(type(layer))
     if rule is not _CONV and rule is not _TRANSPOSED:
         return False
     assert isinstance(layer, nn.modules.conv._ConvNd | DeformableConv)

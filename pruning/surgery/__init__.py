@@ -9,6 +9,7 @@ from pruning.surgery.block_removal import block_influence
 from pruning.surgery.expert_removal import expert_usage, mixtures, without_experts
 from pruning.surgery.layer_removal import Removable, removable, without_layer
 from pruning.surgery.optimizer_state import transfer
+from pruning.surgery.plain_weights import with_plain_weights
 from pruning.surgery.verify import with_random_weights
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "recalibrate",
     "removable",
     "transfer",
+    "with_plain_weights",
     "with_random_weights",
     "without_experts",
     "without_layer",

@@ -17,7 +17,7 @@ from pruning.graph.layer_tensors import narrow, output_rows, readers
 from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
 from pruning.graph.rule import Side
-from pruning.surgery.held_weights import narrows_with_layer, set_counts
+from pruning.surgery.held_weights import narrows_with_layer, set_counts, set_parametrized_counts
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import (
@@ -112,6 +112,7 @@ def _cut(model: nn.Module, trace: Trace, plan: Plan, dropped: Mapping[tuple[str,
     for (first, attribute), *others in shared:  # each was narrowed for itself
         for name, other in others:
             setattr(submodule(model, name), other, submodule(model, first).get_parameter(attribute))
+    set_parametrized_counts(model, [name for name, _ in dropped])
     update_attributes(model, trace, plan)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pruning.graph.layers import is_of_layer, rule_for
 from pruning.graph.rule import Side
 from pruning.utils.held_weight import HeldWeight
+from pruning.utils.modules import submodule
 
 
 def narrows_with_layer(name: str, held: HeldWeight, sides: Iterable[tuple[str, Side]]) -> bool:
@@ -38,3 +39,14 @@ def set_counts(layer: nn.Module) -> None:
     for count, held in ((rule.out_count, rule.out), (rule.in_count, rule.into)):
         if count:
             setattr(layer, count, weight.shape[held[rule.weight]])
+
+
+def set_parametrized_counts(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the counts of layers follow the parameters of their parametrizations, once all are narrowed.
+
+    Args:
+        model: changed in place. names: parameters and layers that were narrowed.
+    """
+    owners = (f".{name}".partition(".parametrizations.")[::2] for name in names)
+    for layer in {owner[1:] for owner, inside in owners if inside}:
+        set_counts(submodule(model, layer))

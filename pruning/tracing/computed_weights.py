@@ -154,6 +154,19 @@ def _is_divided(labels: Labels, weight: Tensor) -> bool:
     return any(len(_dims(found, d, source[1], source[2])) > 1 for d in (weight.ndim - 2, weight.ndim - 1))
 
 
+def note_reduced(labels: Labels, operand: Tensor, reason: str) -> bool:
+    """Note that code computes statistics along dimensions of a parameter; return whether it is one.
+
+    The parameter may be a weight, such as one whose filters are standardized. It is a layer in the next pass,
+    which fixes the channels along these dimensions alone.
+    """
+    source = _source(labels, operand)
+    if source is None or source[0] in labels.found.composed:
+        return False
+    labels.found.reduced.setdefault(source[0], reason)
+    return True
+
+
 def _source(labels: Labels, weight: Tensor) -> tuple[str, tuple[int, ...], int] | None:
     """Return the parameter whose elements' labels a tensor carries: its name, shape and first label."""
     found = labels.of(weight)
@@ -162,7 +175,8 @@ def _source(labels: Labels, weight: Tensor) -> tuple[str, tuple[int, ...], int] 
     flat = found.numpy().ravel()
     flat = flat[flat != NONE]
     for (name, side), use in labels.found.sides.items() if len(flat) else ():
-        if side == "self" and sum(size > 1 for size in use.labels.shape) > 1:
+        wide = sum(size > 1 for size in use.labels.shape) > 1
+        if side == "self" and wide and labels.weights.is_parameter(name):
             first = int(use.labels.flat[0])
             if first <= flat.min() and flat.max() < first + use.labels.size:
                 return name, use.labels.shape, first

@@ -12,6 +12,9 @@ from pruning.tracing.operation import Operation
 from pruning.tracing.products import AxesNeeded, grid_pointwise, label_uniform
 from pruning.tracing.ties import compact, varying
 
+#: Operators that add tables, or take one from another.
+_SUMS = ("add", "sub", "rsub")
+
 
 def pointwise(labels: Labels, op: Operation) -> None:
     """Apply an elementwise operator: tie the channels at the same places of all operands."""
@@ -22,7 +25,8 @@ def pointwise(labels: Labels, op: Operation) -> None:
         return labels.fix_operands(op.name, op.operands)
     several = [[_aligned(found, rank) for found in labels_of_all(labels, t)] for t in op.operands]
     tables = [bool(each) and all(map(labels.tables.hold, each)) for each in several]
-    if sum(map(len, several)) > 1 and tables == list(map(bool, several)):
+    adds = op.name in _SUMS or max(map(len, several)) > 1
+    if adds and sum(map(len, several)) > 1 and tables == list(map(bool, several)):
         return _add_tables(labels, op, several)
     held = [each[0] for each, table in zip(several, tables, strict=True) if each and not table]
     dims = {d for found in held for d in varying(found)}
@@ -76,6 +80,8 @@ def _add_tables(labels: Labels, op: Operation, several: list[list[Tensor]]) -> N
             apart.append(each)
             continue
         other = apart[beside]
+        if labels.found.reduced and _is_statistic(other, each):
+            continue
         if dims <= {*varying(other)}:
             labels.tie(other, each, f"{combines} with a tensor of fixed size")
             if len(varying(other)) > 1:  # after the ties its channels may lie along one dimension
@@ -139,6 +145,8 @@ def _along_one_dimension(
                 labels.tie(result, other, f"{combines} with a tensor of fixed size")
         elif other is None:
             labels.fix(result, f"{combines} with a tensor of fixed size")
+        elif labels.found.reduced and _is_statistic(result, other):
+            continue
         elif set(varying(other)) <= set(channel_dims) and (
             wide == channel_dims or _share_rows(labels, result, other)
         ):
@@ -159,3 +167,11 @@ def _along_one_dimension(
     ):  # of a parameter: after the ties its channels may lie along one dimension
         result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
     return labels.put(op.output, result)
+
+
+def _is_statistic(labels: Tensor, other: Tensor) -> bool:
+    """Whether the second labels are those of a statistic of the first tensor, along its other dimensions."""
+    for d, size in enumerate(other.shape):
+        if size == 1 < labels.shape[d]:
+            labels = labels.narrow(d, 0, 1)
+    return labels.shape == other.shape and torch.equal(labels, other)

@@ -257,4 +257,6 @@ def is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
     if is_registered(module) or is_recurrent(module):
         return layer_rule(module) is not None
     held = {*rule.out, *rule.into}
+    if is_weighted(module) and own.keys() & held:  # numbers for the whole weight follow no width
+        own = {name: p for name, p in own.items() if name in held or p.numel() > 1}
     return own.keys() <= held.union(*(sources(module, name) for name in held))

@@ -31,7 +31,7 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
-from pruning.tracing.statistics import layer_norm, reduction, softmax
+from pruning.tracing.statistics import batch_norm, layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 from pruning.tracing.weights import GROUPED, batched, convolution, grouped, product
 
@@ -195,6 +195,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("new_empty", "new_empty_strided"), unlabeled),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), batch_norm),
     "constant_pad_nd": pad,
     "index": index,
     "as_strided": restride,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pruning.utils.work import ComputedFromParameters
+
 
 @dataclass(frozen=True)
 class ParameterView:
@@ -41,10 +43,14 @@ class Weights:
 
     Args:
         model: the model that runs.
+
+    Attributes:
+        computed: tells tensors that depend on parameters alone.
     """
 
     def __init__(self, model: nn.Module):
         self.modules = dict(model.named_modules())
+        self.computed = ComputedFromParameters(model)
         #: Types of modules whose rules this pass has inferred.
         self.inferred: set[type[nn.Module]] = set()
         self._by_memory: dict[int, tuple[str, str, Tensor]] = {}
@@ -70,6 +76,11 @@ class Weights:
     def parameter(self, place: ParameterView) -> Tensor:
         """Return the parameter that a tensor is a view of."""
         return self.modules[place.module].get_parameter(place.attribute)
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a name is that of a parameter, not of a buffer."""
+        owner, _, attribute = name.rpartition(".")
+        return attribute in self.modules[owner]._parameters
 
     def find_part(self, tensor: Tensor) -> ParameterView | None:
         """Return the parameter of which a tensor is a view, whole or with a part of one dimension alone.

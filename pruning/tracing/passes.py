@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
+from pruning.graph.computed import can_be_narrowed
 from pruning.graph.deformable import count_deformable
-from pruning.graph.layers import rule_for
+from pruning.graph.layers import is_inferred, is_weighted, rule_for
 from pruning.surgery.statistics import plain_attention
 from pruning.tracing.axes import Axes
 from pruning.tracing.labels import FIXED_SIZE
@@ -23,12 +24,12 @@ from pruning.tracing.products import AxesNeeded
 from pruning.tracing.record import Composed, Flow
 from pruning.tracing.reshapes import Reshapes
 from pruning.tracing.tracer import Tracer
-from pruning.utils.batch import Pass
 from pruning.utils.entries import Entry, exchanges_modules
 from pruning.utils.meta import on_meta, to_meta, without_computing
-from pruning.utils.modules import copied
+from pruning.utils.modules import copied, submodule
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
+from pruning.utils.work import Pass
 
 #: Number of other sizes of the inputs at which reshapes are looked at.
 _OTHER_SIZES = 2
@@ -69,19 +70,38 @@ def flow(
 def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
     """Repeat the pass until it has the labels that it needs: along single dimensions, of weights, of rows."""
     axes, composed, rows = False, dict[str, Composed](), frozenset[str]()
+    opened = frozenset(name for name, layer in model.named_modules() if _is_opaque(layer))
     while True:
-        again = partial(follow, axes=axes, composed=composed, rows=rows)
+        again = partial(follow, axes=axes, composed=composed, rows=rows, opened=opened)
         try:
             found = without_computing(again, model, inputs)
         except AxesNeeded:
             axes = True
             continue
-        if not found.noted.keys() <= composed.keys():
+        lent = {
+            name for name in found.read_elsewhere if _only_lends(submodule(model, name), found.calls[name])
+        }
+        if not lent <= opened:
+            opened |= lent
+        elif not found.noted.keys() <= composed.keys():
             composed = {**found.noted, **composed}
         elif more := found.rows - rows - composed.keys():
             rows |= more
         else:
             return found
+
+
+def _is_opaque(layer: nn.Module) -> bool:
+    """Whether a layer computes a tensor by parametrizations without an inverse, such as those of LoRA."""
+    rule = rule_for(layer)
+    if rule is None or not nn.utils.parametrize.is_parametrized(layer):
+        return False
+    return not can_be_narrowed(layer, [*rule.out, *rule.into])
+
+
+def _only_lends(layer: nn.Module, calls: int) -> bool:
+    """Whether a layer does not run, so that it holds no more than the weight that other code reads."""
+    return is_weighted(layer) and not is_inferred(layer) and not calls
 
 
 def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> None:
@@ -91,8 +111,8 @@ def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, input
         probe = copied(model) if on_device else on_meta(model)
         with contextlib.suppress(Exception, AxesNeeded):  # the model need not take this size
             example = other if on_device else map_tensors(to_meta, other)
-            axes = found.axes is not None
-            again = follow(probe, example, axes=axes, composed=found.composed, rows=found.shared_rows)
+            options = {"axes": found.axes is not None, "composed": found.composed}
+            again = follow(probe, example, **options, rows=found.shared_rows, opened=found.opened)
             others.append(again.reshapes)
         if len(others) == _OTHER_SIZES:
             break
@@ -118,12 +138,13 @@ def _follow(
     axes: bool,
     composed: dict[str, Composed],
     rows: frozenset[str],
+    opened: frozenset[str],
 ) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     found.axes = Axes(found.ties) if axes else None
-    found.composed, found.shared_rows = composed, rows
+    found.composed, found.shared_rows, found.opened = composed, rows, opened
     with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)

@@ -21,6 +21,7 @@ from pruning.tracing.bisection import faulty_groups, structure_of
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes, tie_inputs, tie_views
 from pruning.tracing.narrowed_runs import NarrowedRuns
+from pruning.tracing.own_code import has_own_code, inexact_readers
 from pruning.tracing.record import Flow
 from pruning.tracing.size_attributes import counted_sizes, following, known_sizes, merged, with_heads
 from pruning.tracing.ties import NONE, is_among
@@ -201,11 +202,13 @@ class WidthProbe:
         Only if there are layers with code of their own, outputs are compared, in two forward passes.
         """
         own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
-        changed = faulty_groups(lambda some: self.runs.mismatch(some, sizes), list(own), self.structures)
+        changed = inexact_readers(self.model, self.runs.inputs, {name: self.groups[name] for name in own})
+        left = [name for name in own if name not in changed]
+        changed |= faulty_groups(lambda some: self.runs.mismatch(some, sizes), left, self.structures)
         return {
             name: f"{own[name]} has code of its own, and with fewer channels the model does not compute what "
-            f"the masked one does ({error}). Replace it by a layer of torch, with the weights that it "
-            "computes with, to let it be pruned"
+            f"the masked one does ({error}). If it computes its weight from "
+            "parameters, call pruning.surgery.with_plain_weights to let it be pruned"
             for name, error in changed.items()
         }
 
@@ -216,8 +219,7 @@ def _own_code(model: nn.Module, group: Group) -> str:
         where = group.reductions[0].module
         return f"{where} ({type(submodule(model, where)).__name__})".lstrip()
     for member in (*group.side("in"), *group.side("out")):
-        kind = type(submodule(model, member.layer))
-        codes = (getattr(kind, name, kind) for name in ("forward", "_conv_forward"))
-        if any(getattr(code, "__module__", "").partition(".")[0] != "torch" for code in codes):
-            return f"{member.layer} ({kind.__name__})"
+        layer = submodule(model, member.layer)
+        if has_own_code(layer):
+            return f"{member.layer} ({type(layer).__name__})"
     return ""

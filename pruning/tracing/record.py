@@ -13,7 +13,7 @@ from pruning.graph.rule import Side
 from pruning.tracing.axes import Axes, ProductUse
 from pruning.tracing.reshapes import Reshapes
 from pruning.tracing.ties import Ties
-from pruning.utils.batch import Pass
+from pruning.utils.work import Pass
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,10 @@ class Flow:
             multiplies activations.
         products: products of activations that have channels.
         composed: parameters that are layers in this pass because code computes weights from them.
+        opened: layers of the table whose code is followed operator by operator: their weight is computed in a
+            way that surgery cannot invert, or they do not run and other code reads their weight.
+        reduced: parameters outside the layers along whose dimensions code computes statistics (the means of
+            filters), each with the reason to fix their channels. In the next pass they may be layers.
         foreign: modules whose code calls operators of other libraries than torch.
         noted: parameters that have to be such layers in the next pass.
         reshapes: the reshapes of the pass in eval mode.
@@ -136,6 +140,8 @@ class Flow:
     products: list[ProductUse] = field(default_factory=list)
     composed: dict[str, Composed] = field(default_factory=dict)
     noted: dict[str, Composed] = field(default_factory=dict)
+    opened: frozenset[str] = frozenset()
+    reduced: dict[str, str] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     reshapes: Reshapes = field(default_factory=Reshapes)
     rows: set[str] = field(default_factory=set)

@@ -161,3 +161,43 @@ def _owners(model: nn.Module, group: Group, name: str) -> dict[int, list[tuple[i
             pairs = np.stack([member.index.numpy(), member.channel.numpy()], 1).tolist()
             found.setdefault(dim % parameter.ndim, []).extend(sorted(map(tuple, pairs)))
     return found
+
+
+def frozen_reason(model: nn.Module, name: str, shown: str) -> str:
+    """Return why a frozen parameter is not pruned; one of an average names the module that it averages.
+
+    Args:
+        name: the full name of the parameter. shown: the name to show.
+    """
+    twin = trainable_twin(model, name)
+    if not twin:
+        return f"{shown} is frozen; set requires_grad=True to let it be pruned"
+    return (
+        f"{shown} is frozen and has the form of {twin}, as an average of it has; if code updates it from "
+        f"{twin}, put a deepcopy of the pruned {twin} in its place. Otherwise set requires_grad=True to let "
+        "it be pruned"
+    )
+
+
+def trainable_twin(model: nn.Module, name: str) -> str:
+    """Return the module beside that of a frozen parameter that has the same form and trains, or "".
+
+    In self-supervised networks (BYOL, MoCo) the frozen one is an average of the other, which code updates.
+
+    >>> pair = nn.ModuleDict({"online": nn.Linear(2, 3), "target": nn.Linear(2, 3).requires_grad_(False)})
+    >>> trainable_twin(pair, "target.weight")
+    'online'
+    """
+    parts_of_name = name.split(".")
+    for depth in range(1, len(parts_of_name)):
+        parent, own = submodule(model, ".".join(parts_of_name[: depth - 1])), parts_of_name[depth - 1]
+        form = _form(parent._modules[own]) if own in parent._modules else None
+        for other, sibling in parent._modules.items() if form else ():
+            trains = sibling is not None and any(p.requires_grad for p in sibling.parameters())
+            if other != own and trains and _form(sibling) == form:
+                return ".".join([*parts_of_name[: depth - 1], other])
+    return ""
+
+
+def _form(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    return {} if module is None else {name: tuple(p.shape) for name, p in module.named_parameters()}

@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pruning.surgery.statistics import REDUCTIONS
+from pruning.tracing.computed_weights import note_reduced
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation, first_operand
 from pruning.tracing.ties import spread, varying, vector_along
+
+#: What to do where code computes a weight in a way that surgery cannot narrow.
+CURE = (
+    "call pruning.surgery.with_plain_weights, which puts layers of torch with the computed weights in their "
+    "place, to let it be pruned"
+)
 
 
 @first_operand
@@ -26,15 +33,15 @@ def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
     if labels.is_grid(first):
         return _grid_reduction(labels, op, first, dims)
     if any(d in dims for d in varying(first)):
-        if op.name not in REDUCTIONS or not labels.note_statistic(op.operands[0], first):
-            return labels.fix(
-                first,
-                f"{labels.where()} reduces over its channels ({op.name}); only statistics such as the mean "
-                "over activations are followed",
-            )
-        for positions in leaves[1:] if op.name in ("max", "min") else ():
-            labels.mark_positions(positions, first)
-        return None
+        reason = _reduces(labels, op)
+        if not note_reduced(labels, op.operands[0], reason):
+            if not _follows(labels, op, first):
+                return labels.fix(first, reason)
+            for positions in leaves[1:] if op.name in ("max", "min") else ():
+                labels.mark_positions(positions, first)
+            return None
+        if not set(varying(first)) - set(dims):
+            return None
     for leaf in leaves:
         kept = first
         for d in reversed(dims):
@@ -45,6 +52,30 @@ def reduction(labels: Labels, op: Operation, first: Tensor) -> None:
     return None
 
 
+def _reduces(labels: Labels, op: Operation) -> str:
+    """Return the reason for fixing channels over which a statistic is not followed."""
+    where = labels.where()
+    if op.operands[0] in labels.weights.computed:
+        return (
+            f"{where} computes its weight from statistics over its channels ({op.name}), which would differ "
+            f"without some of them; {CURE}"
+        )
+    return (
+        f"{where} reduces over its channels ({op.name}); only statistics such as the mean over activations "
+        "are followed"
+    )
+
+
+def _follows(labels: Labels, op: Operation, channels: Tensor) -> bool:
+    """Record a statistic over channels; return whether it may be one over those that are kept.
+
+    A statistic of a weight (the mean of a filter) has to remain that over all channels: no input is missing
+    that another one could replace.
+    """
+    x = op.operands[0]
+    return op.name in REDUCTIONS and x not in labels.weights.computed and labels.note_statistic(x, channels)
+
+
 def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int]) -> None:
     """Reduce a tensor with channels along several dimensions; those that are kept keep their channels."""
     rank, vectors = op.operands[0].ndim, labels.vectors(first)
@@ -52,13 +83,8 @@ def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int
     leaves = pytree.tree_leaves(op.output)
     if reduced:
         along = spread(vectors[reduced[0]], rank, reduced[0])
-        if len(reduced) > 1 or op.name not in REDUCTIONS or not labels.note_statistic(op.operands[0], along):
-            return labels.fix_along(
-                first,
-                reduced,
-                f"{labels.where()} reduces over its channels ({op.name}); only statistics such as the mean "
-                "over activations are followed",
-            )
+        if len(reduced) > 1 or not _follows(labels, op, along):
+            labels.fix_along(first, reduced, _reduces(labels, op))
         for positions in leaves[1:] if op.name in ("max", "min") else ():
             labels.mark_positions(positions, along)
     kept = labels.compose({d: v for d, v in vectors.items() if d not in dims}, rank)
@@ -67,7 +93,7 @@ def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int
         for d in reversed(dims) if leaf.ndim < rank else ():
             found = None if found is None else found.squeeze(d)
         labels.put(leaf, found)
-    return None
+    return
 
 
 @first_operand
@@ -76,6 +102,31 @@ def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
     if (dim := op.given["dim"] % first.ndim) in varying(first):
         labels.fix_along(first, [dim], f"{labels.where()} takes {op.name.strip('_')} over its channels")
     labels.put(op.output, first)
+
+
+def batch_norm(labels: Labels, op: Operation) -> None:
+    """Normalize each position along dimension 1 (F.batch_norm): of activations, or filters of a weight."""
+    x, output = op.operands[0], op.output[0]
+    first = labels.of(x)
+    within = f"{labels.where()} normalizes it ({op.name})"
+    held = (op.given.get(key) for key in ("weight", "bias", "running_mean", "running_var"))
+    own = [tensor for tensor in held if isinstance(tensor, Tensor)]
+    over = [d for d in varying(first) if d != 1] if op.given.get("training", True) else []
+    grid = labels.is_grid(first)
+    if first is not None and over and (grid or not note_reduced(labels, x, _reduces(labels, op))):
+        labels.fix_along(first, over, _reduces(labels, op))
+    vector = labels.vectors(first).get(1) if grid else None
+    if first is not None and not grid and 1 in varying(first):
+        for d in reversed([d for d in range(x.ndim) if d != 1]):
+            vector = (first if vector is None else vector).select(d, 0)
+    for tensor in own:
+        scales = labels.of(tensor)
+        if vector is not None and scales is not None:
+            labels.tie(vector, scales, FIXED_SIZE)
+        else:
+            labels.fix(vector, f"{within} beside a tensor of fixed size")
+            labels.fix(scales, f"{within} beside a tensor of fixed size")
+    labels.put(output, first)
 
 
 def layer_norm(labels: Labels, op: Operation) -> None:

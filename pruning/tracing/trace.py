@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pruning.errors import PruningError
-from pruning.graph.computed import SPECTRAL, can_be_narrowed, has_spectral_norm, refresh_computed
+from pruning.graph.computed import can_be_narrowed, refresh_computed
 from pruning.graph.groups import Group, Ignored, LayerUse, Member, ProductUse, Trace
 from pruning.graph.inferred import inferred_rule
 from pruning.graph.layers import (
@@ -33,7 +33,7 @@ from pruning.tracing.grouping import channel_groups, positions_by_group
 from pruning.tracing.passes import flow
 from pruning.tracing.probing import WidthProbe
 from pruning.tracing.record import Flow
-from pruning.tracing.shared import loses_alike, shared_parameters, tie_shared
+from pruning.tracing.shared import frozen_reason, loses_alike, shared_parameters, tie_shared
 from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import NONE
 from pruning.tracing.unreached import adopt_unreached, missed, unreached
@@ -183,7 +183,11 @@ def _skipped(
 ) -> dict[str, str]:
     """Return the layers that make channels but belong to no group, with the reason."""
     pruned = {member.layer for group in groups.values() for member in group.side("out")}
-    ran = {name for name, layer in model.named_modules() if makes_channels(layer) and found.calls[name]}
+    ran = {
+        name
+        for name, layer in model.named_modules()
+        if makes_channels(layer) and (found.calls[name] or (name, "out") in found.sides)
+    }
     ran.update(_held_weights(model, found))
     skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
     return {layer: with_cure(why) for layer, why in (skipped | dict(missed(model, found))).items()}
@@ -258,10 +262,10 @@ def _obstacle(
             names = [f"{owner}.{p}" for p, _ in layer.named_parameters(recurse=False)]
         for full in names:
             if full in frozen and not (trained and _is_table(layer, member)):
-                return f"{owner if held else full} is frozen; set requires_grad=True to let it be pruned"
+                return frozen_reason(model, full, owner if held else full)
             if full in shared and not loses_alike(model, group, [full, *shared[full]]):
                 return f"{full} is the same tensor as {shared[full][0]}; untie them to let it be pruned"
-        if problem := _computed(owner, layer):
+        if member.side != "self" and (problem := _computed(owner, layer)):
             return problem
     return ""
 
@@ -281,8 +285,6 @@ def _computed(name: str, layer: nn.Module) -> str:
             f"{name} is prepared for quantization-aware training (prepare_qat), with a scale for each "
             "channel; prune first and call prepare_qat on the result, to let it be pruned"
         )
-    if has_spectral_norm(layer):
-        return f"{name} {SPECTRAL}"
     if nn.utils.parametrize.is_parametrized(layer) and not can_be_narrowed(layer, held):
         return (
             f"{name} is parametrized, and a part of its weight cannot be computed in the same way; remove "

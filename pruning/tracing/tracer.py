@@ -1,11 +1,10 @@
 """Follow channels through a model: one forward pass in which every tensor carries labels.
 
-Each channel on each side of each layer gets a label. While the model runs (on the meta device, so
-nothing is computed), the labels travel with the tensors: operations that move data are applied to the
-labels themselves, elementwise operations tie those of their operands (`pruning.tracing.operators`), a
-layer ties those of its inputs to its own and gives its outputs new ones (`pruning.tracing.layer_rules`).
-Channels whose labels are tied are pruned together. Channels that reach any other operation are fixed,
-with the reason.
+Each channel on each side of each layer gets a label. The labels travel with the tensors through a pass on the
+meta device: operations that move data are applied to the labels, elementwise operations tie those of their
+operands (`pruning.tracing.operators`), a layer ties those of its inputs to its own and gives its outputs new
+ones (`pruning.tracing.layer_rules`). Channels whose labels are tied are pruned together. Channels that reach
+any other operation are fixed, with the reason.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class Tracer(TorchDispatchMode):
         self.makers = WeakTensorKeyDictionary()
         self.calls = CallCounter()
         #: Number of nested calls whose operations are not followed.
-        self.depth = 0
-        self.handles: list[RemovableHandle] = []
+        self.depth, self.handles = 0, list[RemovableHandle]()
         # Keep all tensors alive: the `id` of one that the pass replaces could be given to a new tensor.
         self.alive = [*probe.parameters(), *probe.buffers()]
         #: By `id` of a parameter, the layer that owns it.
@@ -94,7 +92,7 @@ class Tracer(TorchDispatchMode):
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks; its tensors keep their size
             return {id(t) for t in (*own.values(), *module.buffers(recurse=False))}
-        if not is_known(module, own):
+        if not is_known(module, own) or name in self.found.opened:
             self._add_hooks(module, self._enter_module(name, module), self._leave_module)
             return set()
         if holds_layers(module) and "weight" in own:
@@ -195,6 +193,8 @@ class Tracer(TorchDispatchMode):
             elif func.namespace not in _OF_TORCH:
                 self.found.foreign.add(self.labels.path[-1][0])
             operation = Operation(func, args, kwargs, output)
+            if self.found.composed:
+                self.labels.weights.computed.note(operation.operands, output)
             self._read_by(operation)
             place = self.calls.place(self.labels.path[-1][0], func)
             self.labels.place = None if self.probe.training else place  # outputs are compared in eval mode
@@ -337,6 +337,8 @@ class Tracer(TorchDispatchMode):
         self._close()
 
     def _close(self) -> None:
+        for name in self.found.reduced.keys() - self.found.noted.keys() - self.found.composed.keys():
+            self.labels.fix(torch.from_numpy(self.found.sides[name, "self"].labels), self.found.reduced[name])
         for owner, place in self.multiplied:
             if place is None or (place.full_name, "in") not in self.found.sides:
                 self.found.read_elsewhere.add(owner)

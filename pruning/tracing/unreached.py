@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pruning.graph.computed import SPECTRAL, has_spectral_norm
+from pruning.graph.computed import sources
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
 from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
@@ -48,17 +48,16 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         if not own or name in shown or not makes_channels(layer):
             continue
         weight = rule_of(layer).weight
+        if (f"{name}.{weight}", "out") in found.sides or any(map(shown.__contains__, _sources(name, layer))):
+            continue  # its weight is a layer of its own
         if weight and weight not in own:
             yield (
                 name,
-                f"it {SPECTRAL}"
-                if has_spectral_norm(layer)
-                else "its weight is computed from others, by code or hooks; remove them "
-                "(remove_spectral_norm), prune, and add them again",
+                "its weight is computed from others, by code or hooks; remove them, prune, and add them "
+                "again",
             )
         elif rule_of(layer).kind == "weighted" and (f"{name}.{weight}", "self") in found.sides:
-            if (f"{name}.{weight}", "out") not in found.sides:
-                yield name, _OTHER_CODE
+            yield name, _OTHER_CODE
         elif name not in holders:
             inside = any(f"{name}.{child}" in shown for child, _ in layer.named_children())
             yield name, _OTHER_CODE if inside else _NOT_RUN
@@ -70,6 +69,11 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
         rule = rule_for(submodule(model, owner))
         if (owner, "out") not in found.sides or rule is None or attribute not in rule.into:
             yield name, why
+
+
+def _sources(name: str, layer: nn.Module) -> list[str]:
+    """Return the full names of the parameters from which a layer computes its weight."""
+    return [f"{name}.{key}".lstrip(".") for key in sources(layer, rule_of(layer).weight)]
 
 
 def adopt_unreached(model: nn.Module, found: Flow) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from pruning.errors import PruningError
 from pruning.utils.compare import compare, outputs_of
-from pruning.utils.meta import on_meta, run_operation, to_meta
+from pruning.utils.meta import on_meta, to_meta
 from pruning.utils.modules import call, copied
 from pruning.utils.paths import Path, lists_with_paths, map_with_paths, tensors_with_paths
 from pruning.utils.tree import Inputs, fresh, map_tensors, tensors
+from pruning.utils.work import Pass, Work
 
 T = TypeVar("T")
 
@@ -165,25 +163,6 @@ def usual_batch(inputs: object) -> Batch:
     return Batch(size, {path: 0 for path, shape in shapes.items() if shape[0] == size})
 
 
-@dataclass
-class Pass:
-    """What a forward pass did.
-
-    Attributes:
-        flops: that torch's formulas count. batches: sizes of the batches of convolutions and BatchNorms.
-        shapes: of the outputs.
-    """
-
-    flops: float = 0.0
-    batches: set[int] = field(default_factory=set)
-    shapes: list[torch.Size] = field(default_factory=list)
-
-    def note_batch(self, func: OpOverload, args: Sequence[object]) -> None:
-        """Note the batch of an operation if it is a convolution or a BatchNorm."""
-        if func._schema.name.endswith(("convolution", "batch_norm")) and isinstance(args[0], Tensor):
-            self.batches.add(args[0].shape[0])
-
-
 class _Search:
     """Try candidates for the batch of inputs."""
 
@@ -203,7 +182,7 @@ class _Search:
 
     def _run(self, inputs: Inputs) -> Pass:
         assert self.probe is not None
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Work() as work:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), Work(self.probe) as work:
             output = call(self.probe.eval(), fresh(inputs))
         work.done.shapes = [t.shape for t in tensors(output)]
         return work.done
@@ -316,25 +295,3 @@ def _agrees(done: Pass, batch: Batch) -> bool:
 def _grown(before: torch.Size, after: torch.Size) -> list[int]:
     """Return the dimensions along which a tensor grew."""
     return [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if b > a]
-
-
-class _Work(TorchDispatchMode):
-    """Count the FLOPs of a forward pass, and note the batches of its convolutions and BatchNorms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done = Pass()
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        output = run_operation(func, args, kwargs)
-        if func._overloadpacket in flop_registry:
-            self.done.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
-        self.done.note_batch(func, args)
-        return output

@@ -95,22 +95,52 @@ def test_taylor_scores_are_those_of_the_computed_weights(kind):
         torch.testing.assert_close(found[group], scores)
 
 
-@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_layers_with_spectral_norm_are_kept_and_the_named_cure_lets_them_be_pruned(norm):
-    net = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-    traced = trace(net, torch.randn(2, 6))
-    assert set(traced.widths) == {"2"}
-    old = norm is nn.utils.spectral_norm
-    assert "spectral norm" in traced.skipped["0"]
-    assert ("remove_spectral_norm" if old else "remove_parametrizations") in traced.skipped["0"]
-    x = torch.randn(2, 6)
-    before = net.eval()(x)
-    if old:
-        nn.utils.remove_spectral_norm(net[0])
-    else:
-        nn.utils.parametrize.remove_parametrizations(net[0], "weight")
-    torch.testing.assert_close(net(x), before)
-    assert set(trace(net, x).widths) == {"0", "2"}
+SPECTRAL = {"hook": nn.utils.spectral_norm, "parametrization": parametrizations.spectral_norm}
+
+
+def critic(kind: str) -> nn.Module:
+    norm = SPECTRAL[kind]
+    torch.manual_seed(0)
+    return nn.Sequential(
+        norm(nn.Conv1d(3, 8, 3)), nn.LeakyReLU(), norm(nn.ConvTranspose1d(8, 6, 4, 2)), nn.Tanh(),
+        norm(nn.Conv1d(6, 4, 3, groups=2)), nn.AdaptiveAvgPool1d(1), nn.Flatten(), norm(nn.Linear(4, 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_norm_keeps_its_divisor_in_eval_mode_and_iterates_in_training(kind, training, tmp_path):
+    net, x = critic(kind).train(training), torch.randn(2, 3, 12)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    traced = trace(net, x)
+    assert traced.widths == {"0": 8, "2": 3, "4": 2}  # a part loses as many as the other
+    plan = Plan({"0": (0, 3, 7), "2": (1, 2), "4": (1,)})
+    small = apply(net, traced, plan)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert verify(net, small, traced, plan, x) < 1e-4
+    pruning.save(tmp_path / "small.pth", small)
+    for load in (pruning.load, load_pruned):
+        again = load(tmp_path / "small.pth", lambda: critic(kind)).eval()
+        assert torch.equal(again(x), small.eval()(x))
+
+    small.train()
+    for _ in range(3):
+        small(x).sum().backward()
+    norms = [torch.linalg.matrix_norm(small[i].weight.detach().flatten(1), 2) for i in (0, 4, 7)]
+    torch.testing.assert_close(torch.stack(norms), torch.ones(3), rtol=1e-3, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_a_layer_with_spectral_norm_of_which_zeros_remain_stays_finite(kind):
+    net, x = (
+        nn.Sequential(SPECTRAL[kind](nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2)).eval(),
+        torch.randn(2, 3),
+    )
+    with torch.no_grad():
+        (net[0].weight_orig if kind == "hook" else net[0].parametrizations.weight.original)[:2] = 0
+    traced, plan = trace(net, x), Plan({"0": (0, 1)})
+    assert verify(net, apply(net, traced, plan), traced, plan, x) < 1e-6
 
 
 class Causal(nn.Conv2d):

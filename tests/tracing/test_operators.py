@@ -67,10 +67,6 @@ def added_to_channels(self, x):
     return self.extra(x.new_zeros(x.shape).index_add(1, places, x))
 
 
-def functional(self, x):
-    return nn.functional.conv2d(x, 2 * self.extra.weight)
-
-
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
@@ -82,7 +78,6 @@ def functional(self, x):
         (rolled, "by position"),
         (hard_split, "tied to its width"),
         (added_to_channels, "index_add"),
-        (functional, "convolves it"),
     ],
 )
 def test_channels_that_cannot_be_pruned_are_skipped_with_the_reason(middle, reason):

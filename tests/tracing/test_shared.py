@@ -181,3 +181,27 @@ def test_a_layer_that_only_lends_its_weight_goes_with_those_that_use_it():
     weight = net.shared.weight[:, kept]
     expected = (weight[x] + weight[x.flip(1)]) @ net.head.weight[:, kept].T + net.head.bias
     torch.testing.assert_close(step.model(x), expected)
+
+
+class Averaged(nn.Module):
+    """BYOL: a frozen target beside the encoder, which runs in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.online = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, x):
+        return (self.online(x), self.target(x)) if self.training else self.online(x)
+
+
+def test_a_frozen_twin_is_named_with_the_encoder_that_it_averages():
+    net, x = Averaged(), torch.randn(2, 4)
+    traced = trace(net, x)
+    assert traced.widths == {"online.0": 8}
+    assert "deepcopy of the pruned online" in traced.skipped["target.0"]
+    small = apply(net, traced, Plan({"online.0": (0, 3)}))
+    small.target = copy.deepcopy(small.online).requires_grad_(False)
+    assert [p.shape for p in small.train().target.parameters()] == [
+        p.shape for p in small.online.parameters()
+    ]
