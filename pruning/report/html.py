@@ -124,13 +124,13 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
     if widths is not None:
         skipped = next((event["skipped"] for event in events if event["stage"] == "dense"), {})
     best = folder / "best.pth"
-    saved = read(best) if best.exists() else None
+    made = read(best)["provenance"] if best.exists() else None
     predictions = folder / "mistakes.json"
     thumbnails, confusion = list[Thumbnails](), None
     if predictions.exists():
         with _errors_name(predictions):
             found = json.loads(predictions.read_text())
-            names = class_names(saved, len(found["confusion"]["small"]))
+            names = class_names(made or {}, len(found["confusion"]["small"]))
             compared = "given" if any(event.get("trained") for event in events) else "dense"
             thumbnails, confusion = wrong_predictions(found, names, compared), confusion_matrix(found, names)
     return {
@@ -155,7 +155,7 @@ def _content(folder: Path, settings: Mapping[str, object], events: Sequence[Even
             for event in events
             if "epoch" in event
         ],
-        "provenance": None if saved is None else json.dumps(saved.get("provenance", {}), indent=2),
+        "provenance": None if made is None else json.dumps(made, indent=2),
         "settings": json.dumps(settings, indent=2),
     }
 

@@ -26,9 +26,9 @@ class Confusion(NamedTuple):
     rows: list[list[tuple[int, int]]]
 
 
-def class_names(saved: Mapping[str, object] | None, count: int) -> list[str]:
-    """Return the names of the classes as the result's checkpoint has them, else their numbers."""
-    names = (saved or {}).get("classes")
+def class_names(provenance: Mapping[str, object], count: int) -> list[str]:
+    """Return the names of the classes as the provenance of the result has them, else their numbers."""
+    names = provenance.get("classes")
     if isinstance(names, Sequence) and len(names) == count:
         return [str(name) for name in names]
     return [str(i) for i in range(count)]

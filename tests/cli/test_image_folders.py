@@ -90,6 +90,14 @@ def test_a_checkpoint_needs_no_flags_again(photos, tmp_path):
     assert code == 0 and "cccc" in (tmp_path / "run" / "best.html").read_text(), err
 
 
+def test_the_report_of_a_run_names_the_classes_of_the_folder(photos, tmp_path):
+    epochs = ("--sparsify-epochs", 1, "--iterations", 1, "--recover-epochs", 0, "--finetune-epochs", 1)
+    words = ("--data", "pictures", *CHOSEN, "--max-macs", "80%", *epochs, "--output", "run")
+    assert photos("slim", *NET, *words)[0] == 0 and photos("report", "run")[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f'<th scope="row">{name}</th>' in page for name in ("a", "bb", "cccc"))
+
+
 def test_the_number_of_outputs_is_that_of_the_classes(photos):
     words = ("--data", "pictures", "--crop", 33)
     code, out, err = photos("doctor", "--model", "squeezenet1_1", *words)

@@ -143,7 +143,7 @@ def with_predictions(run, tmp_path, classes=CLASSES):
     """A copy of a run whose networks are compared on images of 30 classes."""
     folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
     saved = torch.load(folder / "best.pth", weights_only=True)
-    torch.save({**saved, "classes": classes}, folder / "best.pth")
+    torch.save({**saved, "provenance": {**saved["provenance"], "classes": classes}}, folder / "best.pth")
     gray = [[[0, 255], [128, 3]]]
     lost = [{"truth": 0, "dense": 0, "small": 1, "image": image} for image in (gray, gray * 3, None)]
     won = [{"truth": 2, "dense": 0, "small": 2, "image": gray}]
