@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruning.surgery.linear_form import use_of
 from pruning.utils.modules import call
-from pruning.utils.tree import Inputs, fresh, tensors_among
+from pruning.utils.tree import Inputs, fresh, storage_of, tensors_among
 
 Function = Callable[..., object]
 Arguments = tuple[object, ...]
@@ -133,7 +133,7 @@ class _Memory:
     """
 
     def __init__(self, known: Sequence[Tensor]):
-        self.known = {_storage(tensor) for tensor in known}
+        self.known = {storage_of(tensor) for tensor in known}
         self.tensors = WeakTensorKeyDictionary()
 
     def note(self, result: object) -> None:
@@ -141,17 +141,8 @@ class _Memory:
             self.tensors[tensor] = True
 
     def in_use(self) -> int:
-        storages = dict(map(_storage, self.tensors))
+        storages = dict(map(storage_of, self.tensors))
         return sum(size for start, size in storages.items() if (start, size) not in self.known)
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return where the memory of a tensor begins, and its bytes."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
-    except (NotImplementedError, RuntimeError):  # of sparse tensors, for example
-        return id(tensor), tensor.element_size() * tensor.numel()
 
 
 def _same_shape(args: Sequence[object]) -> bool:

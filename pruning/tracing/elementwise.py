@@ -162,9 +162,8 @@ def _along_one_dimension(
         else:
             for each in (result, other):
                 labels.fix(each, f"{combines} with channels along another dimension")
-    if len(channel_dims) > 1 and not labels.is_grid(
-        result
-    ):  # of a parameter: after the ties its channels may lie along one dimension
+    if len(channel_dims) > 1 and not labels.is_grid(result):
+        # Of a parameter: after the ties its channels may lie along one dimension.
         result = compact(torch.from_numpy(labels.found.ties.find(result.numpy())))
     return labels.put(op.output, result)
 

@@ -113,3 +113,17 @@ def noise_like(inputs: Inputs) -> list[Inputs]:
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
     return [pytree.tree_map(noise, inputs) for _ in range(2)]
+
+
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """Return a number that tells the memory of a tensor, which its views share, and the bytes of this memory.
+
+    >>> x = torch.zeros(2, 3)
+    >>> storage_of(x) == storage_of(x[0]), storage_of(x)[1], storage_of(x) == storage_of(x.clone())
+    (True, 24, False)
+    """
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage.nbytes()
+    except (NotImplementedError, RuntimeError):  # of sparse tensors, for example
+        return id(tensor), tensor.element_size() * tensor.numel()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pruning.utils.meta import run_operation
-from pruning.utils.tree import tensors_among
+from pruning.utils.tree import storage_of, tensors_among
 
 
 @dataclass
@@ -44,19 +44,19 @@ class ComputedFromParameters:
 
     def __init__(self, model: nn.Module) -> None:
         #: The tensors by their memory, kept alive so that no other tensor takes it.
-        self._known = {_memory(t): t for t in (*model.parameters(), *model.buffers())}
+        self._known = {storage_of(t)[0]: t for t in (*model.parameters(), *model.buffers())}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return _memory(tensor) in self._known
+        return storage_of(tensor)[0] in self._known
 
     def note(self, operands: Sequence[Tensor], output: object) -> bool:
         """Note an operation that has run; return whether its outputs are such tensors."""
         computed = bool(operands) and all(t in self for t in operands)
         for made in tensors_among((output,)):
             if computed:
-                self._known.setdefault(_memory(made), made)
+                self._known.setdefault(storage_of(made)[0], made)
             elif operands and made is operands[0]:  # written in place
-                self._known.pop(_memory(made), None)
+                self._known.pop(storage_of(made)[0], None)
         return computed
 
 
@@ -89,10 +89,3 @@ class Work(TorchDispatchMode):
             self.done.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
         self.done.note_batch(func, args)
         return output
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # of sparse tensors, for example
-        return id(tensor)

@@ -330,8 +330,9 @@ def test_a_width_given_as_a_share_is_rounded_to_the_multiple_and_a_count_is_exac
     for share in (10, 40, 65, 90, 100):
         options = PlanOptions(multiple=4, widths={"*": f"{share}%"})
         for group, width in plan_within(everything, traced, cost_model, scores, options).widths.items():
-            wanted = full[group] * share / 100
-            assert width == full[group] if share == 100 else width % 4 == 0 or width == full[group]
-            assert abs(width - wanted) <= 2 or width == min(4, full[group]) or width == full[group]
+            whole, wanted = int(full[group]), full[group] * share / 100
+            assert width % 4 == 0 or width == whole
+            assert share < 100 or width == whole
+            assert all(abs(width - wanted) <= abs(other - wanted) for other in range(4, whole + 1, 4))
     options = PlanOptions(multiple=4, floor=4, widths={"*": 3})
     assert set(plan_within(everything, traced, cost_model, scores, options).widths.values()) == {3}
