@@ -26,6 +26,7 @@ from pruning.training.losses import class_logits
 from pruning.training.output_comparison import Comparison
 from pruning.training.range_test import mean_loss, recovery_rate
 from pruning.utils.batch import Batch, find_batch
+from pruning.utils.memory_format import channels_last, runs_channels_last
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.tree import Inputs, fresh
 
@@ -98,26 +99,39 @@ def recover(
     train, held, counts = split(batch, given)
     if compare is None:
         compare = comparison(dense, held)
-    judged, loss = with_teacher(dense, held, 1.0, 1.0, compare=compare)
+    config = replace(config, channels_last=config.channels_last or runs_channels_last(model, given[0]))
+    vary = vary or (varied if batch.dims.get(()) == 0 else unchanged)
+    with channels_last(dense, runs_channels_last(dense, given[0])):
+        judged, loss = with_teacher(dense, held, 1.0, 1.0, compare=compare)
 
-    def validate(network: nn.Module) -> float:
-        return -mean_loss(network, list(judged), loss)
+        def validate(network: nn.Module) -> float:
+            return -mean_loss(network, list(judged), loss)
 
-    before = -validate(model)
-    if not before < torch.inf:
-        raise PruningError(
-            "outputs of the pruned or of the dense network are not finite; check the inputs and the weights"
-        )
-    if config.lr is None and not (run is not None and run.state and run.state["fit"]):
-        tried, tried_by = with_teacher(dense, train, 1.0, 1.0, compare=compare)
-        config = replace(config, lr=recovery_rate(model, list(tried), config, loss=tried_by))
-    if vary is None:
-        vary = varied if batch.dims.get(()) == 0 else unchanged
-    tuned = tune(
-        model, _Varied(train, vary), config, validate=validate, run=run, teacher=dense, distill=1.0,
-        temperature=1.0, features=features, compare=compare,
-    )  # fmt: skip
-    return Recovered(tuned, before, -validate(tuned), *counts)
+        before = -validate(model)
+        if not before < torch.inf:
+            raise PruningError(
+                "the pruned or the dense network has outputs that are not finite; check inputs and weights"
+            )
+        if config.lr is None and not (run is not None and run.state and run.state["fit"]):
+            config = replace(config, lr=_rate(model, dense, train, config, compare))
+        tuned = tune(
+            model, _Varied(train, vary), config, validate=validate, run=run, teacher=dense, distill=1.0,
+            temperature=1.0, features=features, compare=compare,
+        )  # fmt: skip
+        return Recovered(tuned, before, -validate(tuned), *counts)
+
+
+def _rate(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[tuple[Inputs, None]],
+    config: TrainConfig,
+    compare: Comparison,
+) -> float:
+    """Return the peak learning rate that a range test finds."""
+    tried, loss = with_teacher(dense, batches, 1.0, 1.0, compare=compare)
+    with channels_last(model, config.channels_last):
+        return recovery_rate(model, list(tried), config, loss=loss)
 
 
 def split(

@@ -29,7 +29,8 @@ from pruning.training.precision import require_precision
 from pruning.training.state import Stateful, Training, TrainingState, make_optimizer, set_mode
 from pruning.training.statistics import fresh_statistics, take_statistics
 from pruning.utils import distributed
-from pruning.utils.modules import channels_last, device_of
+from pruning.utils.memory_format import channels_last
+from pruning.utils.modules import device_of
 
 
 class Epoch(NamedTuple):

@@ -171,18 +171,6 @@ def buffers_unchanged(function: Function) -> Function:
 
 
 @contextlib.contextmanager
-def channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Use the channels-last memory format for a model's weights within the block, if wanted."""
-    if wanted:
-        model.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        if wanted:
-            model.to(memory_format=torch.contiguous_format)
-
-
-@contextlib.contextmanager
 def thread_count(threads: int) -> Iterator[None]:
     """Set the number of threads of torch's CPU operations within the block."""
     before = torch.get_num_threads()
