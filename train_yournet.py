@@ -5,8 +5,8 @@
     python train_yournet.py --recipe checkpoints/compact/recipe.toml
     python train_yournet.py --resume
 
-The run's folder receives config.json, history.jsonl, reference.pth (LeNet-5 trained by the
-assignment's recipe, to compare with), state.pth (to resume from), mistakes.json and best.pth: YourNet.
+The run's folder receives config.json, history.jsonl, reference.pth (LeNet-5 trained by the assignment's
+recipe, to compare with), state.pth (to resume from), mistakes.json and best.pth: YourNet.
 """
 
 from __future__ import annotations

@@ -59,7 +59,11 @@ class YourNetFlags(ScriptFlags):
     threads: Threads = 2
     reference: Annotated[
         Path | None,
-        Setting("LeNet-5 to compare with (default: this run trains one)", metavar="PATH", group="run"),
+        Setting(
+            "LeNet-5 to compare with (default: the committed one on MNIST; on other data the run trains one)",
+            metavar="PATH",
+            group="run",
+        ),
     ] = None
     publish: Annotated[
         bool, Setting(f"copy the result to {COMMITTED['YourNet'].relative_to(ROOT).as_posix()}", group="run")
