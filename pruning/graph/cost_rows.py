@@ -81,8 +81,11 @@ class RowTable:
         dims = {m.layer: m.dim for group in self.trace.groups.values() for m in group.members}
         for (name, side), owned in self.owned.items():
             if side == "self" and name in self.parameters:
-                size = self.parameters[name].shape[dims[name]]
-                per_position = self.parameters.pop(name).numel() / size
+                parameter = self.parameters.pop(name)
+                size = (*parameter.shape, parameter.numel())[
+                    dims[name]
+                ]  # the last: each element is a position
+                per_position = parameter.numel() / size
                 fixed = float(size - owned @ self.full)
                 self.rows.append(Row("", owned, fixed, self.none, 1.0, per_position))
 

@@ -80,7 +80,8 @@ def adopt_unreached(model: nn.Module, found: Flow) -> None:
     """Let parameters that no pass reached, such as the token of a mask, go with the channels beside them.
 
     The channels are the only ones of this size that the code of the module sees: in its other parameters, in
-    its layers, and in what its modules put out. If there are several, nothing is done.
+    its layers, and in what its modules put out. If there are several, nothing is done. A parameter whose
+    shape ends with that of another one, with channels along several dimensions, has the same channels.
     """
     beside: dict[str, list[np.ndarray]] = {}
     for (name, side), use in found.sides.items():
@@ -104,10 +105,23 @@ def adopt_unreached(model: nn.Module, found: Flow) -> None:
             for labels in beside.get(_scope(model, name), [])
             if len(labels) == size > 1
         }
+        alike = _of_same_shape(model, found, name, shape)
         if len(fitting) == 1:
             (((dim, _), labels),) = fitting.items()
-            along = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-            found.sides[name, "self"] = SideUse(np.broadcast_to(along, shape).copy(), 0)
+            alike = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        if alike is not None:
+            found.sides[name, "self"] = SideUse(np.broadcast_to(alike, shape).copy(), 0)
+
+
+def _of_same_shape(model: nn.Module, found: Flow, name: str, shape: torch.Size) -> np.ndarray | None:
+    """Return the labels of parameters of the same module with whose shape a shape ends, if these agree."""
+    several = {
+        found.channels(use.labels).tobytes(): use.labels
+        for (other, side), use in found.sides.items()
+        if side == "self" and shape[-use.labels.ndim :] == use.labels.shape
+        if sum(size > 1 for size in use.labels.shape) > 1 and _scope(model, other) == _scope(model, name)
+    }
+    return next(iter(several.values())) if len(several) == 1 else None
 
 
 def unreached(
