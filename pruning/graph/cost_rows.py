@@ -169,17 +169,23 @@ class RowTable:
     def _add_gates(
         self, name: str, layer: nn.Module, into: np.ndarray, in_fixed: float, steps: float
     ) -> None:
-        """Add a row for each tensor of a recurrent layer whose rows are gates of hidden units."""
-        units, times = float(layer_width(layer, "out")), dict(hidden_readers(layer))
+        """Add a row for each tensor of a recurrent layer."""
+        units, made = float(layer_width(layer, "out")), gate_tensors(layer)
+        times, reading = dict(hidden_readers(layer)), rule_of(layer).into
         out = self.owned.get((name, "out"), self.none)
-        fixed, each = units - float(out @ self.full), float(gates(layer))
-        for key in gate_tensors(layer):
+        fixed = units - float(out @ self.full)
+        for key, parameter in layer.named_parameters(recurse=False):
+            each = float(gates(layer)) if key in made else float(len(parameter))
             row = Row("", out, fixed, self.none, 1.0, each)
+            if key not in made:
+                row = row._replace(out=self.none, out_fixed=1.0)
             if key in times:
-                row = row._replace(into=out * times[key], in_fixed=fixed * times[key], macs=each * steps)
-            elif key.startswith("weight"):
-                row = row._replace(into=into, in_fixed=in_fixed, macs=each * steps)
-            self.rows.append(row)
+                row = row._replace(into=out * times[key], in_fixed=fixed * times[key])
+            elif key in reading:
+                row = row._replace(into=into, in_fixed=in_fixed)
+            elif parameter.ndim > 1:
+                row = row._replace(in_fixed=float(parameter.shape[1]))
+            self.rows.append(row._replace(macs=each * steps if parameter.ndim > 1 else 0.0))
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
         """Add a layer's parameters besides weight and bias; return their number of elements."""

@@ -11,18 +11,13 @@ from torch import nn
 from pruning.graph.computed import sources
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
-from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
+from pruning.graph.recurrent import RECURRENT, has_hidden_channels
 from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.tables import MOST_ELEMENTS
 from pruning.utils.modules import submodule
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
-)
-
-_PROJECTION = (
-    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
-    "layer behind it to let it be pruned"
 )
 
 _OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
@@ -43,7 +38,7 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
-            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
+            yield name, _OWN_RECURRENT
             continue
         if not own or name in shown or not makes_channels(layer):
             continue
