@@ -339,21 +339,39 @@ def test_channels_are_pruned_with_the_values_that_a_view_takes_for_as_many():
     assert prune(net, x, Budget(macs="50%"), score="l2").difference < 1e-4
 
 
-def test_softmax_over_the_positions_of_heads_keeps_them():
-    class Linear(Attention):
-        def attend(self, q, k, v):
-            return q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
+class Linear(Attention):
+    """Attention by softmax over the positions of queries."""
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q + self.gone).softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
+
+
+class CrossCovariance(Attention):
+    """Attention between the positions of each head, as in XCiT."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (F.normalize(each, dim=-2) for each in (q, k))
+        return v @ (q.transpose(-2, -1) @ k + self.gone[:, None]).softmax(-2)
+
+
+@pytest.mark.parametrize("kind", [Linear, CrossCovariance])
+def test_softmax_over_the_positions_of_heads_is_over_those_that_are_kept(kind):
+    """The dense model adds -inf to what softmax reads at the dropped positions."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, WIDTH), Linear("linear"), nn.Linear(WIDTH, 3))
-    x = torch.randn(2, 5, 5)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), kind("linear"), nn.Linear(WIDTH, 3)), torch.randn(2, 5, 5)
+    net[1].register_buffer("gone", torch.zeros(DEPTH))
     traced = trace(net, x)
-    assert traced.widths["1.q/heads"] == HEADS and "1.q/width" not in traced.groups
-    plan = Plan({"1.q/heads": (0, 3)})
-    small = apply(net, traced, plan)
-    dense = copy.deepcopy(net)
+    assert traced.widths["1.q/heads"] == HEADS
+    (places,) = [
+        name for name, group in traced.groups.items() if group.reductions and group.channels == DEPTH
+    ]
+    plan = Plan({"1.q/heads": (0, 3), places: (0, 1, 4)})
+    small, dense = apply(net, traced, plan), copy.deepcopy(net)
+    assert small[1].gone.shape == (3,)
     with torch.no_grad():
-        dense[1].out.weight[:, DEPTH : 3 * DEPTH] = 0
+        dense[1].gone[[2, 3, 5]] = -torch.inf
+        read = dense[1].out.weight.unflatten(1, (HEADS, DEPTH))
+        read[:, [1, 2]], read[:, :, [2, 3, 5]] = 0, 0
     torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
