@@ -302,7 +302,7 @@ class Axes:
         elif len(free) == 1 and lone:
             changed = self._refine(right[free[0]], left[lone])
         elif lone or free:
-            self.fixed.append(np.concatenate([left.ravel(), right.ravel()]))
+            self.fixed.append(np.concatenate([left[lone].ravel(), right[free].ravel()]))  # the others agree
         for a, b in pairs:
             differ = (a != b) & (a != NONE) & (b != NONE)
             self.ties.union(a[differ], b[differ])

@@ -375,6 +375,38 @@ def test_softmax_over_the_positions_of_heads_is_over_those_that_are_kept(kind):
     torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
+class Encoded(nn.Module):
+    """Attention in factors with values that a convolution mixes over pixels, as in CoaT."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.out = HEADS, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.near = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        shape = batch, tokens, 3, self.num_heads, width // self.num_heads
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        near = self.near(v.transpose(-1, -2).reshape(batch, width, 2, -1))
+        mixed = q @ (k.softmax(2).transpose(-1, -2) @ v) + q * near.reshape(q.mT.shape).mT
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def test_a_convolution_of_values_follows_their_heads_and_positions():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), Encoded(), nn.Linear(WIDTH, 3)), torch.randn(2, 6, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"0/heads": HEADS, "0/width": WIDTH // HEADS, "1.out": WIDTH}
+    small, dense = apply(net, traced, Plan({"0/heads": (0, 2, 3), "0/width": (0, 2)})), copy.deepcopy(net)
+    gone = torch.tensor([not (h != 1 and d != 1) for h in range(HEADS) for d in range(3)])
+    with torch.no_grad():
+        dense[1].qkv.weight[:, gone] = 0
+        for held in (dense[1].qkv.weight, dense[1].qkv.bias):
+            held[gone.repeat(3)] = 0
+        dense[1].out.weight[:, gone] = 0
+    torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_gram_matrix_loses_the_rows_and_columns_of_removed_channels():
     class Gram(nn.Module):
         def __init__(self):
