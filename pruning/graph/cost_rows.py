@@ -123,7 +123,7 @@ class RowTable:
         """Add a row for a parameter that code multiplies by; one of a layer is counted with that layer."""
         assert isinstance(layer, HeldWeight)
         row = self._sides(name, layer, rule_of(layer))
-        kernel = weight_size(layer) / self._full_product(layer, rule_of(layer), row)
+        kernel = layer.get_parameter("weight").numel() / self._full_product(layer, rule_of(layer), row)
         owner, counted = name.rpartition(".")[0], False
         if (owner, "in") in self.owned or (owner, "out") in self.owned or owner in self.trace.uses:
             counted = is_of_layer(layer.owner, layer.attribute)

@@ -31,7 +31,7 @@ GROUPED = frozenset(("_grouped_mm", "transformers::grouped_mm_fallback"))
 _ALIGNED = 16
 
 #: Operators that may multiply by a weight of the module that calls them.
-WEIGHTED = GROUPED | {"mm", "addmm", "bmm", "convolution"}
+WEIGHTED = GROUPED | {"mm", "addmm", "bmm", "convolution", "embedding"}
 
 
 def product(labels: Labels, op: Operation) -> None:
@@ -87,6 +87,20 @@ def grouped(labels: Labels, op: Operation) -> None:
             return
         labels.found.other_macs -= macs
     labels.fix_operands(op.name, op.operands)
+
+
+def lookup(labels: Labels, op: Operation) -> None:
+    """Look up rows of a parameter (F.embedding), which is then a layer of its own."""
+    place = labels.weights.find(op.given["weight"])
+    if place is None or place.dims.get(1) != 1:
+        return labels.fix_operands(op.name, op.operands)
+    layer = held_weight(labels.weights.modules[place.module], place.attribute)
+    if not infer_rule(type(layer), Rule({"weight": 1}, kind="embedding"), labels.weights.inferred):
+        return labels.fix_operands(op.name, op.operands)
+    made = labels.side(place.full_name, layer, "out", -1)
+    labels.found.uses.setdefault(place.full_name, (0.0, 0.0))
+    labels.found.calls[place.full_name] += 1
+    return labels.put(op.output, spread(made, op.output.ndim, -1))
 
 
 def convolution(labels: Labels, op: Operation) -> None:

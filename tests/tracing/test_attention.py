@@ -299,6 +299,43 @@ def test_channels_of_the_input_are_pruned_with_the_positions_of_heads_that_the_c
     assert CostModel(net, traced)(plan.widths) == count(small, x)
 
 
+class OwnCode(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class OwnLayers(Attention):
+    """Attention of layers with code of their own, whose outputs are viewed as an attribute says."""
+
+    def __init__(self):
+        super().__init__("own")
+        self.all = HEADS * DEPTH
+        self.q, self.k, self.v = (OwnCode(WIDTH, self.all) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], self.all))
+
+
+def test_an_attribute_of_joined_groups_follows_once():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), OwnLayers(), nn.Linear(WIDTH, 3)), torch.randn(2, 4, 5)
+    traced = trace(net, x)
+    assert traced.widths["1.q/heads"] == HEADS and traced.widths["1.q/width"] == DEPTH
+    small = apply(net, traced, Plan({"1.q/heads": (0, 3), "1.q/width": (0, 1, 5)}))
+    assert (small[1].all, small[1].head_dim) == (6, 3)
+    kept = torch.tensor([h * DEPTH + d for h in (0, 3) for d in (0, 1, 5)])
+    hidden = net[0](x)
+    q, k, v = (
+        (hidden @ layer.weight[kept].T + layer.bias[kept]).unflatten(-1, (2, 3)).transpose(1, 2)
+        for layer in (net[1].q, net[1].k, net[1].v)
+    )
+    mixed = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    by_hand = net[2](mixed @ net[1].out.weight[:, kept].T + net[1].out.bias)
+    torch.testing.assert_close(small(x), by_hand, rtol=1e-4, atol=1e-5)
+
+
 class Viewed(nn.Module):
     """Attention over pixels with fewer positions in q and k than in v; views take the width of the input."""
 
