@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,12 +56,17 @@ class Translator(nn.Module):
 
 
 class Cells(nn.Module):
-    def __init__(self, kind: str):
+    """A cell that starts from no state, or from one that `start` makes for a batch and a hidden size."""
+
+    def __init__(self, kind: str, start: Callable[[int, int], Tensor] | None = None):
         super().__init__()
-        self.cell, self.head = getattr(nn, f"{kind}Cell")(5, 6), nn.Linear(6, 4)
+        self.cell, self.head, self.start = getattr(nn, f"{kind}Cell")(5, 6), nn.Linear(6, 4), start
 
     def forward(self, x: Tensor) -> Tensor:
         state = None
+        if self.start is not None:
+            state = self.start(len(x), self.cell.hidden_size)
+            state = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
         for step in x.unbind(1):
             state = self.cell(step, state)
         return self.head(state[0] if isinstance(state, tuple) else state)
@@ -68,6 +75,8 @@ class Cells(nn.Module):
 def networks():
     yield from ((f"{kind}-{n}", lambda kind=kind, n=n: Tagger(kind, n)) for kind in KINDS for n in (1, 2))
     yield from ((f"{kind}Cell", lambda kind=kind: Cells(kind)) for kind in KINDS)
+    yield "refilled", lambda: Cells("GRU", lambda n, size: torch.empty(n, size).zero_())
+    yield "refilled-states", lambda: Cells("LSTM", lambda n, size: torch.empty(n, size).fill_(0.5))
     yield "packed", lambda: Tagger(packed=True)
     yield "states", Translator
     yield from ((f"projected-{n}", lambda n=n: Tagger(levels=n, cells=12 - n)) for n in (1, 2))
@@ -132,3 +141,5 @@ def test_states_that_are_given_keep_the_hidden_size():
 
     x, state = torch.randn(2, 3, 5), torch.ones(1, 2, 6)
     assert "initial state" in trace(Given("GRU", 1), (x, state)).skipped["read"]
+    literal = Cells("GRU", lambda n, _: torch.zeros(n, 6))
+    assert "new tensors from those of their inputs" in trace(literal, x).skipped["cell"]
