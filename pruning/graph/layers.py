@@ -130,6 +130,8 @@ def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
         raise PruningError(f"{wrong} kind={rule.kind!r} and into={dict(rule.into)}; leave out into")
     if rule.dim is not None and rule.dim >= 0:
         raise PruningError(f"{wrong} dim={rule.dim}; count it from the end, as -1")
+    if rule.spans:
+        raise PruningError(f"{wrong} spans={rule.spans}, which `trace` finds by itself; leave them out")
 
 
 def require_rules(model: nn.Module) -> None:
@@ -178,11 +180,9 @@ def _tensors(layer: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]
 
 
 def _described(value: object) -> str:
-    return (
-        f"a tensor of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def rule_for(layer: nn.Module) -> Rule | None:

@@ -39,6 +39,7 @@ class Rule:
             images); for channelwise layers and norms it is dimension 1.
         spans: of a weight in which channels of one side lie along several neighboring dimensions, as those of
             (inputs, heads, positions) do: how many of its dimensions each dimension of the rule stands for.
+            `trace` finds it; rules that are registered have none.
     """
 
     out: Mapping[str, int]
