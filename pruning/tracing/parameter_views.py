@@ -93,7 +93,7 @@ class Weights:
 
         >>> layer = nn.MultiheadAttention(4, 2)
         >>> Weights(layer).find_part(layer.in_proj_weight[4:].T)
-        ParameterView(module='', attribute='in_proj_weight', dims={0: 1, 1: 0}, part=(0, 4, 8))
+        ParameterView(module='', attribute='in_proj_weight', dims={0: 1, 1: 0}, part=(0, 4, 8), spans=())
         """
         if (whole := self.find(tensor)) is not None:
             return whole
