@@ -81,8 +81,11 @@ class RowTable:
         dims = {m.layer: m.dim for group in self.trace.groups.values() for m in group.members}
         for (name, side), owned in self.owned.items():
             if side == "self" and name in self.parameters:
-                size = self.parameters[name].shape[dims[name]]
-                per_position = self.parameters.pop(name).numel() / size
+                parameter = self.parameters.pop(name)
+                size = (*parameter.shape, parameter.numel())[
+                    dims[name]
+                ]  # the last: each element is a position
+                per_position = parameter.numel() / size
                 fixed = float(size - owned @ self.full)
                 self.rows.append(Row("", owned, fixed, self.none, 1.0, per_position))
 
@@ -120,7 +123,7 @@ class RowTable:
         """Add a row for a parameter that code multiplies by; one of a layer is counted with that layer."""
         assert isinstance(layer, HeldWeight)
         row = self._sides(name, layer, rule_of(layer))
-        kernel = weight_size(layer) / self._full_product(layer, rule_of(layer), row)
+        kernel = layer.get_parameter("weight").numel() / self._full_product(layer, rule_of(layer), row)
         owner, counted = name.rpartition(".")[0], False
         if (owner, "in") in self.owned or (owner, "out") in self.owned or owner in self.trace.uses:
             counted = is_of_layer(layer.owner, layer.attribute)
@@ -166,17 +169,23 @@ class RowTable:
     def _add_gates(
         self, name: str, layer: nn.Module, into: np.ndarray, in_fixed: float, steps: float
     ) -> None:
-        """Add a row for each tensor of a recurrent layer whose rows are gates of hidden units."""
-        units, times = float(layer_width(layer, "out")), dict(hidden_readers(layer))
+        """Add a row for each tensor of a recurrent layer."""
+        units, made = float(layer_width(layer, "out")), gate_tensors(layer)
+        times, reading = dict(hidden_readers(layer)), rule_of(layer).into
         out = self.owned.get((name, "out"), self.none)
-        fixed, each = units - float(out @ self.full), float(gates(layer))
-        for key in gate_tensors(layer):
+        fixed = units - float(out @ self.full)
+        for key, parameter in layer.named_parameters(recurse=False):
+            each = float(gates(layer)) if key in made else float(len(parameter))
             row = Row("", out, fixed, self.none, 1.0, each)
+            if key not in made:
+                row = row._replace(out=self.none, out_fixed=1.0)
             if key in times:
-                row = row._replace(into=out * times[key], in_fixed=fixed * times[key], macs=each * steps)
-            elif key.startswith("weight"):
-                row = row._replace(into=into, in_fixed=in_fixed, macs=each * steps)
-            self.rows.append(row)
+                row = row._replace(into=out * times[key], in_fixed=fixed * times[key])
+            elif key in reading:
+                row = row._replace(into=into, in_fixed=in_fixed)
+            elif parameter.ndim > 1:
+                row = row._replace(in_fixed=float(parameter.shape[1]))
+            self.rows.append(row._replace(macs=each * steps if parameter.ndim > 1 else 0.0))
 
     def _add_other_tensors(self, name: str, layer: nn.Module, rule: Rule) -> int:
         """Add a layer's parameters besides weight and bias; return their number of elements."""

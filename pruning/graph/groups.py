@@ -33,7 +33,8 @@ class Member:
         channel: the channel of the group that owns each of these positions, (positions,). After a
             flatten, one channel owns several positions.
         dim: the dimension of the layer's input (side `in`) or output along which the positions lie,
-            negative; on the side `self`, a dimension of the tensor.
+            negative; on the side `self`, a dimension of the tensor, or their number if the positions are its
+            elements, because channels lie along several dimensions.
         scored: whether the weights at each position count for the first-order change of the loss when the
             channel is removed, (positions,); None if all do. Without a head, only the term of its values
             is missing, and without a position of queries and keys, one product that both are factors of.

@@ -7,6 +7,7 @@ belongs to a type of module, as in the table of layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -28,10 +29,10 @@ def infer_rule(kind: type[nn.Module], rule: Rule, inferred: set[type[nn.Module]]
         _INFERRED[kind] = rule
         inferred.add(kind)
     known = _INFERRED[kind]
-    if known.into == rule.into and known.weight == rule.weight:
+    if known.into == rule.into and known.weight == rule.weight and known.spans == rule.spans:
         merged = {**known.out, **rule.out}
         if merged != known.out:  # another instance of the type has a bias
-            _INFERRED[kind] = Rule(merged, known.into, kind="weighted")
+            _INFERRED[kind] = replace(known, out=merged)
         return known.out[known.weight] == rule.out[rule.weight]
     return False
 

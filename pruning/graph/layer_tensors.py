@@ -78,6 +78,7 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     """
     if has_hidden_channels(layer):  # rows are gates × hidden units
         return values.unflatten(0, (gates(layer), -1)).transpose(0, 1).flatten(1)
+    values = rule_of(layer).merged(values)
     dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
     if dim == 1 and parts(layer) > 1:  # a transposed convolution: this dimension counts within one part
         values, dim = values.unflatten(0, (parts(layer), -1)).transpose(1, 2).flatten(0, 1), 0
@@ -100,6 +101,7 @@ def scale_rows(layer: nn.Module, name: str, values: Tensor, factors: Tensor) -> 
     if has_hidden_channels(layer):
         values, dim = values.unflatten(0, (gates(layer), -1)), 1
     else:
+        values = rule_of(layer).merged(values)
         dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
     if dim == 1 and not has_hidden_channels(layer) and parts(layer) > 1:
         values, factors = values.unflatten(0, (parts(layer), -1)), factors.view(parts(layer), 1, -1)
@@ -152,7 +154,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
         index, dim = keep, 0 if depthwise else dim
         if (name == rule.weight or name in like_weight) and dim == 1 and parts(layer) > 1:
             index = keep[keep < size]  # this dimension counts channels within one part
-        kept = _laid_out_as(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
+        kept = _laid_out_as(tensor, rule.selected(tensor.detach(), dim, index))
         if isinstance(tensor, nn.Parameter):
             setattr(layer, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         elif is_computed(layer, name):
@@ -195,7 +197,7 @@ def ignore_channels(layer: nn.Module, side: Side, drop: Tensor) -> None:
             if is_computed(layer, name):
                 set_computed(layer, name, tensor.index_fill(dim, index, 0))
             else:
-                tensor.index_fill_(dim, index, 0)
+                rule.merged(tensor).index_fill_(dim, index, 0)
 
 
 def _laid_out_as(tensor: Tensor, smaller: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.inferred import inferred_rule
-from pruning.graph.recurrent import has_hidden_channels
+from pruning.graph.recurrent import has_hidden_channels, is_projected
 from pruning.graph.rule import Rule, Side
 from pruning.utils.modules import eval_mode
 
@@ -37,6 +37,7 @@ _STATISTICS = {**_ROWS, "running_mean": 0, "running_var": 0}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, DeformableConv)
 
 _RNN = Rule({}, {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}, "hidden_size", "input_size", kind="recurrent")
+_PROJECTED = replace(_RNN, out_count="proj_size")
 
 #: The first row whose type matches is taken. `register_layer` adds rows for a user's own layers.
 TABLE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
@@ -129,6 +130,8 @@ def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
         raise PruningError(f"{wrong} kind={rule.kind!r} and into={dict(rule.into)}; leave out into")
     if rule.dim is not None and rule.dim >= 0:
         raise PruningError(f"{wrong} dim={rule.dim}; count it from the end, as -1")
+    if rule.spans:
+        raise PruningError(f"{wrong} spans={rule.spans}, which `trace` finds by itself; leave them out")
 
 
 def require_rules(model: nn.Module) -> None:
@@ -177,11 +180,9 @@ def _tensors(layer: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]
 
 
 def _described(value: object) -> str:
-    return (
-        f"a tensor of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
@@ -190,6 +191,8 @@ def rule_for(layer: nn.Module) -> Rule | None:
     if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
         return _registered_rule(kind)  # each of its weights is a layer
     rule = _registered_rule(kind) or _table_rule(kind) or inferred_rule(kind)
+    if rule is _RNN and is_projected(layer):
+        return _PROJECTED
     return _with_scales(layer, rule) if len(layer._parameters) > 2 and rule in _PRODUCTS else rule
 
 

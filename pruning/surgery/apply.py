@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
 
@@ -16,7 +17,7 @@ from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import narrow, output_rows, readers
 from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
-from pruning.graph.rule import Side
+from pruning.graph.rule import Side, in_rectangle
 from pruning.surgery.held_weights import narrows_with_layer, set_counts, set_parametrized_counts
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.held_weight import HeldWeight
@@ -154,8 +155,8 @@ def _scale(model: nn.Module, name: str, side: Side, trace: Trace, factors: Tenso
     for module, attribute, dim in tensors:
         tensor = getattr(module, attribute, None)
         if isinstance(tensor, Tensor):
-            shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
-            scaled = tensor.detach() * factors.to(tensor).reshape(shape)
+            matrix = tensor.detach() if side == "self" else rule_of(module).merged(tensor.detach())
+            scaled = matrix.movedim(dim, -1).mul(factors.to(tensor)).movedim(-1, dim).reshape(tensor.shape)
             if isinstance(tensor, nn.Parameter):
                 scaled = nn.Parameter(scaled, requires_grad=tensor.requires_grad)
             setattr(module, attribute, scaled)
@@ -177,8 +178,9 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = submodule(model, owner)
     tensor = getattr(module, attribute)
-    keep = kept_positions(tensor.shape[dim], drop).to(tensor.device)
-    kept = tensor.detach().index_select(dim, keep)
+    dims = range(dim, dim + 1) if dim < tensor.ndim else range(dim)
+    keep = kept_positions(math.prod(tensor.shape[d] for d in dims), drop)
+    kept = in_rectangle(tensor.detach(), dims, keep)
     if isinstance(tensor, nn.Parameter):
         kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
     setattr(module, attribute, kept)

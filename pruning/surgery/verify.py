@@ -260,7 +260,8 @@ def _with_zeros(layer: nn.Module, zeros: Mapping[str, tuple[int, Tensor]]) -> It
     own = {name: layer.get_parameter(name) for name in zeros}
     try:
         for name, (dim, drop) in zeros.items():
-            masked = own[name].detach().index_fill(dim, drop.to(own[name].device), 0)
+            whole = own[name].detach()
+            masked = rule_of(layer).merged(whole).index_fill(dim, drop.to(whole.device), 0).view(whole.shape)
             setattr(layer, name, nn.Parameter(masked, requires_grad=own[name].requires_grad))
         yield
     finally:

@@ -230,13 +230,15 @@ class Axes:
     def _collapse_unused(self) -> list[np.ndarray]:
         """Tie the labels of unused grids across all dimensions but the largest; return the other labels."""
         used = np.concatenate([np.arange(0), *(v for several in self.roles.values() for v in several)])
-        used = np.unique(self.ties.find(self.parts(used).ravel()))
-        waiting = {n: d for n, d in enumerate(self.definitions) if d.grid is not None}
+        used = np.unique(self.ties.find(np.concatenate([used, self.parts(used).ravel()])))
+        waiting = dict(enumerate(self.definitions))
         while True:
             reached = [
                 n
                 for n, d in waiting.items()
-                if is_among(self.ties.find(np.append(d.parts, d.labels)), used).any()
+                if is_among(
+                    self.ties.find(d.labels if d.grid is None else np.append(d.parts, d.labels)), used
+                ).any()
             ]
             if not reached:
                 break
@@ -246,7 +248,8 @@ class Axes:
         fixed = []
         for definition in waiting.values():
             grid = definition.grid
-            assert grid is not None
+            if grid is None:
+                continue
             largest = max(range(grid.ndim), key=lambda d: (grid.shape[d], d))
             rows = np.moveaxis(grid, largest, -1).reshape(-1, grid.shape[largest])
             for row in rows[1:]:
@@ -299,7 +302,7 @@ class Axes:
         elif len(free) == 1 and lone:
             changed = self._refine(right[free[0]], left[lone])
         elif lone or free:
-            self.fixed.append(np.concatenate([left.ravel(), right.ravel()]))
+            self.fixed.append(np.concatenate([left[lone].ravel(), right[free].ravel()]))  # the others agree
         for a, b in pairs:
             differ = (a != b) & (a != NONE) & (b != NONE)
             self.ties.union(a[differ], b[differ])

@@ -28,6 +28,8 @@ def product_of_parameters(labels: Labels, op: Operation) -> bool:
         made, read = (None if place is None else place.dims.get(d) for d in (rank - 2, rank - 1))
         if place is None or made is None or read is None or place.full_name in labels.found.composed:
             return False
+        if place.spans:
+            return False
     _need_axes(labels)
     for place in places:
         assert place is not None
@@ -46,7 +48,7 @@ def computed_product(labels: Labels, op: Operation) -> bool:
     if any(_is_composed(labels, tensor) for tensor in (left, right)):
         batched_product(labels, op)
         return True
-    if _source(labels, right) is not None and _note(labels, right, rank - 1, rank - 2, -1):
+    if _source(labels, right) is not None and _note(labels, right, rank - 1, rank - 2, -1, left):
         labels.put(op.output, None)
         return True
     for weight, summed in ((right, rank - 2), (left, rank - 1)):
@@ -121,11 +123,12 @@ def _is_composed(labels: Labels, tensor: Tensor) -> bool:
     return bool(is_among(axes.parts(found.numpy().ravel()[:1]).ravel(), made).any())
 
 
-def _note(labels: Labels, weight: Tensor, made: int, read: int, end: int) -> bool:
+def _note(labels: Labels, weight: Tensor, made: int, read: int, end: int, x: Tensor | None = None) -> bool:
     """Note the parameter from which a weight is computed, for the next pass; return whether there is one.
 
     Args:
         made, read: dimensions of the weight. end: as `SideUse.dim`.
+        x: the activations. If their channels are divided, so may be those that the parameter reads.
     """
     source, found = _source(labels, weight), labels.of(weight)
     if source is None or found is None:
@@ -143,8 +146,21 @@ def _note(labels: Labels, weight: Tensor, made: int, read: int, end: int) -> boo
         )
         return False
     chosen = [max(several, key=lambda d: shape[d]) for several in own]
+    if x is not None and labels.is_composite(labels.of(x)) and (span := _neighbors(own[1], shape)):
+        ends = [(d,) for d in range(len(shape)) if d not in span]
+        spans = sorted([*ends, span])
+        number = {each: i for i, each in enumerate(spans)}
+        role = Composed(number[chosen[0],], number[span], end, tuple(map(len, spans)))
+        labels.found.noted.setdefault(name, role)
+        return True
     labels.found.noted.setdefault(name, Composed(chosen[0], chosen[1], end))
     return True
+
+
+def _neighbors(dims: list[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return dimensions that are neighbors, but for those of size 1 between them, with these; or ()."""
+    span = tuple(range(dims[0], dims[-1] + 1))
+    return span if all(d in dims or shape[d] == 1 for d in span) and len(dims) > 1 else ()
 
 
 def _is_divided(labels: Labels, weight: Tensor) -> bool:

@@ -159,7 +159,7 @@ def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
     for labels, reason in found.fixed:
         for label in np.intersect1d(found.channels(labels), known).tolist():
             reasons.setdefault(label, reason)
-    sides = {}
+    sides: _Sides = {}
     for (name, side), use in found.sides.items():
         sets, dim = found.channels(use.labels.ravel()), use.dim
         if side == "self":
@@ -169,6 +169,9 @@ def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
             wide = [d for d, size in enumerate(use.labels.shape) if size > 1]
             channel_dims = [d for d in wide if (labels != labels.take([0], axis=d)).any()]
             if len(channel_dims) > 1:
+                if _is_rectangle(labels):  # its elements are positions, see `Member.dim`
+                    sides[name, side] = SideUse(sets, use.labels.ndim)
+                    continue
                 why = f"the parameter {name} holds its channels along several dimensions"
                 for label in np.intersect1d(labels, known).tolist():
                     reasons.setdefault(label, why)
@@ -178,6 +181,26 @@ def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
             sets = np.moveaxis(labels, dim, 0).reshape(size, -1, most)[:, 0]
         sides[name, side] = SideUse(sets, dim)
     return sides, reasons
+
+
+def _is_rectangle(labels: np.ndarray) -> bool:
+    """Whether a tensor stays a rectangle without any of its channels: each lies along one dimension alone.
+
+    Args:
+        labels: those of each element, (*shape, most).
+
+    >>> _is_rectangle(np.array([[[1, 3], [1, 4]], [[2, 3], [2, 4]]])), _is_rectangle(np.array([[[1], [2]]]).T)
+    (True, True)
+    >>> _is_rectangle(np.array([[[1], [2]], [[3], [4]]]))
+    False
+    """
+    for label in np.unique(labels[labels != NONE]):
+        held = (labels == label).any(-1)
+        places = np.nonzero(held)
+        along = [len(np.unique(place)) for place in places]
+        if not any(held.sum() == held.size // size * n for size, n in zip(held.shape, along, strict=True)):
+            return False
+    return True
 
 
 def _components(

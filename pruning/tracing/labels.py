@@ -74,13 +74,17 @@ class Labels:
         role = self.found.composed[name]
         owner, _, attribute = name.rpartition(".")
         layer = held_weight(self.weights.modules[owner], attribute)
-        rule = Rule({"weight": role.made}, {"weight": role.read}, kind="weighted")
+        rule = Rule({"weight": role.made}, {"weight": role.read}, kind="weighted", spans=role.spans)
         if not infer_rule(type(layer), rule, self.weights.inferred):
             return None
         sides: dict[int, Side] = {role.made: "out", role.read: "in"}
         self.found.uses.setdefault(name, (0.0, 0.0))
         self.found.calls[name] = max(1, self.found.calls[name])
-        made = {d: self.side(name, layer, side, role.dim) for d, side in sides.items()}
+        made: dict[int, Tensor] = {}
+        for d, side in sides.items():
+            span, own = rule.span(d), self.side(name, layer, side, role.dim)
+            along = self.vectors(own.view([parameter.shape[i] for i in span])) if len(span) > 1 else {0: own}
+            made.update({span.start + i: vector for i, vector in along.items()})
         return self.compose(made, parameter.ndim)
 
     def carried(self, tensor: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from pruning.graph.layers import (
     layer_width,
     rule_for,
 )
-from pruning.graph.recurrent import has_hidden_channels, is_recurrent
+from pruning.graph.recurrent import is_projected, is_recurrent
 from pruning.graph.rule import Kind
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.ties import spread, varying, vector_along
@@ -113,11 +113,12 @@ def recurrent(labels: Labels, call: LayerCall) -> None:
 
 def _make_hidden(labels: Labels, call: LayerCall, states: list[Tensor]) -> None:
     """Tie the initial states of a recurrent layer to its hidden units, which are its outputs."""
-    if not has_hidden_channels(call.module):
-        for state in states:
-            labels.fix(labels.of(state), f"{call.name} starts from it, and keeps its hidden size")
-        return
-    units = labels.side(call.name, call.module, "out", -1)
+    units, outputs = labels.side(call.name, call.module, "out", -1), [*call.outputs]
+    if is_projected(call.module):  # cells are not projected
+        outputs.pop()
+        for cells in states[1:]:
+            labels.fix(labels.of(cells), f"{call.name} starts from it, and keeps its hidden size")
+        states = states[:1]
     for state in states:
         found = labels.of_or_uniform(state, -1)
         if found is None or set(varying(found)) - {state.ndim - 1}:
@@ -127,7 +128,7 @@ def _make_hidden(labels: Labels, call: LayerCall, states: list[Tensor]) -> None:
         else:
             vector = vector_along(found, state.ndim - 1, state.shape[-1])
             labels.tie(vector, units, f"{call.name} starts from it beside positions of fixed size")
-    for output in call.outputs:
+    for output in outputs:
         if output.is_floating_point():
             labels.put(output, spread(units.repeat(output.shape[-1] // len(units)), output.ndim, -1))
 

@@ -16,7 +16,9 @@ class ParameterView:
 
     Attributes:
         module, attribute: names of the module that owns the parameter, and of its attribute.
-        dims: by dimension of the tensor, the dimension of the parameter that it is.
+        dims: by dimension of the tensor, the dimension of the parameter that it is, or the number of a span.
+        spans: numbers of neighboring dimensions of the parameter that dimensions of the tensor hold together,
+            as in `Rule`; empty if each holds one.
         part: of a tensor that holds a part of one dimension alone, this dimension of the parameter, the first
             position and the number of positions.
     """
@@ -25,6 +27,7 @@ class ParameterView:
     attribute: str
     dims: dict[int, int]
     part: tuple[int, int, int] | None = None
+    spans: tuple[int, ...] = ()
 
     def positions(self, dim: int) -> slice:
         """Return the positions along a dimension of the parameter that the tensor holds."""
@@ -71,6 +74,9 @@ class Weights:
             for d, n in enumerate(tensor.shape)
             if (n, tensor.stride(d)) in strides
         }
+        merged = _spans(parameter, tensor) if {*strides.values()} - {*dims.values()} else None
+        if merged is not None and parameter.is_contiguous():
+            return ParameterView(module, attribute, merged[0], spans=merged[1])
         return ParameterView(module, attribute, dims)
 
     def parameter(self, place: ParameterView) -> Tensor:
@@ -87,7 +93,7 @@ class Weights:
 
         >>> layer = nn.MultiheadAttention(4, 2)
         >>> Weights(layer).find_part(layer.in_proj_weight[4:].T)
-        ParameterView(module='', attribute='in_proj_weight', dims={0: 1, 1: 0}, part=(0, 4, 8))
+        ParameterView(module='', attribute='in_proj_weight', dims={0: 1, 1: 0}, part=(0, 4, 8), spans=())
         """
         if (whole := self.find(tensor)) is not None:
             return whole
@@ -114,6 +120,28 @@ class Weights:
             ):
                 return ParameterView(module, attribute, dims, (part, first, count))
         return None
+
+
+def _spans(parameter: Tensor, tensor: Tensor) -> tuple[dict[int, int], tuple[int, ...]] | None:
+    """Return which dimensions of a tensor are which spans of dimensions of a parameter, and their lengths.
+
+    >>> _spans(weight := torch.zeros(6, 2, 3), weight.view(1, 6, 6).mT)
+    ({2: 0, 1: 1}, (1, 2))
+    """
+    wide = sorted(
+        (d for d, n in enumerate(tensor.shape) if n > 1), key=lambda d: tensor.stride()[d], reverse=True
+    )
+    spans, end, stride = list[int](), parameter.ndim, 1
+    for d in reversed(wide):
+        first, size = end, 1
+        while first and (size < tensor.shape[d] or parameter.shape[first - 1] == 1):
+            first -= 1
+            size *= parameter.shape[first]
+        if size != tensor.shape[d] or tensor.stride(d) != stride:
+            return None
+        spans.insert(0, end - first)
+        end, stride = first, stride * size
+    return ({d: number for number, d in enumerate(wide)}, tuple(spans)) if wide and not end else None
 
 
 def _memory(tensor: Tensor) -> int:

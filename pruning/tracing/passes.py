@@ -69,10 +69,10 @@ def flow(
 
 def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Flow:
     """Repeat the pass until it has the labels that it needs: along single dimensions, of weights, of rows."""
-    axes, composed, rows = False, dict[str, Composed](), frozenset[str]()
+    axes, composed, rows, divided = False, dict[str, Composed](), frozenset[str](), frozenset[str]()
     opened = frozenset(name for name, layer in model.named_modules() if _is_opaque(layer))
     while True:
-        again = partial(follow, axes=axes, composed=composed, rows=rows, opened=opened)
+        again = partial(follow, axes=axes, composed=composed, rows=rows, opened=opened, divided=divided)
         try:
             found = without_computing(again, model, inputs)
         except AxesNeeded:
@@ -83,6 +83,8 @@ def _passes(follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> Fl
         }
         if not lent <= opened:
             opened |= lent
+        elif more := found.spanned - divided - composed.keys() - found.noted.keys():
+            divided |= more
         elif not found.noted.keys() <= composed.keys():
             composed = {**found.noted, **composed}
         elif more := found.rows - rows - composed.keys():
@@ -111,8 +113,9 @@ def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, input
         probe = copied(model) if on_device else on_meta(model)
         with contextlib.suppress(Exception, AxesNeeded):  # the model need not take this size
             example = other if on_device else map_tensors(to_meta, other)
-            options = {"axes": found.axes is not None, "composed": found.composed}
-            again = follow(probe, example, **options, rows=found.shared_rows, opened=found.opened)
+            options: dict[str, object] = {"axes": found.axes is not None, "composed": found.composed}
+            options |= {"rows": found.shared_rows, "opened": found.opened, "divided": found.divided}
+            again = follow(probe, example, **options)
             others.append(again.reshapes)
         if len(others) == _OTHER_SIZES:
             break
@@ -139,12 +142,13 @@ def _follow(
     composed: dict[str, Composed],
     rows: frozenset[str],
     opened: frozenset[str],
+    divided: frozenset[str],
 ) -> Flow:
     example = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     count_deformable()
     found = Flow(probe=probe if any(leaf.is_meta for leaf in example) else None)
     found.axes = Axes(found.ties) if axes else None
-    found.composed, found.shared_rows, found.opened = composed, rows, opened
+    found.composed, found.shared_rows, found.opened, found.divided = composed, rows, opened, divided
     with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with Tracer(probe.eval(), found) as tracer, tracer.functions:
             output = run(probe, inputs)

@@ -31,8 +31,8 @@ from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
 
 CURE = (
-    "Compute the sizes of views and splits from those of their inputs, or keep them in attributes of the "
-    "module that uses them, to let it be pruned"
+    "Compute the sizes of views, splits and new tensors from those of their inputs, or keep them in "
+    "attributes of the module that uses them, to let it be pruned"
 )
 
 

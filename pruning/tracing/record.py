@@ -62,13 +62,16 @@ class Composed:
     """A parameter from which code computes a weight.
 
     Attributes:
-        made, read: the dimensions of the parameter along which the weight makes and reads channels.
+        made, read: the dimensions of the parameter along which the weight makes and reads channels, or the
+            numbers of their spans.
         dim: the dimension of inputs and outputs along which channels lie, as in `SideUse`.
+        spans: as in `Rule`.
     """
 
     made: int
     read: int
     dim: int
+    spans: tuple[int, ...] = ()
 
 
 @dataclass
@@ -112,6 +115,8 @@ class Flow:
         rows: tables that meet channels along one of their dimensions alone.
         shared_rows: those of them whose elements along the other dimensions share the channels in this pass,
             because no weight is computed from them.
+        spanned: parameters that code multiplies by as matrices, several dimensions of which lie along one.
+        divided: those of them that are layers in this pass, because they are not mixed into a weight.
         left, right: by module, operator and number of the call, the labels of the left and the right operand
             of a product that sums over channels, and those that they stand for.
         seen: by module, the labels of the channels of its outputs, each vector.
@@ -146,6 +151,8 @@ class Flow:
     reshapes: Reshapes = field(default_factory=Reshapes)
     rows: set[str] = field(default_factory=set)
     shared_rows: frozenset[str] = frozenset()
+    spanned: set[str] = field(default_factory=set)
+    divided: frozenset[str] = frozenset()
     left: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     right: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     seen: dict[str, list[np.ndarray]] = field(default_factory=dict)

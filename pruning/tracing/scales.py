@@ -90,6 +90,8 @@ def _is_scale(model: nn.Module, found: Flow, member: Member, module: str, left: 
         module: whose code multiplies. left: the labels of the operand.
     """
     if member.side == "self":
+        if member.dim == found.sides[member.layer, "self"].labels.ndim:
+            return False  # its elements are positions
         return f"{member.layer}.".startswith(f"{module}." if module else "")
     rule = rule_for(submodule(model, member.layer)) if member.side == "out" else None
     if rule is None or rule.kind != "norm":

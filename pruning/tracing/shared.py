@@ -159,7 +159,9 @@ def _owners(model: nn.Module, group: Group, name: str) -> dict[int, list[tuple[i
             dim = None
         if dim is not None:
             pairs = np.stack([member.index.numpy(), member.channel.numpy()], 1).tolist()
-            found.setdefault(dim % parameter.ndim, []).extend(sorted(map(tuple, pairs)))
+            found.setdefault(dim % parameter.ndim if dim < parameter.ndim else dim, []).extend(
+                sorted(map(tuple, pairs))
+            )
     return found
 
 

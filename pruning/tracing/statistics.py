@@ -98,9 +98,14 @@ def _grid_reduction(labels: Labels, op: Operation, first: Tensor, dims: list[int
 
 @first_operand
 def softmax(labels: Labels, op: Operation, first: Tensor) -> None:
-    """Apply softmax along a dimension; fix channels that lie along it."""
+    """Apply softmax along a dimension; fix channels that lie along it, but for those of a grid.
+
+    Attention between channels (XCiT) is a statistic over them, as a norm is.
+    """
     if (dim := op.given["dim"] % first.ndim) in varying(first):
-        labels.fix_along(first, [dim], f"{labels.where()} takes {op.name.strip('_')} over its channels")
+        along = labels.vectors(first).get(dim) if labels.is_grid(first) else None
+        if along is None or not labels.note_statistic(op.operands[0], spread(along, first.ndim, dim)):
+            labels.fix_along(first, [dim], f"{labels.where()} takes {op.name.strip('_')} over its channels")
     labels.put(op.output, first)
 
 

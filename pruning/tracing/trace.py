@@ -117,7 +117,7 @@ def _probed(probe: WidthProbe, ignored_by: dict[str, str], compare: bool) -> Unr
     model, found, groups = probe.model, probe.found, probe.groups
     bound, sizes = probe.code_bound()
     # Attributes of joined groups first: they count the channels of these, and not those of their parts.
-    sizes = (*probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2]), *sizes)
+    sizes = merged((probe.joined(bound, lambda: _prunable(model, found, ignored_by)[:2]), sizes))
     if compare:
         bound |= probe.mixing([name for name in groups if name not in bound], sizes)
     sizes = merged((probe.known_sizes(), sizes))
@@ -156,7 +156,7 @@ def _prunable(
 ) -> tuple[dict[str, Group], dict[str, np.ndarray], dict[str, str]]:
     """Return the groups that can be pruned, the labels of their channels, and why others cannot."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    frozen |= {f"{name}.weight" for name in frozen if (name, "in") in found.sides}
+    frozen |= {f"{name}.weight" for name in frozen if (name, "out") in found.sides}
     tie_shared(model, found)
     adopt_unreached(model, found)
     shared = shared_parameters(model, found)

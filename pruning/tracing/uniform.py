@@ -37,6 +37,9 @@ _ASSIGNING = frozenset(
     ("aten::zero_", "aten::fill_", "aten::copy_", "aten::index_put_", "aten::_index_put_impl_")
 )
 
+#: Operations that give all elements of a tensor one value again.
+_REFILLING = frozenset(("aten::zero_", "aten::fill_"))
+
 _COPYING = frozenset(("aten::_to_copy", "aten::clone"))
 
 
@@ -57,6 +60,8 @@ def pass_uniform(
         followed: whether the operation is outside of layers.
     """
     uniform = bool(operands) and all(map(labels.is_uniform, operands))
+    if func._schema.name in _REFILLING and uniform:
+        return
     if writes(func) and func._schema.name not in _ASSIGNING:
         labels.filled.forget(operands[0])
     if writes(func) or (followed and shares_memory(func)):

@@ -11,18 +11,13 @@ from torch import nn
 from pruning.graph.computed import sources
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
-from pruning.graph.recurrent import RECURRENT, has_hidden_channels, is_recurrent
+from pruning.graph.recurrent import RECURRENT, has_hidden_channels
 from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.tables import MOST_ELEMENTS
 from pruning.utils.modules import submodule
 
 _OTHER_CODE = (
     "its own code uses its weight differently from its type; use a layer of torch to let it be pruned"
-)
-
-_PROJECTION = (
-    "it projects its hidden states (proj_size), and keeps both sizes; replace the projection by a linear "
-    "layer behind it to let it be pruned"
 )
 
 _OWN_RECURRENT = "it is a recurrent layer with code of its own; use torch's own type to let it be pruned"
@@ -43,7 +38,7 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
-            yield name, _PROJECTION if is_recurrent(layer) else _OWN_RECURRENT
+            yield name, _OWN_RECURRENT
             continue
         if not own or name in shown or not makes_channels(layer):
             continue
@@ -80,7 +75,8 @@ def adopt_unreached(model: nn.Module, found: Flow) -> None:
     """Let parameters that no pass reached, such as the token of a mask, go with the channels beside them.
 
     The channels are the only ones of this size that the code of the module sees: in its other parameters, in
-    its layers, and in what its modules put out. If there are several, nothing is done.
+    its layers, and in what its modules put out. If there are several, nothing is done. A parameter whose
+    shape ends with that of another one, with channels along several dimensions, has the same channels.
     """
     beside: dict[str, list[np.ndarray]] = {}
     for (name, side), use in found.sides.items():
@@ -104,10 +100,23 @@ def adopt_unreached(model: nn.Module, found: Flow) -> None:
             for labels in beside.get(_scope(model, name), [])
             if len(labels) == size > 1
         }
+        alike = _of_same_shape(model, found, name, shape)
         if len(fitting) == 1:
             (((dim, _), labels),) = fitting.items()
-            along = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-            found.sides[name, "self"] = SideUse(np.broadcast_to(along, shape).copy(), 0)
+            alike = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        if alike is not None:
+            found.sides[name, "self"] = SideUse(np.broadcast_to(alike, shape).copy(), 0)
+
+
+def _of_same_shape(model: nn.Module, found: Flow, name: str, shape: torch.Size) -> np.ndarray | None:
+    """Return the labels of parameters of the same module with whose shape a shape ends, if these agree."""
+    several = {
+        found.channels(use.labels).tobytes(): use.labels
+        for (other, side), use in found.sides.items()
+        if side == "self" and shape[-use.labels.ndim :] == use.labels.shape
+        if sum(size > 1 for size in use.labels.shape) > 1 and _scope(model, other) == _scope(model, name)
+    }
+    return next(iter(several.values())) if len(several) == 1 else None
 
 
 def unreached(

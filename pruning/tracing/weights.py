@@ -20,7 +20,7 @@ from pruning.tracing.computed_weights import (
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.operation import Operation
 from pruning.tracing.parameter_views import ParameterView
-from pruning.tracing.products import batched_product, product_of_activations
+from pruning.tracing.products import AxesNeeded, batched_product, product_of_activations
 from pruning.tracing.ties import spread, varying, vector_along
 from pruning.utils.held_weight import held_weight
 
@@ -31,7 +31,7 @@ GROUPED = frozenset(("_grouped_mm", "transformers::grouped_mm_fallback"))
 _ALIGNED = 16
 
 #: Operators that may multiply by a weight of the module that calls them.
-WEIGHTED = GROUPED | {"mm", "addmm", "bmm", "convolution"}
+WEIGHTED = GROUPED | {"mm", "addmm", "bmm", "convolution", "embedding"}
 
 
 def product(labels: Labels, op: Operation) -> None:
@@ -87,6 +87,20 @@ def grouped(labels: Labels, op: Operation) -> None:
             return
         labels.found.other_macs -= macs
     labels.fix_operands(op.name, op.operands)
+
+
+def lookup(labels: Labels, op: Operation) -> None:
+    """Look up rows of a parameter (F.embedding), which is then a layer of its own."""
+    place = labels.weights.find(op.given["weight"])
+    if place is None or place.dims.get(1) != 1:
+        return labels.fix_operands(op.name, op.operands)
+    layer = held_weight(labels.weights.modules[place.module], place.attribute)
+    if not infer_rule(type(layer), Rule({"weight": 1}, kind="embedding"), labels.weights.inferred):
+        return labels.fix_operands(op.name, op.operands)
+    made = labels.side(place.full_name, layer, "out", -1)
+    labels.found.uses.setdefault(place.full_name, (0.0, 0.0))
+    labels.found.calls[place.full_name] += 1
+    return labels.put(op.output, spread(made, op.output.ndim, -1))
 
 
 def convolution(labels: Labels, op: Operation) -> None:
@@ -159,11 +173,14 @@ def _weighted(
     module = labels.weights.modules[place.module]
     if read is None or made is None:
         return False
+    if place.spans and place.spans[made] > 1 and place.full_name not in labels.found.divided:
+        labels.found.spanned.add(place.full_name)  # this pass tells whether it mixes several weights into one
+        return False
     own_bias = labels.weights.find_part(bias) if bias is not None else None
     elsewhere = bias is not None and (
         own_bias is None or own_bias.module != place.module or own_bias.positions(0) != place.positions(made)
     )
-    if not place.module or elsewhere or groups > 1 or not _is_one_layer(module):
+    if not place.module or elsewhere or groups > 1 or place.spans or not _is_one_layer(module):
         return _held(labels, op, tensors, (read, made), dim, groups)
     biases = {own_bias.attribute: 0} if own_bias is not None else {}
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_bias is not None:
@@ -215,10 +232,17 @@ def _held(
     if parts(owner) > 1 or is_depthwise(owner):
         return False
     layer, (read, made) = held_weight(owner, place.attribute), dims
-    rule = Rule({"weight": made}, {"weight": read}, kind="weighted")
+    rule = Rule({"weight": made}, {"weight": read}, kind="weighted", spans=place.spans)
     if not infer_rule(type(layer), rule, labels.weights.inferred):
         return False
     name = place.full_name
+    if place.spans:
+        if labels.found.axes is None:
+            raise AxesNeeded
+        ends: dict[Side, range] = {"out": rule.span(made), "in": rule.span(read)}
+        for side, span in ends.items():  # a channel has a place along each dimension
+            shape = [labels.weights.parameter(place).shape[d] for d in span]
+            labels.vectors(labels.side(name, layer, side, dim - x.ndim).view(shape))
     own = None if bias is None else labels.of(bias)
     made_labels = _pass_through(labels, op, x, (name, layer), (place, read, made), dim, groups)
     if bias is not None:

@@ -299,6 +299,43 @@ def test_channels_of_the_input_are_pruned_with_the_positions_of_heads_that_the_c
     assert CostModel(net, traced)(plan.widths) == count(small, x)
 
 
+class OwnCode(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class OwnLayers(Attention):
+    """Attention of layers with code of their own, whose outputs are viewed as an attribute says."""
+
+    def __init__(self):
+        super().__init__("own")
+        self.all = HEADS * DEPTH
+        self.q, self.k, self.v = (OwnCode(WIDTH, self.all) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], self.all))
+
+
+def test_an_attribute_of_joined_groups_follows_once():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), OwnLayers(), nn.Linear(WIDTH, 3)), torch.randn(2, 4, 5)
+    traced = trace(net, x)
+    assert traced.widths["1.q/heads"] == HEADS and traced.widths["1.q/width"] == DEPTH
+    small = apply(net, traced, Plan({"1.q/heads": (0, 3), "1.q/width": (0, 1, 5)}))
+    assert (small[1].all, small[1].head_dim) == (6, 3)
+    kept = torch.tensor([h * DEPTH + d for h in (0, 3) for d in (0, 1, 5)])
+    hidden = net[0](x)
+    q, k, v = (
+        (hidden @ layer.weight[kept].T + layer.bias[kept]).unflatten(-1, (2, 3)).transpose(1, 2)
+        for layer in (net[1].q, net[1].k, net[1].v)
+    )
+    mixed = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    by_hand = net[2](mixed @ net[1].out.weight[:, kept].T + net[1].out.bias)
+    torch.testing.assert_close(small(x), by_hand, rtol=1e-4, atol=1e-5)
+
+
 class Viewed(nn.Module):
     """Attention over pixels with fewer positions in q and k than in v; views take the width of the input."""
 
@@ -339,21 +376,71 @@ def test_channels_are_pruned_with_the_values_that_a_view_takes_for_as_many():
     assert prune(net, x, Budget(macs="50%"), score="l2").difference < 1e-4
 
 
-def test_softmax_over_the_positions_of_heads_keeps_them():
-    class Linear(Attention):
-        def attend(self, q, k, v):
-            return q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
+class Linear(Attention):
+    """Attention by softmax over the positions of queries."""
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q + self.gone).softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
+
+
+class CrossCovariance(Attention):
+    """Attention between the positions of each head, as in XCiT."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (F.normalize(each, dim=-2) for each in (q, k))
+        return v @ (q.transpose(-2, -1) @ k + self.gone[:, None]).softmax(-2)
+
+
+@pytest.mark.parametrize("kind", [Linear, CrossCovariance])
+def test_softmax_over_the_positions_of_heads_is_over_those_that_are_kept(kind):
+    """The dense model adds -inf to what softmax reads at the dropped positions."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, WIDTH), Linear("linear"), nn.Linear(WIDTH, 3))
-    x = torch.randn(2, 5, 5)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), kind("linear"), nn.Linear(WIDTH, 3)), torch.randn(2, 5, 5)
+    net[1].register_buffer("gone", torch.zeros(DEPTH))
     traced = trace(net, x)
-    assert traced.widths["1.q/heads"] == HEADS and "1.q/width" not in traced.groups
-    plan = Plan({"1.q/heads": (0, 3)})
-    small = apply(net, traced, plan)
-    dense = copy.deepcopy(net)
+    assert traced.widths["1.q/heads"] == HEADS
+    (places,) = [
+        name for name, group in traced.groups.items() if group.reductions and group.channels == DEPTH
+    ]
+    plan = Plan({"1.q/heads": (0, 3), places: (0, 1, 4)})
+    small, dense = apply(net, traced, plan), copy.deepcopy(net)
+    assert small[1].gone.shape == (3,)
     with torch.no_grad():
-        dense[1].out.weight[:, DEPTH : 3 * DEPTH] = 0
+        dense[1].gone[[2, 3, 5]] = -torch.inf
+        read = dense[1].out.weight.unflatten(1, (HEADS, DEPTH))
+        read[:, [1, 2]], read[:, :, [2, 3, 5]] = 0, 0
+    torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+class Encoded(nn.Module):
+    """Attention in factors with values that a convolution mixes over pixels, as in CoaT."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.out = HEADS, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.near = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        shape = batch, tokens, 3, self.num_heads, width // self.num_heads
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        near = self.near(v.transpose(-1, -2).reshape(batch, width, 2, -1))
+        mixed = q @ (k.softmax(2).transpose(-1, -2) @ v) + q * near.reshape(q.mT.shape).mT
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def test_a_convolution_of_values_follows_their_heads_and_positions():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), Encoded(), nn.Linear(WIDTH, 3)), torch.randn(2, 6, 5)
+    traced = trace(net, x)
+    assert traced.widths == {"0/heads": HEADS, "0/width": WIDTH // HEADS, "1.out": WIDTH}
+    small, dense = apply(net, traced, Plan({"0/heads": (0, 2, 3), "0/width": (0, 2)})), copy.deepcopy(net)
+    gone = torch.tensor([not (h != 1 and d != 1) for h in range(HEADS) for d in range(3)])
+    with torch.no_grad():
+        dense[1].qkv.weight[:, gone] = 0
+        for held in (dense[1].qkv.weight, dense[1].qkv.bias):
+            held[gone.repeat(3)] = 0
+        dense[1].out.weight[:, gone] = 0
     torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
 
 

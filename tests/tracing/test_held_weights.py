@@ -183,3 +183,35 @@ def test_transposed_convolutions_with_tied_weights_are_counted_by_their_inputs()
     assert costs({}).macs == count(net, x).macs
     small = apply(net, traced, plan)
     assert costs(plan.widths).macs == count(small, x).macs and verify(net, small, traced, plan, x) < 1e-5
+
+
+class LookedUp(nn.Module):
+    """A network that looks up rows of a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Parameter(torch.randn(7, 6)), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(torch.tanh(F.embedding(tokens, self.table)))
+
+
+def test_a_parameter_whose_rows_code_looks_up_is_an_embedding(tmp_path):
+    torch.manual_seed(0)
+    net, tokens = LookedUp(), torch.tensor([[1, 4, 0], [6, 2, 2]])
+    traced, plan = trace(net, tokens), Plan({"table": (0, 3, 5)})
+    assert traced.widths == {"table": 6}
+    small = apply(net, traced, plan)
+    with torch.no_grad():
+        net.last.weight[:, [1, 2, 4]] = 0
+    torch.testing.assert_close(small(tokens), net(tokens))
+
+    costs = CostModel(net, traced)
+    for model, at in ((net, traced.widths), (small, plan.widths)):
+        assert (count(model, tokens).params, count(model, tokens).macs) == (costs(at).params, costs(at).macs)
+    pruning.save(tmp_path / "small.pth", small)
+    for load in (pruning.load, load_pruned):
+        assert torch.equal(load(tmp_path / "small.pth", LookedUp)(tokens), small(tokens))
+
+    net.table.requires_grad_(False)
+    assert "frozen" in trace(net, tokens).skipped["table"]

@@ -202,6 +202,7 @@ def test_channels_of_a_layer_whose_rule_contradicts_its_code_are_not_pruned():
         (Gain, Rule({"factors": 0}, kind="scaling"), "expected 'weighted'"),
         (Gain, Rule({"factors": 0}, kind="recurrent"), "torch's own layers"),
         (Gain, Rule({"factors": 0}, kind="channelwise", dim=1), "count it from the end"),
+        (Scaled, Rule({"kernel": 1}, {"kernel": 0}, spans=(1, 2)), "leave them out"),
         (nn.Linear, RULES[Scaled], "Linear has a rule already; pass replace=True"),
     ],
 )
