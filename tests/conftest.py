@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def operators_of_onnx():
     """Let torch collect the operators of ONNX once per process: it takes half of the time of an export."""
-    writers = importlib.import_module("pruning.deploy.export")._WRITERS
+    from pruning.deploy.writers import WRITERS as writers
+
     write = writers["onnx"]
 
     def write_quickly(*args):

@@ -1,10 +1,4 @@
-"""Runs as a killed process leaves them.
-
-    python tests/killed.py FILE SIGNAL TARGET FLAGS...
-
-runs a script or a module of the project on few digits, and sends its process the signal as soon as it
-has written a file of that name.
-"""
+"""Runs as a killed process leaves them."""
 
 from __future__ import annotations
 
@@ -12,11 +6,11 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-from commands import ROOT, few_digits
+from commands import few_digits
+from processes import ended
 
 from pruning.stages import Run
 
@@ -41,22 +35,21 @@ class CopiedRun(Run):
 
 
 def killed(file, number, target, *flags, cwd):
-    """Run this file in a process of its own; return how it ended."""
-    words = map(str, [sys.executable, __file__, file, int(number), target, *flags])
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(words), cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    """Run a script or a module of the project in a process of its own, on few digits; return how it ended.
+
+    The process gets the signal of this number as soon as it has written a file of this name.
+    """
+    return ended(_run, file, int(number), str(target), list(map(str, flags)), cwd=cwd)
 
 
-def main(file, number, target, *flags):
+def _run(file, number, target, flags):
     replace = os.replace
 
     def replace_and_die(source, to, **options):
         replace(source, to, **options)
         if Path(to).name == file:
             os.replace = replace
-            os.kill(os.getpid(), int(number))
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell disables it in the background
     os.replace, sys.argv = replace_and_die, [target, *flags]
@@ -65,7 +58,3 @@ def main(file, number, target, *flags):
             runpy.run_path(target, run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pruning.deploy.export import Export
     from pruning.deploy.onnx_rewrite import Optimized, optimize
     from pruning.deploy.quantize import Quantized
+    from pruning.deploy.registration import register_runtime
     from pruning.deploy.runtimes import Exported
     from pruning.deploy.timing import Latency, TimeRatio, time_forward, time_ratio
 
@@ -22,6 +23,7 @@ __all__ = [
     "Quantized",
     "TimeRatio",
     "optimize",
+    "register_runtime",
     "time_forward",
     "time_ratio",
 ]

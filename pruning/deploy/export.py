@@ -22,7 +22,7 @@ from pruning.deploy.runtimes import (
     require_package,
 )
 from pruning.deploy.signature import Dynamic, Signature, arguments_of, signature_of, with_arguments
-from pruning.deploy.writers import WRITERS as _WRITERS
+from pruning.deploy.writers import WRITERS
 from pruning.errors import ExportError
 from pruning.surgery.batchnorm import fold_batchnorm
 from pruning.tracing.trace import trace
@@ -100,7 +100,7 @@ def export(
         path: path of the file; an existing file is replaced.
         example_inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments. Arguments that
             are no tensors, such as `use_cache=False`, become constants of the file.
-        format: `onnx`, `pt2` (torch.export) or `torchscript`.
+        format: `onnx`, `pt2` (torch.export), `torchscript`, or one of `register_runtime`.
         dynamic: dimensions besides the batch that may have any size, by the name of an input:
             `{"x": (2, 3)}`. The file is compared with the model at another size, too.
         metadata: plain data to store in the file, by name. The input's shape without the batch, the
@@ -159,8 +159,8 @@ def _written(
 
 def _require_exportable(model: nn.Module, format: str) -> None:
     """Check that the format is known, that its packages are installed, and that the model is all Python."""
-    if format not in _WRITERS:
-        raise ExportError(f"format {format!r} is unknown; there are: {', '.join(_WRITERS)}")
+    if format not in WRITERS:
+        raise ExportError(f"format {format!r} is unknown; there are: {', '.join(WRITERS)}")
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require_package(package)
@@ -229,7 +229,7 @@ def _converted(model: nn.Module, batch: Inputs, signature: Signature, format: st
     try:
         with quiet():
             program = torch.export.export(ready, args, kwargs, dynamic_shapes=signature.dynamic_shapes(ready))
-            return _WRITERS[format](ready, program, batch, signature, facts)
+            return WRITERS[format](ready, program, batch, signature, facts)
     except Exception as error:  # an exporter can fail in any way
         raise ExportError(
             f"{type(model).__name__} cannot be exported to {format}: {failure_reason(error)}; "

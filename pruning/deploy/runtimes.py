@@ -31,6 +31,10 @@ METADATA = "metadata.json"
 #: A function from input tensors to the outputs of the model, nested like the model's own outputs.
 ForwardPass: TypeAlias = Callable[..., Any]
 
+#: A function that opens the content of a file for a number of threads, and returns its forward pass and its
+#: metadata: JSON by name.
+Opener: TypeAlias = Callable[[bytes, int], tuple[ForwardPass, Mapping[str, str]]]
+
 
 class Exported(nn.Module):
     """An opened exported file: a module without parameters that runs on the CPU.
@@ -41,7 +45,7 @@ class Exported(nn.Module):
 
     Args:
         path: path of a file that `export` or `quantize` wrote.
-        runtime: `onnxruntime` (its CPU provider), `pt2` or `torchscript`.
+        runtime: `onnxruntime` (its CPU provider), `pt2`, `torchscript`, or one of `register_runtime`.
         threads: number of threads of ONNX Runtime; the other runtimes use `torch.set_num_threads`.
 
     Raises:
@@ -58,8 +62,8 @@ class Exported(nn.Module):
 
     def __init__(self, path: str | Path, runtime: str, threads: int = 1) -> None:
         super().__init__()
-        if runtime not in _OPENERS:
-            raise ExportError(f"runtime {runtime!r} is unknown; there are: {', '.join(_OPENERS)}")
+        if runtime not in OPENERS:
+            raise ExportError(f"runtime {runtime!r} is unknown; there are: {', '.join(OPENERS)}")
         self.path, self.runtime, self.metadata = Path(path), runtime, dict[str, Any]()
         if runtime == "onnxruntime":
             require_package(runtime)
@@ -70,7 +74,7 @@ class Exported(nn.Module):
         try:
             with quiet():
                 # A function, not a child module: exported programs of torch do not allow eval() and train().
-                self._run, stored = _OPENERS[runtime](content, threads)
+                self._run, stored = OPENERS[runtime](content, threads)
                 self.metadata.update({key: json.loads(value) for key, value in stored.items()})
         except Exception as error:  # reading a damaged file can fail in any way
             raise ExportError(
@@ -180,7 +184,8 @@ def _without_gradients(module: ForwardPass) -> ForwardPass:
     return run
 
 
-_OPENERS: dict[str, Callable[[bytes, int], tuple[ForwardPass, Mapping[str, str]]]] = {
+#: By runtime, the function that opens its files.
+OPENERS: dict[str, Opener] = {
     "onnxruntime": _open_onnx,
     "pt2": _open_pt2,
     "torchscript": _open_torchscript,

@@ -153,7 +153,7 @@ def _untraceable(error: RuntimeError) -> str:
 #: A function that returns the content of a file.
 Writer: TypeAlias = Callable[[nn.Module, ExportedProgram, Inputs, Signature, Facts], bytes]
 
-#: By format, the function that writes it.
+#: By format, the function that writes it. `register_runtime` adds those of users.
 WRITERS: dict[str, Writer] = {
     "onnx": _to_onnx,
     "pt2": _to_pt2,

@@ -126,7 +126,8 @@ class LatencyBudget:
 
     Attributes:
         limit: `0.5x`, a multiple of the dense network's time, or `2ms`, milliseconds per example.
-        runtime: runtime of the pruned network: `eager`, `onnxruntime`, `torchscript` or `pt2`.
+        runtime: runtime of the pruned network: `eager`, `onnxruntime`, `torchscript`, `pt2`, or one of
+            `pruning.deploy.register_runtime`.
         threads: number of CPU threads of the runtime.
         batch_size: examples in a pass; 0 means the batch size of the example inputs.
         seconds: duration of each comparison of a pruned with the dense network, in seconds.
@@ -162,8 +163,9 @@ class LatencyBudget:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.runtime not in PLACES:
-            raise PruningError(f"runtime {self.runtime!r} is unknown; choose one of: {', '.join(PLACES)}")
+        known = (PLACES[0], *RUNTIMES.values())  # now: users register runtimes
+        if self.runtime not in known:
+            raise PruningError(f"runtime {self.runtime!r} is unknown; choose one of: {', '.join(known)}")
         self.target(1.0)
 
     def target(self, dense: float) -> float:

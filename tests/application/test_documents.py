@@ -17,7 +17,7 @@ from pruning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: Its examples register layers and runtimes; tests/test_contributing.py runs them in a process of their own.
+#: Its examples register layers and runtimes; tests/test_contributing.py runs them and removes these.
 APART = ROOT / "docs" / "extend.md"
 
 #: A block, with the comment above it that says why it is not run.

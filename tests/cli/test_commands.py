@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.run import main as torchrun
+from processes import launched
+from processes import toolkit as in_processes
 from user import MODULE, NET, image_folder
 
-from pruning import __main__ as program
 from pruning import save
 from pruning.stages import Run
 from pruning.utils.modules import thread_count
@@ -340,17 +339,12 @@ def test_networks_other_than_classifiers_are_pruned_and_timed_without_accuracy(r
     assert [row["accuracy"] for row in json.loads((tmp_path / "found.json").read_text())] == [None, None]
 
 
-def test_two_processes_find_the_same_plan_as_one(run, tmp_path, monkeypatch, capfd):
+def test_two_processes_find_the_same_plan_as_one(run, tmp_path):
     """Uses DistributedDataParallel over gloo on the same global batches."""
     words = ("slim", *NET, *SHORT, "--max-params", "40%", "--batch-size", 32, "--threads", 1)
     assert run(*words, "--output", "alone")[0] == 0
-    root = Path(program.__file__).resolve().parent.parent
-    paths = [str(root), str(tmp_path), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch = ["--nproc-per-node", "2", "--standalone", "-m", "pruning"]
-    torchrun([*launch, *map(str, words), "--output", "both"])  # raises if a process fails
-    assert capfd.readouterr().out.count("stage 3, fine-tune") == 1, "only the first process prints"
+    printed = launched(in_processes, *map(str, words), "--output", "both", folder=tmp_path / "logs")
+    assert [text.count("stage 3, fine-tune") for text in printed] == [1, 0], "only the first process prints"
 
     def widths(folder):
         lines = [json.loads(line) for line in (tmp_path / folder / "history.jsonl").read_text().splitlines()]

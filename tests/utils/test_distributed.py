@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch import nn
 
 from pruning import PruningError
@@ -80,7 +81,7 @@ def one_process(rank, folder, device):
 def test_several_processes_train_the_same_network_as_one(device, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    torch.multiprocessing.spawn(one_process, (str(tmp_path), device), nprocs=PROCESSES)
+    together(one_process, str(tmp_path), device, count=PROCESSES)
     model = network()
     expected = train(model, model, batches()).state_dict()
     for rank in range(PROCESSES):
@@ -119,7 +120,7 @@ def one_fit(rank, folder):
 
 
 def test_fit_gives_the_weights_of_one_process_and_ends_when_another_process_has_ended(tmp_path):
-    torch.multiprocessing.spawn(one_fit, (str(tmp_path),), nprocs=PROCESSES)
+    together(one_fit, str(tmp_path), count=PROCESSES)
     for number, config in enumerate(FITS):
         expected = fitted(config).state_dict()
         for rank in range(PROCESSES):
