@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -19,10 +20,16 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@functools.cache
+def nodes(path):
+    """Return all nodes of the syntax tree of a file, which several tests read."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports(folder):
     """Yield (file, top-level package) for every import below a folder."""
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 yield from ((path.name, alias.name.split(".")[0]) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -76,6 +83,7 @@ LAYERS = (
 )
 
 
+@functools.cache
 def graph():
     """Return the files that each file of the toolkit imports, also inside functions."""
     files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.glob("pruning/**/*.py")}
@@ -86,7 +94,7 @@ def graph():
     found = {}
     for file, path in files.items():
         found[file] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pruning":
                 for alias in node.names:
                     found[file].add(resolve(f"{node.module}.{alias.name}") or resolve(node.module))
@@ -107,7 +115,7 @@ def test_packages_import_only_from_lower_packages():
 
 
 def test_imports_have_no_cycles():
-    imports = graph()
+    imports = dict(graph())
     while leaves := [file for file, others in imports.items() if not others & imports.keys() - {file}]:
         for file in leaves:
             del imports[file]
@@ -133,7 +141,7 @@ def test_files_have_at_most_350_lines(most=350):
 def test_functions_have_at_most_60_lines(most=60):
     long = {}
     for path in ROOT.glob("pruning/**/*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= most:
                 long[f"{path}:{node.name}"] = node.end_lineno - node.lineno + 1
     assert long == {}

@@ -110,7 +110,8 @@ def _network(args: argparse.Namespace, weights: Path | None) -> nn.Module:
             model = _loaded(weights, made)
     else:
         raise PruningError(
-            "a model is needed: --model NAME (see docs/your-model.md), or --weights with a checkpoint"
+            "a model is needed: --model NAME, one of torchvision's or package.module:factory, or --weights "
+            "with a checkpoint"
         )
     return model
 
@@ -164,7 +165,10 @@ def required_data(args: argparse.Namespace) -> Data:
     args.data = args.data or _recorded_data(args)
     flags = read_flags(DataFlags, args)
     if flags.data is None:
-        raise PruningError("data is needed: --data NAME, FOLDER or module:factory (see docs/your-model.md)")
+        raise PruningError(
+            "data is needed: --data with the name of a data set, a folder of images, or module:factory, a "
+            "function that returns batches to train on and to validate on"
+        )
     if flags.cutout is not None and flags.data not in BUILT_IN:
         raise PruningError(f"--cutout is for named data sets ({', '.join(BUILT_IN)}); {flags.data} is none")
     stored = stored_facts(_checkpoint(args))

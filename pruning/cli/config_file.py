@@ -54,10 +54,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
             how = _without_table(name, value)
             raise PruningError(f"{path}: [{name}] is a table, a plain value was expected: {how}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise PruningError(
-                f"{path}: there is no setting {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-            )
+            raise PruningError(f"{path}: there is no setting {name!r}{_hint(name, value, known)}")
         if isinstance(value, bool):
             if f"no-{name}" not in known:
                 raise PruningError(
@@ -71,6 +68,15 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
         else:
             raise PruningError(f"{path}: {name} is a {type(value).__name__}, a plain value was expected")
     return flags
+
+
+def _hint(name: str, value: object, known: Sequence[str]) -> str:
+    """What a name that is no setting may stand for: a similar setting, or an argument of the network."""
+    if near := difflib.get_close_matches(name, known, 1):
+        return f"; did you mean {near[0]!r}?"
+    if "model-arg" in known and name.isidentifier():
+        return f"; if the network takes it, write model-arg = {_toml([f'{name}={value}'])}"
+    return ""
 
 
 def _content(path: Path) -> dict[str, Any]:

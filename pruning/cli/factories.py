@@ -78,7 +78,7 @@ def factory(name: str) -> Callable[..., object]:
         if name not in names:
             raise PruningError(
                 f"model {name!r} is none of torchvision's{similar(name, names)}; your own is "
-                "package.module:factory (see docs/your-model.md)"
+                "package.module:factory, which is called with --model-arg and returns an nn.Module"
             )
         return lambda **arguments: models.get_model(name, **arguments)
     module_name, _, attribute = name.partition(":")

@@ -128,7 +128,7 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
             f"network still has {reached}. Raise the budget, or the share of a group that is dropped at "
-            "most (`most`), lower the floors, or ignore fewer layers (see docs/refusals.md)"
+            "most (`most`), lower the floors, or ignore fewer layers"
         )
 
 

@@ -20,6 +20,7 @@ from pruning.planning.curves import Reading, Sensitivity, SensitivityPoint
 from pruning.planning.prefix_cache import PrefixCache
 from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.batchnorm import recalibrate
+from pruning.tracing.trace import require_groups
 from pruning.training.config import TrainConfig
 from pruning.training.loop import fit
 from pruning.training.losses import IGNORED, class_logits, logits_for
@@ -59,12 +60,7 @@ class WidthSweep:
         validation: Sequence[LabeledBatch],
         calibration: Sequence[Batch],
     ):
-        if not trace.groups:
-            reasons = "; ".join(f"{layer}: {why}" for layer, why in trace.skipped.items())
-            raise PruningError(
-                f"{type(model).__name__} has no group to narrow ({reasons or 'no layer was found'}); "
-                "see docs/refusals.md"
-            )
+        require_groups(model, trace)
         self.model, self.trace, self.calibration = model, trace, calibration
         self.evaluator = Evaluator(model, validation)
         self.cost_model = CostModel(model, trace)

@@ -75,7 +75,7 @@ def narrow_within(task: Task, traced: Trace, cost_model: CostModel) -> Narrowed:
         if not at_fault:
             raise PruningError(
                 f"surgery is not equivalent to the plan: {checked.problem}; nothing was changed. Ignore the "
-                "layers whose widths the code depends on, or change this code (see docs/refusals.md)"
+                "layers whose widths the code depends on, or let this code take a constant, not the width"
             )
         left_out |= at_fault
         traced = without_groups(traced, at_fault)

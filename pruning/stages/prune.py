@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from pruning.errors import PruningError
+from pruning.graph.computed import refresh_computed
 from pruning.graph.groups import Ignored, Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
@@ -26,9 +27,13 @@ from pruning.training.batches import like_examples
 from pruning.training.losses import Loss, cross_entropy
 from pruning.utils import distributed
 from pruning.utils.entries import Also
+from pruning.utils.form import form_of
 from pruning.utils.modules import buffers_unchanged, device_of
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh
+
+#: How many traces the steps of a run keep.
+KEPT_TRACES = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,10 @@ class Step:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings that all pruning steps of a run share; see `prune` for the fields."""
+    """Settings that all pruning steps of a run share; see `prune` for the fields.
+
+    `traces` holds the latest traces.
+    """
 
     score: Score = "taylor"
     calibration: Sequence[Batch] = ()
@@ -90,17 +98,30 @@ class StepSettings:
     refit: bool = False
     outputs: Outputs = None
     also: tuple[Also, ...] = ()
+    traces: dict[Hashable, Trace] = field(default_factory=dict, repr=False, compare=False)
 
     def traced(self, model: nn.Module, example_inputs: Inputs) -> Trace:
-        """Trace a model with these settings."""
-        return trace(
-            model,
-            example_inputs,
-            self.ignored,
-            compare=self.check,
-            outputs=self.outputs,
-            also=self.also,
-        )
+        """Trace a model with these settings, once for all models of the same layers and sizes.
+
+        Training and `equalize` change values alone, and a trace depends on none.
+        """
+        key = (self.ignored, self.check, form_of(model))
+        known = self.traces.pop(key, None)
+        if known is None or known.inputs is not example_inputs:
+            known = trace(
+                model,
+                example_inputs,
+                self.ignored,
+                compare=self.check,
+                outputs=self.outputs,
+                also=self.also,
+            )
+        else:
+            refresh_computed(model)
+        self.traces[key] = known  # the latest is the last
+        for outdated in list(self.traces)[:-KEPT_TRACES]:
+            del self.traces[outdated]
+        return known
 
 
 def prune(

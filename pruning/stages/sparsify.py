@@ -43,13 +43,14 @@ def sparsify(
     statistics: Sequence[Batch] = (),
     label: str = "",
     resume: TrainingState | None = None,
+    traced: Trace | None = None,
 ) -> nn.Module:
     """Train a model in place so that the scales of superfluous channels, or their weights, become 0.
 
     Args:
-        example_inputs, ignored, outputs, also: see `trace`; scales of ignored layers are not shrunk.
-        strength: λ of `ScalePull`; None finds it in every epoch, such that stage 1 reaches the
-            geometric mean of dense cost and budget. Stage 2 meets the budget, by scores of the loss.
+        example_inputs, ignored, outputs, also: see `trace`, whose result may be given as `traced`.
+        strength: λ of `ScalePull`; None finds it in every epoch, such that stage 1 reaches the geometric
+            mean of dense cost and budget. Scales of ignored layers are not shrunk.
         budget: limits on the cost of the result; percentages refer to this model.
         pace: of a trained model, the fewest channels of a group: `PacedPull` replaces `ScalePull`.
         batches, config, loss, validate, keep_best, keep_start, on_epoch, statistics, label, resume: as `fit`.
@@ -63,7 +64,7 @@ def sparsify(
     >>> int((net[1].weight == 0).sum())
     3
     """
-    traced = trace(model, example_inputs, ignored, outputs=outputs, also=also)
+    traced = traced or trace(model, example_inputs, ignored, outputs=outputs, also=also)
     steps = config.steps(length(batches) or 0)
     pull = _pull(budget, model, traced, strength, config.epochs * steps, pace)
     return fit(

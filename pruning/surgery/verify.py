@@ -70,8 +70,8 @@ def verify(
     if problem:
         raise PruningError(
             f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
-            "nothing was changed. Ignore these layers, or change the code that depends on their widths (see "
-            "docs/refusals.md)"
+            "nothing was changed. Ignore these layers, or let the code that depends on their widths take a "
+            "constant"
         )
     return largest
 

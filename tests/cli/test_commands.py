@@ -186,6 +186,13 @@ def test_flags_override_a_config_and_an_unknown_key_is_named(run, tmp_path):
     (tmp_path / "run.toml").write_text('max-mac = "60%"\n')
     code, _, err = run("prune", "--config", "run.toml")
     assert code == 2 and "'max-mac'" in err and "'max-macs'" in err
+    (tmp_path / "run.toml").write_text("wdith = 6\n")
+    code, _, err = run("prune", "--config", "run.toml")
+    line = 'model-arg = ["wdith=6"]'
+    assert code == 2 and f"there is no setting 'wdith'; if the network takes it, write {line}" in err
+    (tmp_path / "run.toml").write_text(f'model = "mine:Net"\n{line}\n')
+    code, _, err = run("prune", "--config", "run.toml", "--input-shape", "1x10x10", "--max-macs", "60%")
+    assert code == 2 and "mine:Net takes no argument 'wdith' (did you mean width?)" in err
     (tmp_path / "run.toml").write_text("[model-arg]\nwidth = 6\n")
     code, _, err = run("prune", "--config", "run.toml")
     assert code == 2 and 'is a table, a plain value was expected: write model-arg = ["width=6"]' in err

@@ -122,7 +122,7 @@ def test_an_interrupted_analysis_can_be_resumed(tmp_path, monkeypatch):
 
 def test_models_and_splits_that_cannot_be_analysed_are_rejected():
     head = nn.Sequential(nn.Flatten(), nn.Linear(588, 4))
-    with pytest.raises(PruningError, match=r"no group to narrow.*output"):
+    with pytest.raises(PruningError, match=r"no prunable group.*output"):
         sensitivity(head, nets.images(), data())
     with pytest.raises(PruningError, match="validation split is empty"):
         sensitivity(nets.make("lenet"), nets.images(), [])

@@ -187,7 +187,7 @@ def test_what_cannot_be_a_frontier_is_refused(net):
     broken = Net()
     nn.init.constant_(broken.head.weight, math.nan)
     refused("outputs on validation batch 0 are not finite", model=broken, check=False)
-    refused("has no prunable group|no group", model=nn.Sequential(nn.Flatten(), nn.Linear(100, 3)))
+    refused("has no prunable group", model=nn.Sequential(nn.Flatten(), nn.Linear(100, 3)))
     with pytest.raises(PruningError, match="towards: a plan already names"):
         prune(
             net, x, frontier(net, x, validation, points=2, score="l2").points[0].plan, towards=Budget(macs=5)
