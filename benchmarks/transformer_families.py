@@ -77,7 +77,7 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
         "ModernBertForMaskedLM": {},
     },
     "decoders": {
-        "GPT2LMHeadModel": {}, "GPTNeoForCausalLM": {}, "GPTNeoXForCausalLM": {},
+        "GPT2LMHeadModel": {}, "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]}, "GPTNeoXForCausalLM": {},
         "GPTJForCausalLM": {"rotary_dim": 4}, "OPTForCausalLM": {"word_embed_proj_dim": 32},
         "BloomForCausalLM": {}, "FalconForCausalLM": {}, "MptForCausalLM": {}, "LlamaForCausalLM": {},
         "MistralForCausalLM": {}, "Qwen2ForCausalLM": {}, "Qwen3ForCausalLM": {}, "GemmaForCausalLM": {},
@@ -180,8 +180,13 @@ def made(name: str) -> nn.Module:
     own = next(networks[name] for networks in NETWORKS.values() if name in networks)
 
     def numbers(config: Any) -> dict[str, Any]:
-        known = (key for key in SMALL if key.endswith("token_id") or type(getattr(config, key, None)) is int)
-        return {**{key: SMALL[key] for key in known}, **own}
+        taken = {
+            key: value
+            for key, value in SMALL.items()
+            if key.endswith("token_id") or type(getattr(config, key, None)) is int
+            if not isinstance(getattr(type(config), key, None), property)
+        }
+        return {**taken, **own}
 
     default = kind.config_class()
     parts = {key: getattr(default, key) for key in ("text_config", "vision_config") if hasattr(default, key)}

@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Packages with a public interface, in the order in which a user meets them.
 PACKAGES = ("planning", "stages", "training", "surgery", "tracing", "graph", "deploy", "report", "demo")
 #: Pages of results; docs/measured.md says how each was measured.
-RESULTS = ("results.md", "trained.md", "paper.md", "zoo.md", "libraries.md", "fair.md", "without-training.md")
+RESULTS = (
+    "results.md", "trained.md", "paper.md", "zoo.md", "libraries.md", "families.md", "fair.md",
+    "without-training.md",
+)  # fmt: skip
 #: Files of the repository that are pages of the site, or that pages link to.
 OUTSIDE = (
     "CONTRIBUTING.md",
