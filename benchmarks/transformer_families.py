@@ -77,7 +77,8 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
         "ModernBertForMaskedLM": {},
     },
     "decoders": {
-        "GPT2LMHeadModel": {}, "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]}, "GPTNeoXForCausalLM": {},
+        "GPT2LMHeadModel": {}, "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
+        "GPTNeoXForCausalLM": {},
         "GPTJForCausalLM": {"rotary_dim": 4}, "OPTForCausalLM": {"word_embed_proj_dim": 32},
         "BloomForCausalLM": {}, "FalconForCausalLM": {}, "MptForCausalLM": {}, "LlamaForCausalLM": {},
         "MistralForCausalLM": {}, "Qwen2ForCausalLM": {}, "Qwen3ForCausalLM": {}, "GemmaForCausalLM": {},

@@ -9,14 +9,17 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and that takes no abbreviated flags."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line, and exit with code 2."""
         line = " ".join(message.split())
         self.exit(2, f"error: {line} (see {self.prog} --help)\n")
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def _check_value(self, action: argparse.Action, value: object) -> None:
         """Name the nearest choice where a value is none."""
         try:
             super()._check_value(action, value)

@@ -124,7 +124,7 @@ def _require_valid(kind: type[nn.Module], rule: Rule) -> None:
     if rule.kind == "weighted" and not rule.out.keys() & rule.into.keys():
         raise PruningError(
             f"{wrong} out={dict(rule.out)} and into={dict(rule.into)}; name the weight of a weighted layer "
-            "in both"
+            "in both, or set kind='channelwise' if it treats each channel alone"
         )
     if rule.kind != "weighted" and rule.into:
         raise PruningError(f"{wrong} kind={rule.kind!r} and into={dict(rule.into)}; leave out into")

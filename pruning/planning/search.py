@@ -26,6 +26,9 @@ EXCHANGE_ROUNDS, LEAST_EXCHANGE = 8, 2e-3
 
 DEFAULT_OPTIONS = PlanOptions()
 
+#: Most groups that an error shows.
+SHOWN = 8
+
 
 def plan_within(
     budget: Budget,
@@ -124,12 +127,21 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
-        widths = ", ".join(f"{g} {int(w)}" for g, w in zip(cost_model.groups, lowest, strict=True))
+        widths = [f"{g} {int(w)}" for g, w in zip(cost_model.groups, lowest, strict=True)]
+        shown = ", ".join([*widths[:SHOWN], *(["…"] if widths[SHOWN:] else [])])
+        floors = ", or the share of a group that is dropped at most (`most`), lower the floors"
         raise PruningError(
-            f"the budget {budget} cannot be reached: at the floor of every group ({widths}) the "
-            f"network still has {reached}. Raise the budget, or the share of a group that is dropped at "
-            "most (`most`), lower the floors, or ignore fewer layers"
+            f"the budget {budget} cannot be reached: at the floor of every group ({shown}) the network still "
+            f"has {reached}. Raise the budget{_percent_meant(budget, least)}"
+            f"{floors if (lowest > 1).any() else ''}, or ignore fewer layers"
         )
+
+
+def _percent_meant(budget: Budget, least: Cost) -> str:
+    """Return a question where a limit may be a percentage without its sign: 50 of thousands of MACs."""
+    pairs = ((budget.params, least.params), (budget.macs, least.macs))
+    limits = [int(limit) for limit, value in pairs if limit is not None and int(limit) <= 100 < value / 10]
+    return f" (did you mean {limits[0]}%?)" if limits else ""
 
 
 def _equal_shares(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -169,8 +170,7 @@ def prune(
             squares on the calibration inputs (see `pruning.surgery.refit.refit`). Targets may be None.
         ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. At most nine tenths of
             each group are dropped by default, so that no group is left with hardly a channel.
-        dense: the network whose time a `LatencyBudget` is relative to; by default the model.
-        outputs, also: which outputs count, and other ways to call the model, as in `trace`.
+        dense: network whose time a `LatencyBudget` is relative to (the model). outputs, also: as in `trace`.
 
     Raises:
         PruningError: if the model has no prunable group, the budget cannot be met, or an option is invalid.
@@ -183,7 +183,20 @@ def prune(
     score = default_score(batches, refit) if score is None else score
     options = PlanOptions(ranking, per_cost, floor, most, multiple, widths, alike)
     settings = StepSettings(score, batches, loss, tuple(ignored), options, check, refit, outputs, tuple(also))
-    return prune_step(model, example_inputs, budget, settings, remove=layers, towards=towards, dense=dense)
+    step = prune_step(model, example_inputs, budget, settings, remove=layers, towards=towards, dense=dense)
+    return _told(step)
+
+
+def _told(step: Step) -> Step:
+    """Warn of groups that keep all channels because the check failed with them."""
+    if step.left_out:
+        name, why = next(iter(step.left_out.items()))
+        more = f" and {len(step.left_out) - 1} more" if len(step.left_out) > 1 else ""
+        text = (
+            f"group {name!r}{more} keeps all channels, because the check failed with it: {why} (see left_out)"
+        )
+        warnings.warn(text, stacklevel=3)
+    return step
 
 
 def default_score(calibration: Sequence[Batch], refit: bool) -> str:

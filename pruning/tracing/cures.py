@@ -14,11 +14,15 @@ _TOLD = re.compile(
 _CURES: tuple[tuple[str, str], ...] = (
     ("an operation without a rule", "register a rule (pruning.tracing.operators.register_operator)"),
     ("ignored, as asked by", "leave it out of ignored= (--ignore)"),
+    (
+        "consumes its channels",
+        "outputs= (--outputs) says which outputs count; register what else takes them "
+        "(register_layer, register_operator)",
+    ),
     ("model's output", "outputs= (--outputs) says which outputs count"),
     ("an output of", "return only what has to keep its size"),
     ("it has one channel", "make it wider"),
     ("all tied to each other", "do not join or select its channels one by one"),
-    ("consumes its channels", "register the layer that does (pruning.graph.layers.register_layer)"),
     ("is the same tensor as", "untie them"),
     ("no tensor", "let the layer return a tensor, or register a rule for it"),
     ("along another dimension", "keep the channels along one dimension (permute them back)"),

@@ -6,6 +6,7 @@ fixes channels with a reason. Operators without a rule fix the channels that rea
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections import OrderedDict
 
@@ -211,6 +212,19 @@ RULES: dict[str, OperatorRule] = {
 _REGISTERED: OrderedDict[int, tuple[str, OperatorRule]] = OrderedDict()
 
 
+def _require_operator(name: str) -> None:
+    """Raise `PruningError` if torch has no operator of this name."""
+    space, _, operator = name.partition("::") if "::" in name else ("aten", "", name)
+    space_of = getattr(torch.ops, space)
+    if not hasattr(space_of, operator.partition(".")[0]):
+        near = difflib.get_close_matches(operator, dir(space_of), 1)
+        hint = f"; did you mean {space}::{near[0]}?" if near else ""
+        raise PruningError(
+            f"torch has no operator {name!r}: give the name under which torch.library defined it, with its "
+            f"namespace, and define it first{hint}"
+        )
+
+
 def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -> RemovableHandle:
     """Tell the toolkit how channels pass through an operator, such as a custom one of `torch.library`.
 
@@ -226,8 +240,8 @@ def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -
         replace: whether to replace a rule that the operator already has.
 
     Returns a handle: its method `remove`, or the end of a `with` block, removes the rule.
-    Raises `PruningError` for an invalid name, for a rule that is not callable, and for an operator that
-    already has a rule.
+    Raises `PruningError` for a name that no operator has, for a rule that is not callable, and for an
+    operator that already has a rule.
 
     >>> @torch.library.custom_op("pruning_example::halve", mutates_args=())
     ... def halve(x: Tensor) -> Tensor:
@@ -252,6 +266,7 @@ def register_operator(name: str, rule: OperatorRule, *, replace: bool = False) -
         raise PruningError(
             f"the rule for {name} is a {type(rule).__name__}; give a function (labels, operation)"
         )
+    _require_operator(name)
     name = name.removeprefix("aten::").rstrip("_")
     if not replace and rule_for(name) is not None:
         raise PruningError(f"operator {name!r} has a rule already; pass replace=True to replace it")

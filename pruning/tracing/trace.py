@@ -233,7 +233,10 @@ def _obstacle(
 ) -> str:
     """Return why a group cannot be pruned; empty when it can."""
     if not group.side("in") and not group.is_summed:
-        return "no layer that surgery knows consumes its channels; they may be the model's output"
+        return (
+            "no layer that surgery knows consumes its channels; they may be the model's output, or code that "
+            "is not torch's takes them"
+        )
     for member in group.members:
         if member.side == "self":
             continue

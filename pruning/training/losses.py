@@ -180,7 +180,8 @@ def logits_for(targets: object, outputs: object) -> Tensor:
         return outputs
     raise PruningError(
         f"{given}: cross entropy and accuracy need logits (N, classes, ...) of at least two classes, and "
-        "integer targets (N, ...). Pass your own loss and metric in Python, or score by l1 or l2"
+        "integer targets (N, ...). Give a loss and a metric of your own in Python (loss=, metric=), or score "
+        "by fisher, which needs no targets, or by l1 or l2"
     )
 
 

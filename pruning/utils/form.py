@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 def form_of(model: nn.Module) -> Hashable:
@@ -25,7 +26,14 @@ def form_of(model: nn.Module) -> Hashable:
     return (
         tuple((name, type(module)) for name, module in model.named_modules(remove_duplicate=False)),
         tuple(
-            (name, x.shape, x.dtype, x.device, x.requires_grad, first.setdefault(id(x), place))
+            (
+                name,
+                None if is_lazy(x) else x.shape,
+                x.dtype,
+                x.device,
+                x.requires_grad,
+                first.setdefault(id(x), place),
+            )
             for place, (name, x) in enumerate(tensors)
         ),
     )

@@ -67,6 +67,7 @@ PICTURES = (
         (("prune", "--config", "mine.py"), "because it is not TOML"),
         (("report", "mine.py"), "mine.py holds no run that can be read: it is a file"),
         (("prune", *NET, "--max-params", "3"), "cannot be reached"),
+        (("prune", *NET, "--max-mac", "50%"), "did you mean --max-macs?"),
         (("prune", "--model", "mine:Net", "--data", "mine:nothing", *BUDGET), "batches were expected"),
         (("prune", "--model", "mine:Net", "--data", "mine:few", *BUDGET), "no validation batches"),
         (("prune", "--model", "mine:Net", "--data", "mine:lone", *BUDGET), "are all of class 0"),

@@ -269,7 +269,8 @@ class Scaled(nn.Module):
 def test_a_width_that_is_used_as_a_number_is_left_out_and_planning_goes_on():
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), Scaled(), nn.Conv2d(16, 12, 1), nn.ReLU(), nn.Conv2d(12, 2, 1)]
     net, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
-    step = prune(net, images, Budget(macs="75%"), score="l2")
+    with pytest.warns(UserWarning, match="group '0' keeps all channels"):
+        step = prune(net, images, Budget(macs="75%"), score="l2")
     assert step.plan.widths["3"] < 12 and step.model[0].out_channels == 16 and step.difference < 1e-4
     assert step.after.macs <= 0.75 * step.before.macs
     for reason in (step.left_out["0"], step.trace.skipped["0"]):

@@ -300,6 +300,8 @@ def test_a_registered_operator_is_followed_and_pruned_exactly():
         ("pruning_tests::mix", "pointwise", "is a str; give a function"),
         (mix, pointwise, "not an operator name"),
         ("two words", pointwise, "not an operator name"),
+        ("pruning_tests::mixx", pointwise, "no operator .*did you mean pruning_tests::mix"),
+        ("nowhere::mix", pointwise, "no operator 'nowhere::mix'"),
     ],
 )
 def test_an_operator_that_cannot_be_registered_is_refused(name, rule, message):

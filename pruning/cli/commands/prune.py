@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -28,22 +29,24 @@ def execute(args: argparse.Namespace) -> None:
     score = args.score or default_score(calibration, args.refit)
     if not calibration and score in NEED_DATA and given is None:
         raise PruningError(f"score {score} needs data: add --data, or --score l1, l2 or bn_scale")
-    step = prune(
-        model,
-        example,
-        build.budget(args) if given is None else given.plan,
-        score=score,
-        calibration=calibration,
-        ignored=args.ignore,
-        remove=args.remove,
-        refit=args.refit,
-        ranking=args.ranking,
-        floor=args.floor,
-        most=args.most,
-        multiple=args.multiple,
-        outputs=args.outputs or None,
-        alike=args.alike,
-    )
+    with warnings.catch_warnings():  # what is left out is printed below
+        warnings.filterwarnings("ignore", "group .* keeps all channels")
+        step = prune(
+            model,
+            example,
+            build.budget(args) if given is None else given.plan,
+            score=score,
+            calibration=calibration,
+            ignored=args.ignore,
+            remove=args.remove,
+            refit=args.refit,
+            ranking=args.ranking,
+            floor=args.floor,
+            most=args.most,
+            multiple=args.multiple,
+            outputs=args.outputs or None,
+            alike=args.alike,
+        )
     lines = [] if data is None else [_accuracies(model, step.model, data)]
     save_network(args, args.output, step.model, example, data)
     asked = step.asked if given is None else args.plan or "no budget"
