@@ -170,9 +170,9 @@ def split(
 def comparison(dense: nn.Module, batches: Sequence[tuple[Inputs, None]]) -> Comparison:
     """Return whether the outputs of a network are logits: one tensor that holds no probabilities.
 
-    >>> comparison(nn.Linear(3, 2), [(torch.ones(4, 3), None)])
+    >>> comparison(nn.Identity(), [(torch.tensor([[-1.0, 2.0]]), None)])
     'logits'
-    >>> comparison(nn.Sequential(nn.Linear(3, 2), nn.Sigmoid()), [(torch.ones(4, 3), None)])
+    >>> comparison(nn.Sigmoid(), [(torch.tensor([[-1.0, 2.0]]), None)])
     'values'
     """
     with torch.no_grad(), eval_mode(dense):
