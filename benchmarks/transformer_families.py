@@ -72,7 +72,7 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
         "BertForMaskedLM": {}, "RobertaForMaskedLM": {}, "AlbertForMaskedLM": {},
         "DistilBertForMaskedLM": {}, "ElectraForMaskedLM": {}, "DebertaForMaskedLM": {},
         "DebertaV2ForMaskedLM": {}, "MPNetForMaskedLM": {}, "XLNetForSequenceClassification": {},
-        "FunnelForMaskedLM": {}, "LongformerForMaskedLM": {}, "IBertForMaskedLM": {},
+        "FunnelForMaskedLM": {}, "LongformerForMaskedLM": {"attention_window": 4}, "IBertForMaskedLM": {},
         "MobileBertForMaskedLM": {}, "SqueezeBertForMaskedLM": {"embedding_size": 32},
         "ModernBertForMaskedLM": {},
     },

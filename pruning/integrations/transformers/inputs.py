@@ -32,7 +32,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", config)
-    tokens = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    limit = getattr(text, "max_position_embeddings", None) or 0  # XLNet says -1: none
+    tokens = min(_TOKENS, limit) if limit > 0 else _TOKENS
     if "input_ids" in accepted:
         made["input_ids"] = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
     if "pixel_values" in accepted and hasattr(vision, "image_size"):
