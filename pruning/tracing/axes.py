@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.tracing.ties import NONE, Ties, is_among, spread, varying
+from pruning.tracing.ties import NONE, Ties, is_among, spread, unique, unique_columns, varying
 
 #: Definitions are followed to this depth; deeper ones refer to themselves.
 _DEEPEST = 12
@@ -112,12 +112,11 @@ class Axes:
         """Return a vector of labels, each removed if one of those at its place is."""
         if len(vectors) == 1:
             return vectors[0]
-        parts = np.stack([vector.numpy() for vector in vectors])
-        distinct, place = np.unique(parts, axis=1, return_inverse=True)
+        distinct, place = unique_columns(np.stack([vector.numpy() for vector in vectors]))
         made = self.ties.new(distinct.shape[1])
         self._define(Definition(made, distinct))
         labels = np.where((distinct == NONE).all(0), NONE, made)
-        return torch.from_numpy(labels[place.reshape(-1)])
+        return torch.from_numpy(labels[place])
 
     def _along_dimensions(self, labels: Tensor) -> dict[int, Tensor]:
         dims = varying(labels)
@@ -177,7 +176,8 @@ class Axes:
         Args:
             final: after `settle`: the smallest label tied to each.
         """
-        sets = (self.ties.find(labels) if final else labels)[:, None]
+        own, place = unique(labels)  # a view of heads repeats them for each example and window
+        sets = (self.ties.find(own) if final else own)[:, None]
         for _ in range(_DEEPEST):
             flat = sets.ravel()
             number = self._definition_of(flat)
@@ -189,13 +189,13 @@ class Axes:
             for n in np.unique(number[number >= 0]).tolist():
                 at, parts = number == n, self.definitions[n].parts
                 deeper[at, : len(parts)] = parts[:, self._column[flat[at]]].T
-            sets = deeper.reshape(len(labels), -1)
+            sets = deeper.reshape(len(own), -1)
             sets = sets[:, (sets != NONE).any(0)] if (sets != NONE).any() else sets[:, :1]
             sets = self.ties.find(sets) if final else sets
         constant = np.concatenate([np.arange(0), *self.constant])
         if len(constant):
             sets = np.where(is_among(sets, self.ties.find(constant) if final else constant), NONE, sets)
-        return sets
+        return sets[place]
 
     def closure(self, labels: np.ndarray) -> np.ndarray:
         """Return labels and all labels that they stand for."""
@@ -344,5 +344,5 @@ class Axes:
 
 def _match(left: np.ndarray, right: np.ndarray) -> bool:
     """Whether each label of one vector is always paired with the same label of the other, and vice versa."""
-    pairs = len(np.unique(np.stack([left, right]), axis=1).T)
+    pairs = unique_columns(np.stack([left, right]))[0].shape[1]
     return pairs == len(np.unique(left)) == len(np.unique(right))

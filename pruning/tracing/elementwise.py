@@ -37,7 +37,9 @@ def pointwise(labels: Labels, op: Operation) -> None:
     known = [i for i, found in enumerate(aligned) if found is not None]
     grids = [i for i in known if labels.is_grid(aligned[i])]
     if grids:
-        first = max(grids, key=lambda i: len(varying(aligned[i])))
+        # Positions of a table are no channels of the activation that it is added to.
+        active = [i for i in grids if op.operands[i] not in labels.weights.computed]
+        first = max(active or grids, key=lambda i: len(varying(aligned[i])))
         return grid_pointwise(labels, op, aligned, first, tables)
     return _along_one_dimension(labels, op, aligned, tables)
 

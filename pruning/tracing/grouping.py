@@ -14,7 +14,7 @@ from pruning.graph.groups import Group, Member, Positions, Reduction
 from pruning.graph.layers import makes_channels
 from pruning.graph.rule import Side
 from pruning.tracing.record import Flow, SideUse
-from pruning.tracing.ties import NONE, Ties, is_among
+from pruning.tracing.ties import NONE, Ties, is_among, unique
 from pruning.utils.modules import submodule
 
 
@@ -157,7 +157,8 @@ def _final_sides(found: Flow) -> tuple[_Sides, dict[int, str]]:
     known = known[known != NONE]
     reasons: dict[int, str] = {}
     for labels, reason in found.fixed:
-        for label in np.intersect1d(found.channels(labels), known).tolist():
+        channels = found.channels(labels)
+        for label in unique(channels[is_among(channels, known)])[0].tolist():
             reasons.setdefault(label, reason)
     sides: _Sides = {}
     for (name, side), use in found.sides.items():

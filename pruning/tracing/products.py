@@ -104,7 +104,8 @@ def grid_pointwise(
     result = aligned[first]
     assert result is not None
     rank, combines = op.output.ndim, f"{labels.where()} combines it ({op.name})"
-    vectors = labels.vectors(result)
+    vectors, positions = labels.vectors(result), set[int]()
+    is_table = op.operands[first] in labels.weights.computed
     for i, other in enumerate(aligned):
         if i == first:
             continue
@@ -120,6 +121,7 @@ def grid_pointwise(
                 labels.note_sizes(vectors[d], vectors[d])
             else:
                 labels.fix(vectors[d], f"{combines} with a tensor of fixed size")
+                positions |= {d} if is_table and x not in labels.weights.computed else set()
         outside = [d for d in arriving if d not in vectors]
         if other is None or not arriving:
             continue
@@ -135,6 +137,8 @@ def grid_pointwise(
             labels.fix_single(other, f"{combines} with one of its positions")
         elif (ours := labels.compose(shared, rank)) is not None:
             labels.tie(ours, other, f"{combines} with a tensor of fixed size")
+    if positions:
+        result = labels.compose({d: vector for d, vector in vectors.items() if d not in positions}, rank)
     labels.put(op.output, result)
 
 

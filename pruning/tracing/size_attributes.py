@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -79,10 +80,15 @@ def following(
         if (several := list(_candidates(model, name, counted, reads, known)))
     }
     likely = {name: several[0] for name, several in candidates.items()}
+
+    @functools.cache
+    def works(name: str, place: int) -> bool:
+        return runs.is_exact({name: candidates[name][place]})
+
     if not likely or runs.is_exact(likely):
         return likely
     if reads is not None:
-        alike = _alike(model, runs, candidates, structures)
+        alike = _alike(model, works, candidates, structures)
         if not alike or runs.is_exact(alike):
             return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
@@ -90,11 +96,11 @@ def following(
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
     for name, several in candidates.items():
         like = structures[name], len(several)
-        for chosen in () if like in hopeless else several:
+        for i, chosen in enumerate(() if like in hopeless else several):
             kind = _kind(model, chosen)
             if failures[kind] >= MOST_FAILURES:
                 continue
-            if runs.is_exact({name: chosen}):
+            if works(name, i):
                 alone[name], failures[kind] = chosen, -len(candidates)
                 break
             failures[kind] += 1
@@ -105,7 +111,7 @@ def following(
 
 def _alike(
     model: nn.Module,
-    runs: Runs,
+    works: Callable[[str, int], bool],
     candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
     structures: Mapping[str, Structure],
 ) -> dict[str, tuple[WidthAttribute, ...]]:
@@ -113,15 +119,17 @@ def _alike(
 
     Groups of one shape have different widths; those with the same choice of attributes get one answer.
     Whether the attributes work together is not tried.
+
+    Args:
+        works: function (group, place): whether a candidate of the group, by its place, works.
     """
-    works: dict[tuple[str, tuple[Kind, ...]], int | None] = {}
+    places: dict[tuple[str, tuple[Kind, ...]], int | None] = {}
     chosen = {}
     for name, several in candidates.items():
         like = structures[name].shape, tuple(_kind(model, attributes) for attributes in several)
-        if like not in works:
-            exact = (i for i, attributes in enumerate(several) if runs.is_exact({name: attributes}))
-            works[like] = next(exact, None)
-        place = works[like]
+        if like not in places:
+            places[like] = next((i for i in range(len(several)) if works(name, i)), None)
+        place = places[like]
         if place is not None:
             chosen[name] = several[place]
     return chosen

@@ -70,6 +70,36 @@ def is_among(labels: np.ndarray, some: np.ndarray) -> np.ndarray:
     return table[labels]
 
 
+def unique(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct labels of a vector, sorted, and the place of each label among them.
+
+    A table takes a fraction of the time of `np.unique`.
+
+    >>> unique(np.array([3, NONE, 3, 1]))
+    (array([-1,  1,  3]), array([2, 0, 2, 1]))
+    """
+    if not labels.size:
+        return labels, np.zeros(labels.shape, dtype=np.int64)
+    table = np.zeros(labels.max() + 2, dtype=bool)  # the first entry is that of `NONE`
+    table[labels + 1] = True
+    return np.flatnonzero(table) - 1, (np.cumsum(table) - 1)[labels + 1]
+
+
+def unique_columns(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct columns of several rows of labels, sorted, and the place of each column among them.
+
+    >>> unique_columns(np.array([[2, 2, 1], [NONE, 4, 4]]))
+    (array([[ 1,  2,  2],
+           [ 4, -1,  4]]), array([1, 2, 0]))
+    """
+    place = np.zeros(rows.shape[1], dtype=np.int64)
+    first = place[:1]
+    for row in rows:
+        codes = place * (row.max(initial=NONE) + 2) + row + 1
+        _, first, place = np.unique(codes, return_index=True, return_inverse=True)
+    return rows[:, first], place
+
+
 def varying(labels: Tensor | None) -> list[int]:
     """Return the dimensions along which channels lie.
 

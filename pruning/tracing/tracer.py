@@ -119,11 +119,12 @@ class Tracer(TorchDispatchMode):
 
     def _leave_module(self, _: nn.Module, args: object, kwargs: object, output: object) -> None:
         name, _described = self.labels.path.pop()
-        self.found.seen[name] = [
-            vector_along(labels, dims[0], x.shape[dims[0]]).numpy()
-            for x in tensors_among((output,))
-            if len(dims := varying(labels := self.labels.carried(x))) == 1 and labels is not None
-        ]
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            self.found.seen[name] = [
+                vector_along(labels, dims[0], x.shape[dims[0]]).numpy()
+                for x in tensors_among((output,))
+                if len(dims := varying(labels := self.labels.carried(x))) == 1 and labels is not None
+            ]
 
     def _enter_layer(self, name: str, module: nn.Module) -> Callable[..., None]:
         norm = name if isinstance(module, nn.modules.batchnorm._BatchNorm) else ""
@@ -152,12 +153,11 @@ class Tracer(TorchDispatchMode):
 
     def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], *outputs: Tensor) -> None:
         """Apply the rule of a layer to one call of it."""
-        output = outputs[0]
         # Operations on labels are not part of the pass, and would take most of its time if followed.
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, output, outputs))
+            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, outputs[0], outputs))
         if is_foldable:
-            self.makers[output] = name
+            self.makers[outputs[0]] = name
             self.found.readers.setdefault(name, [])
 
     def __exit__(self, *error: object) -> None:
@@ -193,7 +193,7 @@ class Tracer(TorchDispatchMode):
             elif func.namespace not in _OF_TORCH:
                 self.found.foreign.add(self.labels.path[-1][0])
             operation = Operation(func, args, kwargs, output)
-            if self.found.composed:
+            if self.found.composed or self.found.axes is not None:
                 self.labels.weights.computed.note(operation.operands, output)
             self._read_by(operation)
             place = self.calls.place(self.labels.path[-1][0], func)

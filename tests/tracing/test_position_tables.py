@@ -2,12 +2,15 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from pruning import Budget, prune, trace
+from pruning.tracing.passes import flow
+from pruning.utils.modules import call
 
 LONGEST, CHANNELS = 20, 12
 
@@ -138,3 +141,53 @@ def test_learned_queries_are_narrowed(read):
     assert step.model.embed.out_features < 16
     assert read == "linear" or step.model.queries.shape[1] < 16, "only layers and what they are added to are"
     assert step.model(torch.randn(3, 5, 2, 5)).shape == (3, 6, 3)
+
+
+class Lookup(nn.Module):
+    """Attention in windows, with a bias for pairs of positions that products with one-hot tables look up.
+
+    Args:
+        apart: whether the positions of a window lie apart in the image, as those of a grid.
+    """
+
+    def __init__(self, apart: bool, side: int = 3, channels: int = 12):
+        super().__init__()
+        self.apart, self.side, self.heads, self.width = apart, side, 3, 4
+        self.norm, self.qkv = nn.LayerNorm(channels), nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.table = nn.Parameter(torch.randn(3, 2 * side - 1, 2 * side - 1))
+        offsets = torch.arange(side)[None] - torch.arange(side)[:, None] + side - 1
+        self.register_buffer("lookup", nn.functional.one_hot(offsets).float())
+
+    def forward(self, x):  # (N, H, W, C)
+        batch, high, wide, channels = x.shape
+        s, order = self.side, (0, 2, 4, 1, 3, 5) if self.apart else (0, 1, 3, 2, 4, 5)
+        cut = (s, high // s, s, wide // s) if self.apart else (high // s, s, wide // s, s)
+        windows = self.norm(x).view(batch, *cut, channels).permute(order)
+        qkv = self.qkv(windows.reshape(-1, s * s, channels)).view(-1, s * s, 3, self.heads, self.width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        bias = torch.einsum("nhw,ixh->nixw", self.table, self.lookup)
+        bias = torch.einsum("nixw,jyw->nijxy", bias, self.lookup).reshape(-1, s * s, s * s)
+        read = ((q @ k.mT * 0.5 + bias).softmax(-1) @ v).transpose(1, 2)
+        back = read.reshape(*windows.shape[:-1], -1).permute(*(order.index(d) for d in range(6)))
+        return x + self.proj(back.reshape(batch, high, wide, -1))
+
+
+def lookups(blocks: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 12), *(Lookup(i % 2 == 1) for i in range(blocks)), nn.Linear(12, 3))
+
+
+def test_positions_of_a_bias_that_products_look_up_are_no_channels_of_the_activations():
+    x = torch.randn(2, 6, 6, 5)
+    labels = [flow(lookups(blocks), call, x).ties.size for blocks in (1, 2, 3, 4, 5)]
+    more = [after - before for before, after in pairwise(labels)]
+    assert len(set(more)) == 1, labels  # each block makes as many labels
+
+
+def test_attention_with_a_bias_that_products_look_up_is_narrowed():
+    net, x = lookups(2), torch.randn(2, 6, 6, 5)
+    assert trace(net, x).widths == {"0": 12, "1.qkv/width": 4, "2.qkv/width": 4}
+    step = prune(net, x, Budget(channels="60%"), score="l2")
+    assert step.plan.widths["1.qkv/width"] < 4 and not step.left_out
+    assert step.model[1].table.shape == net[1].table.shape
