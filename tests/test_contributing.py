@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pruning import PruningError
 from pruning.deploy import register_runtime
 from pruning.graph.layers import register_layer
 from pruning.tracing.operators import register_operator
@@ -17,11 +18,15 @@ TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 
 
 def examples():
-    """Return the Python examples by section, after empty lines that keep their line numbers in tracebacks."""
-    found = {}
+    """Return the section and the code of each Python example.
+
+    Empty lines before the code keep its line numbers in tracebacks.
+    """
+    found = []
     for match in re.finditer(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE):
         before = TEXT[: match.start(1)]
-        found[re.findall(r"^## (.+)$", before, re.MULTILINE)[-1]] = "\n" * before.count("\n") + match[1]
+        section = re.findall(r"^## (.+)$", before, re.MULTILINE)[-1]
+        found.append((section, "\n" * before.count("\n") + match[1]))
     return found
 
 
@@ -49,13 +54,28 @@ def handles(monkeypatch):
 
 
 def test_each_kind_of_extension_has_an_example():
-    assert list(examples()) == ["Add a layer", "Add an operator", "Add a score", "Add a runtime"]
-    assert all(len(code.strip().splitlines()) < 30 for code in examples().values())
+    sections = list(dict.fromkeys(section for section, _ in examples()))
+    assert sections == ["Add a layer", "Add an operator", "Add a score", "Add a runtime"]
+    assert all(len(code.strip().splitlines()) < 36 for _, code in examples())
 
 
 def test_examples_run(tmp_path, monkeypatch, handles):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    for code in examples().values():
-        exec(compile(code, "extend.md", "exec"), {"__name__": "example"})
-    assert len(handles) == 3
+    names = {}  # the examples of a section share their imports
+    for section, code in examples():
+        exec(compile(code, "extend.md", "exec"), names.setdefault(section, {"__name__": "example"}))
+    assert len(handles) == 5
+
+
+def test_examples_of_rules_fail_without_them():
+    names, seen = {}, 0
+    for section, code in examples():
+        without = re.sub(r"^register_(?:layer|operator)\(.*\n", "\n", code, flags=re.MULTILINE)
+        if without != code:
+            seen += 1
+            # torch refuses to define an operator twice.
+            program = compile(without.replace("contributing::", "unregistered::"), "extend.md", "exec")
+            with pytest.raises((AssertionError, PruningError)):
+                exec(program, names.setdefault(section, {"__name__": "example"}))
+    assert seen == 4
