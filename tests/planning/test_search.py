@@ -152,7 +152,8 @@ def test_an_unreachable_budget_raises_with_the_least_reachable_costs():
     _, traced, cost_model = traced_net("lenet")
     scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
     floor = cost_model(dict.fromkeys(traced.groups, 1))
-    with pytest.raises(PruningError, match=rf"cannot be reached.*features.conv1 1.*{floor.params} params. Raise the budget, or ignore"):
+    least = rf"cannot be reached.*features.conv1 1.*{floor.params} params. Raise the budget, or ignore"
+    with pytest.raises(PruningError, match=least):
         plan_within(Budget(params=10), traced, cost_model, scores)
     plan = plan_within(Budget(params=floor.params), traced, cost_model, scores)
     assert set(plan.widths.values()) == {1}
