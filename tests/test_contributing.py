@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def handles(monkeypatch):
 def test_each_kind_of_extension_has_an_example():
     sections = list(dict.fromkeys(section for section, _ in examples()))
     assert sections == ["Add a layer", "Add an operator", "Add a score", "Add a runtime"]
-    assert all(len(code.strip().splitlines()) < 36 for _, code in examples())
+    assert all(len(code.strip().splitlines()) < 30 for _, code in examples())
 
 
 def test_examples_run(tmp_path, monkeypatch, handles):
@@ -71,11 +72,13 @@ def test_examples_run(tmp_path, monkeypatch, handles):
 def test_examples_of_rules_fail_without_them():
     names, seen = {}, 0
     for section, code in examples():
+        if section not in ("Add a layer", "Add an operator"):
+            continue
         without = re.sub(r"^register_(?:layer|operator)\(.*\n", "\n", code, flags=re.MULTILINE)
-        if without != code:
-            seen += 1
-            # torch refuses to define an operator twice.
-            program = compile(without.replace("contributing::", "unregistered::"), "extend.md", "exec")
-            with pytest.raises((AssertionError, PruningError)):
-                exec(program, names.setdefault(section, {"__name__": "example"}))
+        seen += without != code
+        expected = (AssertionError, PruningError)
+        # torch refuses to define an operator twice.
+        program = compile(without.replace("contributing::", "unregistered::"), "extend.md", "exec")
+        with pytest.raises(expected) if without != code else contextlib.nullcontext():
+            exec(program, names.setdefault(section, {"__name__": "example"}))
     assert seen == 4
