@@ -32,8 +32,8 @@ from pruning.utils.paths import tensors_with_paths
 from pruning.utils.tree import Inputs, fresh
 from pruning.utils.wrappers import unwrapped
 
-#: Largest allowed difference between the outputs of file and model, relative to the largest output. Rounding in
-#: float32 gives 1e-5 in a deep network whose logits are small.
+#: Largest allowed difference between the outputs of file and model, relative to the largest output.
+#: Rounding in float32 gives 1e-5 in a deep network whose logits are small.
 TOLERANCE = 1e-4
 
 #: The batch sizes at which the outputs of file and model are compared.
