@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.process import run_module
+from benchmarks.process import result_or_error
 from benchmarks.results import read_json, table, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, load, prune, save
@@ -66,7 +65,8 @@ def main() -> None:
             continue
         of_library = results.setdefault(library, {"version": version, "networks": {}})
         if name not in of_library["networks"]:
-            of_library["networks"][name] = found = in_process(library, name, args.threads)
+            flags = ["--one", library, name, "--threads", str(args.threads)]
+            of_library["networks"][name] = found = result_or_error("libraries", flags, PATIENCE)
             write_json(args.results, results, sort_keys=True)
             replace_file(args.table, markdown(results).encode())
             print(library, name, found.get("error", f"{found.get('macs', 1):.1%} of the MACs"), flush=True)
@@ -92,17 +92,6 @@ def installed(library: str) -> str:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def in_process(library: str, name: str, threads: int) -> dict[str, Any]:
-    """Test a network in its own process; return its figures, or the error."""
-    try:
-        flags = ["--one", library, name, "--threads", str(threads)]
-        return run_module("libraries", flags, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return {"error": f"over {PATIENCE} s"}
-    except PruningError as error:
-        return {"error": str(error).removeprefix("error: ")}
 
 
 def tried(made: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,16 @@ def run_module(name: str, flags: Iterable[str], timeout: float | None = None) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def result_or_error(name: str, flags: Iterable[str], timeout: float) -> dict[str, Any]:
+    """Return the result of `run_module`, or what went wrong as `error`."""
+    try:
+        return run_module(name, flags, timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"over {timeout:g} s"}
+    except PruningError as error:
+        return {"error": str(error).removeprefix("error: ")}
+
+
 def peak_memory() -> float:
     """Return the peak memory of this process in MB, or 0 where the system does not report it."""
     try:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.process import run_module
+from benchmarks.process import result_or_error
 from benchmarks.results import read_json, table, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, Trace, cli, prune, trace
@@ -119,21 +119,22 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     "images and text": {"CLIPModel": {}},
 }  # fmt: skip
 
-#: Loads folders by transformers alone, and stores the logits and the generated tokens in them.
+#: Loads folders by transformers alone, and stores the outputs and the generated tokens in them.
 READ = """
 import json, sys, torch, transformers
 transformers.logging.set_verbosity_error()
-folder = sys.argv[1]
-config = json.load(open(f"{folder}/config.json"))
-model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
-given = torch.load(f"{folder}/given.pt", weights_only=True)
-torch.manual_seed(0)
-with torch.no_grad():
-    got = {"output": model(**given)[0]}
-    if model.can_generate():
-        got["tokens"] = model.generate(next(iter(given.values())), max_new_tokens=3, do_sample=False)
+for folder in sys.argv[1:]:
+    config = json.load(open(f"{folder}/config.json"))
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
+    given = torch.load(f"{folder}/given.pt", weights_only=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        got = {"output": model(**given)[0]}
+        if model.can_generate():
+            first = next(iter(given.values()))
+            got["tokens"] = model.generate(first, max_new_tokens=3, do_sample=False)
+    torch.save(got, f"{folder}/got.pt")
 assert "pruning" not in sys.modules
-torch.save(got, f"{folder}/got.pt")
 """
 
 
@@ -155,21 +156,11 @@ def main() -> None:
     results = read_json(args.results, {"transformers": version, "networks": {}})
     for name in () if args.draw else args.networks:
         if name not in results["networks"]:
-            results["networks"][name] = found = in_process(name, args.threads)
+            flags = ["--one", name, "--threads", str(args.threads)]
+            results["networks"][name] = found = result_or_error("transformer_families", flags, PATIENCE)
             write_json(args.results, results)
             print(name, found.get("error") or found.get("reason") or "loads", flush=True)
     replace_file(args.page, page(results).encode())
-
-
-def in_process(name: str, threads: int) -> dict[str, Any]:
-    """Test a model in its own process; return its figures, or the error."""
-    try:
-        flags = ["--one", name, "--threads", str(threads)]
-        return run_module("transformer_families", flags, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return {"error": f"over {PATIENCE} s"}
-    except PruningError as error:
-        return {"error": str(error).removeprefix("error: ")}
 
 
 def made(name: str) -> nn.Module:

@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -33,7 +32,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from benchmarks.process import peak_memory, run_module
+from benchmarks.process import peak_memory, result_or_error
 from benchmarks.results import read_json, write_json
 from eval.cli import ROOT
 from pruning import Budget, PruningError, cli, load, prune, save, trace
@@ -90,12 +89,7 @@ def main() -> None:
 def in_process(name: str, side: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one side of a network in its own process; return its figures, or the error."""
     flags = ["--models", name, "--side", side, "--folder", folder, "--threads", str(args.threads)]
-    try:
-        return run_module("zoo", flags, timeout=args.patience)
-    except subprocess.TimeoutExpired:
-        return {"error": f"over {args.patience:.0f} s"}
-    except PruningError as error:
-        return {"error": str(error).removeprefix("error: ")}
+    return result_or_error("zoo", flags, args.patience)
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:

@@ -23,5 +23,9 @@ class CheckpointError(UserError):
     """A file that this version cannot load as a checkpoint, or that cannot be written."""
 
 
+class GroupsLeftOut(UserWarning):
+    """Groups keep all channels, because the check of equivalence failed with them."""
+
+
 class TrainingDiverged(UserError):
     """The loss is no longer finite; checkpoints written before are unchanged."""

@@ -111,7 +111,7 @@ def _network(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     else:
         raise PruningError(
             "a model is needed: --model NAME, one of torchvision's or package.module:factory, or --weights "
-            "with a checkpoint"
+            'with a checkpoint (see "Your own model" in the documentation)'
         )
     return model
 
@@ -167,7 +167,8 @@ def required_data(args: argparse.Namespace) -> Data:
     if flags.data is None:
         raise PruningError(
             "data is needed: --data with the name of a data set, a folder of images, or module:factory, a "
-            "function that returns batches to train on and to validate on"
+            'function that returns batches to train on and to validate on (see "Your own model" in the '
+            "documentation)"
         )
     if flags.cutout is not None and flags.data not in BUILT_IN:
         raise PruningError(f"--cutout is for named data sets ({', '.join(BUILT_IN)}); {flags.data} is none")

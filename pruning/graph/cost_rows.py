@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,10 @@ from pruning.graph.recurrent import (
     RECURRENT,
     gate_tensors,
     gates,
-    has_hidden_channels,
     hidden_readers,
+    is_recurrent,
 )
-from pruning.graph.rule import Rule
+from pruning.graph.rule import Rule, dimensions
 from pruning.utils.held_weight import HeldWeight
 from pruning.utils.modules import eval_mode, submodule
 
@@ -82,9 +83,7 @@ class RowTable:
         for (name, side), owned in self.owned.items():
             if side == "self" and name in self.parameters:
                 parameter = self.parameters.pop(name)
-                size = (*parameter.shape, parameter.numel())[
-                    dims[name]
-                ]  # the last: each element is a position
+                size = math.prod(parameter.shape[d] for d in dimensions(parameter, dims[name]))
                 per_position = parameter.numel() / size
                 fixed = float(size - owned @ self.full)
                 self.rows.append(Row("", owned, fixed, self.none, 1.0, per_position))
@@ -156,7 +155,7 @@ class RowTable:
         into, in_fixed = self._input(name, layer, rule)
         use = self.trace.uses.get(name)
         steps = use.uses if use is not None else 0.0
-        if has_hidden_channels(layer):
+        if is_recurrent(layer):
             self._add_gates(name, layer, into, in_fixed, steps)
             return
         reading = sum(reader.weight.numel() for reader in readers(layer))

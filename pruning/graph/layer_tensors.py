@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pruning.graph.computed import computed_value, is_computed, set_computed
 from pruning.graph.layers import channels_stand_alone, is_depthwise, is_weighted, parts, rule_of, weight_of
-from pruning.graph.recurrent import gate_tensors, gates, has_hidden_channels, narrow_hidden
+from pruning.graph.recurrent import gate_tensors, gates, is_recurrent, narrow_hidden
 from pruning.graph.rule import Side
 
 
@@ -53,12 +53,12 @@ def weight_size(layer: nn.Module) -> int:
 
 def output_tensors(layer: nn.Module) -> list[str]:
     """Return the names of the tensors of a layer that hold its output channels, weights first."""
-    return gate_tensors(layer) if has_hidden_channels(layer) else list(rule_of(layer).out)
+    return gate_tensors(layer) if is_recurrent(layer) else list(rule_of(layer).out)
 
 
 def output_weights(layer: nn.Module) -> list[str]:
     """Return the names of the weights of a layer that make its output channels."""
-    if has_hidden_channels(layer):
+    if is_recurrent(layer):
         return [name for name in gate_tensors(layer) if name.startswith("weight")]
     return [rule_of(layer).weight]
 
@@ -76,7 +76,7 @@ def output_rows(layer: nn.Module, name: str, values: Tensor) -> Tensor:
     >>> output_rows(nn.Conv2d(3, 8, 5), "weight", torch.zeros(8, 3, 5, 5)).shape
     torch.Size([8, 75])
     """
-    if has_hidden_channels(layer):  # rows are gates × hidden units
+    if is_recurrent(layer):  # rows are gates × hidden units
         return values.unflatten(0, (gates(layer), -1)).transpose(0, 1).flatten(1)
     values = rule_of(layer).merged(values)
     dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
@@ -98,12 +98,12 @@ def scale_rows(layer: nn.Module, name: str, values: Tensor, factors: Tensor) -> 
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
-    if has_hidden_channels(layer):
+    if is_recurrent(layer):
         values, dim = values.unflatten(0, (gates(layer), -1)), 1
     else:
         values = rule_of(layer).merged(values)
         dim = 0 if is_depthwise(layer) else rule_of(layer).out[name] % values.ndim
-    if dim == 1 and not has_hidden_channels(layer) and parts(layer) > 1:
+    if dim == 1 and not is_recurrent(layer) and parts(layer) > 1:
         values, factors = values.unflatten(0, (parts(layer), -1)), factors.view(parts(layer), 1, -1)
         values.mul_(factors.reshape(*factors.shape, *[1] * (values.ndim - 3)))
         return
@@ -139,7 +139,7 @@ def narrow(layer: nn.Module, side: Side, keep: Tensor) -> None:
     >>> layer
     Linear(in_features=4, out_features=3, bias=True)
     """
-    if side == "out" and has_hidden_channels(layer):
+    if side == "out" and is_recurrent(layer):
         narrow_hidden(layer, keep)
         return
     rule, depthwise, alone = rule_of(layer), is_depthwise(layer), channels_stand_alone(layer)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pruning.errors import PruningError
 from pruning.graph.deformable import DeformableConv
 from pruning.graph.inferred import inferred_rule
-from pruning.graph.recurrent import has_hidden_channels, is_projected
+from pruning.graph.recurrent import is_projected, is_recurrent
 from pruning.graph.rule import Rule, Side
 from pruning.utils.modules import eval_mode
 
@@ -276,7 +276,7 @@ def is_of_layer(module: nn.Module, attribute: str) -> bool:
 def makes_channels(layer: nn.Module) -> bool:
     """Whether a layer makes new channels: its output channels are not its input channels, as in a norm."""
     rule = rule_for(layer)
-    return (rule is not None and rule.kind in ("weighted", "embedding")) or has_hidden_channels(layer)
+    return (rule is not None and rule.kind in ("weighted", "embedding")) or is_recurrent(layer)
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:

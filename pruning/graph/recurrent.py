@@ -26,11 +26,6 @@ def is_recurrent(layer: nn.Module) -> bool:
     return isinstance(layer, RECURRENT) and type(layer).__module__ == nn.RNNBase.__module__
 
 
-def has_hidden_channels(layer: nn.Module) -> bool:
-    """Whether hidden units of a layer, projected ones if it projects them, are its output channels."""
-    return is_recurrent(layer)
-
-
 def is_projected(layer: nn.Module) -> bool:
     """Whether a recurrent layer projects its hidden units, as `nn.LSTM` can."""
     return getattr(layer, "proj_size", 0) > 0

@@ -107,6 +107,15 @@ class Rule:
         return [tensor.shape[span.start : span.stop] for span in spans]
 
 
+def dimensions(tensor: Tensor, dim: int) -> range:
+    """Return the dimensions of a tensor along which positions lie: `dim`, or all where it is their number.
+
+    >>> dimensions(torch.zeros(2, 3), 1), dimensions(torch.zeros(2, 3), 2)
+    (range(1, 2), range(0, 2))
+    """
+    return range(dim, dim + 1) if dim < tensor.ndim else range(dim)
+
+
 def in_rectangle(tensor: Tensor, dims: range, keep: Tensor) -> Tensor:
     """Return the part of a tensor at positions of neighboring dimensions, which form a rectangle.
 

@@ -142,7 +142,8 @@ class LatencyPlanner:
                 f"the latency budget {budget} ({budget.target(least.dense):.4f} ms) cannot be reached: with "
                 f"every group at its floor the network takes {least.pruned:.4f} ms per example, dense "
                 f"{least.dense:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
-                "(`most`), lower the floors, or ignore fewer layers"
+                '(`most`), lower the floors, or ignore fewer layers (see "Read a refusal" in the '
+                "documentation)"
             )
         path = self.path
         end = self._first_fast_enough(budget, path)

@@ -133,7 +133,8 @@ def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowe
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({shown}) the network still "
             f"has {reached}. Raise the budget{_percent_meant(budget, least)}"
-            f"{floors if (lowest > 1).any() else ''}, or ignore fewer layers"
+            f'{floors if (lowest > 1).any() else ""}, or ignore fewer layers (see "Read a refusal" in the '
+            "documentation)"
         )
 
 

@@ -75,7 +75,8 @@ def narrow_within(task: Task, traced: Trace, cost_model: CostModel) -> Narrowed:
         if not at_fault:
             raise PruningError(
                 f"surgery is not equivalent to the plan: {checked.problem}; nothing was changed. Ignore the "
-                "layers whose widths the code depends on, or let this code take a constant, not the width"
+                "layers whose widths the code depends on, or let this code take a constant, not the width "
+                '(see "Read a refusal" in the documentation)'
             )
         left_out |= at_fault
         traced = without_groups(traced, at_fault)

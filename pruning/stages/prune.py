@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from pruning.errors import PruningError
+from pruning.errors import GroupsLeftOut, PruningError
 from pruning.graph.computed import refresh_computed
 from pruning.graph.groups import Ignored, Trace
 from pruning.graph.plan import Plan
@@ -192,10 +192,8 @@ def _told(step: Step) -> Step:
     if step.left_out:
         name, why = next(iter(step.left_out.items()))
         more = f" and {len(step.left_out) - 1} more" if len(step.left_out) > 1 else ""
-        text = (
-            f"group {name!r}{more} keeps all channels, because the check failed with it: {why} (see left_out)"
-        )
-        warnings.warn(text, stacklevel=3)
+        text = f"group {name!r}{more} keeps all channels, because the check failed with it: {why} (left_out)"
+        warnings.warn(text, GroupsLeftOut, stacklevel=3)
     return step
 
 

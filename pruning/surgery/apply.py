@@ -17,7 +17,7 @@ from pruning.graph.inferred import reinstate
 from pruning.graph.layer_tensors import narrow, output_rows, readers
 from pruning.graph.layers import is_inferred, is_registered, layer_width, parts, rule_of, weight_of
 from pruning.graph.plan import Plan
-from pruning.graph.rule import Side, in_rectangle
+from pruning.graph.rule import Side, dimensions, in_rectangle
 from pruning.surgery.held_weights import narrows_with_layer, set_counts, set_parametrized_counts
 from pruning.surgery.width_attributes import mark_changed, update_attributes
 from pruning.utils.held_weight import HeldWeight
@@ -178,7 +178,7 @@ def _narrow_tensor(model: nn.Module, name: str, dim: int, drop: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = submodule(model, owner)
     tensor = getattr(module, attribute)
-    dims = range(dim, dim + 1) if dim < tensor.ndim else range(dim)
+    dims = dimensions(tensor, dim)
     keep = kept_positions(math.prod(tensor.shape[d] for d in dims), drop)
     kept = in_rectangle(tensor.detach(), dims, keep)
     if isinstance(tensor, nn.Parameter):

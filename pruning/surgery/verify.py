@@ -16,7 +16,7 @@ from pruning.graph.groups import Trace
 from pruning.graph.layer_tensors import ignore_channels, narrow
 from pruning.graph.layers import is_inferred, is_read_by_parent, layer_width, rule_for, rule_of
 from pruning.graph.plan import Plan
-from pruning.graph.recurrent import columns, has_hidden_channels, hidden_readers
+from pruning.graph.recurrent import columns, hidden_readers, is_recurrent
 from pruning.surgery.apply import (
     Constants,
     apply,
@@ -71,7 +71,7 @@ def verify(
         raise PruningError(
             f"surgery is not equivalent to the plan: {problem}{_blame(model, trace, plan, inputs)}; "
             "nothing was changed. Ignore these layers, or let the code that depends on their widths take a "
-            "constant"
+            'constant (see "Read a refusal" in the documentation)'
         )
     return largest
 
@@ -190,7 +190,7 @@ def masked_copy(model: nn.Module, trace: Trace, plan: Plan, constants: Constants
             if name in constants:
                 fold_constants(masked, name, trace, drop, constants[name])
             ignore_channels(layer, "in", drop)
-        elif has_hidden_channels(layer):
+        elif is_recurrent(layer):
             for weight, (dim, read) in _hidden_columns(layer, drop).items():
                 own = layer.get_parameter(weight).data
                 own.index_fill_(dim, read.to(own.device), 0)
@@ -221,7 +221,7 @@ def _run_masked(
     with hooked(handles), contextlib.ExitStack() as stack:
         for (name, side), drop in dropped_positions(trace, plan).items():
             layer = submodule(model, name) if side != "self" else None
-            if layer is not None and side == "out" and has_hidden_channels(layer):
+            if layer is not None and side == "out" and is_recurrent(layer):
                 stack.enter_context(_with_zeros(layer, _hidden_columns(layer, drop)))
             elif layer is not None and (is_inferred(layer) or _is_read_by_parent(model, name)):
                 if side == "in":

@@ -220,7 +220,8 @@ def require_groups(model: nn.Module, traced: Trace) -> None:
         reasons = "; ".join(f"{layer or kind}: {why}" for layer, why in traced.skipped.items())
         raise PruningError(
             f"{kind} has no prunable group ({reasons or 'no layer was found'}); free a layer as its reason "
-            "says, or register your own layers (register_layer) and operators (register_operator)"
+            'says (see "Read a refusal" in the documentation), or register your own layers (register_layer) '
+            "and operators (register_operator)"
         )
 
 

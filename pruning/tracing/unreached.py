@@ -11,7 +11,7 @@ from torch import nn
 from pruning.graph.computed import sources
 from pruning.graph.groups import Group, Member
 from pruning.graph.layers import layer_width, makes_channels, rule_for, rule_of
-from pruning.graph.recurrent import RECURRENT, has_hidden_channels
+from pruning.graph.recurrent import RECURRENT, is_recurrent
 from pruning.tracing.record import Flow, SideUse
 from pruning.tracing.tables import MOST_ELEMENTS
 from pruning.utils.modules import submodule
@@ -37,7 +37,7 @@ def missed(model: nn.Module, found: Flow) -> Iterator[tuple[str, str]]:
     holders = {name.rpartition(".")[0] for name, side in found.sides if side == "self"}
     for name, layer in model.named_modules():
         own = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, RECURRENT) and not has_hidden_channels(layer):
+        if isinstance(layer, RECURRENT) and not is_recurrent(layer):
             yield name, _OWN_RECURRENT
             continue
         if not own or name in shown or not makes_channels(layer):

@@ -39,7 +39,8 @@ def read_plain(path: str | Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(
                 f"{path} was refused: it is damaged, or holds objects other than tensors and plain data. "
-                "Instead of a pickled model, save model.state_dict()"
+                'Instead of a pickled model, save model.state_dict() (see "The checkpoint format" in the '
+                "documentation)"
             ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}; write it again") from error

@@ -32,9 +32,8 @@ def channels_last(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     >>> net.weight.stride()
     (75, 25, 5, 1)
     """
-    weights = [weight for weight in model.parameters() if weight.ndim in _FORMATS and weight.is_contiguous()]
-    if not wanted:
-        weights.clear()
+    every = model.parameters() if wanted else ()
+    weights = [weight for weight in every if weight.ndim in _FORMATS and weight.is_contiguous()]
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=_FORMATS[weight.ndim])
     try:

@@ -111,9 +111,13 @@ def test_each_error_is_listed_with_its_topic(error_page, toolkit, tmp_path):
         assert any(each.matches(message) for each in texts), message
 
 
-def test_errors_name_no_page_that_an_installed_package_lacks(error_page):
+def test_errors_name_pages_by_titles_because_an_installed_package_lacks_the_files(error_page):
+    titles = {page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in PAGES}
+    named = set()
     for each in error_page["texts"]():
         assert not re.search(r"docs/|\.md\b|README", each.text), each
+        named.update(re.findall(r'see "(.+?)" in the documentation', " ".join(each.text.split())))
+    assert named <= titles and len(named) == 3
 
 
 def test_each_decision_is_listed():

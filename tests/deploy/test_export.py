@@ -278,7 +278,7 @@ def test_the_command_exports_a_checkpoint(format, tmp_path):
     path.write_bytes(COMMITTED.read_bytes())
     done = exported(path, "--to", format, "--mean", 0.1307, "--std", 0.3081, fresh=format == "onnx")
     written = path.with_suffix(SUFFIXES[format])
-    assert done.stdout.startswith(f"{written}: {format}, ") and "tolerance 0.0001" in done.stdout
+    assert done.stdout.startswith(f"{written}: {format}, ") and "tolerance 1e-05" in done.stdout
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
     stored = Exported(written, RUNTIMES[format]).metadata
     assert stored["classes"] == 10 and stored["model"] == "models.YourNet:YourNet"

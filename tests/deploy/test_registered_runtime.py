@@ -31,6 +31,30 @@ def opened(factor):
     return opener
 
 
+class Cancelling(nn.Module):
+    """Adds a large number and subtracts it again, which rounds the values in between."""
+
+    def forward(self, x):
+        return (x + 1000) - 1000
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize(("error", "is_written"), [(0, True), (1e-3, False)])
+def test_rounding_of_the_model_is_no_error_of_the_file(error, is_written, tmp_path):
+    def opener(content, threads):
+        return lambda x: x * (1 + error), {}  # more exact than the model, but for the error
+
+    images = torch.rand(3, 4)
+    assert float((Cancelling()(images) - images).abs().max()) > 1e-5
+    with register_runtime("mine", write, opener):
+        if is_written:
+            assert export(Cancelling(), tmp_path / "net", images, "mine").difference <= 1e-5
+        else:
+            with pytest.raises(ExportError, match=r"differ from the model's by .*\(tolerance 1e-05\)"):
+                export(Cancelling(), tmp_path / "net", images, "mine")
+            assert not (tmp_path / "net").exists()
+
+
 def test_a_file_is_written_checked_and_run_in_the_runtime(tmp_path):
     net, images = nn.Linear(4, 2), torch.randn(3, 4)
     with register_runtime("mine", write, opened(1)):

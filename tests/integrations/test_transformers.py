@@ -13,6 +13,7 @@ hf = pytest.importorskip("transformers")
 import torch  # noqa: E402
 from hf_families import FAMILIES, small  # noqa: E402
 
+from benchmarks.transformer_families import READ  # noqa: E402
 from pruning import Budget, Plan, PruningError, trace  # noqa: E402
 from pruning.errors import CheckpointError  # noqa: E402
 from pruning.integrations.transformers import example_inputs, load, loadable, save_pretrained  # noqa: E402
@@ -77,23 +78,6 @@ def test_from_pretrained_loads_the_pruned_model_with_the_same_logits(family, sav
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in pruned.parameters())
 
 
-READ = """
-import json, sys, torch, transformers
-transformers.logging.set_verbosity_error()
-for folder in sys.argv[1:]:
-    config = json.load(open(f"{folder}/config.json"))
-    model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
-    given = torch.load(f"{folder}/given.pt", weights_only=True)
-    with torch.no_grad():
-        torch.save(model(**given)[0], f"{folder}/got.pt")
-        if model.can_generate():
-            first = next(iter(given))
-            made = model.generate(given[first], max_new_tokens=3, do_sample=False)
-            torch.save(made, f"{folder}/generated.pt")
-assert "pruning" not in sys.modules
-"""
-
-
 def test_a_fresh_process_without_the_toolkit_loads_and_generates(saved):
     families = ["bert", "gpt2", "llama", "qwen3", "vit", "t5"]
     for family in families:
@@ -106,10 +90,10 @@ def test_a_fresh_process_without_the_toolkit_loads_and_generates(saved):
         with torch.no_grad():
             expected = pruned(**inputs)[0]
             got = torch.load(result.folder / "got.pt", weights_only=True)
-            assert torch.allclose(expected, got, rtol=1e-4, atol=1e-4 * expected.abs().max())
+            assert torch.allclose(expected, got["output"], rtol=1e-4, atol=1e-4 * expected.abs().max())
             if pruned.can_generate():
                 made = pruned.generate(next(iter(inputs.values())), max_new_tokens=3, do_sample=False)
-                assert torch.equal(made, torch.load(result.folder / "generated.pt", weights_only=True))
+                assert torch.equal(made, got["tokens"])
 
 
 def test_load_finds_class_and_configuration(saved):
@@ -243,3 +227,9 @@ def test_bad_input_is_named(tmp_path, traced):
     (own / "pruned.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
         load(own)
+
+
+def test_a_model_without_a_limit_of_tokens_gets_example_inputs():
+    config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    assert config.max_position_embeddings == -1
+    assert example_inputs(hf.XLNetForSequenceClassification(config))["input_ids"].shape == (2, 12)

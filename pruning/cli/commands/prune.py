@@ -12,7 +12,7 @@ from pruning.cli import build
 from pruning.cli.commands.results import save_network
 from pruning.cli.plan_file import PlanFile, given_plan
 from pruning.cli.sources import Data
-from pruning.errors import PruningError
+from pruning.errors import GroupsLeftOut, PruningError
 from pruning.planning.options import NEED_DATA
 from pruning.stages.prune import Step, default_score, prune
 from pruning.surgery.refit import LayerFit
@@ -30,7 +30,7 @@ def execute(args: argparse.Namespace) -> None:
     if not calibration and score in NEED_DATA and given is None:
         raise PruningError(f"score {score} needs data: add --data, or --score l1, l2 or bn_scale")
     with warnings.catch_warnings():  # what is left out is printed below
-        warnings.filterwarnings("ignore", "group .* keeps all channels")
+        warnings.simplefilter("ignore", GroupsLeftOut)
         step = prune(
             model,
             example,
