@@ -218,7 +218,7 @@ def tried(name: str) -> dict[str, Any]:
         after = step(SHARE)[1]
         result |= {"share params": after.params / full.params, "share macs": after.macs / full.macs}
     except PruningError as error:
-        result["reason"] = str(error)
+        result["half"] = str(error)
     try:
         constraints = loadable(model, found, inputs)
     except PruningError as error:
@@ -293,30 +293,33 @@ def page(results: Mapping[str, Any]) -> str:
         "",
         f"Small models of transformers {results['transformers']} with random weights, made by `python -m",
         "benchmarks.transformer_families`, which says what is done. *In groups* is the share of weight",
-        "elements that the removal of some group would remove; *least* is what all groups at their least",
-        "width leave. *Loads* is the share of MACs left with widths that a configuration can state, where a",
-        "fresh process without this toolkit loads the folder and its outputs are equal up to rounding.",
+        "elements that the removal of some group would remove. *Half* and *least* are the shares of params",
+        "and MACs that are left: at half of the MACs, and with all groups at their least width. *Loads* is",
+        "the share of MACs left with widths that a configuration can state, where a fresh process without",
+        "this toolkit loads the folder and its outputs are equal up to rounding.",
         "",
         f"{len(found)} models: {halved} pruned to half of their MACs; {loads} load again.",
         "",
     ]
-    heads = ["model", "params", "in groups", "half: params", "half: MACs", "least params", "least MACs",
-             "loads", "generates"]  # fmt: skip
+    heads = ["model", "params", "in groups", "half", "least", "loads", "generates"]
     for kind, names in NETWORKS.items():
         rows, reasons = [], []
         for name in names:
             if (row := found.get(name)) is None:
                 continue
 
-            def share(key: str, row: Mapping[str, Any] = row) -> str:
-                return f"{100 * row[key]:.0f}%" if key in row else ""
+            def shares(*keys: str, row: Mapping[str, Any] = row) -> str:
+                return " / ".join(f"{100 * row[key]:.0f}%" for key in keys if key in row)
 
-            loaded = share("loadable macs") if "difference" in row else ""
+            loaded = shares("loadable macs") if "difference" in row else ""
             generates = {True: "yes", False: "differs"}.get(row.get("generates"), "")
-            keys = ("in groups", "share params", "share macs", "least params", "least macs")
-            rows.append([name, f"{row.get('params', 0):,}", *map(share, keys), loaded, generates])
-            if reason := row.get("error") or ("" if loaded else row.get("reason", "")):
-                reasons.append(f"- {name}: {reason if len(reason) < 300 else reason[:300] + '…'}")
+            cells = [
+                shares("in groups"), shares("share params", "share macs"),
+                shares("least params", "least macs"), loaded, generates,
+            ]  # fmt: skip
+            rows.append([name, f"{row.get('params', 0):,}", *cells])
+            for why in (row.get("error"), row.get("half"), None if loaded else row.get("reason")):
+                reasons += [f"- {name}: {why if len(why) < 300 else why[:300] + '…'}"] if why else []
         if rows:
             lines += [
                 f"## {kind.capitalize()}",

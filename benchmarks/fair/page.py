@@ -79,7 +79,7 @@ def lead(ours: Sequence[Run], others: Sequence[Run]) -> tuple[float, float | Non
 
 def summary(content: dict[str, Any], networks: Sequence[str]) -> str:
     """Say where ours is behind, then where it is ahead, counted from the results."""
-    behind, clear, compared = [], 0, 0
+    behind, clear, compared, single = [], 0, 0, 0
     for network in networks:
         for budget in budgets(content, network):
             ours = best_of_ours(content, network, budget)
@@ -93,6 +93,7 @@ def summary(content: dict[str, Any], networks: Sequence[str]) -> str:
                     continue
                 compared += 1
                 gap, sigma, seeds = found
+                single += sigma is None
                 if gap < 0:
                     spread = "one seed" if sigma is None else f"σ {sigma:.2f}, {seeds} seeds"
                     behind.append(
@@ -107,9 +108,10 @@ def summary(content: dict[str, Any], networks: Sequence[str]) -> str:
         if behind
         else f"Ours is not behind in any of {compared} comparisons."
     )
+    alone = f" {single} of them have one seed, and so no σ." if single else ""
     return (
-        f"{start} It is ahead by more than 2σ of the difference in {clear}. Ours is the one of its two "
-        "methods that is better on the validation split."
+        f"{start}{alone} It is ahead by more than 2σ of the difference in {clear}. Ours is the one of its "
+        "two methods that is better on the validation split."
     )
 
 

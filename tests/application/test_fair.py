@@ -303,7 +303,9 @@ def test_the_first_paragraph_says_where_ours_is_behind(tmp_path):
     ahead = page.summary(
         {"settings": settings, "cells": [r for r in runs if r["method"] != "scratch"]}, ["resnet8"]
     )
-    assert ahead.startswith("Ours is not behind in any of 2 comparisons.")
+    assert ahead.startswith(
+        "Ours is not behind in any of 2 comparisons. 1 of them have one seed, and so no σ."
+    )
 
 
 def test_the_figures_of_the_paper_are_drawn_from_results_that_are_computed_once(tiny):
