@@ -65,6 +65,7 @@ def following(
     sizes: Mapping[str, list[CountedSize]],
     structures: Mapping[str, Structure],
     reads: Reads | None = None,
+    others: Iterable[str] = (),
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Return the groups that can be narrowed if attributes are updated, with these attributes.
 
@@ -72,6 +73,7 @@ def following(
         sizes: by group, the sizes that count its channels. structures: by group, what it has in common with
             groups of similar blocks.
         reads: by module, the attributes that its code reads; others are not tried. By default, all are.
+        others: groups that can be narrowed without attributes, to compare in the same run if it succeeds.
     """
     known = {(size.module, size.attribute) for size in runs.sizes}
     candidates = {
@@ -85,7 +87,8 @@ def following(
     def works(name: str, place: int) -> bool:
         return runs.is_exact({name: candidates[name][place]})
 
-    if not likely or runs.is_exact(likely):
+    together = likely | dict.fromkeys(others, ())
+    if not likely or runs.is_exact(together) or (len(together) > len(likely) and runs.is_exact(likely)):
         return likely
     if reads is not None:
         alike = _alike(model, works, candidates, structures)
@@ -145,12 +148,17 @@ def with_heads(
     runs: Runs,
     chosen: dict[str, tuple[WidthAttribute, ...]],
     sizes: Mapping[str, list[CountedSize]],
+    others: Iterable[str] = (),
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Let attributes named after heads follow too, though the pass did not need them; drop chance ones.
 
     Code that the example inputs do not reach, as that of a cache, may read `num_heads`. An attribute that
     the pass reads, but does not need, has the same value by chance.
+
+    Args:
+        others: groups that were compared together with those of `chosen`.
     """
+    unsized: dict[str, tuple[WidthAttribute, ...]] = dict.fromkeys(others, ())
     kinds = {(type(submodule(model, a.module)), a.attribute) for several in chosen.values() for a in several}
     for kind in sorted(kinds, key=lambda kind: kind[1]):
         if _names_heads(kind[1]):
@@ -159,13 +167,13 @@ def with_heads(
             name: tuple(a for a in several if (type(submodule(model, a.module)), a.attribute) != kind)
             for name, several in chosen.items()
         }
-        if all(fewer.values()) and runs.is_exact(fewer):
+        if all(fewer.values()) and runs.is_exact(fewer | unsized):
             chosen = fewer
     more = {
         name: merged([several, *(_held(model, s, None) for s in sizes[name])], partial(_fits_name, name))
         for name, several in chosen.items()
     }
-    return more if runs.is_exact(more) else chosen
+    return more if runs.is_exact(more | unsized) else chosen
 
 
 def _names_heads(attribute: str) -> bool:
