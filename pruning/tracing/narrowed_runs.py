@@ -191,27 +191,36 @@ class NarrowedRuns:
         summed = [name for name in some if name in self.choices and name not in self.scales]
         # A difference that a scale explains needs no decision in double precision.
         for in_double in (False, True) if summed else (True,):
-            problem, is_sure = self._mismatch(some, sizes, share, in_double)
+            problem, least = self._mismatch(some, sizes, share, in_double)
             for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
                 for name in summed:
                     self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
-                of_choice, sure_too = self._mismatch(some, sizes, share, in_double)
+                of_choice, difference = self._mismatch(some, sizes, share, in_double)
                 if not of_choice:
-                    self.compared.update(some)
-                    return ""
-                is_sure = is_sure and sure_too
+                    problem = ""
+                    break
+                least = min(least, difference)
                 for name in summed:
                     del self.scales[name]
-            if not problem or is_sure:
+            if not problem or not self._may_be_rounding(self._compared(some), least):
                 break
         if not problem:
             self.compared.update(some)
         return problem
 
+    def _compared(self, names: Iterable[str]) -> nn.Module:
+        """Return the model, or a copy with random weights, to compare without some channels of these groups.
+
+        With the given weights, outputs may depend neither on a scale nor on how values are divided: a head of
+        zeros, or weights so small that all tokens get the same attention.
+        """
+        attention = any(n in self.choices or is_along_axis(self.found, self.labels[n]) for n in names)
+        return self._randomized if attention else self.model
+
     def _mismatch(
         self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float, in_double: bool
-    ) -> tuple[str, bool]:
-        """Return how a narrowed copy differs from the masked model, and whether rounding cannot be why.
+    ) -> tuple[str, float]:
+        """Return how a narrowed copy differs from the masked model, and by how much of its largest output.
 
         The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
 
@@ -219,10 +228,7 @@ class NarrowedRuns:
             in_double: whether to decide in double precision where rounding may be why.
         """
         traced, plan = self._narrower(names, sizes, share)
-        # With the given weights, outputs may depend neither on a scale nor on how values are divided: a head
-        # of zeros, or weights so small that all tokens get the same attention.
-        attention = any(n in self.choices or is_along_axis(self.found, self.labels[n]) for n in names)
-        model = self._randomized if attention else self.model
+        model = self._compared(names)
         groups = tuple(self.groups[name] for name in plan.keep)
         key = id(model), tuple(map(id, groups)), tuple(plan.keep.values())
         if key not in self.masked:
@@ -234,9 +240,15 @@ class NarrowedRuns:
             compare_with_masked, model, small, traced, plan, self.inputs, expected=self.masked[key][1]
         )
         problem, difference = differs(in_double=False)
-        if not problem or not difference < min(_MOST_ROUNDING, _TIMES_ROUNDING * self._rounding_of(model)):
-            return problem, True
-        return (differs()[0], True) if in_double else (problem, False)
+        if problem and in_double and self._may_be_rounding(model, difference):
+            return differs()
+        return problem, difference
+
+    def _may_be_rounding(self, model: nn.Module, difference: float) -> bool:
+        """Whether rounding may be why outputs differ by so much."""
+        if difference >= _MOST_ROUNDING:
+            return False
+        return not difference >= _TIMES_ROUNDING * self._rounding_of(model)
 
     def _rounding_of(self, model: nn.Module) -> float:
         """Return what rounding does to the outputs of a model, see `rounding_error`."""

@@ -91,9 +91,10 @@ def following(
     if not likely or runs.is_exact(together) or (len(together) > len(likely) and runs.is_exact(likely)):
         return likely
     if reads is not None:
-        alike = _alike(model, works, candidates, structures)
-        if not alike or runs.is_exact(alike):
-            return alike
+        for by_role in (True, False):
+            alike = _alike(model, works, candidates, structures, by_role)
+            if not alike or runs.is_exact(alike):
+                return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
     failures: Counter[Kind] = Counter()
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
@@ -117,24 +118,35 @@ def _alike(
     works: Callable[[str, int], bool],
     candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
     structures: Mapping[str, Structure],
+    by_role: bool,
 ) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return attributes that work for the first group of each shape, for all groups of that shape.
+    """Return attributes that work for the first group of each shape and role, for all groups like it.
 
-    Groups of one shape have different widths; those with the same choice of attributes get one answer.
-    Whether the attributes work together is not tried.
+    The role is the name without the layer, such as `heads` or `width`. Groups of one shape have different
+    widths; those with the same choice of attributes get one answer. Whether the attributes work together is
+    not tried.
 
     Args:
         works: function (group, place): whether a candidate of the group, by its place, works.
+        by_role: whether to take, untried, attributes that work for a group of the same role and another
+            shape, such as the heads of another stage.
     """
-    places: dict[tuple[str, tuple[Kind, ...]], int | None] = {}
+    places: dict[tuple[str, str, tuple[Kind, ...]], int | None] = {}
+    known: dict[str, set[frozenset[tuple[type, str, tuple[int, ...]]]]] = {}
     chosen = {}
     for name, several in candidates.items():
-        like = structures[name].shape, tuple(_kind(model, attributes) for attributes in several)
+        kinds = tuple(_kind(model, attributes) for attributes in several)
+        read = [frozenset(kind) for kind in kinds]
+        role = name.partition("/")[2]
+        of_role = known.setdefault(role, set()) if by_role else set()
+        like = role, structures[name].shape, kinds
         if like not in places:
-            places[like] = next((i for i in range(len(several)) if works(name, i)), None)
+            known_first = sorted(range(len(several)), key=lambda i: read[i] not in of_role)
+            places[like] = next((i for i in known_first if read[i] in of_role or works(name, i)), None)
         place = places[like]
         if place is not None:
             chosen[name] = several[place]
+            of_role.add(read[place])
     return chosen
 
 
