@@ -13,7 +13,8 @@ from torch import nn
 
 from pruning import Budget, Plan, PruningError, doctor, prune, trace
 from pruning.surgery.apply import apply
-from pruning.surgery.verify import _run_masked, verify
+from pruning.surgery.batchnorm import recalibrate
+from pruning.surgery.verify import _run_masked, rounding_error, verify, with_random_weights
 from pruning.utils.compare import TOLERANCE, compare, outputs_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.numerics]
@@ -149,3 +150,23 @@ def test_double_precision_distinguishes_amplified_rounding_from_an_error():
         step.model.last.weight[0, 0] += 0.01
     with pytest.raises(PruningError, match="outputs differ"):
         verify(net, step.model, step.trace, step.plan, images)
+
+
+@pytest.mark.parametrize("depth", [4, 24])
+def test_random_weights_keep_one_example_in_range(depth):
+    """Statistics of BatchNorm come from the positions of the only example, so that depth does not add up."""
+    blocks = [
+        layer for _ in range(depth) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks)
+    images = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = with_random_weights(net, images)(images)
+    assert 0.1 < outputs.std() < 10
+    assert rounding_error(net, images) < 1e-5
+
+
+def test_statistics_of_one_example_need_several_positions():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).eval()
+    recalibrate(net, [torch.ones(1, 3, 4, 4) * 7], one_example=True)
+    assert torch.equal(net[1].running_mean, torch.zeros(3)), "one position has no variance"

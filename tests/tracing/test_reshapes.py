@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from pruning import Budget, prune, trace
+from pruning.tracing import passes as tracing_passes
+from pruning.tracing.reshapes import Reshape, Reshapes, form_of
+from pruning.tracing.ties import compact
 from pruning.utils.modules import submodule
 
 pytestmark = pytest.mark.quick
@@ -180,3 +183,57 @@ def test_heads_beside_the_batch_are_pruned():
     torch.manual_seed(0)
     traced = require_equal_at(Tokens("batch").eval(), (4, 4), [(3, 5), (2, 2)])
     assert "mlp" in {name.partition("/")[0] for name in traced.groups}
+
+
+class Table(nn.Module):
+    """A table per head that is reshaped by dropping a dimension of size 1, and added to what is read."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2, 1)
+        self.table = nn.Parameter(torch.randn(width, 5, 1))
+
+    def forward(self, x):
+        table = self.table.reshape(len(self.table), 5).mean(1)
+        return self.head(torch.relu(self.stem(x)) + table[:, None, None])
+
+
+def followed(monkeypatch, net):
+    """Return the trace of a network, and how often its channels were followed through a pass."""
+    passes = []
+    follow = tracing_passes._follow
+    monkeypatch.setattr(tracing_passes, "_follow", lambda *a, **k: passes.append(0) or follow(*a, **k))
+    return trace(net, torch.randn(1, 3, 8, 8)), len(passes)
+
+
+def test_shapes_alone_clear_a_reshape_of_a_table(monkeypatch):
+    doubtful = []
+    check = Reshapes.are_same_at
+    monkeypatch.setattr(
+        Reshapes, "are_same_at", lambda *args: doubtful.append(found := check(*args)) or found
+    )
+    traced, passes = followed(monkeypatch, Table())
+    assert traced.widths == {"stem": 8} and doubtful == [True, True]
+    assert passes == followed(monkeypatch, nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)))[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "here", "there", "same"),
+    [
+        ((1, 8, 1, 1), ((1, 8, 5, 1), (1, 8, 5)), ((1, 8, 9, 1), (1, 8, 9)), True),
+        ((1, 8, 1, 1), ((1, 8, 5, 1), (1, 8, 5)), ((1, 8, 9, 2), (1, 8, 18)), True),
+        (
+            (1, 1, 8),
+            ((1, 9, 8), (1, 8, 3, 3)),
+            ((1, 16, 8), (1, 8, 4, 4)),
+            False,
+        ),  # channels mix with positions
+        ((1, 8, 1, 1), ((1, 8, 5, 1), (1, 8, 5)), ((1, 9, 8, 1), (1, 9, 8)), False),  # channels lie elsewhere
+    ],
+)
+def test_a_reshape_is_compared_by_where_channels_go(first, here, there, same):
+    channels = torch.arange(8).reshape(first)
+    form = form_of(compact(channels.expand(here[0]).reshape(here[1])))
+    reshape = Reshape(channels, "net", form, here, True)
+    assert reshape.is_same_at(*here)
+    assert reshape.is_same_at(*there) is same
