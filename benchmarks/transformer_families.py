@@ -94,7 +94,8 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "encoders with decoders": {
         "T5ForConditionalGeneration": {}, "BartForConditionalGeneration": {},
-        "PegasusForConditionalGeneration": {}, "MarianMTModel": {}, "MBartForConditionalGeneration": {},
+        "PegasusForConditionalGeneration": {}, "MarianMTModel": {"decoder_start_token_id": 0},
+        "MBartForConditionalGeneration": {},
         "BlenderbotForConditionalGeneration": {},
         "WhisperForConditionalGeneration": {
             "max_source_positions": 16, "max_target_positions": 16, "decoder_start_token_id": 1,
@@ -186,7 +187,7 @@ def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():  # outputs then depend on attention
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):  # others are computed
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -25,7 +26,7 @@ from pruning.surgery.apply import apply  # noqa: E402
 pytestmark = pytest.mark.slow
 
 #: The least share of MACs to which the test prunes; by default 0.6.
-SHARES = {"t5": 0.8, "clip": 0.8, "whisper": 0.8}
+SHARES = {"t5": 0.8, "clip": 0.8, "whisper": 0.8, "marian": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,48 @@ def test_groups_that_no_number_describes_keep_their_channels(traced):
     wi = "encoder.block.*.layer.*.DenseReluDense.wi,decoder.block.*.layer.*.DenseReluDense.wi"
     assert wi in alike, "one number, d_ff, describes both"
     assert [one.count(".q/heads") for one in alike if one.endswith("/heads")] == [3], "num_heads, as well"
+
+
+def alike_groups(model, found, inputs):
+    """Return the sets of groups that are to be alike."""
+    every = loadable(model, found, inputs)["alike"]
+    return [{n for n in found.groups for part in one.split(",") if fnmatchcase(n, part)} for one in every]
+
+
+def test_widths_that_the_class_computes_from_one_number_keep_one_share(traced):
+    model, inputs, _, found = traced("bloom")  # 4 * hidden_size, hidden_size / n_head
+    assert alike_groups(model, found, inputs) == [set(found.groups)]
+    model, inputs, _, found = traced("swin")  # mlp_ratio; embed_dim, 2 * embed_dim, embed_dim / num_heads
+    mlps = {name for name in found.groups if name.endswith(".mlp.fc1")}
+    heads = {name for name in found.groups if name.endswith("/heads")}
+    assert len(mlps) == len(heads) == 2
+    assert alike_groups(model, found, inputs) == [mlps, found.groups.keys() - mlps - heads]
+
+
+def test_a_width_that_the_class_computes_is_named_with_its_factor(traced, tmp_path):
+    model, inputs, outputs, found = traced("bloom")
+    names = [name for name in found.groups if name.endswith("dense_h_to_4h")]
+    pruned = narrowed(model, found, dict.fromkeys(names, 40))
+    with pytest.warns(
+        UserWarning, match=r"dense_h_to_4h\.\w+\[0\].* \(which the class makes 4 \* hidden_size\)"
+    ):
+        assert not save_pretrained(pruned, tmp_path, inputs, outputs=outputs).loadable
+
+
+def test_tensors_that_files_lack_are_never_other_than_the_model_has(traced, tmp_path):
+    model, inputs, outputs, found = traced("marian")
+    widths = {n: g.channels for n, g in found.groups.items() if n.endswith("/width") or g.channels == 16}
+    pruned = narrowed(model, found, {name: n // 2 for name, n in widths.items()})
+    with pytest.warns(
+        UserWarning, match=r"stores no model\.\w+\.embed_positions\.weight, and computes other"
+    ):
+        result = save_pretrained(pruned, tmp_path, inputs, outputs=outputs)
+    assert not result.loadable
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(**inputs).logits, pruned(**inputs).logits)
+    assert loadable(model, found, inputs)["widths"].keys() == {
+        name for name in found.groups if ".fc1" not in name
+    }
 
 
 @pytest.mark.parametrize("family", ["bert", "whisper", "clip", "t5"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypedDict
@@ -18,6 +18,7 @@ from pruning.integrations.transformers.adapting import adapted
 from pruning.integrations.transformers.fitting import ConfigFit
 from pruning.integrations.transformers.inputs import example_inputs as inputs_for
 from pruning.integrations.transformers.inputs import without_cache
+from pruning.integrations.transformers.sizes import sizes_of
 from pruning.surgery.apply import apply
 from pruning.utils.meta import on_meta
 from pruning.utils.tree import Inputs
@@ -61,24 +62,13 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
         save_pretrained(step.model, "small")
         ```
     """
-    model = unwrapped(model)
-    fit, bare = ConfigFit(model), on_meta(model)
-    inputs = without_cache(model, inputs_for(model) if example_inputs is None else example_inputs)
-
-    def fits(group_sets: Iterable[_Set]) -> bool:
-        # The first channels go: what a class counts from 0, as the frequencies of positions, then differs.
-        together = list(group_sets)
-        parts = math.gcd(*(each.channels for each in together))
-        plan = Plan({n: tuple(range(s.channels // parts, s.channels)) for s in together for n in s.names})
-        configs = fit.configs(apply(bare, trace, plan))[0]
-        small = apply(model, trace, plan) if configs else model
-        return any(adapted(small, config, inputs, trace.outputs)[0] is not None for config in configs)
-
-    described, fixed = _tried(trace, fits)
+    trials = _Trials(unwrapped(model), trace, example_inputs)
+    described, fixed = _described(trials)
     if not described:
+        causes = "; ".join(f"{each.names[0]}: {trials.reason([each])}" for each in _places(trace))
         raise PruningError(
-            f"no configuration of {type(model).__name__} describes it with fewer channels; save it with "
-            "pruning.save, or ignore other layers"
+            f"no configuration of {type(trials.model).__name__} describes it with fewer channels ({causes}); "
+            "save it with pruning.save, or ignore other layers"
         )
     everything = list(trace.groups)
     return {
@@ -87,29 +77,64 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
     }
 
 
-def _tried(trace: Trace, fits: Callable[[Iterable[_Set]], bool]) -> tuple[list[_Set], list[str]]:
+class _Trials:
+    """Narrow sets of groups on trial, and see whether a configuration describes the result.
+
+    Args:
+        model: of transformers. trace: of this model.
+        example_inputs: on which outputs are compared; made from the configuration by default.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, example_inputs: Inputs | None):
+        self.model, self.trace, self.fit, self.bare = model, trace, ConfigFit(model), on_meta(model)
+        given = inputs_for(model) if example_inputs is None else example_inputs
+        self.inputs = without_cache(model, given)
+        self._reasons: dict[tuple[_Set, ...], str] = {}
+
+    def reason(self, group_sets: Sequence[_Set]) -> str:
+        """Return why no configuration describes the model with these groups narrowed; empty if one does."""
+        key = tuple(group_sets)
+        if key not in self._reasons:
+            self._reasons[key] = self._tried(_narrower(group_sets))
+        return self._reasons[key]
+
+    def _tried(self, plan: Plan) -> str:
+        configs, reason = self.fit.configs(apply(self.bare, self.trace, plan))
+        small = apply(self.model, self.trace, plan) if configs else self.model
+        for config in configs:
+            made, _, reason = adapted(small, config, self.inputs, self.trace.outputs)
+            if made is not None:
+                return ""
+        return reason
+
+    def sizes(self, each: _Set) -> set[str]:
+        """Return the names of the sizes that change where a set is narrowed."""
+        before = sizes_of(self.bare, [])
+        after = sizes_of(apply(self.bare, self.trace, _narrower([each])), [])
+        return {key for key, size in after.items() if before[key] != size}
+
+
+def _narrower(group_sets: Sequence[_Set]) -> Plan:
+    """Return a plan in which sets of groups lose the same share, the least that all can.
+
+    The first channels go: what a class counts from 0, as the frequencies of positions, then differs.
+    """
+    parts = math.gcd(*(each.channels for each in group_sets))
+    return Plan({n: tuple(range(s.channels // parts, s.channels)) for s in group_sets for n in s.names})
+
+
+def _described(trials: _Trials) -> tuple[list[_Set], list[str]]:
     """Return the sets of groups that a configuration describes, and the names of the other groups."""
-    described: list[_Set] = []
-    others: list[_Set] = []
-    fixed: list[str] = []
-    for each in _places(trace):
-        if each.channels == 1:
-            fixed += each.names
-        else:
-            (described if fits([each]) else others).append(each)
-    for channels in sorted({each.channels for each in others}):
-        equal = [each for each in others if each.channels == channels]
-        for together in _candidates(equal):
-            if fits(together):
-                described.append(_Set(tuple(n for each in together for n in each.names), channels))
-                equal = [each for each in equal if each not in together]
-        others = [each for each in others if each.channels != channels] + equal
-    for together in _coupled(trace, others):
-        if all(each in others for each in together) and fits(together):
-            described.append(_Set(tuple(n for each in together for n in each.names), together[0].channels))
-            others = [each for each in others if each not in together]
-    fixed += [name for each in others for name in each.names]
-    return described, fixed
+    sets = _places(trials.trace)
+    several = [each for each in sets if each.channels > 1]
+    described = [each for each in several if not trials.reason([each])]
+    others = {each: trials.sizes(each) for each in several if each not in described}
+    while together := next((t for t in _by_number(trials, others) if not trials.reason(t)), None):
+        described.append(_Set(tuple(n for s in together for n in s.names), together[0].channels))
+        for each in together:
+            del others[each]
+    left = [each for each in sets if each.channels == 1 or each in others]
+    return described, [name for each in left for name in each.names]
 
 
 def _places(trace: Trace) -> list[_Set]:
@@ -120,32 +145,23 @@ def _places(trace: Trace) -> list[_Set]:
     return [_Set(tuple(names), channels) for (_, channels), names in sets.items()]
 
 
-def _candidates(sets: Sequence[_Set]) -> list[list[_Set]]:
-    """Return combinations of sets of equal widths: those with the same last part of a name, then all."""
-    by_end: dict[str, list[_Set]] = {}
-    for each in sets:
-        by_end.setdefault(re.split(r"[./]", each.names[0])[-1], []).append(each)
-    found = [together for together in by_end.values() if len(together) > 1]
-    return [*found, list(sets)] if len(sets) > 1 and [list(sets)] != found else found
+def _by_number(trials: _Trials, sizes: Mapping[_Set, set[str]]) -> Iterator[list[_Set]]:
+    """Yield combinations of sets on whose widths one number of the configuration acts, the smallest first.
 
+    Where it acts on heads, these are the places within a head, or the heads.
 
-def _coupled(trace: Trace, sets: Sequence[_Set]) -> Iterator[list[_Set]]:
-    """Yield combinations of sets of different widths, of which a class may compute one from the other.
-
-    These are the residual width, alone or with all sets as wide, and the places within a head, or the heads,
-    of the layers that read it.
+    Args:
+        sizes: by set, those that change where it is narrowed.
     """
-    for channels in sorted({each.channels for each in sets}, reverse=True):
-        wide = [each for each in sets if each.channels == channels and "/" not in each.names[0]]
-        for chosen in [*([each] for each in wide), *([wide] if len(wide) > 1 else [])]:
-            readers = {m.layer for each in chosen for n in each.names for m in trace.groups[n].side("in")}
-            by_end: dict[str, list[_Set]] = {}
-            for each in sets:
-                makers = {m.layer for n in each.names for m in trace.groups[n].side("out")}
-                if "/" in each.names[0] and makers <= readers and math.gcd(each.channels, channels) > 1:
-                    by_end.setdefault(each.names[0].rpartition("/")[2], []).append(each)
-            for end in sorted(by_end, reverse=True):  # widths before heads, which are fewer
-                yield [*chosen, *by_end[end]]
+    found: dict[tuple[_Set, ...], None] = {}
+    for affected in trials.fit.affected.values():
+        acted = [each for each, changed in sizes.items() if changed & affected]
+        plain = [each for each in acted if "/" not in each.names[0]]
+        ends = sorted({each.names[0].rpartition("/")[2] for each in acted if each not in plain})
+        for end in reversed(ends):  # widths before heads, which are fewer
+            found[tuple(s for s in acted if s in plain or s.names[0].endswith(f"/{end}"))] = None
+        found[tuple(plain)] = None
+    yield from (list(together) for together in sorted(found, key=len) if len(together) > 1)
 
 
 def _pattern(names: Sequence[str], everything: Sequence[str]) -> str:
