@@ -79,6 +79,12 @@ FAMILIES = {
         ids(),
     ),
     "llama": lambda: (hf.LlamaForCausalLM(hf.LlamaConfig(**decoder(head_dim=8))), ids()),
+    "mixtral": lambda: (
+        hf.MixtralForCausalLM(
+            hf.MixtralConfig(**decoder(num_local_experts=4, num_experts_per_tok=2, head_dim=4))
+        ),
+        ids(),
+    ),
     "mistral": lambda: (hf.MistralForCausalLM(hf.MistralConfig(**decoder(head_dim=8))), ids()),
     "qwen2": lambda: (hf.Qwen2ForCausalLM(hf.Qwen2Config(**decoder(tie_word_embeddings=True))), ids()),
     "qwen3": lambda: (hf.Qwen3ForCausalLM(hf.Qwen3Config(**decoder(head_dim=8))), ids()),
@@ -115,6 +121,19 @@ FAMILIES = {
         hf.SwinForImageClassification(
             hf.SwinConfig(
                 embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, patch_size=4, image_size=16
+            )
+        ),
+        pixels(),
+    ),
+    "poolformer": lambda: (
+        hf.PoolFormerForImageClassification(
+            hf.PoolFormerConfig(
+                hidden_sizes=[8, 16],
+                depths=[1, 1],
+                num_encoder_blocks=2,
+                patch_sizes=[7, 3],
+                strides=[4, 2],
+                padding=[2, 1],
             )
         ),
         pixels(),

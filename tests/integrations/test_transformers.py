@@ -17,7 +17,7 @@ from hf_families import FAMILIES, small  # noqa: E402
 from benchmarks.transformer_families import READ  # noqa: E402
 from pruning import Budget, Plan, PruningError, trace  # noqa: E402
 from pruning.errors import CheckpointError  # noqa: E402
-from pruning.integrations.transformers import example_inputs, load, loadable, save_pretrained  # noqa: E402
+from pruning.integrations.transformers import constraints, example_inputs, load, loadable, save_pretrained  # noqa: E402
 from pruning.planning.cost import CostModel  # noqa: E402
 from pruning.planning.options import PlanOptions  # noqa: E402
 from pruning.planning.search import plan_within  # noqa: E402
@@ -214,6 +214,31 @@ def test_widths_that_the_class_computes_from_one_number_keep_one_share(traced):
     heads = {name for name in found.groups if name.endswith("/heads")}
     assert len(mlps) == len(heads) == 2
     assert alike_groups(model, found, inputs) == [mlps, found.groups.keys() - mlps - heads]
+    model, inputs, _, found = traced("poolformer")  # one mlp_ratio: either MLPs, or all widths of a stage
+    stages = alike_groups(model, found, inputs)
+    assert len(stages) == 2 and set.union(*stages) == set(found.groups)
+    assert all(sum(name.endswith(".conv1") for name in stage) == 1 for stage in stages)
+
+
+def test_groups_whose_widths_are_multiples_are_tried_with_these(traced):
+    model, inputs, _, found = traced("mixtral")
+    assert {found.groups[n].multiple for n in found.groups if "experts" in n or "embed" in n} == {4}
+    assert not loadable(model, found, inputs)["widths"]
+
+
+def test_sets_that_no_configuration_describes_together_are_left_out(traced, monkeypatch):
+    model, inputs, _, found = traced("gpt2")
+    apart = constraints._Trials.reason
+    refuse = {"transformer.h.0.mlp.c_fc", "transformer.wte"}
+
+    def reason(self, sets, removed=None):
+        together = {name for names in sets for name in names}
+        return "these exclude one another" if refuse <= together else apart(self, sets, removed)
+
+    assert refuse <= {name for one in alike_groups(model, found, inputs) for name in one}
+    monkeypatch.setattr(constraints._Trials, "reason", reason)
+    kept = {name for one in alike_groups(model, found, inputs) for name in one}
+    assert len(refuse & kept) == 1
 
 
 def test_a_width_that_the_class_computes_is_named_with_its_factor(traced, tmp_path):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypedDict
 
@@ -32,12 +31,8 @@ class Constraints(TypedDict):
     widths: dict[str, int | str]
 
 
-@dataclass(frozen=True)
-class _Set:
-    """Groups that are narrowed together."""
-
-    names: tuple[str, ...]
-    channels: int
+#: Names of groups that keep one share of their channels.
+_Set = tuple[str, ...]
 
 
 def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = None) -> Constraints:
@@ -63,17 +58,18 @@ def loadable(model: nn.Module, trace: Trace, example_inputs: Inputs | None = Non
         ```
     """
     trials = _Trials(unwrapped(model), trace, example_inputs)
-    described, fixed = _described(trials)
+    described = _described(trials)
     if not described:
-        causes = "; ".join(f"{each.names[0]}: {trials.reason([each])}" for each in _places(trace))
+        causes = "; ".join(f"{each[0]}: {trials.reason([each])}" for each in _places(trace))
         raise PruningError(
             f"no configuration of {type(trials.model).__name__} describes it with fewer channels ({causes}); "
             "save it with pruning.save, or ignore other layers"
         )
     everything = list(trace.groups)
+    narrowed = {name for each in described for name in each}
     return {
-        "alike": [_pattern(each.names, everything) for each in described if len(each.names) > 1],
-        "widths": dict.fromkeys(fixed, "100%"),
+        "alike": [_pattern(each, everything) for each in described if len(each) > 1],
+        "widths": dict.fromkeys([name for name in everything if name not in narrowed], "100%"),
     }
 
 
@@ -89,14 +85,18 @@ class _Trials:
         self.model, self.trace, self.fit, self.bare = model, trace, ConfigFit(model), on_meta(model)
         given = inputs_for(model) if example_inputs is None else example_inputs
         self.inputs = without_cache(model, given)
-        self._reasons: dict[tuple[_Set, ...], str] = {}
+        self._reasons: dict[Plan, str] = {}
 
-    def reason(self, group_sets: Sequence[_Set]) -> str:
-        """Return why no configuration describes the model with these groups narrowed; empty if one does."""
-        key = tuple(group_sets)
-        if key not in self._reasons:
-            self._reasons[key] = self._tried(_narrower(group_sets))
-        return self._reasons[key]
+    def reason(self, sets: Sequence[_Set], removed: Sequence[int] | None = None) -> str:
+        """Return why no configuration describes the model with these sets narrowed; empty if one does.
+
+        Args:
+            removed: of each set, how many of its `parts` are removed; by default one of each.
+        """
+        plan = self._narrower(sets, [1] * len(sets) if removed is None else removed)
+        if plan not in self._reasons:
+            self._reasons[plan] = self._tried(plan)
+        return self._reasons[plan]
 
     def _tried(self, plan: Plan) -> str:
         configs, reason = self.fit.configs(apply(self.bare, self.trace, plan))
@@ -107,34 +107,61 @@ class _Trials:
                 return ""
         return reason
 
-    def sizes(self, each: _Set) -> set[str]:
+    def parts(self, names: _Set) -> int:
+        """Return into how many equal parts the channels of all groups of a set can be divided."""
+        groups = [self.trace.groups[name] for name in names]
+        most = math.gcd(*(group.channels for group in groups))
+        return next(
+            parts
+            for parts in range(most, 0, -1)
+            if all(g.channels % parts == 0 and g.channels // parts % g.multiple == 0 for g in groups)
+            or parts == 1
+        )
+
+    def sizes(self, names: _Set) -> set[str]:
         """Return the names of the sizes that change where a set is narrowed."""
         before = sizes_of(self.bare, [])
-        after = sizes_of(apply(self.bare, self.trace, _narrower([each])), [])
+        after = sizes_of(apply(self.bare, self.trace, self._narrower([names], [1])), [])
         return {key for key, size in after.items() if before[key] != size}
 
+    def _narrower(self, sets: Sequence[_Set], removed: Sequence[int]) -> Plan:
+        """Return a plan that removes so many parts of each set.
 
-def _narrower(group_sets: Sequence[_Set]) -> Plan:
-    """Return a plan in which sets of groups lose the same share, the least that all can.
+        The first channels go: what a class counts from 0, as the frequencies of positions, then differs.
+        """
+        keep: dict[str, tuple[int, ...]] = {}
+        for names, count in zip(sets, removed, strict=True):
+            for name in names:
+                channels = self.trace.groups[name].channels
+                keep[name] = tuple(range(channels // self.parts(names) * count, channels))
+        return Plan(keep)
 
-    The first channels go: what a class counts from 0, as the frequencies of positions, then differs.
-    """
-    parts = math.gcd(*(each.channels for each in group_sets))
-    return Plan({n: tuple(range(s.channels // parts, s.channels)) for s in group_sets for n in s.names})
+
+def _described(trials: _Trials) -> list[_Set]:
+    """Return the sets of groups that a configuration describes, each alone and all together."""
+    sets = [each for each in _places(trials.trace) if trials.parts(each) > 1]
+    alone = [each for each in sets if not trials.reason([each])]
+    sizes = {each: trials.sizes(each) for each in sets if each not in alone}
+    found = _combined(trials, sizes, ())
+    left = [each for each in sizes if not any(set(each) <= set(together) for together in found)]
+    if left:  # combinations of these may cover more groups
+        found = max(found, _combined(trials, sizes, left), key=lambda every: sum(map(len, every)))
+    return _compatible(trials, [*alone, *found])
 
 
-def _described(trials: _Trials) -> tuple[list[_Set], list[str]]:
-    """Return the sets of groups that a configuration describes, and the names of the other groups."""
-    sets = _places(trials.trace)
-    several = [each for each in sets if each.channels > 1]
-    described = [each for each in several if not trials.reason([each])]
-    others = {each: trials.sizes(each) for each in several if each not in described}
-    while together := next((t for t in _by_number(trials, others) if not trials.reason(t)), None):
-        described.append(_Set(tuple(n for s in together for n in s.names), together[0].channels))
-        for each in together:
-            del others[each]
-    left = [each for each in sets if each.channels == 1 or each in others]
-    return described, [name for each in left for name in each.names]
+def _compatible(trials: _Trials, sets: Sequence[_Set]) -> list[_Set]:
+    """Return the sets, without those that no configuration describes while the sets before are narrowed."""
+
+    def fit(together: Sequence[_Set]) -> bool:
+        removed = [max(1, trials.parts(names) // (2 + i % 2)) for i, names in enumerate(together)]
+        return len(together) < 2 or not trials.reason(together, removed)
+
+    if fit(sets):
+        return list(sets)
+    kept: list[_Set] = []
+    for each in sets:
+        kept += [each] if fit([*kept, each]) else []
+    return kept
 
 
 def _places(trace: Trace) -> list[_Set]:
@@ -142,26 +169,39 @@ def _places(trace: Trace) -> list[_Set]:
     sets: dict[tuple[str, int], list[str]] = {}
     for name, group in trace.groups.items():
         sets.setdefault((re.sub(r"\d+", "*", name), group.channels), []).append(name)
-    return [_Set(tuple(names), channels) for (_, channels), names in sets.items()]
+    return [tuple(names) for names in sets.values()]
 
 
-def _by_number(trials: _Trials, sizes: Mapping[_Set, set[str]]) -> Iterator[list[_Set]]:
-    """Yield combinations of sets on whose widths one number of the configuration acts, the smallest first.
+def _combined(trials: _Trials, sizes: Mapping[_Set, set[str]], first: Collection[_Set]) -> list[_Set]:
+    """Return unions of sets that a configuration describes together.
 
-    Where it acts on heads, these are the places within a head, or the heads.
+    Those on whose widths one number of the configuration acts are tried, the smallest first. Where it acts on
+    heads, these are the places within a head, or the heads.
 
     Args:
         sizes: by set, those that change where it is narrowed.
+        first: combinations with one of these sets go first.
     """
-    found: dict[tuple[_Set, ...], None] = {}
-    for affected in trials.fit.affected.values():
-        acted = [each for each, changed in sizes.items() if changed & affected]
-        plain = [each for each in acted if "/" not in each.names[0]]
-        ends = sorted({each.names[0].rpartition("/")[2] for each in acted if each not in plain})
-        for end in reversed(ends):  # widths before heads, which are fewer
-            found[tuple(s for s in acted if s in plain or s.names[0].endswith(f"/{end}"))] = None
-        found[tuple(plain)] = None
-    yield from (list(together) for together in sorted(found, key=len) if len(together) > 1)
+    left, found = list(sizes), list[_Set]()
+    while left:
+        tried: dict[tuple[_Set, ...], None] = {}
+        for affected in trials.fit.affected.values():
+            acted = [each for each in left if sizes[each] & affected]
+            plain = [each for each in acted if "/" not in each[0]]
+            ends = sorted({each[0].rpartition("/")[2] for each in acted if each not in plain})
+            for end in reversed(ends):  # widths before heads, which are fewer
+                tried[tuple(s for s in acted if s in plain or s[0].endswith(f"/{end}"))] = None
+            tried[tuple(plain)] = None
+        several = [together for together in tried if len(together) > 1]
+        several.sort(key=lambda together: (not any(each in first for each in together), len(together)))
+        union = next(
+            (t for t in several if trials.parts(sum(t, ())) > 1 and not trials.reason([sum(t, ())])), ()
+        )
+        if not union:
+            break
+        found.append(sum(union, ()))
+        left = [each for each in left if each not in union]
+    return found
 
 
 def _pattern(names: Sequence[str], everything: Sequence[str]) -> str:
