@@ -301,3 +301,19 @@ def test_a_model_without_a_limit_of_tokens_gets_example_inputs():
     config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
     assert config.max_position_embeddings == -1
     assert example_inputs(hf.XLNetForSequenceClassification(config))["input_ids"].shape == (2, 12)
+
+
+def test_example_inputs_are_videos_spectrograms_or_images_of_any_size_where_the_model_takes_these():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    timesformer = hf.TimesformerConfig(**sizes, image_size=16, patch_size=8, num_frames=3)
+    spectrogram = hf.ASTConfig(**sizes, max_length=32, num_mel_bins=16, patch_size=8)
+    resnet = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    for model, shape in [
+        (hf.TimesformerForVideoClassification(timesformer), (2, 3, 3, 16, 16)),
+        (hf.ASTForAudioClassification(spectrogram), (2, 32, 16)),
+        (hf.ResNetForImageClassification(resnet), (2, 3, 64, 64)),
+    ]:
+        (given,) = example_inputs(model).values()
+        assert given.shape == shape
+        with torch.no_grad():
+            model(given)
