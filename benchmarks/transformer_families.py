@@ -87,14 +87,15 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
         "Starcoder2ForCausalLM": {}, "GPTBigCodeForCausalLM": {},
     },
     "decoders with experts, latent attention or states": {
-        "MixtralForCausalLM": {}, "Qwen2MoeForCausalLM": {},
+        "MixtralForCausalLM": {}, "Qwen2MoeForCausalLM": {}, "GptOssForCausalLM": {},
         "OlmoeForCausalLM": {"num_experts_per_tok": 2},
         "DeepseekV2ForCausalLM": {**LATENT}, "DeepseekV3ForCausalLM": {**LATENT, "head_dim": 4},
         "MambaForCausalLM": {}, "Mamba2ForCausalLM": {"num_heads": 8, "n_groups": 1, "chunk_size": 8},
     },
     "encoders with decoders": {
         "T5ForConditionalGeneration": {}, "BartForConditionalGeneration": {},
-        "PegasusForConditionalGeneration": {}, "MarianMTModel": {}, "MBartForConditionalGeneration": {},
+        "PegasusForConditionalGeneration": {}, "MarianMTModel": {"decoder_start_token_id": 0},
+        "MBartForConditionalGeneration": {},
         "BlenderbotForConditionalGeneration": {},
         "WhisperForConditionalGeneration": {
             "max_source_positions": 16, "max_target_positions": 16, "decoder_start_token_id": 1,
@@ -112,9 +113,22 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
             "decoder_num_hidden_layers": 2,
         },
         "ConvNextForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        "PoolFormerForImageClassification": {
+            "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3],
+            "strides": [4, 2], "padding": [2, 1],
+        },
+        "SegformerForImageClassification": {
+            "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "sr_ratios": [2, 1],
+            "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
+        },
+    },
+    "videos": {
+        "TimesformerForVideoClassification": {"num_frames": 4},
+        "VideoMAEForVideoClassification": {"num_frames": 4, "patch_size": 16},
     },
     "sound": {
         "Wav2Vec2ForCTC": {}, "HubertForCTC": {}, "WavLMForCTC": {},
+        "ASTForAudioClassification": {"max_length": 64, "num_mel_bins": 32, "patch_size": 16},
     },
     "images and text": {"CLIPModel": {}},
 }  # fmt: skip
@@ -186,7 +200,7 @@ def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():  # outputs then depend on attention
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):  # others are computed
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 

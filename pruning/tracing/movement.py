@@ -184,6 +184,21 @@ def restride(labels: Labels, op: Operation, first: Tensor) -> None:
 
 
 @first_operand
+def as_complex(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Join real and imaginary parts, which lie along the last dimension: tie them."""
+    real, *imaginary = first.unbind(-1)
+    for part in imaginary:  # none where channels do not lie along this dimension
+        labels.tie(real, part, FIXED_SIZE)
+    labels.put(op.output, compact(real))
+
+
+@first_operand
+def as_real(labels: Labels, op: Operation, first: Tensor) -> None:
+    """Give real and imaginary parts, along a new last dimension, the channels of their numbers."""
+    labels.put(op.output, first.unsqueeze(-1))
+
+
+@first_operand
 def pixel_shuffle(labels: Labels, op: Operation, first: Tensor) -> None:
     """Shuffle pixels: tie the input channels that become the pixels of one output channel."""
     if varying(first) not in ([], [first.ndim - 3]):

@@ -20,6 +20,8 @@ from pruning.tracing.assignment import accumulate, assign, put_indexed
 from pruning.tracing.elementwise import labels_of_all, pointwise
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.movement import (
+    as_complex,
+    as_real,
     channel_shuffle,
     index,
     move,
@@ -203,6 +205,8 @@ RULES: dict[str, OperatorRule] = {
     "index": index,
     "as_strided": restride,
     "pixel_shuffle": pixel_shuffle,
+    "view_as_complex": as_complex,
+    "view_as_real": as_real,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
     "im2col": unfold_patches,
     **dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions),

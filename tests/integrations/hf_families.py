@@ -70,7 +70,21 @@ FAMILIES = {
         ),
         ids(),
     ),
+    "bloom": lambda: (
+        hf.BloomForCausalLM(
+            hf.BloomConfig(
+                vocab_size=TOKENS, hidden_size=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+            )
+        ),
+        ids(),
+    ),
     "llama": lambda: (hf.LlamaForCausalLM(hf.LlamaConfig(**decoder(head_dim=8))), ids()),
+    "mixtral": lambda: (
+        hf.MixtralForCausalLM(
+            hf.MixtralConfig(**decoder(num_local_experts=4, num_experts_per_tok=2, head_dim=4))
+        ),
+        ids(),
+    ),
     "mistral": lambda: (hf.MistralForCausalLM(hf.MistralConfig(**decoder(head_dim=8))), ids()),
     "qwen2": lambda: (hf.Qwen2ForCausalLM(hf.Qwen2Config(**decoder(tie_word_embeddings=True))), ids()),
     "qwen3": lambda: (hf.Qwen3ForCausalLM(hf.Qwen3Config(**decoder(head_dim=8))), ids()),
@@ -102,6 +116,46 @@ FAMILIES = {
             )
         ),
         pixels(),
+    ),
+    "swin": lambda: (
+        hf.SwinForImageClassification(
+            hf.SwinConfig(
+                embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, patch_size=4, image_size=16
+            )
+        ),
+        pixels(),
+    ),
+    "poolformer": lambda: (
+        hf.PoolFormerForImageClassification(
+            hf.PoolFormerConfig(
+                hidden_sizes=[8, 16],
+                depths=[1, 1],
+                num_encoder_blocks=2,
+                patch_sizes=[7, 3],
+                strides=[4, 2],
+                padding=[2, 1],
+            )
+        ),
+        pixels(),
+    ),
+    "marian": lambda: (
+        hf.MarianMTModel(
+            hf.MarianConfig(
+                vocab_size=TOKENS,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=32,
+                pad_token_id=0,
+                eos_token_id=2,
+                decoder_start_token_id=0,
+            )
+        ),
+        {**ids(), "decoder_input_ids": torch.randint(3, TOKENS, (2, 5))},
     ),
     "clip": lambda: (
         hf.CLIPModel(
@@ -153,6 +207,6 @@ def small(family):
     torch.manual_seed(0)
     model, inputs = FAMILIES[family]()
     with torch.no_grad():  # outputs then depend on attention
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):  # others are computed
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval(), inputs, ["logits_per_image" if family == "clip" else "logits"]

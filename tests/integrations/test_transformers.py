@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -16,7 +17,7 @@ from hf_families import FAMILIES, small  # noqa: E402
 from benchmarks.transformer_families import READ  # noqa: E402
 from pruning import Budget, Plan, PruningError, trace  # noqa: E402
 from pruning.errors import CheckpointError  # noqa: E402
-from pruning.integrations.transformers import example_inputs, load, loadable, save_pretrained  # noqa: E402
+from pruning.integrations.transformers import constraints, example_inputs, load, loadable, save_pretrained  # noqa: E402
 from pruning.planning.cost import CostModel  # noqa: E402
 from pruning.planning.options import PlanOptions  # noqa: E402
 from pruning.planning.search import plan_within  # noqa: E402
@@ -25,7 +26,7 @@ from pruning.surgery.apply import apply  # noqa: E402
 pytestmark = pytest.mark.slow
 
 #: The least share of MACs to which the test prunes; by default 0.6.
-SHARES = {"t5": 0.8, "clip": 0.8, "whisper": 0.8}
+SHARES = {"t5": 0.8, "clip": 0.8, "whisper": 0.8, "marian": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,73 @@ def test_groups_that_no_number_describes_keep_their_channels(traced):
     assert [one.count(".q/heads") for one in alike if one.endswith("/heads")] == [3], "num_heads, as well"
 
 
+def alike_groups(model, found, inputs):
+    """Return the sets of groups that are to be alike."""
+    every = loadable(model, found, inputs)["alike"]
+    return [{n for n in found.groups for part in one.split(",") if fnmatchcase(n, part)} for one in every]
+
+
+def test_widths_that_the_class_computes_from_one_number_keep_one_share(traced):
+    model, inputs, _, found = traced("bloom")  # 4 * hidden_size, hidden_size / n_head
+    assert alike_groups(model, found, inputs) == [set(found.groups)]
+    model, inputs, _, found = traced("swin")  # mlp_ratio; embed_dim, 2 * embed_dim, embed_dim / num_heads
+    mlps = {name for name in found.groups if name.endswith(".mlp.fc1")}
+    heads = {name for name in found.groups if name.endswith("/heads")}
+    assert len(mlps) == len(heads) == 2
+    assert alike_groups(model, found, inputs) == [mlps, found.groups.keys() - mlps - heads]
+    model, inputs, _, found = traced("poolformer")  # one mlp_ratio: either MLPs, or all widths of a stage
+    stages = alike_groups(model, found, inputs)
+    assert len(stages) == 2 and set.union(*stages) == set(found.groups)
+    assert all(sum(name.endswith(".conv1") for name in stage) == 1 for stage in stages)
+
+
+def test_groups_whose_widths_are_multiples_are_tried_with_these(traced):
+    model, inputs, _, found = traced("mixtral")
+    assert {found.groups[n].multiple for n in found.groups if "experts" in n or "embed" in n} == {4}
+    assert not loadable(model, found, inputs)["widths"]
+
+
+def test_sets_that_no_configuration_describes_together_are_left_out(traced, monkeypatch):
+    model, inputs, _, found = traced("gpt2")
+    apart = constraints._Trials.reason
+    refuse = {"transformer.h.0.mlp.c_fc", "transformer.wte"}
+
+    def reason(self, sets, removed=None):
+        together = {name for names in sets for name in names}
+        return "these exclude one another" if refuse <= together else apart(self, sets, removed)
+
+    assert refuse <= {name for one in alike_groups(model, found, inputs) for name in one}
+    monkeypatch.setattr(constraints._Trials, "reason", reason)
+    kept = {name for one in alike_groups(model, found, inputs) for name in one}
+    assert len(refuse & kept) == 1
+
+
+def test_a_width_that_the_class_computes_is_named_with_its_factor(traced, tmp_path):
+    model, inputs, outputs, found = traced("bloom")
+    names = [name for name in found.groups if name.endswith("dense_h_to_4h")]
+    pruned = narrowed(model, found, dict.fromkeys(names, 40))
+    with pytest.warns(
+        UserWarning, match=r"dense_h_to_4h\.\w+\[0\].* \(which the class makes 4 \* hidden_size\)"
+    ):
+        assert not save_pretrained(pruned, tmp_path, inputs, outputs=outputs).loadable
+
+
+def test_tensors_that_files_lack_are_never_other_than_the_model_has(traced, tmp_path):
+    model, inputs, outputs, found = traced("marian")
+    widths = {n: g.channels for n, g in found.groups.items() if n.endswith("/width") or g.channels == 16}
+    pruned = narrowed(model, found, {name: n // 2 for name, n in widths.items()})
+    with pytest.warns(
+        UserWarning, match=r"stores no model\.\w+\.embed_positions\.weight, and computes other"
+    ):
+        result = save_pretrained(pruned, tmp_path, inputs, outputs=outputs)
+    assert not result.loadable
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(**inputs).logits, pruned(**inputs).logits)
+    assert loadable(model, found, inputs)["widths"].keys() == {
+        name for name in found.groups if ".fc1" not in name
+    }
+
+
 @pytest.mark.parametrize("family", ["bert", "whisper", "clip", "t5"])
 def test_example_inputs_are_made_from_the_configuration(family, traced):
     model, inputs, _, _ = traced(family)
@@ -233,3 +301,19 @@ def test_a_model_without_a_limit_of_tokens_gets_example_inputs():
     config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
     assert config.max_position_embeddings == -1
     assert example_inputs(hf.XLNetForSequenceClassification(config))["input_ids"].shape == (2, 12)
+
+
+def test_example_inputs_are_videos_spectrograms_or_images_of_any_size_where_the_model_takes_these():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    timesformer = hf.TimesformerConfig(**sizes, image_size=16, patch_size=8, num_frames=3)
+    spectrogram = hf.ASTConfig(**sizes, max_length=32, num_mel_bins=16, patch_size=8)
+    resnet = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    for model, shape in [
+        (hf.TimesformerForVideoClassification(timesformer), (2, 3, 3, 16, 16)),
+        (hf.ASTForAudioClassification(spectrogram), (2, 32, 16)),
+        (hf.ResNetForImageClassification(resnet), (2, 3, 64, 64)),
+    ]:
+        (given,) = example_inputs(model).values()
+        assert given.shape == shape
+        with torch.no_grad():
+            model(given)

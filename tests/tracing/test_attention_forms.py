@@ -227,3 +227,56 @@ def test_a_convolution_of_values_follows_their_heads_and_positions():
             held[gone.repeat(3)] = 0
         dense[1].out.weight[:, gone] = 0
     torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+class Complex(Attention):
+    """Rotary positions as products of complex numbers, with turns that are a constant or follow a buffer."""
+
+    def __init__(self, constant: bool):
+        super().__init__("rotary")
+        if constant:
+            del self.frequency
+            self.frequency = 100.0 ** -torch.linspace(0, 1, DEPTH // 2)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2]).to(x)[:, None] * self.frequency.to(x)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_heads_are_followed_through_complex_numbers(constant):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, WIDTH), Complex(constant), nn.Linear(WIDTH, 3)), torch.randn(2, 5, 5)
+    traced, dense = trace(net, x), copy.deepcopy(net)
+    assert traced.widths["1.q/heads"] == HEADS
+    small = apply(net, traced, Plan({"1.q/heads": (0, 3)}))
+    assert small[1].out.weight.shape == (WIDTH, 2 * DEPTH)
+    with torch.no_grad():
+        dense[1].out.weight.unflatten(1, (HEADS, DEPTH))[:, [1, 2]] = 0
+    torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["flatten", "abs"])
+def test_real_and_imaginary_parts_keep_the_same_channels(tail):
+    """Pairs of channels are one complex number; the oracle zeroes what reads the pairs that are dropped."""
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 10), nn.Linear(10 if tail == "flatten" else 5, 3)
+
+        def forward(self, x):
+            numbers = torch.view_as_complex(self.first(x).unflatten(-1, (-1, 2)).contiguous())
+            return self.last(torch.view_as_real(numbers).flatten(-2) if tail == "flatten" else numbers.abs())
+
+    torch.manual_seed(0)
+    net, x = Pairs(), torch.randn(2, 4)
+    traced, dense = trace(net, x), copy.deepcopy(net)
+    assert traced.widths == {"first": 5}
+    small = apply(net, traced, Plan({"first": (0, 2, 4)}))
+    assert small.first.out_features == 6
+    with torch.no_grad():
+        dense.last.weight.unflatten(1, (5, -1))[:, [1, 3]] = 0
+    torch.testing.assert_close(small(x), dense(x))

@@ -62,6 +62,12 @@ def adapted(
             made = with_weights_of(model, config)
     except Exception as error:  # of any kind: the class checks its configuration
         return None, float("inf"), f"transformers refuses its configuration: {' '.join(str(error).split())}"
+    if unsaved := _unsaved(model, config):
+        return (
+            None,
+            float("inf"),
+            (f"transformers stores no {unsaved}, and computes other values of it from the configuration"),
+        )
     expected, probe = outputs_of(model, inputs, outputs), with_random_weights(model, inputs)
     expected_of_probe = outputs_of(probe, inputs, outputs)
     scales = _differing_scales(model, made)
@@ -83,6 +89,17 @@ def _explained(reason: str, model: nn.Module, made: nn.Module, scales: Iterable[
     """Add to the difference of outputs what the class computes otherwise."""
     causes = [*scales, *(name for name in _frequencies(model) if _buffer_differs(model, made, name))]
     return f"{reason}; the configuration gives other values of {', '.join(causes)}" if causes else reason
+
+
+def _unsaved(model: nn.Module, config: PretrainedConfig) -> str:
+    """Return the name of a tensor that files of a class lack, and that it computes otherwise; or nothing."""
+    state = model.state_dict()
+    names = [name for name in getattr(model, "_keys_to_ignore_on_save", None) or () if name in state]
+    if not names:
+        return ""
+    with quiet(), torch.random.fork_rng(devices=[]):
+        made = type(model)(copy.deepcopy(config)).state_dict()
+    return next((name for name in sorted(names) if not _equal(state[name], made[name])), "")
 
 
 def with_weights_of(model: nn.Module, config: PretrainedConfig) -> nn.Module:
@@ -109,8 +126,11 @@ def _frequencies(model: nn.Module) -> list[str]:
 
 
 def _buffer_differs(model: nn.Module, made: nn.Module, name: str) -> bool:
-    ours, theirs = model.get_buffer(name), made.get_buffer(name)
-    return ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-6)
+    return not _equal(model.get_buffer(name), made.get_buffer(name))
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours.cpu(), theirs.cpu(), rtol=1e-6)
 
 
 def _with_frequencies(model: nn.Module, config: PretrainedConfig) -> PretrainedConfig:

@@ -63,7 +63,7 @@ def _keys(sizes: Any, name: str) -> set[str]:
 def _trials(config: PretrainedConfig, left: int, removed: list[int]) -> Iterator[PretrainedConfig]:
     """Yield configurations that state fewer blocks: those with a number named after layers first."""
     before = left + len(removed)
-    paths = [path for path, number in numbers_in(config).items() if number == before]
+    paths = [path for path, number in numbers_in(config).items() if type(number) is int and number == before]
     for path in sorted(paths, key=lambda path: not any("layer" in part for part in path)):
         changed = with_numbers(config, {path: left})
         shortened = copy.deepcopy(changed)

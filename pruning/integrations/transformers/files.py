@@ -23,7 +23,7 @@ from pruning.integrations.transformers.depth import dense_config
 from pruning.integrations.transformers.fitting import ConfigFit
 from pruning.integrations.transformers.inputs import example_inputs as inputs_for
 from pruning.integrations.transformers.inputs import without_cache
-from pruning.integrations.transformers.sizes import named, numbers_in, quiet
+from pruning.integrations.transformers.sizes import Number, named, numbers_in, quiet
 from pruning.load_pruned import rebuild
 from pruning.utils.compare import compare, outputs_of
 from pruning.utils.files import replace_file
@@ -49,7 +49,7 @@ class Saved:
     """
 
     folder: File
-    changes: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, Number] = field(default_factory=dict)
     reason: str = ""
     difference: float = 0.0
 
@@ -125,7 +125,7 @@ def _because(reason: str) -> str:
     )
 
 
-def _changes(before: Any, after: Any) -> dict[str, int]:
+def _changes(before: Any, after: Any) -> dict[str, Number]:
     """Return the numbers of a configuration that differ from an earlier one."""
     was = numbers_in(before)
     return {

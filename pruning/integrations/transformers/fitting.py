@@ -1,16 +1,14 @@
 """Find the configuration whose model has given sizes, by proof: nothing is known of any class.
 
-Each integer of the configuration is doubled in turn, and the class is called on the meta device. A size that
-doubles is proportional to the integer; sizes that are products of integers give equations, which are solved
+Each number of the configuration is doubled in turn, and the class is called on the meta device. A size that
+doubles is proportional to the number; sizes that are products of numbers give equations, which are solved
 one unknown at a time. The class then makes the model of the result, and all its sizes are compared.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -19,11 +17,17 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pruning.integrations.transformers.depth import config_of_blocks
+from pruning.integrations.transformers.response import (
+    Response,
+    response_of,
+    stated,
+    with_stated_numbers,
+)
 from pruning.integrations.transformers.sizes import (
+    Number,
     Path,
     Sizes,
     named,
-    numbers_in,
     sizes_of,
     sizes_of_config,
     with_numbers,
@@ -36,23 +40,6 @@ _MOST_TRIALS = 64
 
 class _NoConfig(Exception):
     """No configuration has these sizes; the message says why."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """How the sizes of a model depend on the numbers of its configuration.
-
-    Attributes:
-        sizes: of the model that the configuration gives.
-        numbers: the numbers on which sizes depend.
-        powers: by size, the power of each number to which it is proportional.
-        mixed: by size, the numbers on which it depends otherwise, such as a sum.
-    """
-
-    sizes: Sizes
-    numbers: Mapping[Path, int]
-    powers: Mapping[str, Mapping[Path, int]]
-    mixed: Mapping[str, frozenset[Path]]
 
 
 class ConfigFit:
@@ -69,12 +56,22 @@ class ConfigFit:
     @cached_property
     def response(self) -> Response:
         """How the sizes depend on the configuration, all of whose numbers are stated."""
-        return _response(self.kind, self.explicit, self.start or {})
+        return response_of(self.kind, self.explicit, self.start or {})
 
     @cached_property
     def explicit(self) -> Any:
         """The configuration, with the numbers stated that it leaves to the class."""
-        return _with_stated_numbers(self.kind, self.config, self.start or {})
+        return with_stated_numbers(self.kind, self.config, self.start or {})
+
+    @cached_property
+    def affected(self) -> dict[Path, set[str]]:
+        """By number of the configuration, the sizes that depend on it."""
+        found: dict[Path, set[str]] = {}
+        for by_size in (self.response.powers, self.response.mixed) if self.start is not None else ():
+            for key, paths in by_size.items():
+                for path in paths:
+                    found.setdefault(path, set()).add(key)
+        return found
 
     def configs(self, model: nn.Module) -> tuple[list[PretrainedConfig], str]:
         """Return the configurations from which the class makes the sizes of a pruned model.
@@ -108,7 +105,7 @@ class ConfigFit:
         return found, "" if found else reason
 
     def _tried(
-        self, numbers: dict[Path, int], target: Sizes, hard: set[str]
+        self, numbers: dict[Path, Number], target: Sizes, hard: set[str]
     ) -> tuple[PretrainedConfig | None, str]:
         """Return the configuration with these numbers, or None and why it does not give the sizes."""
         numbers = _mixed_solved(self.kind, self.explicit, self.response, target, hard, numbers)
@@ -129,54 +126,7 @@ def _more(count: int) -> str:
     return f" (nor {count} other sizes)" if count else ""
 
 
-def _with_stated_numbers(kind: type[nn.Module], config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
-    """Return the configuration with the numbers stated that it leaves to the class, such as `n_inner`."""
-    for path, number in numbers_in(config).items():
-        if number is not None:
-            continue
-        trial = sizes_of_config(kind, config, sizes.keys(), {path: 24})
-        if trial is None:
-            continue
-        changed = [key for key in sizes if key.endswith("]") and trial.get(key, sizes[key]) != sizes[key]]
-        implied = {Fraction(sizes[key] * 24, trial[key]) for key in changed if trial[key]}
-        if len(implied) != 1 or (value := implied.pop()).denominator != 1:
-            continue
-        if sizes_of_config(kind, config, sizes.keys(), {path: int(value)}) == sizes:
-            config = with_numbers(config, {path: int(value)})
-    return config
-
-
-def _response(kind: type[nn.Module], config: PretrainedConfig, target: Sizes) -> Response:
-    """Multiply each number of a configuration in turn, and see which sizes follow, and how."""
-    base = sizes_of_config(kind, config, target.keys())
-    assert base is not None  # it was made before
-    numbers: dict[Path, int] = {}
-    powers: dict[str, dict[Path, int]] = defaultdict(dict)
-    mixed: dict[str, set[Path]] = defaultdict(set)
-    for path, number in numbers_in(config).items():
-        if not number:
-            continue
-        for factor in (Fraction(2), Fraction(3), Fraction(1, 2)):
-            made = None
-            if number * factor == int(number * factor):
-                made = sizes_of_config(kind, config, target.keys(), {path: int(number * factor)})
-            if made is not None:
-                break
-        if made is None:
-            continue
-        for key, size in base.items():
-            if made.get(key, size) == size:
-                continue
-            numbers[path] = number
-            ratio = Fraction(made[key], size) if size else None
-            if ratio in (factor, 1 / factor):
-                powers[key][path] = 1 if ratio == factor else -1
-            else:
-                mixed[key].add(path)
-    return Response(base, numbers, powers, {key: frozenset(paths) for key, paths in mixed.items()})
-
-
-def _solutions(response: Response, target: Sizes, hard: set[str]) -> Iterator[dict[Path, int]]:
+def _solutions(response: Response, target: Sizes, hard: set[str]) -> Iterator[dict[Path, Number]]:
     """Yield the numbers that explain all sizes of the target which are products of numbers.
 
     Attributes of modules that pruning has not changed may be ones that no code reads, so they only offer
@@ -198,7 +148,7 @@ def _solutions(response: Response, target: Sizes, hard: set[str]) -> Iterator[di
         if key in target and key not in hard and not response.mixed.get(key) and active & powers.keys()
     }
     active |= {path for powers in soft.values() for path in powers}
-    fixed = {path: number for path, number in response.numbers.items() if path not in active}
+    fixed = {path: Fraction(number) for path, number in response.numbers.items() if path not in active}
     yield from _completed(response, target, equations, soft, active, fixed)
 
 
@@ -208,23 +158,24 @@ def _completed(
     equations: Mapping[str, Mapping[Path, int]],
     soft: Mapping[str, Mapping[Path, int]],
     active: set[Path],
-    known: dict[Path, int],
-) -> Iterator[dict[Path, int]]:
+    known: dict[Path, Fraction],
+) -> Iterator[dict[Path, Number]]:
     """Solve equations of one unknown until there are none; then try values of one number, and go on."""
     known = dict(known)
     while votes := _votes(response, target, equations, known):
         for path, values in votes.items():
-            known[path] = _agreed(path, values)
+            known[path] = _agreed(response, path, values)
     unknown = sorted(active - known.keys())
     if not unknown:
-        yield {path: known[path] for path in sorted(active)}
+        numbers = {path: stated(known[path], response.numbers[path]) for path in sorted(active)}
+        yield {path: number for path, number in numbers.items() if number is not None}
         return
     offered = _votes(response, target, soft, known)
     path = next((p for p in unknown if p in offered), unknown[0])
     tried = dict.fromkeys([*offered.get(path, {}), Fraction(response.numbers[path])])
-    for value in [value for value in tried if value.denominator == 1 and value >= 1]:
+    for value in [value for value in tried if stated(value, response.numbers[path]) is not None]:
         try:
-            yield from _completed(response, target, equations, soft, active, {**known, path: int(value)})
+            yield from _completed(response, target, equations, soft, active, {**known, path: value})
         except _NoConfig:
             if len(tried) == 1:
                 raise
@@ -234,7 +185,7 @@ def _votes(
     response: Response,
     target: Sizes,
     equations: Mapping[str, Mapping[Path, int]],
-    known: Mapping[Path, int],
+    known: Mapping[Path, Fraction],
 ) -> dict[Path, dict[Fraction, list[str]]]:
     """Return, for the numbers that are the only unknown of an equation, their values and from which sizes."""
     votes: dict[Path, dict[Fraction, list[str]]] = {}
@@ -246,24 +197,35 @@ def _votes(
         ratio = Fraction(target[key], response.sizes[key])
         for other, power in powers.items():
             if other in known:
-                ratio /= Fraction(known[other], response.numbers[other]) ** power
-        value = response.numbers[path] * (ratio if powers[path] == 1 else 1 / ratio if ratio else ratio)
+                ratio /= (known[other] / Fraction(response.numbers[other])) ** power
+        share = ratio if powers[path] == 1 else 1 / ratio if ratio else ratio
+        value = Fraction(response.numbers[path]) * share
         votes.setdefault(path, {}).setdefault(value, []).append(key)
     return votes
 
 
-def _agreed(path: Path, values: Mapping[Fraction, list[str]]) -> int:
+def _agreed(response: Response, path: Path, values: Mapping[Fraction, list[str]]) -> Fraction:
     """Return the value on which all sizes agree."""
+
+    def shown(value: Fraction, keys: list[str]) -> str:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        return f"{_shown(value)} for {keys[0]}{more}{_factor(response, path, keys[0])}"
+
     if len(values) > 1:
-        listed = "; ".join(
-            f"{_shown(value)} for {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-            for value, keys in sorted(values.items())
-        )
+        listed = "; ".join(shown(value, keys) for value, keys in sorted(values.items()))
         raise _NoConfig(f"{named(path)} would have to be {listed}")
     ((value, keys),) = values.items()
-    if value.denominator != 1 or value < 1:
-        raise _NoConfig(f"{named(path)} would have to be {_shown(value)} for {keys[0]}")
-    return int(value)
+    if stated(value, response.numbers[path]) is None:
+        raise _NoConfig(f"{named(path)} would have to be {shown(value, keys[:1])}")
+    return value
+
+
+def _factor(response: Response, path: Path, key: str) -> str:
+    """Say by which constant the class multiplies a number for a size, if it is another than 1."""
+    factor = Fraction(response.sizes[key]) / Fraction(response.numbers[path])
+    if response.powers[key] != {path: 1} or factor == 1 or factor.denominator != 1:
+        return ""
+    return f" (which the class makes {factor} * {path[-1]})"
 
 
 def _shown(value: Fraction) -> str:
@@ -276,14 +238,16 @@ def _mixed_solved(
     response: Response,
     target: Sizes,
     hard: set[str],
-    numbers: dict[Path, int],
-) -> dict[Path, int]:
+    numbers: dict[Path, Number],
+) -> dict[Path, Number]:
     """Solve for numbers that occur in sums alone, such as the heads of keys in a fused layer."""
     for key in sorted(hard & response.mixed.keys()):
         for path in sorted(response.mixed[key]):
-            if any(path in powers for k, powers in response.powers.items() if k in hard):
-                continue
             start = numbers.get(path, response.numbers[path])
+            if not isinstance(start, int) or any(
+                path in powers for k, powers in response.powers.items() if k in hard
+            ):
+                continue
             points: dict[int, int] = {}  # sizes at some values of this number: two give the line
             for value in dict.fromkeys((start, 1, 2, 3, 2 * start, 3 * start)):  # the class may refuse some
                 made = sizes_of_config(kind, config, target.keys(), {**numbers, path: value})

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.utils.tree import Inputs
 
-#: Number of tokens in an example.
-_TOKENS = 12
+#: Number of tokens in an example; height and width of an image where the configuration states none.
+_TOKENS, _PIXELS = 12, 64
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Return random inputs for two examples: tokens, images or spectrograms, as the model takes them.
+    """Return random inputs for two examples: tokens, images, videos or spectrograms, as the model takes them.
 
     Raises:
         PruningError: if the model takes other inputs.
@@ -36,16 +36,19 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     tokens = min(_TOKENS, limit) if limit > 0 else _TOKENS
     if "input_ids" in accepted:
         made["input_ids"] = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
-    if "pixel_values" in accepted and hasattr(vision, "image_size"):
-        size = vision.image_size
+    if "pixel_values" in accepted:
+        size = getattr(vision, "image_size", None) or _PIXELS
         size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
         channels = getattr(vision, "num_channels", 3)
-        made["pixel_values"] = torch.randn(2, channels, *size, generator=generator)
+        made["pixel_values"] = torch.randn(2, *frames, channels, *size, generator=generator)
     if "input_features" in accepted and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 100)
-        made["input_features"] = torch.randn(2, config.num_mel_bins, frames, generator=generator)
+        length = 2 * getattr(config, "max_source_positions", 100)
+        made["input_features"] = torch.randn(2, config.num_mel_bins, length, generator=generator)
     if "input_values" in accepted:
-        made["input_values"] = torch.randn(2, 4000, generator=generator)
+        spectrogram = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")  # not of a waveform
+        shape = (config.max_length, config.num_mel_bins) if spectrogram else (4000,)
+        made["input_values"] = torch.randn(2, *shape, generator=generator)
     if not made:
         raise PruningError(
             f"{type(model).__name__} takes {', '.join(accepted)}, for which no example can be made; give "

@@ -18,6 +18,9 @@ from pruning.surgery.width_attributes import numbers_of
 #: Where a configuration holds a number: names of attributes, and indices of lists.
 Path = tuple[str, ...]
 
+#: A number of a configuration: a width, or a ratio of widths such as `mlp_ratio`.
+Number = int | float
+
 #: Attributes that classes read although their configurations may omit them.
 _OPTIONAL = ("head_dim", "attention_head_size")
 
@@ -25,12 +28,12 @@ _OPTIONAL = ("head_dim", "attention_head_size")
 Sizes = Mapping[str, int]
 
 
-def numbers_in(config: PretrainedConfig) -> dict[Path, int | None]:
-    """Return the integers of a configuration and of those inside it; None for attributes without a value.
+def numbers_in(config: PretrainedConfig) -> dict[Path, Number | None]:
+    """Return the numbers of a configuration and of those inside it; None for attributes without a value.
 
     Numbers of tokens (`pad_token_id`) are left out.
     """
-    found: dict[Path, int | None] = {}
+    found: dict[Path, Number | None] = {}
     stated = {**{key: None for key in _OPTIONAL if hasattr(config, "hidden_size")}, **config.to_dict()}
     for key in stated:
         value: Any = getattr(config, key, None)
@@ -38,14 +41,14 @@ def numbers_in(config: PretrainedConfig) -> dict[Path, int | None]:
             continue
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             found.update({(key, *path): number for path, number in numbers_in(value).items()})
-        elif value is None or type(value) is int:
+        elif value is None or type(value) in (int, float):
             found[(key,)] = value
-        elif isinstance(value, list | tuple) and {*map(type, value)} == {int}:
+        elif isinstance(value, list | tuple) and {*map(type, value)} in ({int}, {float}):
             found.update({(key, str(i)): number for i, number in enumerate(value)})
     return found
 
 
-def with_numbers(config: PretrainedConfig, numbers: Mapping[Path, int]) -> PretrainedConfig:
+def with_numbers(config: PretrainedConfig, numbers: Mapping[Path, Number]) -> PretrainedConfig:
     """Return a copy of a configuration with other numbers.
 
     >>> from types import SimpleNamespace
@@ -94,7 +97,7 @@ def sizes_of_config(
     kind: type[nn.Module],
     config: PretrainedConfig,
     attributes: Collection[str],
-    numbers: Mapping[Path, int] | None = None,
+    numbers: Mapping[Path, Number] | None = None,
 ) -> dict[str, int] | None:
     """Return the sizes of the model that a class makes of a configuration; None if it refuses.
 
