@@ -205,7 +205,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# The zoo",
         "",
-        "torchvision's classification models with random weights, one step to 50 % of their MACs, made by "
+        f"{measured_of(results)} with random weights, one step to 50 % of their MACs, made by "
         "`python -m benchmarks.zoo`, which says what is measured. Below, params and MACs are what is left.",
         "",
         f"- Ours: {len(passed)} of {len(results)} pruned; each passes the check of equivalence, forward and "
@@ -232,6 +232,16 @@ def markdown(results: dict[str, Any]) -> str:
         "|" + "---|" * 11,
     ]
     return "\n".join([*lines, *(line(name, results[name]) for name in sorted(results))]) + "\n"
+
+
+def measured_of(results: dict[str, Any]) -> str:
+    """Say which networks were measured."""
+    names = models.list_models(models)
+    if len(results) == len(names):
+        return "torchvision's classification models"
+    return (
+        f"{len(results)} of torchvision's {len(names)} classification models (the others later)"
+    )
 
 
 def line(name: str, found: dict[str, Any]) -> str:
