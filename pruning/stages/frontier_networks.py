@@ -19,6 +19,7 @@ from pruning.planning.latency import LatencyFound, LatencyPlanner
 from pruning.planning.scores import Scores, score_channels
 from pruning.planning.search import least_cost, plan_within
 from pruning.planning.side_by_side import SideBySideTimer
+from pruning.planning.width_limits import ways_to_narrow
 from pruning.stages.checked_cut import Task
 from pruning.stages.frontier_folder import FrontierFolder
 from pruning.stages.frontier_result import LIMITS, Frontier, FrontierPoint
@@ -176,10 +177,10 @@ class FrontierNetworks:
         least = self.least()
         if least >= 0.999:
             what = "takes less time" if limit == "latency" else f"has fewer {LABELS[limit]}"
+            ways = ways_to_narrow(self.traced, self.scores, self.options)
             raise PruningError(
                 f"no network of these options {what} than the dense one ({least:.1%} with every group "
-                "at its floor): lower the floors, raise the share of a group that is dropped at most, or "
-                "ignore fewer layers"
+                f"at its floor): choose other options{ways}"
             )
         return Frontier(
             limit,

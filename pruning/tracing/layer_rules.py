@@ -30,6 +30,7 @@ from pruning.graph.recurrent import is_projected, is_recurrent
 from pruning.graph.rule import Kind
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.ties import spread, varying, vector_along
+from pruning.utils.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,8 @@ def _misfit(call: LayerCall) -> str:
         if dim < -x.ndim or x.shape[dim] != width:
             return (
                 f"the rule registered for {type(module).__name__} says that the {what} of {call.name} has "
-                f"{width} channels along dimension {dim}, and its shape is {tuple(x.shape)}; correct the "
-                f"tensors, kind={rule.kind!r} or dim={rule.dim} of this rule to let it be pruned"
+                f"{number_of(width, 'channel')} along dimension {dim}, and its shape is {tuple(x.shape)}; "
+                f"correct the tensors, kind={rule.kind!r} or dim={rule.dim} of this rule to let it be pruned"
             )
     return ""
 
