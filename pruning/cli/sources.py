@@ -130,8 +130,8 @@ def make_data(
     if not Path(name).is_dir():
         near = similar(name, list(BUILT_IN)) or nearest_path(name)
         raise PruningError(
-            f"data {name!r} is {'a file, ' if Path(name).exists() else ''}neither a folder, nor module:factory, nor one of "
-            f"{', '.join(BUILT_IN)}{near}"
+            f"data {name!r} is {'a file, ' if Path(name).exists() else ''}neither a folder, nor "
+            f"module:factory, nor one of {', '.join(BUILT_IN)}{near}"
         )
     chosen = preprocessing or Preprocessing.of_size(image_size)
     return _of_folder(name, chosen, batch_size, workers, seed, device)

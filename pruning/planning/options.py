@@ -95,7 +95,7 @@ def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> di
         return dict.fromkeys(groups, setting)
     found: dict[str, Value] = {}
     for pattern, value in setting.items():
-        matched = [g for g in groups if fnmatchcase(g, pattern)]
+        matched = [g for g in groups if isinstance(pattern, str) and fnmatchcase(g, pattern)]
         if not matched:
             raise PruningError(
                 f"{pattern!r} matches no group of this model; its groups: {', '.join(groups) or 'none'}"
