@@ -49,14 +49,15 @@ def width_range(trace: Trace, scored: Container[str], options: PlanOptions) -> t
 
 def ways_to_narrow(trace: Trace, scored: Container[str], options: PlanOptions) -> str:
     """Return what lets a network become smaller, as the end of `Raise the budget`; empty if nothing does."""
-    ways = []
+    share, ways = "", []
     if (lowest_widths(trace, scored, options) > 1).any():
-        ways += ["raise the share of a group that is dropped at most (`most`)", "lower the floors"]
+        share = ", or the share of a group that is dropped at most (`most`)"
+        ways.append("lower the floors")
     if options.widths:
         ways.append("give fewer exact widths")
     if trace.ignored:
         ways.append("ignore fewer layers")
-    return ", ".join(["", *ways[:-1], f"or {ways[-1]}"]) if ways else ""
+    return share + ", ".join(["", *ways[:-1], f"or {ways[-1]}"]) if ways else ""
 
 
 def _exact_width(group: Group, wanted: int | str, multiple: int) -> int:

@@ -180,7 +180,7 @@ class FrontierNetworks:
             ways = ways_to_narrow(self.traced, self.scores, self.options)
             raise PruningError(
                 f"no network of these options {what} than the dense one ({least:.1%} with every group "
-                f"at its floor): choose other options{ways}"
+                f"at its floor): choose other options{ways.replace('or the', 'or raise the', 1)}"
             )
         return Frontier(
             limit,

@@ -165,7 +165,7 @@ def test_an_unreachable_budget_raises_with_the_least_reachable_costs():
         (
             PlanOptions(most=0.5),
             (),
-            r"Raise the budget, raise the share .* \(`most`\), or lower the floors \(see",
+            r"Raise the budget, or the share .* \(`most`\), or lower the floors \(see",
         ),
         (PlanOptions(), ("features.conv1",), r"Raise the budget, or ignore fewer layers \(see"),
         (PlanOptions(widths={"*conv2": 3}), (), r"Raise the budget, or give fewer exact widths \(see"),
