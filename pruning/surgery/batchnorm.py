@@ -124,7 +124,9 @@ def _to_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
     return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = ()) -> nn.Module:
+def recalibrate(
+    model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str] = (), *, one_example: bool = False
+) -> nn.Module:
     """Recompute the running statistics of every BatchNorm, as means over the batches, in place.
 
     After surgery, the statistics still are those of the wider network. A norm skips inputs of one example,
@@ -135,6 +137,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
         model: its weights are not changed.
         batches: calibration inputs, in the form that `trace` takes.
         keep: names of modules whose norms keep their statistics.
+        one_example: whether inputs of one example count too, where it has several positions.
 
     Returns the model, in the mode it had.
 
@@ -155,9 +158,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
     before = [(norm, norm.momentum, [t.clone() for t in _statistics(norm)]) for norm in norms]
     finished = False
     try:
-        with torch.no_grad(), eval_mode(model), hooked([_update_on_several_examples(norm) for norm in norms]):
+        handles = [_update_on_several_examples(norm, one_example) for norm in norms]
+        with torch.no_grad(), eval_mode(model), hooked(handles):
             for inputs in batches:
-                if any(x.ndim and len(x) > 1 for x in tensors(inputs)):
+                if one_example or any(x.ndim and len(x) > 1 for x in tensors(inputs)):
                     call(model, inputs)
         finished = True
     finally:
@@ -169,14 +173,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], keep: Iterable[str]
     return model
 
 
-def _update_on_several_examples(norm: nn.modules.batchnorm._BatchNorm) -> RemovableHandle:
-    """Let a norm recompute its statistics, from the first input that holds several examples on."""
+def _update_on_several_examples(norm: nn.modules.batchnorm._BatchNorm, one_example: bool) -> RemovableHandle:
+    """Let a norm recompute its statistics, from the first input that holds several examples on.
+
+    Args:
+        one_example: whether several positions of one example count as well.
+    """
     norm.momentum = None  # torch then computes the plain mean over all batches
     started = False
 
     def choose_mode(x: Tensor) -> None:
         nonlocal started
-        norm.train(len(x) > 1)
+        norm.train(x[:, 0].numel() > 1 if one_example else len(x) > 1)
         if norm.training and not started:
             norm.reset_running_stats()
             started = True

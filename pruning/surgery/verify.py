@@ -30,6 +30,7 @@ from pruning.surgery.statistics import StatisticsOverKept
 from pruning.utils.compare import compare, doubled, joined, outputs_of, outputs_of_entry, to_double
 from pruning.utils.entries import default_dtype
 from pruning.utils.modules import copied, hooked, on_input, submodule
+from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh, tensors_among
 from pruning.utils.wrappers import unwrapped
 
@@ -99,7 +100,7 @@ def with_random_weights(model: nn.Module, inputs: Inputs) -> nn.Module:
                 parameter.copy_(draw(parameter) * (2 / max(1, parameter[0].numel())) ** 0.5)
             else:
                 parameter.copy_(1 + draw(parameter) / 4)
-    return recalibrate(randomized, [fresh(inputs)])
+    return recalibrate(randomized, [fresh(inputs)], one_example=True)
 
 
 def compare_with_masked(
@@ -110,7 +111,7 @@ def compare_with_masked(
     inputs: Inputs,
     constants: Constants | None = None,
     expected: list[Tensor] | Exception | None = None,
-    rounding: float = math.inf,
+    in_double: bool = True,
 ) -> tuple[str, float]:
     """Return a description of the difference from the masked model, and the largest relative difference.
 
@@ -118,14 +119,13 @@ def compare_with_masked(
 
     Args:
         expected: `masked_outputs` of the same arguments, where the caller has them.
-        rounding: the largest relative difference that rounding may cause, in units of the type's epsilon.
-            Smaller ones are decided in double precision.
+        in_double: whether to decide in double precision where the outputs differ.
     """
     model = unwrapped(model)
     if expected is None:
         expected = masked_outputs(model, trace, plan, inputs, constants)
     found = compare(expected, _outputs(small, trace, inputs))
-    if not found[0] or not found[1] < min(math.inf, rounding * _epsilon(expected)):
+    if not (found[0] and in_double and found[1] < math.inf):
         return found
     # A deep network may amplify rounding errors: decide in double precision.
     (wide, finer), (narrower, _) = doubled(model, inputs), doubled(small, ())
@@ -135,10 +135,18 @@ def compare_with_masked(
     return found if again[0] else again
 
 
-def _epsilon(outputs: list[Tensor] | Exception) -> float:
-    """Return the coarsest machine epsilon of the outputs."""
-    held = [] if isinstance(outputs, Exception) else [x.dtype for x in outputs if x.is_floating_point()]
-    return max((torch.finfo(dtype).eps for dtype in held), default=1.0)
+def rounding_error(model: nn.Module, inputs: Inputs, outputs: Outputs = None) -> float:
+    """Return the largest difference that rounding makes to an output, relative to the largest output.
+
+    It is that between the model and its copy in double precision; infinite if the copy does not run.
+
+    >>> rounding_error(nn.Linear(2, 2), torch.ones(1, 2)) < 1e-6
+    True
+    """
+    wide, finer = doubled(model, inputs)
+    with default_dtype(torch.double):
+        exact = outputs_of(wide, finer, outputs)
+    return compare(exact, outputs_of(model, inputs, outputs))[1]
 
 
 def masked_outputs(

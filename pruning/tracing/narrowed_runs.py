@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from pruning.graph.groups import Group, Rescale, Trace, WidthAttribute
 from pruning.graph.plan import Plan
 from pruning.surgery.apply import apply, cut_channels
-from pruning.surgery.verify import compare_with_masked, masked_outputs, with_random_weights
+from pruning.surgery.verify import (
+    compare_with_masked,
+    masked_outputs,
+    rounding_error,
+    with_random_weights,
+)
 from pruning.tracing.attribute_reads import attribute_reads
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.record import Flow
 from pruning.tracing.scales import rescaling_choices
 from pruning.tracing.size_attributes import merged
 from pruning.tracing.ties import is_among
+from pruning.utils.compare import outputs_of
 from pruning.utils.entries import Entry
 from pruning.utils.fast_path import without_fast_path
 from pruning.utils.meta import Shapes, to_meta
@@ -30,8 +36,8 @@ from pruning.utils.outputs import Outputs, counted
 from pruning.utils.sharing import sharing
 from pruning.utils.tree import Inputs, map_tensors, tensors
 
-#: Larger differences are those of wrong channels: a tenth of the largest output in single precision.
-_ROUNDING = 1e6
+#: Larger differences are those of wrong channels: relative to the largest output, and to the rounding error.
+_MOST_ROUNDING, _TIMES_ROUNDING = 0.1, 100
 
 #: Most plans for which the outputs of masked models are kept.
 MOST_KEPT = 4
@@ -66,6 +72,10 @@ class NarrowedRuns:
         self.sizes: tuple[WidthAttribute, ...] = ()
         #: Outputs of masked models, by model, groups and the channels that are kept; with these groups.
         self.masked: dict[tuple[object, ...], tuple[tuple[Group, ...], list[Tensor] | Exception]] = {}
+        #: Groups of which a narrowed copy computed what the masked model does.
+        self.compared: set[str] = set()
+        #: By model, what rounding does to its outputs.
+        self.rounding: dict[int, float] = {}
         self.on_meta = found.probe is not None
         #: What copies are made of: on the meta device the copy that was traced, as a model may store tensors
         #: of a pass on its own device.
@@ -75,6 +85,7 @@ class NarrowedRuns:
     def add(self, group: Group, labels: np.ndarray) -> None:
         """Add a group of the model, with the labels of its channels."""
         self.groups[group.name], self.labels[group.name] = group, labels
+        self.compared.discard(group.name)
         self._mark({group.name: labels})
 
     def _mark(self, labels: Mapping[str, np.ndarray]) -> None:
@@ -179,53 +190,79 @@ class NarrowedRuns:
         some = list(names)
         summed = [name for name in some if name in self.choices and name not in self.scales]
         # A difference that a scale explains needs no decision in double precision.
-        for rounding in (0.0, _ROUNDING) if summed else (_ROUNDING,):
-            problem = self._mismatch(some, sizes, share, rounding)
+        for in_double in (False, True) if summed else (True,):
+            problem, least = self._mismatch(some, sizes, share, in_double)
             for i in range(max((len(self.choices[name]) for name in summed), default=0) if problem else 0):
                 for name in summed:
                     self.scales[name] = self.choices[name][min(i, len(self.choices[name]) - 1)]
-                if not self._mismatch(some, sizes, share, rounding):
-                    return ""
+                of_choice, difference = self._mismatch(some, sizes, share, in_double)
+                if not of_choice:
+                    problem = ""
+                    break
+                least = min(least, difference)
                 for name in summed:
                     del self.scales[name]
-            if not problem:
-                return ""
+            if not problem or not self._may_be_rounding(self._compared(some), least):
+                break
+        if not problem:
+            self.compared.update(some)
         return problem
 
-    def _mismatch(
-        self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float, rounding: float
-    ) -> str:
-        traced, plan = self._narrower(names, sizes, share)
-        problem = self._compared(self.model, traced, plan, rounding)
-        attention = (n in self.choices or is_along_axis(self.found, self.labels[n]) for n in names)
-        if problem or not any(attention):
-            return problem
-        # With the given weights, outputs may depend neither on a scale nor on how values are divided: a head
-        # of zeros, or weights so small that all tokens get the same attention.
-        return self._compared(self._randomized, traced, plan, rounding)
+    def _compared(self, names: Iterable[str]) -> nn.Module:
+        """Return the model, or a copy with random weights, to compare without some channels of these groups.
 
-    def _compared(self, model: nn.Module, traced: Trace, plan: Plan, rounding: float) -> str:
-        """Return how a narrowed copy differs from the masked model; empty if they agree.
-
-        Smaller differences than `rounding` are decided in double precision, see `compare_with_masked`.
-        The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
+        With the given weights, outputs may depend neither on a scale nor on how values are divided: a head of
+        zeros, or weights so small that all tokens get the same attention.
         """
+        attention = any(n in self.choices or is_along_axis(self.found, self.labels[n]) for n in names)
+        return self._randomized if attention else self.model
+
+    def _mismatch(
+        self, names: list[str], sizes: tuple[WidthAttribute, ...], share: float, in_double: bool
+    ) -> tuple[str, float]:
+        """Return how a narrowed copy differs from the masked model, and by how much of its largest output.
+
+        The masked model does not depend on attributes and factors, so its outputs are kept for a plan.
+
+        Args:
+            in_double: whether to decide in double precision where rounding may be why.
+        """
+        traced, plan = self._narrower(names, sizes, share)
+        model = self._compared(names)
         groups = tuple(self.groups[name] for name in plan.keep)
         key = id(model), tuple(map(id, groups)), tuple(plan.keep.values())
         if key not in self.masked:
             if len(self.masked) == MOST_KEPT:
                 del self.masked[next(iter(self.masked))]
             self.masked[key] = groups, masked_outputs(model, traced, plan, self.inputs)
-        small, expected = apply(model, traced, plan, shared=True), self.masked[key][1]
-        found = compare_with_masked(
-            model, small, traced, plan, self.inputs, expected=expected, rounding=rounding
+        small = apply(model, traced, plan, shared=True)
+        differs = functools.partial(
+            compare_with_masked, model, small, traced, plan, self.inputs, expected=self.masked[key][1]
         )
-        return found[0]
+        problem, difference = differs(in_double=False)
+        if problem and in_double and self._may_be_rounding(model, difference):
+            return differs()
+        return problem, difference
+
+    def _may_be_rounding(self, model: nn.Module, difference: float) -> bool:
+        """Whether rounding may be why outputs differ by so much."""
+        if difference >= _MOST_ROUNDING:
+            return False
+        return not difference >= _TIMES_ROUNDING * self._rounding_of(model)
+
+    def _rounding_of(self, model: nn.Module) -> float:
+        """Return what rounding does to the outputs of a model, see `rounding_error`."""
+        if id(model) not in self.rounding:
+            self.rounding[id(model)] = rounding_error(model, self.inputs, self.outputs)
+        return self.rounding[id(model)]
 
     @functools.cached_property
     def _randomized(self) -> nn.Module:
-        """A copy of the model with random weights."""
-        return with_random_weights(self.model, self.inputs)
+        """A copy of the model with random weights; the model itself if random weights give no numbers."""
+        randomized = with_random_weights(self.model, self.inputs)
+        outputs = outputs_of(randomized, self.inputs, self.outputs)
+        wrong = isinstance(outputs, Exception) or any(x.isnan().any() for x in outputs)
+        return self.model if wrong else randomized
 
     def is_exact(self, sizes: Mapping[str, tuple[WidthAttribute, ...]]) -> bool:
         """Whether the outputs are right when these groups are narrowed and their attributes updated.

@@ -33,6 +33,7 @@ from pruning.tracing.movement import (
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
 from pruning.tracing.registered import run_registered
+from pruning.tracing.reshapes import RESHAPES
 from pruning.tracing.statistics import batch_norm, layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
 from pruning.tracing.weights import GROUPED, batched, convolution, grouped, lookup, product
@@ -173,7 +174,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(GROUPED, grouped),
     "convolution": convolution,
     "embedding": lookup,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), view),
+    **dict.fromkeys(RESHAPES, view),
     **dict.fromkeys(
         ("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "repeat", "unfold", "flip",
          "pixel_unshuffle", "diagonal"), move

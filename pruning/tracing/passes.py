@@ -22,7 +22,7 @@ from pruning.tracing.labels import FIXED_SIZE
 from pruning.tracing.other_sizes import inputs_of_other_sizes
 from pruning.tracing.products import AxesNeeded
 from pruning.tracing.record import Composed, Flow
-from pruning.tracing.reshapes import Reshapes
+from pruning.tracing.reshapes import Reshapes, ReshapeShapes, Shapes
 from pruning.tracing.tracer import Tracer
 from pruning.utils.entries import Entry, exchanges_modules
 from pruning.utils.meta import on_meta, to_meta, without_computing
@@ -106,20 +106,35 @@ def _only_lends(layer: nn.Module, calls: int) -> bool:
     return is_weighted(layer) and not is_inferred(layer) and not calls
 
 
-def _fix_mixed(found: Flow, follow: Callable[..., Flow], model: nn.Module, inputs: Inputs) -> None:
+def _fix_mixed(found: Flow, follow: partial[Flow], model: nn.Module, inputs: Inputs) -> None:
     """Fix channels that a reshape mixes with positions: those that end up elsewhere at other sizes."""
-    on_device, others = found.probe is None, list[Reshapes]()
+    others, passed, run = list[Reshapes](), 0, follow.keywords["run"]
+    own = _shapes_of_reshapes(*_to_run(found, model, inputs), run)
     for other in inputs_of_other_sizes(inputs):
-        probe = copied(model) if on_device else on_meta(model)
+        probe, example = _to_run(found, model, other)
         with contextlib.suppress(Exception, AxesNeeded):  # the model need not take this size
-            example = other if on_device else map_tensors(to_meta, other)
-            options: dict[str, object] = {"axes": found.axes is not None, "composed": found.composed}
-            options |= {"rows": found.shared_rows, "opened": found.opened, "divided": found.divided}
-            again = follow(probe, example, **options)
-            others.append(again.reshapes)
-        if len(others) == _OTHER_SIZES:
+            if not found.reshapes.are_same_at(own, _shapes_of_reshapes(probe, example, run)):
+                options: dict[str, object] = {"axes": found.axes is not None, "composed": found.composed}
+                options |= {"rows": found.shared_rows, "opened": found.opened, "divided": found.divided}
+                others.append(follow(probe, example, **options).reshapes)
+            passed += 1
+        if passed == _OTHER_SIZES:
             break
     found.fixed[:0] = found.reshapes.mixed(others)  # this reason before what follows from it
+
+
+def _to_run(found: Flow, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return a copy of the model and inputs, on the meta device if the model was traced there."""
+    if found.probe is None:
+        return copied(model).eval(), fresh(inputs)
+    return on_meta(model).eval(), map_tensors(to_meta, inputs)
+
+
+def _shapes_of_reshapes(probe: nn.Module, inputs: Inputs, run: Run) -> Shapes:
+    shapes = ReshapeShapes(probe)
+    with plain_attention(), torch.no_grad(), torch.random.fork_rng(devices=[]), shapes:
+        run(probe, inputs)
+    return shapes.found
 
 
 def _runs(model: nn.Module, run: Run, inputs: Inputs) -> bool:

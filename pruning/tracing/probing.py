@@ -104,7 +104,7 @@ class WidthProbe:
         reasons = {name: _tied(error) for name, error in at_fault.items()}
         misplaced = self._misplaced([name for name in groups if name not in at_fault], assumed)
         reasons |= {name: f"{why}. {CURE}" for name, why in misplaced.items()}
-        attributes = self._following(reasons)
+        attributes = self._following(reasons, [name for name in groups if name not in reasons])
         reasons = {name: reason for name, reason in reasons.items() if name not in attributes}
         if unsure := [name for name in reasons if name in assumed]:  # test those that no attribute cures
             at_fault = faulty_groups(self.runs.error, unsure, self.structures)
@@ -115,13 +115,20 @@ class WidthProbe:
             reasons = {name: reasons[name] for name in groups if name in reasons}
         return reasons, merged(attributes.values())
 
-    def _following(self, names: Iterable[str]) -> dict[str, tuple[WidthAttribute, ...]]:
-        """Return those of the groups that can be narrowed if attributes are updated, with these."""
+    def _following(
+        self, names: Iterable[str], others: Iterable[str] = ()
+    ) -> dict[str, tuple[WidthAttribute, ...]]:
+        """Return those of the groups that can be narrowed if attributes are updated, with these.
+
+        Args:
+            others: groups that can be narrowed, to compare in the same run where that is possible.
+        """
         sizes = counted_sizes(self.found, self.labels, names)
-        chosen = following(self.model, self.runs, sizes, self.structures, self.reads)
+        chosen = following(self.model, self.runs, sizes, self.structures, self.reads, others)
         if self.reads is None or not chosen:
             return chosen
-        return with_heads(self.model, self.runs, chosen, sizes)
+        compared = [name for name in others if name in self.runs.compared]
+        return with_heads(self.model, self.runs, chosen, sizes, compared)
 
     def joined(self, reasons: dict[str, str], regroup: Callable[[], Groups]) -> tuple[WidthAttribute, ...]:
         """Join groups that cannot be narrowed alone, and return the attributes of those that can together.
@@ -200,11 +207,12 @@ class WidthProbe:
     def mixing(self, names: Iterable[str], sizes: tuple[WidthAttribute, ...]) -> dict[str, str]:
         """Return the groups whose channels a layer's own code mixes, with the reason.
 
-        Only if there are layers with code of their own, outputs are compared, in two forward passes.
+        Only if there are layers with code of their own, outputs are compared, in two forward passes. Groups
+        that were compared before are not compared again.
         """
         own = {name: code for name in names if (code := _own_code(self.model, self.groups[name]))}
         changed = inexact_readers(self.model, self.runs.inputs, {name: self.groups[name] for name in own})
-        left = [name for name in own if name not in changed]
+        left = [name for name in own if name not in changed and name not in self.runs.compared]
         changed |= faulty_groups(lambda some: self.runs.mismatch(some, sizes), left, self.structures)
         return {
             name: f"{own[name]} has code of its own, and with fewer channels the model does not compute what "

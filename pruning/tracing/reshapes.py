@@ -2,7 +2,8 @@
 
 `values.reshape(b, c, h, w)` of values (b, h·w, c), without a transposition, runs at every size, but puts each
 channel at other places at another size. A plan that is right for one size would be wrong for all others, so
-where a reshape may be one of these, further passes at other sizes decide.
+where a reshape may be one of these, further passes at other sizes decide. Mostly the shapes alone show that
+nothing changes (`ReshapeShapes`), in a fraction of the time of a pass with labels.
 """
 
 from __future__ import annotations
@@ -10,11 +11,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
-from pruning.tracing.ties import varying
+from pruning.surgery.statistics import operator_name
+from pruning.tracing.ties import compact, varying
+from pruning.utils.meta import run_operation
+from pruning.utils.tree import tensors_among
+
+#: Operators that reshape, by name.
+RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias")
+
+#: By name of a module, the shapes of each tensor that its code reshapes, before and after.
+Shapes = dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]
 
 #: By dimension on which labels depend, the number of distinct positions along it.
 Form = tuple[tuple[int, int], ...]
@@ -25,13 +40,16 @@ class Reshape:
     """A reshape of a tensor with channels.
 
     Attributes:
-        labels: of its channels. module: description of the module whose code ran.
+        first: labels of the tensor. module: description of the module whose code ran.
         form: of the labels of the result, see `form_of`.
+        shapes: of the tensor, before and after. doubtful: whether it may mix channels with positions.
     """
 
-    labels: np.ndarray
+    first: Tensor
     module: str
     form: Form
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    doubtful: bool
 
     @property
     def reason(self) -> str:
@@ -41,17 +59,23 @@ class Reshape:
             "the inputs; transpose it first, so that channels keep their own dimension, to let it be pruned"
         )
 
+    def is_same_at(self, source: Sequence[int], target: Sequence[int]) -> bool:
+        """Whether the reshape puts channels at the same places if the tensor has other shapes."""
+        dims = varying(self.first)
+        if len(source) != self.first.ndim or any(source[d] != self.first.shape[d] for d in dims):
+            return False
+        return form_of(compact(self.first.expand(*source).reshape(*target))) == self.form
+
 
 @dataclass
 class Reshapes:
     """The reshapes of tensors with channels in one pass, by module and number of the call.
 
     Attributes:
-        made: the reshapes. doubtful: whether one of them may mix channels with positions.
+        made: the reshapes.
     """
 
     made: dict[tuple[str, int], Reshape] = field(default_factory=dict)
-    doubtful: bool = False
     _calls: Counter[str] = field(default_factory=Counter)
 
     def note(
@@ -59,16 +83,82 @@ class Reshapes:
     ) -> None:
         """Record a reshape by the code of a module (name, description), and the labels before and after."""
         name, described = module
-        self.made[name, self._calls[name]] = Reshape(first.numpy().ravel(), described, form_of(found))
+        doubtful = may_mix(source.shape, output.shape, varying(first), varying(found))
+        shapes = tuple(source.shape), tuple(output.shape)
+        self.made[name, self._calls[name]] = Reshape(first, described, form_of(found), shapes, doubtful)
         self._calls[name] += 1
-        self.doubtful |= may_mix(source.shape, output.shape, varying(first), varying(found))
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether one of them may mix channels with positions."""
+        return any(reshape.doubtful for reshape in self.made.values())
+
+    def are_same_at(self, own: Shapes, other: Shapes) -> bool:
+        """Whether shapes alone show that channels end up at the same places in a pass at another size.
+
+        Args:
+            own: the shapes of all reshapes at this size. other: those at the other size.
+        """
+        for (module, _), reshape in self.made.items():
+            if not reshape.doubtful:
+                continue
+            before, after = own.get(module, []), other.get(module, [])
+            pairs = {there for here, there in zip(before, after, strict=False) if here == reshape.shapes}
+            if len(before) != len(after) or not pairs or not all(reshape.is_same_at(*p) for p in pairs):
+                return False
+        return True
 
     def mixed(self, others: Sequence[Reshapes]) -> Iterator[tuple[np.ndarray, str]]:
         """Yield the labels of channels that end up elsewhere in passes at other sizes, with the reason."""
         for place, reshape in self.made.items():
             again = [other.made[place].form for other in others if place in other.made]
             if any(form != reshape.form for form in again):
-                yield reshape.labels, reshape.reason
+                yield reshape.first.numpy().ravel(), reshape.reason
+
+
+class ReshapeShapes(TorchDispatchMode):
+    """Record the shapes of all tensors that a model reshapes in a pass.
+
+    Attributes:
+        found: the shapes, by the module whose code ran.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.found = model, Shapes()
+        self.path, self.handles = [""], list[RemovableHandle]()
+
+    def __enter__(self) -> ReshapeShapes:
+        for name, module in self.model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                before, after = partial(self._enter, name), self._leave
+                self.handles.append(module.register_forward_pre_hook(before, prepend=True))
+                self.handles.append(module.register_forward_hook(after))
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, name: str, *_: object) -> None:
+        self.path.append(name)
+
+    def _leave(self, *_: object) -> None:
+        self.path.pop()
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        output = run_operation(func, args, kwargs or {})
+        if operator_name(func) in RESHAPES:
+            source, target = tensors_among((args[0], output))
+            self.found.setdefault(self.path[-1], []).append((tuple(source.shape), tuple(target.shape)))
+        return output
 
 
 def form_of(labels: Tensor) -> Form:

@@ -65,6 +65,7 @@ def following(
     sizes: Mapping[str, list[CountedSize]],
     structures: Mapping[str, Structure],
     reads: Reads | None = None,
+    others: Iterable[str] = (),
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Return the groups that can be narrowed if attributes are updated, with these attributes.
 
@@ -72,6 +73,7 @@ def following(
         sizes: by group, the sizes that count its channels. structures: by group, what it has in common with
             groups of similar blocks.
         reads: by module, the attributes that its code reads; others are not tried. By default, all are.
+        others: groups that can be narrowed without attributes, to compare in the same run if it succeeds.
     """
     known = {(size.module, size.attribute) for size in runs.sizes}
     candidates = {
@@ -85,12 +87,14 @@ def following(
     def works(name: str, place: int) -> bool:
         return runs.is_exact({name: candidates[name][place]})
 
-    if not likely or runs.is_exact(likely):
+    together = likely | dict.fromkeys(others, ())
+    if not likely or runs.is_exact(together) or (len(together) > len(likely) and runs.is_exact(likely)):
         return likely
     if reads is not None:
-        alike = _alike(model, works, candidates, structures)
-        if not alike or runs.is_exact(alike):
-            return alike
+        for by_role in (True, False):
+            alike = _alike(model, works, candidates, structures, by_role)
+            if not alike or runs.is_exact(alike):
+                return alike
     alone: dict[str, tuple[WidthAttribute, ...]] = {}
     failures: Counter[Kind] = Counter()
     hopeless: set[tuple[Structure, int]] = set()  # no set of attributes works for groups of this structure
@@ -114,24 +118,35 @@ def _alike(
     works: Callable[[str, int], bool],
     candidates: Mapping[str, list[tuple[WidthAttribute, ...]]],
     structures: Mapping[str, Structure],
+    by_role: bool,
 ) -> dict[str, tuple[WidthAttribute, ...]]:
-    """Return attributes that work for the first group of each shape, for all groups of that shape.
+    """Return attributes that work for the first group of each shape and role, for all groups like it.
 
-    Groups of one shape have different widths; those with the same choice of attributes get one answer.
-    Whether the attributes work together is not tried.
+    The role is the name without the layer, such as `heads` or `width`. Groups of one shape have different
+    widths; those with the same choice of attributes get one answer. Whether the attributes work together is
+    not tried.
 
     Args:
         works: function (group, place): whether a candidate of the group, by its place, works.
+        by_role: whether to take, untried, attributes that work for a group of the same role and another
+            shape, such as the heads of another stage.
     """
-    places: dict[tuple[str, tuple[Kind, ...]], int | None] = {}
+    places: dict[tuple[str, str, tuple[Kind, ...]], int | None] = {}
+    known: dict[str, set[frozenset[tuple[type, str, tuple[int, ...]]]]] = {}
     chosen = {}
     for name, several in candidates.items():
-        like = structures[name].shape, tuple(_kind(model, attributes) for attributes in several)
+        kinds = tuple(_kind(model, attributes) for attributes in several)
+        read = [frozenset(kind) for kind in kinds]
+        role = name.partition("/")[2]
+        of_role = known.setdefault(role, set()) if by_role else set()
+        like = role, structures[name].shape, kinds
         if like not in places:
-            places[like] = next((i for i in range(len(several)) if works(name, i)), None)
+            known_first = sorted(range(len(several)), key=lambda i: read[i] not in of_role)
+            places[like] = next((i for i in known_first if read[i] in of_role or works(name, i)), None)
         place = places[like]
         if place is not None:
             chosen[name] = several[place]
+            of_role.add(read[place])
     return chosen
 
 
@@ -145,12 +160,17 @@ def with_heads(
     runs: Runs,
     chosen: dict[str, tuple[WidthAttribute, ...]],
     sizes: Mapping[str, list[CountedSize]],
+    others: Iterable[str] = (),
 ) -> dict[str, tuple[WidthAttribute, ...]]:
     """Let attributes named after heads follow too, though the pass did not need them; drop chance ones.
 
     Code that the example inputs do not reach, as that of a cache, may read `num_heads`. An attribute that
     the pass reads, but does not need, has the same value by chance.
+
+    Args:
+        others: groups that were compared together with those of `chosen`.
     """
+    unsized: dict[str, tuple[WidthAttribute, ...]] = dict.fromkeys(others, ())
     kinds = {(type(submodule(model, a.module)), a.attribute) for several in chosen.values() for a in several}
     for kind in sorted(kinds, key=lambda kind: kind[1]):
         if _names_heads(kind[1]):
@@ -159,13 +179,13 @@ def with_heads(
             name: tuple(a for a in several if (type(submodule(model, a.module)), a.attribute) != kind)
             for name, several in chosen.items()
         }
-        if all(fewer.values()) and runs.is_exact(fewer):
+        if all(fewer.values()) and runs.is_exact(fewer | unsized):
             chosen = fewer
     more = {
         name: merged([several, *(_held(model, s, None) for s in sizes[name])], partial(_fits_name, name))
         for name, several in chosen.items()
     }
-    return more if runs.is_exact(more) else chosen
+    return more if runs.is_exact(more | unsized) else chosen
 
 
 def _names_heads(attribute: str) -> bool:
