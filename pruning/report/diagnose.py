@@ -116,8 +116,9 @@ class Diagnosis:
         for group in self.groups:
             others = [name for name in group.makes if name != group.name]
             coupled = f"; coupled with {_listed(others)}" if others else ""
+            noun = "channel" if group.channels == 1 else "channels"
             lines.append(
-                f"  {group.name:<{width}}  {group.channels:>5} channels  {group.params:7.3%}  "
+                f"  {group.name:<{width}}  {group.channels:>5} {noun:<8}  {group.params:7.3%}  "
                 f"{group.macs:7.3%}  read by {_listed(group.reads)}{coupled}"
             )
         if self.without_scale and self.groups:

@@ -16,6 +16,7 @@ from pruning.planning.budget import LABELS, Budget, LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.judge import Judge, Metric
 from pruning.planning.latency import LatencyFound, LatencyPlanner
+from pruning.planning.module_keys import with_group_names
 from pruning.planning.scores import Scores, score_channels
 from pruning.planning.search import least_cost, plan_within
 from pruning.planning.side_by_side import SideBySideTimer
@@ -76,6 +77,7 @@ class FrontierNetworks:
         asked: Asked,
     ):
         require_groups(model, traced)
+        settings = replace(settings, options=with_group_names(settings.options, model, traced))
         self.model, self.example_inputs, self.settings, self.asked = model, example_inputs, settings, asked
         self.widths, self.options = traced.widths, settings.options
         #: The groups that keep all channels because the check failed with them, with the reason.

@@ -10,7 +10,7 @@ from torch import nn
 
 from pruning.errors import GroupsLeftOut, PruningError
 from pruning.graph.computed import refresh_computed
-from pruning.graph.groups import Ignored, Trace
+from pruning.graph.groups import ByGroup, Ignored, Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.cost import Cost, CostModel
@@ -141,10 +141,10 @@ def prune(
     refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
-    floor: int | Mapping[str, int] | None = None,
-    most: float | Mapping[str, float] = MOST,
+    floor: int | ByGroup[int] | None = None,
+    most: float | ByGroup[float] = MOST,
     multiple: int = 1,
-    widths: Mapping[str, int | str] | None = None,
+    widths: ByGroup[int | str] | None = None,
     alike: Sequence[str] = (),
     dense: nn.Module | None = None,
     outputs: Outputs = None,

@@ -9,6 +9,7 @@ from torch import nn
 
 from pruning import Budget, PruningError, prune, trace
 from pruning.planning.options import PlanOptions, per_group
+from pruning.stages import frontier
 
 pytestmark = pytest.mark.quick
 
@@ -58,6 +59,15 @@ def test_other_keys_are_refused(key, told):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(PruningError, match=told):
         prune(net, torch.zeros(1, 4), Budget(channels="50%"), score="l2", widths={key(net): 4})
+
+
+def test_a_frontier_takes_modules_too():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    options = PlanOptions(widths={net[0]: 4})
+    found = frontier(
+        net, torch.zeros(1, 4), [(torch.randn(8, 4), None)], points=2, score="l2", options=options
+    )
+    assert {point.plan.widths["0"] for point in found.points} == {4}
 
 
 def test_a_key_that_is_no_text_matches_no_group():
