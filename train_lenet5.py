@@ -24,6 +24,7 @@ from pruning.checkpoint import provenance, read
 from pruning.errors import CheckpointError
 from pruning.training.loop import Epoch
 from pruning.utils.settings import Setting
+from pruning.utils.wording import number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ def main() -> None:
         model, before = last, read(args.last_checkpoint)["provenance"].get("epochs", before)
         if before != args.epoch_start:
             print(
-                f"{args.last_checkpoint} is {before} epochs old, not {args.epoch_start}: the files are "
-                f"numbered from --epoch-start {args.epoch_start}, and say how old they are",
+                f"{args.last_checkpoint} is {number_of(before, 'epoch')} old, not {args.epoch_start}: the "
+                f"files are numbered from --epoch-start {args.epoch_start}, and say how old they are",
                 flush=True,
             )
         for _ in range(args.epoch_start):  # draw the orders of images that are used up

@@ -78,7 +78,7 @@ TOPICS = (
     ),
     (
         "Layers and operators of your own",
-        ("graph/layers.py", "tracing/operators.py"),
+        ("graph/layers.py", "tracing/operators.py", "tracing/registered.py"),
         "See [extend the toolkit](../extend.md).",
     ),
     ("The command line", ("cli",), "See [your own model](../your-model.md) and the [commands](commands.md)."),

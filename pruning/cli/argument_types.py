@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -45,10 +46,28 @@ def within(kind: Callable[[str], Number], setting: Setting, text: str) -> Number
 seed = whole_number(0, 2**63 - 1)
 
 
+def nearest_path(text: str) -> str:
+    """Ask whether a path that exists, and differs in one name, was meant; empty if there is none.
+
+    >>> nearest_path("nowhere/at/all")
+    ''
+    """
+    path = Path(text)
+    for place in (path, *path.parents):
+        if place.parent.is_dir() and place.name:
+            siblings = [each.name for each in place.parent.iterdir()]
+            near = difflib.get_close_matches(place.name, siblings, 1)
+            meant = place.parent / near[0] / path.relative_to(place) if near else place
+            return f" (did you mean {meant}?)" if meant.exists() else ""
+    return ""
+
+
 def existing_file(text: str) -> Path:
     """Argument type: a file to read."""
     if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file; check the path")
+        raise argparse.ArgumentTypeError(
+            f"{text}: there is no such file{nearest_path(text) or '; check the path'}"
+        )
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: expected a file")
     return Path(text)

@@ -25,6 +25,7 @@ from pruning.training.batches import to_device
 from pruning.utils.batch import find_batch
 from pruning.utils.files import read_plain
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wording import number_of
 
 #: What a checkpoint holds, by name.
 Stored: TypeAlias = Mapping[str, Any]
@@ -233,21 +234,19 @@ def require_classes(args: argparse.Namespace, outputs: object, data: Data) -> No
         PruningError: it has another number of outputs; the message names the argument that sets it.
     """
     classes = len(data.classes)
-    if ":" in data.name or not classes or not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        return
-    if outputs.shape[1] != classes:
+    found = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim == 2 else classes
+    if ":" not in data.name and classes and found != classes:
         raise PruningError(
-            f"the network has {outputs.shape[1]:,} outputs, data {data.name!r} has {classes:,} classes: give "
-            f"--model-arg {_classes_argument(args)}={classes}, and weights trained for these classes"
+            f"the network has {number_of(found, 'output')}, data {data.name!r} has "
+            f"{number_of(classes, 'class')}: give --model-arg {_classes_argument(args)}={classes}, and "
+            "weights trained for these classes"
         )
 
 
 def _classes_argument(args: argparse.Namespace) -> str:
     """What the factory of the network calls its number of classes."""
     names = ("num_classes", "classes", "n_classes", "nclasses", "num_labels", "num_outputs", "outputs")
-    if args.model is None or ":" not in args.model:
-        return names[0]
-    taken = parameters(factory(args.model))
+    taken = parameters(factory(args.model)) if args.model and ":" in args.model else ()
     return next((name for name in names if name in taken), names[0])
 
 

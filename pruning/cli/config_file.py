@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pruning.cli.parsers import meant
 from pruning.errors import PruningError
 from pruning.utils.files import replace_file
+from pruning.utils.wording import alternatives
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,8 +73,8 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, given: Sequence[str
 
 def _hint(name: str, value: object, known: Sequence[str]) -> str:
     """What a name that is no setting may stand for: a similar setting, or an argument of the network."""
-    if near := difflib.get_close_matches(name, known, 1):
-        return f"; did you mean {near[0]!r}?"
+    if near := meant(name, known):
+        return f"; did you mean {alternatives([repr(each) for each in near])}?"
     if "model-arg" in known and name.isidentifier():
         return f"; if the network takes it, write model-arg = {_toml([f'{name}={value}'])}"
     return ""

@@ -8,10 +8,14 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, has_file_allowed_extension
 
 from pruning.cli.preprocessing import SPLITS, Preprocessing
 from pruning.errors import PruningError
+from pruning.utils.wording import number_of
+
+#: Most names of folders in a line.
+SHOWN = 10
 
 
 def image_folder(root: Path, preprocessing: Preprocessing) -> tuple[dict[str, VisibleImageFolder], bool]:
@@ -42,9 +46,20 @@ def image_folder(root: Path, preprocessing: Preprocessing) -> tuple[dict[str, Vi
             has_folders = any(path.is_dir() for path in place.iterdir())
             reason = str(error).rstrip(".") if has_folders else "it has no subfolders"
             raise PruningError(
-                f"{place} is no image folder: {reason}; expected images in one subfolder per class"
+                f"{place} is no image folder: {reason}; expected images in one subfolder per class, "
+                f"{place}/CLASS/*.jpg, and found {_found_in(place)}"
             ) from error
     return sets, places["validation"] != places["train"]
+
+
+def _found_in(place: Path) -> str:
+    """Describe what a folder holds."""
+    inside = [path for path in sorted(place.iterdir()) if path.name[0] != "."]
+    folders = [path.name for path in inside if path.is_dir()]
+    images = sum(has_file_allowed_extension(path.name, IMG_EXTENSIONS) for path in inside)
+    named = f" ({', '.join(folders[:SHOWN])}{', ...' if folders[SHOWN:] else ''})" if folders else ""
+    other = number_of(len(inside) - len(folders) - images, "other file")
+    return f"{number_of(len(folders), 'folder')}{named}, {number_of(images, 'image')} and {other} in it"
 
 
 def class_names(root: Path) -> list[str]:

@@ -94,7 +94,7 @@ def parse(
     args, unknown = parser.parse_known_args(rest)
     args.parser = commands[args.command]
     if unknown:
-        args.parser.refuse(unknown)
+        args.parser.refuse(unknown, _commands_with(unknown))
 
     def execute(args: argparse.Namespace) -> None:
         import_module(f"pruning.cli.commands.{args.command}").execute(args)
@@ -125,6 +125,15 @@ def _parsers(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
         if name in argv:
             add_flags(made[name], *command.flags)
     return parser, made
+
+
+def _commands_with(words: Sequence[str]) -> list[str]:
+    """Return the commands that have the first flag among words."""
+    flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+    parsers = {name: Parser() for name in COMMANDS if flag}
+    for name, parser in parsers.items():
+        add_flags(parser, *COMMANDS[name].flags)
+    return [name for name, parser in parsers.items() if flag in parser._option_string_actions]
 
 
 def _example(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pruning.cli.factories import torchvision_module
 from pruning.errors import PruningError
+from pruning.utils.wording import number_of
 
 
 class BuiltIn(NamedTuple):
@@ -140,13 +141,13 @@ def _tiled(folder: Path, parts: Mapping[str, Mapping[int, Path]], classes: tuple
             count += len(images[-1])
             if count > expected:
                 raise PruningError(
-                    f"{path}: the {split} parts up to this one hold {count:,} images, {LABELS} has "
-                    f"{expected:,} {split} labels; remove the part that is foreign"
+                    f"{path}: the {split} parts up to this one hold {number_of(count, 'image')}, {LABELS} "
+                    f"has {expected:,} {split} labels; remove the part that is foreign"
                 )
         if count < expected:
             raise PruningError(
-                f"{folder}: the {split} parts hold {count:,} images, {LABELS} has {expected:,} {split} "
-                f"labels; {split}-{len(images)} is missing, or a part is foreign"
+                f"{folder}: the {split} parts hold {number_of(count, 'image')}, {LABELS} has {expected:,} "
+                f"{split} labels; {split}-{len(images)} is missing, or a part is foreign"
             )
         splits.append((torch.cat(images), labels[split]))
     train, test = splits

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from pruning.utils.wording import alternatives
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,13 +38,33 @@ class Parser(argparse.ArgumentParser):
             self.refuse(unknown)
         return args
 
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit because of unknown words on the command line."""
+    def refuse(self, unknown: Sequence[str], commands: Sequence[str] = ()) -> NoReturn:
+        """Exit because of unknown words on the command line; `commands` are others that have the flag."""
         names = [option for action in self._actions for option in action.option_strings]
         words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        near = difflib.get_close_matches(words[0], names, 1) if words else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = ""
+        if words and (near := meant(words[0], names)):
+            hint = f"; did you mean {alternatives(near)}?"
+        elif commands:
+            hint = f"; {words[0]} is a flag of {' and '.join(commands)}"
+        elif not words and "--weights" in names and Path(unknown[0]).suffix in (".pth", ".pt", ".ckpt"):
+            hint = f"; give a checkpoint as --weights {unknown[0]}"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def meant(name: str, known: Sequence[str]) -> list[str]:
+    """Return the names that a wrong one may stand for: those that end with it, or else the nearest.
+
+    >>> meant("--epochs", ["--points", "--recover-epochs", "--finetune-epochs"])
+    ['--recover-epochs', '--finetune-epochs']
+    >>> meant("--point", ["--points", "--epochs"]), meant("--epochs", ["--points"])
+    (['--points'], [])
+    """
+    word = name.lstrip("-")
+    if longer := [each for each in known if each.endswith(f"-{word}")]:
+        return longer
+    plain = {each.lstrip("-"): each for each in known}
+    return [plain[near] for near in difflib.get_close_matches(word, plain, 1, 0.7)]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from pruning.cli.argument_types import nearest_path
 from pruning.cli.factories import factory, made_by, similar, torchvision_module, users_code
 from pruning.cli.named_images import BUILT_IN, TILED, named_images
 from pruning.cli.preprocessing import SPLITS, Preprocessing
@@ -127,9 +128,10 @@ def make_data(
     if name in BUILT_IN:
         return _built_in(name, folder, batch_size, normalization, cutout_side, seed, device)
     if not Path(name).is_dir():
+        near = similar(name, list(BUILT_IN)) or nearest_path(name)
         raise PruningError(
-            f"data {name!r} is neither a folder, nor module:factory, nor one of {', '.join(BUILT_IN)}"
-            f"{similar(name, list(BUILT_IN))}"
+            f"data {name!r} is {'a file, ' if Path(name).exists() else ''}neither a folder, nor "
+            f"module:factory, nor one of {', '.join(BUILT_IN)}{near}"
         )
     chosen = preprocessing or Preprocessing.of_size(image_size)
     return _of_folder(name, chosen, batch_size, workers, seed, device)
@@ -217,9 +219,7 @@ def _built_in(
     known = BUILT_IN[name]
     mean, std = normalization or (known.mean, known.std)
     if {len(mean), len(std)} != {len(known.mean)}:
-        raise PruningError(
-            f"--mean and --std of {name}: give {len(known.mean)} numbers each, one for a channel"
-        )
+        raise PruningError(f"--mean and --std of {name}: expected {len(known.mean)} each, one for a channel")
     found = named_images(name, folder)
     images, labels = found.train
     augment: list[Augment] = [random_shift(4), random_mirror()] if name in TILED else []
@@ -304,7 +304,8 @@ def _require_classes(name: str, sets: Mapping[str, Dataset[Batch]]) -> None:
         return
     if len(classes) < 2:
         raise PruningError(
-            f"data {name!r} has one class only ({', '.join(map(str, classes))}): at least two are needed"
+            f"data {name!r} has one class only ({', '.join(map(str, classes))}): at least two are needed, "
+            f"{name}/CLASS/*.jpg each"
         )
     for split, images in sets.items():
         others: list[str] = getattr(images, "classes", classes)

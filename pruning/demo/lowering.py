@@ -17,6 +17,7 @@ from pruning.demo.rules import RULES
 from pruning.deploy.export import failure_reason
 from pruning.deploy.runtimes import quiet
 from pruning.errors import ExportError
+from pruning.utils.wording import number_of
 
 
 def program_of(model: nn.Module, example: Tensor) -> Program:
@@ -78,7 +79,7 @@ def _lower(exported: ExportedProgram, example: Tensor) -> Program:
             leaves = pytree.tree_leaves(args)
             if len(leaves) != 1 or not isinstance(leaves[0], Value):
                 raise UnsupportedOperation(
-                    f"{len(leaves)} outputs; one tensor that depends on the input is expected"
+                    f"{number_of(len(leaves), 'output')}; one tensor that depends on the input is expected"
                 )
             return Program(example.numel(), builder.constants, builder.ops, leaves[0].number)
     raise AssertionError("a graph ends with its output")

@@ -20,6 +20,7 @@ from pruning.deploy.runtimes import Exported, relative_difference, require_packa
 from pruning.deploy.timing import time_forward
 from pruning.errors import ExportError
 from pruning.utils.files import replace_file
+from pruning.utils.wording import number_of
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -54,7 +55,7 @@ class Optimized:
     size: int
 
     def __str__(self) -> str:
-        fused = f"{self.poolings} pooling{'s' * (self.poolings != 1)} fused with the convolution before"
+        fused = f"{number_of(self.poolings, 'pooling')} fused with the convolution before"
         return f"{self.path}: {self.size:,} bytes; {fused}, {self.ratio:.2f} of the time in onnxruntime"
 
 

@@ -18,6 +18,7 @@ from pruning.deploy.timing import Latency, time_forward
 from pruning.errors import ExportError
 from pruning.utils.files import replace_file
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wording import number_of
 
 if TYPE_CHECKING:
     from onnxruntime.quantization import CalibrationDataReader
@@ -115,7 +116,7 @@ def _calibration(given: Iterable[Inputs]) -> list[Tensor]:
     count = sum(len(batch) for batch in batches)
     if count < 2:
         raise ExportError(
-            f"{count} calibration image{'s' * (count != 1)}: the ranges of activations cannot be measured on "
+            f"{number_of(count, 'calibration image')}: the ranges of activations cannot be measured on "
             "fewer than 2; give some hundreds of the training split"
         )
     return batches

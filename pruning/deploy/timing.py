@@ -20,6 +20,7 @@ from pruning.errors import PruningError
 from pruning.utils.batch import usual_batch
 from pruning.utils.modules import call, eval_mode, thread_count
 from pruning.utils.tree import Inputs, tensors
+from pruning.utils.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Latency:
     def __str__(self) -> str:
         return (
             f"{self.median:.4f} ms (p90 {self.p90:.4f}, quartiles {self.low:.4f} to {self.high:.4f}; "
-            f"batch {self.batch_size}, {self.threads} thread{'s' if self.threads > 1 else ''})"
+            f"batch {self.batch_size}, {number_of(self.threads, 'thread')})"
         )
 
 

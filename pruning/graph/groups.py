@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from pruning.utils.tree import Inputs
 
 #: A layer to leave unpruned: a name or pattern (`features.*`), a type, or the module itself.
 Ignored = str | type[nn.Module] | nn.Module
+
+Value = TypeVar("Value")
+
+#: Values for some groups: by name or pattern (`layer4.*`), or by a module that makes their channels.
+ByGroup: TypeAlias = Mapping[str, Value] | Mapping[nn.Module, Value] | Mapping[str | nn.Module, Value]
 
 #: Products of activations, which sum over channels of both operands.
 PRODUCTS = frozenset(("bmm", "baddbmm", "mm"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from pruning.deploy.formats import RUNTIMES
 from pruning.errors import PruningError
 from pruning.utils.settings import Setting
+from pruning.utils.wording import number_of
 
 if TYPE_CHECKING:  # the flags of the command line are read without torch
     from pruning.planning.cost import Cost
@@ -198,7 +199,7 @@ class LatencyBudget:
         return batch.resized(inputs, self.batch_size or batch.size)
 
     def __str__(self) -> str:
-        return f"≤ {self.limit} in {self.runtime}, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"≤ {self.limit} in {self.runtime}, {number_of(self.threads, 'thread')}"
 
 
 def require_budget(budget: object) -> None:

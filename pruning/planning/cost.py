@@ -111,7 +111,8 @@ def _counted(probe: nn.Module, inputs: Inputs, batch: int) -> Cost:
         try:
             with Shapes():
                 macs, _ = profile_origin(whole, inputs=(), custom_ops=_thop_rules(probe), verbose=False)
-        except IndexError:  # thop's rules do not see the input of a layer that is called by keyword
+        except (IndexError, AttributeError):
+            # thop's rules need the input by position, and an output that is a tensor.
             macs = 0
     macs = max(macs, flops.get_total_flops() / 2)
     return Cost(params, round(macs / batch), round((macs + biases.total) / batch))
@@ -185,8 +186,8 @@ class _BiasCounter:
             runs.register_forward_hook(self._add) for m, runs in layers.items() if bias_of(m) is not None
         ]
 
-    def _add(self, layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        self.total += (output if isinstance(output, Tensor) else output[0]).numel()
+    def _add(self, layer: nn.Module, args: object, output: object) -> None:
+        self.total += sum(x.numel() for x in tensors((output,))[:1])
 
     def __enter__(self) -> _BiasCounter:
         return self

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.graph.groups import Group
 from pruning.planning.cost import Cost
+from pruning.utils.wording import number_of
 
 #: The stages at which a small model is measured: after surgery, after recalibration of its BatchNorm
 #: statistics, and after a short fine-tuning.
@@ -125,8 +126,8 @@ class Sensitivity:
         for name, group in groups.items():
             if self.channels.get(name) != group.channels:
                 raise PruningError(
-                    f"group {name!r} has {group.channels} channels, the sensitivity analysis is of a model "
-                    f"with {self.channels.get(name, 'no such group')}: analyze this model"
+                    f"group {name!r} has {number_of(group.channels, 'channel')}, the sensitivity analysis "
+                    f"is of a model with {self.channels.get(name, 'no such group')}: analyze this model"
                 )
             increases = self.increases(name)
             increases[-1] = increases[:-1].max(initial=0.0)  # the last channel is never removed

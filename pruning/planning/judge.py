@@ -20,6 +20,7 @@ from pruning.utils.batch import Batch as Examples
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.outputs import Outputs, counted
 from pruning.utils.tree import fresh, tensors
+from pruning.utils.wording import number_of
 
 #: The dense network's outputs are kept if they need at most this many bytes; else it runs each time.
 MOST_BYTES = 1 << 30
@@ -205,7 +206,8 @@ class Judge:
             if not isinstance(value, Tensor) or value.shape != (size,):
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise PruningError(
-                    f"the metric returned {given} for {size} examples: return a tensor, one number for each"
+                    f"the metric returned {given} for {number_of(size, 'example')}: return a tensor, one "
+                    "number for each"
                 )
             values.append(value.detach().float().cpu())
         whole = torch.cat(values)

@@ -25,7 +25,7 @@ from pruning.planning.layer_times import MAX_WIDTHS, LatencyTable
 from pruning.planning.options import PlanOptions
 from pruning.planning.search import DEFAULT_OPTIONS, ascending, most_important
 from pruning.planning.side_by_side import SideBySideTimer
-from pruning.planning.width_limits import lowest_widths, width_multiples
+from pruning.planning.width_limits import lowest_widths, ways_to_narrow, width_multiples
 from pruning.utils.tree import Inputs
 
 
@@ -116,6 +116,7 @@ class LatencyPlanner:
         inputs = timing.batch_of(inputs, trace.batch)
         self.order = ascending(trace, scores)
         self.lowest = lowest_widths(trace, self.order, options)
+        self.ways = ways_to_narrow(trace, self.order, options)
         self.multiples = width_multiples(trace, options)
         self.table = LatencyTable(model, inputs, cost_model, timing, self.lowest, self.multiples)
         self.path = self.table.path(self.order)
@@ -141,9 +142,8 @@ class LatencyPlanner:
             raise PruningError(
                 f"the latency budget {budget} ({budget.target(least.dense):.4f} ms) cannot be reached: with "
                 f"every group at its floor the network takes {least.pruned:.4f} ms per example, dense "
-                f"{least.dense:.4f} ms. Raise the budget, or the share of a group that is dropped at most "
-                '(`most`), lower the floors, or ignore fewer layers (see "Read a refusal" in the '
-                "documentation)"
+                f"{least.dense:.4f} ms. Raise the budget{self.ways} "
+                '(see "Read a refusal" in the documentation)'
             )
         path = self.path
         end = self._first_fast_enough(budget, path)

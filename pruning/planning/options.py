@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pruning.errors import PruningError
+
+if TYPE_CHECKING:  # the flags of the command line are read without torch
+    from pruning.graph.groups import ByGroup
 
 #: How channels of different groups are compared.
 RANKINGS = ("global", "group")
@@ -57,10 +60,10 @@ class PlanOptions:
 
     ranking: str = "global"
     per_cost: bool = True
-    floor: int | Mapping[str, int] | None = None
-    most: float | Mapping[str, float] = 1.0
+    floor: int | ByGroup[int] | None = None
+    most: float | ByGroup[float] = 1.0
     multiple: int = 1
-    widths: Mapping[str, int | str] | None = None
+    widths: ByGroup[int | str] | None = None
     alike: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class PlanOptions:
                 raise PruningError(f"largest share dropped {share}{where}: expected a number from 0 to 1")
 
 
-def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> dict[str, Value]:
+def per_group(setting: Value | ByGroup[Value], groups: Sequence[str]) -> dict[str, Value]:
     """Resolve a setting to one value per group; groups that no pattern matches are omitted.
 
     Args:
@@ -95,7 +98,7 @@ def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> di
         return dict.fromkeys(groups, setting)
     found: dict[str, Value] = {}
     for pattern, value in setting.items():
-        matched = [g for g in groups if fnmatchcase(g, pattern)]
+        matched = [g for g in groups if isinstance(pattern, str) and fnmatchcase(g, pattern)]
         if not matched:
             raise PruningError(
                 f"{pattern!r} matches no group of this model; its groups: {', '.join(groups) or 'none'}"
@@ -104,7 +107,7 @@ def per_group(setting: Value | Mapping[str, Value], groups: Sequence[str]) -> di
     return found
 
 
-def _by_pattern(setting: Value | Mapping[str, Value]) -> list[tuple[str, Value]]:
+def _by_pattern(setting: Value | ByGroup[Value]) -> list[tuple[str, Value]]:
     """Return the values of a setting, each with the end of a message that names its groups."""
     if isinstance(setting, Mapping):
         return [(f" of group {pattern!r}", value) for pattern, value in setting.items()]

@@ -15,7 +15,7 @@ from pruning.planning.alike import AlikeGroups
 from pruning.planning.budget import LABELS, Budget
 from pruning.planning.cost import Cost, CostModel
 from pruning.planning.options import PlanOptions
-from pruning.planning.width_limits import width_multiples, width_range
+from pruning.planning.width_limits import ways_to_narrow, width_multiples, width_range
 
 #: By group, its channels in ascending order of importance, and their scores in that order.
 Order = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -67,12 +67,14 @@ def plan_within(
     """
     order = ascending(trace, scores)
     lowest, highest = width_range(trace, order, options)
-    multiples = width_multiples(trace, options)
+    multiples, ways = width_multiples(trace, options), ways_to_narrow(trace, order, options)
     if not options.alike:
+        _require_reachable(budget, cost_model, lowest, ways)
         widths = _search(budget, cost_model, order, (lowest, highest, multiples), options)
         return most_important(trace, order, widths)
     sets = AlikeGroups(cost_model, options.alike)
     limits = sets.bounds(lowest, highest, multiples)
+    _require_reachable(budget, sets, limits[0], ways)
     widths = _search(budget, sets, sets.order(order), limits, options)
     return most_important(trace, order, sets.expanded(widths))
 
@@ -103,7 +105,6 @@ def _search(
     options: PlanOptions,
 ) -> np.ndarray:
     """Return the widths; `limits` are the least and greatest of each group, and of what it is a multiple."""
-    _require_reachable(budget, cost_model, limits[0])
     if options.ranking == "group":
         return _equal_shares(budget, cost_model, *limits)
     return _GreedySearch(budget, cost_model, order, *limits, options.per_cost).widths()
@@ -123,18 +124,19 @@ def ascending(trace: Trace, scores: Mapping[str, Tensor]) -> Order:
     return {g: _sorted(g, scores[g], group.channels) for g, group in trace.groups.items() if g in scores}
 
 
-def _require_reachable(budget: Budget, cost_model: CostModel | AlikeGroups, lowest: np.ndarray) -> None:
+def _require_reachable(
+    budget: Budget, cost_model: CostModel | AlikeGroups, lowest: np.ndarray, ways: str
+) -> None:
+    """Raise `PruningError`, which names the ways to a smaller network, if the least widths cost too much."""
     least = cost_model(lowest)
     if over := budget.excess(least):
         reached = " and ".join(f"{getattr(least, what):,} {LABELS[what]}" for what in over)
         widths = [f"{g} {int(w)}" for g, w in zip(cost_model.groups, lowest, strict=True)]
         shown = ", ".join([*widths[:SHOWN], *(["…"] if widths[SHOWN:] else [])])
-        floors = ", or the share of a group that is dropped at most (`most`), lower the floors"
         raise PruningError(
             f"the budget {budget} cannot be reached: at the floor of every group ({shown}) the network still "
-            f"has {reached}. Raise the budget{_percent_meant(budget, least)}"
-            f'{floors if (lowest > 1).any() else ""}, or ignore fewer layers (see "Read a refusal" in the '
-            "documentation)"
+            f"has {reached}. Raise the budget{_percent_meant(budget, least)}{ways} "
+            '(see "Read a refusal" in the documentation)'
         )
 
 

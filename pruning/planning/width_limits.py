@@ -47,6 +47,19 @@ def width_range(trace: Trace, scored: Container[str], options: PlanOptions) -> t
     return lowest, highest
 
 
+def ways_to_narrow(trace: Trace, scored: Container[str], options: PlanOptions) -> str:
+    """Return what lets a network become smaller, as the end of `Raise the budget`; empty if nothing does."""
+    share, ways = "", []
+    if (lowest_widths(trace, scored, options) > 1).any():
+        share = ", or the share of a group that is dropped at most (`most`)"
+        ways.append("lower the floors")
+    if options.widths:
+        ways.append("give fewer exact widths")
+    if trace.ignored:
+        ways.append("ignore fewer layers")
+    return share + ", ".join(["", *ways[:-1], f"or {ways[-1]}"]) if ways else ""
+
+
 def _exact_width(group: Group, wanted: int | str, multiple: int) -> int:
     """Convert an exact width to a number of channels: a count, or a percentage, rounded to a multiple."""
     text, channels = str(wanted).strip(), group.channels

@@ -22,6 +22,7 @@ from pruning.utils.entries import Also
 from pruning.utils.modules import buffers_unchanged, submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
+from pruning.utils.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Diagnosis:
             f"least cost, with one channel per group: {self._share(self.least)}",
             f"after one step of `prune`, with a tenth of each group: {self._share(self.least_step)}",
             "",
-            f"{len(self.groups)} groups can be narrowed; removing one channel frees (params, MACs):"
+            f"{number_of(len(self.groups), 'group')} can be narrowed; removing one channel frees (params, "
+            "MACs):"
             if self.groups
             else "no group can be narrowed",
         ]
@@ -114,18 +116,23 @@ class Diagnosis:
         for group in self.groups:
             others = [name for name in group.makes if name != group.name]
             coupled = f"; coupled with {_listed(others)}" if others else ""
+            noun = "channel" if group.channels == 1 else "channels"
             lines.append(
-                f"  {group.name:<{width}}  {group.channels:>5} channels  {group.params:7.3%}  "
+                f"  {group.name:<{width}}  {group.channels:>5} {noun:<8}  {group.params:7.3%}  "
                 f"{group.macs:7.3%}  read by {_listed(group.reads)}{coupled}"
             )
         if self.without_scale and self.groups:
             lines += [
                 "",
-                f"{len(self.without_scale)} groups have no BatchNorm scale ({_listed(self.without_scale)}): "
+                f"{number_of(len(self.without_scale), 'group', ('has', 'have'))} no BatchNorm scale "
+                f"({_listed(self.without_scale)}): "
                 "stage 1 pulls other norms or their weights instead; score by taylor, l1 or l2",
             ]
         if self.skipped:
-            lines += ["", f"{len(self.skipped)} layers keep all their channels:"]
+            lines += [
+                "",
+                f"{number_of(len(self.skipped), 'layer', ('keeps all its', 'keep all their'))} channels:",
+            ]
             lines += [f"  {layer}: {reason}" for layer, reason in self.skipped.items()]
         if self.sizes:
             lines += ["", f"attributes that pruning updates to the new widths: {_listed(self.sizes)}"]

@@ -29,6 +29,7 @@ from pruning.utils.batch import Batch, find_batch
 from pruning.utils.memory_format import channels_last, runs_channels_last
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.tree import Inputs, fresh
+from pruning.utils.wording import number_of
 
 #: One of so many examples is held out.
 ONE_OF = 4
@@ -161,7 +162,7 @@ def split(
     if not train or not held:
         total = sum(sizes)
         raise PruningError(
-            f"few-shot recovery was given {total} example{'s' if total != 1 else ''}, of which a quarter is "
+            f"few-shot recovery was given {number_of(total, 'example')}, of which a quarter is "
             "held out: give at least one batch of four or four batches; a few hundred examples are useful"
         )
     return train, held, (sizes[0], sizes[1])

@@ -16,9 +16,11 @@ from pruning.planning.budget import LABELS, Budget, LatencyBudget
 from pruning.planning.cost import CostModel
 from pruning.planning.judge import Judge, Metric
 from pruning.planning.latency import LatencyFound, LatencyPlanner
+from pruning.planning.module_keys import with_group_names
 from pruning.planning.scores import Scores, score_channels
 from pruning.planning.search import least_cost, plan_within
 from pruning.planning.side_by_side import SideBySideTimer
+from pruning.planning.width_limits import ways_to_narrow
 from pruning.stages.checked_cut import Task
 from pruning.stages.frontier_folder import FrontierFolder
 from pruning.stages.frontier_result import LIMITS, Frontier, FrontierPoint
@@ -75,6 +77,7 @@ class FrontierNetworks:
         asked: Asked,
     ):
         require_groups(model, traced)
+        settings = replace(settings, options=with_group_names(settings.options, model, traced))
         self.model, self.example_inputs, self.settings, self.asked = model, example_inputs, settings, asked
         self.widths, self.options = traced.widths, settings.options
         #: The groups that keep all channels because the check failed with them, with the reason.
@@ -176,10 +179,10 @@ class FrontierNetworks:
         least = self.least()
         if least >= 0.999:
             what = "takes less time" if limit == "latency" else f"has fewer {LABELS[limit]}"
+            ways = ways_to_narrow(self.traced, self.scores, self.options)
             raise PruningError(
                 f"no network of these options {what} than the dense one ({least:.1%} with every group "
-                "at its floor): lower the floors, raise the share of a group that is dropped at most, or "
-                "ignore fewer layers"
+                f"at its floor): choose other options{ways.replace('or the', 'or raise the', 1)}"
             )
         return Frontier(
             limit,

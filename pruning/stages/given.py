@@ -49,6 +49,7 @@ class Given:
         examples: number of validation examples; 0 if unknown.
         gentle: peak learning rate found for stage 1, which must not harm the network; None if not searched.
         rate: peak learning rate found for stages 2 and 3, in which a pruned network recovers.
+        needed: what a trained classifier reaches and this one does not; empty if it is trained.
         lacking: classes that the validation examples lack, of those that the network knows.
     """
 
@@ -58,6 +59,7 @@ class Given:
     gentle: float | None = None
     rate: float | None = None
     lacking: tuple[int, ...] = ()
+    needed: str = ""
 
     @property
     def error(self) -> float:
@@ -75,7 +77,8 @@ class Given:
         if self.lacking:
             line += f", none of them of class {', '.join(map(str, self.lacking))}"
         if not self.trained:
-            return f"{line}; not above chance, so it is trained like a fresh network"
+            needed = f" (a trained one has {self.needed})" if self.needed else ""
+            return f"{line}; not above chance, so it is trained like a fresh network{needed}"
         return line
 
     def shortfall(self, score: float) -> float:
@@ -111,16 +114,20 @@ def assess(
             return Given(score, _is_below_fresh(model, calibration, loss))
         counts = class_counts(model, calibration if batches is None else batches)
         measured = accuracy(model, calibration) if batches is None else score
-        trained = _above_chance(measured, counts)
+        trained = measured > _chance(counts)
+        needed = "" if trained else f"more than {_chance(counts):.4f}"
         if not trained and batches is not None and counts.sum() < FEW:
-            trained = _above_chance(accuracy(model, calibration), class_counts(model, calibration))
+            trained = accuracy(model, calibration) > _chance(class_counts(model, calibration))
         constant = constant_loss(model, calibration)
         if trained and constant is not None:
-            trained = mean_loss(model, calibration, cross_entropy) < LOWER * constant
+            found = mean_loss(model, calibration, cross_entropy)
+            trained = found < LOWER * constant
+            needed = f"less than {LOWER * constant:.4g} of training loss, and this one has {found:.4g}"
+    needed = "" if trained else needed
     if batches is None:
-        return Given(score, trained)
+        return Given(score, trained, needed=needed)
     lacking = tuple((counts == 0).nonzero().flatten().tolist())
-    return Given(score, trained, int(counts.sum()), lacking=lacking)
+    return Given(score, trained, int(counts.sum()), lacking=lacking, needed=needed)
 
 
 def class_counts(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
@@ -143,11 +150,12 @@ def class_counts(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     return counts
 
 
-def _above_chance(score: float, counts: Tensor) -> bool:
-    """Return whether an accuracy is above the share of the most frequent class, beyond its spread."""
+def _chance(counts: Tensor) -> float:
+    """Return the largest accuracy that may be chance: the share of the most frequent class, and its "
+    "spread."""
     total = max(1, int(counts.sum()))
-    chance = float(counts.max()) / total
-    return score > chance + ERRORS * math.sqrt(chance * (1 - chance) / total)
+    share = float(counts.max()) / total
+    return share + ERRORS * math.sqrt(share * (1 - share) / total)
 
 
 def _is_below_fresh(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> bool:

@@ -10,11 +10,12 @@ from torch import nn
 
 from pruning.errors import GroupsLeftOut, PruningError
 from pruning.graph.computed import refresh_computed
-from pruning.graph.groups import Ignored, Trace
+from pruning.graph.groups import ByGroup, Ignored, Trace
 from pruning.graph.plan import Plan
 from pruning.planning.budget import Budget, LatencyBudget, require_budget
 from pruning.planning.cost import Cost, CostModel
 from pruning.planning.latency import LatencyFound
+from pruning.planning.module_keys import with_group_names
 from pruning.planning.options import MOST, PlanOptions
 from pruning.planning.scores import Score, Scores, score_channels
 from pruning.planning.search import DEFAULT_OPTIONS
@@ -140,10 +141,10 @@ def prune(
     refit: bool = False,
     ranking: str = "global",
     per_cost: bool = True,
-    floor: int | Mapping[str, int] | None = None,
-    most: float | Mapping[str, float] = MOST,
+    floor: int | ByGroup[int] | None = None,
+    most: float | ByGroup[float] = MOST,
     multiple: int = 1,
-    widths: Mapping[str, int | str] | None = None,
+    widths: ByGroup[int | str] | None = None,
     alike: Sequence[str] = (),
     dense: nn.Module | None = None,
     outputs: Outputs = None,
@@ -168,8 +169,8 @@ def prune(
         check: compare the outputs with those that the plan implies (see `verify`).
         refit: afterwards fit each layer that lost inputs to its outputs in the given model, by least
             squares on the calibration inputs (see `pruning.surgery.refit.refit`). Targets may be None.
-        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`. At most nine tenths of
-            each group are dropped by default, so that no group is left with hardly a channel.
+        ranking, per_cost, floor, most, multiple, widths, alike: see `PlanOptions`; modules may be keys, in
+            place of their groups. By default at most nine tenths of each group are dropped.
         dense: network whose time a `LatencyBudget` is relative to (the model). outputs, also: as in `trace`.
 
     Raises:
@@ -258,7 +259,7 @@ def prune_step(
         towards,
         dense,
         remove,
-        settings.options,
+        with_group_names(settings.options, model, traced),
         settings.check,
     )
     return cut(task, traced, cost_model, before, refits=settings.refit)

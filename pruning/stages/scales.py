@@ -12,6 +12,7 @@ from pruning.graph.groups import Member, Trace
 from pruning.planning.cost import Cost, CostModel
 from pruning.stages.channel_weights import ChannelWeights
 from pruning.utils.modules import submodule
+from pruning.utils.wording import number_of
 from pruning.utils.wrappers import unwrapped
 
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
@@ -130,4 +131,4 @@ def joined(widths: Mapping[str, int]) -> str:
     """Return widths as text, `3-7-8-12` in the order of the groups; above 12 groups only their sum."""
     if len(widths) <= 12:
         return "-".join(str(w) for w in widths.values())
-    return f"{sum(widths.values()):,} channels in {len(widths)} groups"
+    return f"{number_of(sum(widths.values()), 'channel')} in {number_of(len(widths), 'group')}"

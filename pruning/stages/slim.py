@@ -45,6 +45,7 @@ from pruning.training.losses import (
 from pruning.utils.entries import Also
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs
+from pruning.utils.wording import number_of
 from pruning.utils.wrappers import unwrapped
 
 #: Number of training batches used for calibration if no calibration batches are given.
@@ -317,7 +318,7 @@ def _finetune(state: Pipeline) -> None:
         f"fine-tune for more epochs (now {config.epochs}) or at another rate (now {config.peak:.2g}), or "
         "allow a larger budget",
     )
-    state.log(f"{label}: {config.epochs} epochs, best validation {score:.4f}{note}")
+    state.log(f"{label}: {number_of(config.epochs, 'epoch')}, best validation {score:.4f}{note}")
 
 
 def _result(state: Pipeline) -> Slimmed:

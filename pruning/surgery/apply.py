@@ -199,8 +199,8 @@ def dropped_positions(trace: Trace, plan: Plan) -> dict[tuple[str, Side], Tensor
             )
         if kept[-1] >= group.channels:
             raise PruningError(
-                f"the plan keeps channel {kept[-1]} of {name!r}, which has {group.channels} channels; give a "
-                "plan for this model"
+                f"the plan keeps channel {kept[-1]} of {name!r}, whose last channel is "
+                f"{group.channels - 1}; give a plan for this model"
             )
         drop = group.dropped(kept)
         for member in group.members if drop.any() else ():

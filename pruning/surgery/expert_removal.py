@@ -25,6 +25,7 @@ from pruning.utils.compare import compare, outputs_of
 from pruning.utils.modules import call, copied, eval_mode, submodule
 from pruning.utils.outputs import Outputs
 from pruning.utils.tree import Inputs, fresh
+from pruning.utils.wording import number_of
 from pruning.utils.wrappers import unwrapped
 
 
@@ -107,8 +108,8 @@ def without_experts(
             raise PruningError(f"{name}: expected numbers of experts from 0 to {mixture.experts - 1}")
         if len(numbers) < mixture.chosen:
             raise PruningError(
-                f"{name}: {len(numbers)} experts would be left, and each token uses {mixture.chosen}; "
-                "keep more"
+                f"{name}: {number_of(len(numbers), 'expert')} would be left, and each token uses "
+                f"{mixture.chosen}; keep more"
             )
     small = _cut(model, found, kept)
     probe = with_random_weights(model, inputs)

@@ -24,7 +24,7 @@ _CURES: tuple[tuple[str, str], ...] = (
     ("it has one channel", "make it wider"),
     ("all tied to each other", "do not join or select its channels one by one"),
     ("is the same tensor as", "untie them"),
-    ("no tensor", "let the layer return a tensor, or register a rule for it"),
+    ("no tensor", "let the layer return one tensor"),
     ("along another dimension", "keep the channels along one dimension (permute them back)"),
     ("along the dimension that", "keep the channels along one dimension (permute them back)"),
     ("along several dimensions", "give the parameter one dimension for its channels"),

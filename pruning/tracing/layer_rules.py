@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -23,11 +24,13 @@ from pruning.graph.layers import (
     is_weighted,
     layer_width,
     rule_for,
+    rule_of,
 )
 from pruning.graph.recurrent import is_projected, is_recurrent
 from pruning.graph.rule import Kind
 from pruning.tracing.labels import FIXED_SIZE, Labels
 from pruning.tracing.ties import spread, varying, vector_along
+from pruning.utils.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LayerCall:
     Attributes:
         name: name of the layer. module: the layer.
         inputs: all tensors among its arguments, at least one.
-        output: its output; of several tensors, the first.
+        output: its output; of several tensors, the first; of none, the first input.
         outputs: all tensors among its outputs.
     """
 
@@ -90,8 +93,7 @@ def deformable(labels: Labels, call: LayerCall) -> None:
 
 def embedding(labels: Labels, call: LayerCall) -> None:
     """Follow an embedding, which makes channels, by default along the last dimension."""
-    rule = rule_for(call.module)
-    dim = -1 if rule is None or rule.dim is None else rule.dim
+    dim = _dim(call.module, call.output)
     made = labels.side(call.name, call.module, "out", dim)
     if getattr(call.module, "max_norm", None) is not None:
         labels.fix(made, f"{call.name} scales rows to max_norm over all their channels")
@@ -151,11 +153,8 @@ def layer_norm(labels: Labels, call: LayerCall) -> None:
 
 def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None:
     """Follow a layer whose output channels are its input channels."""
-    x, rule = call.inputs[0], rule_for(call.module)
-    if dim is None and rule is not None:
-        dim = rule.dim
-    if dim is None:
-        dim = 1 - x.ndim if x.ndim > 1 else -1
+    x = call.inputs[0]
+    dim = _dim(call.module, x) if dim is None else dim
     arriving = labels.of_or_uniform(x, dim)
     own = labels.side(call.name, call.module, "out", dim)
     vector = _along(labels, call, arriving, dim)
@@ -173,6 +172,16 @@ def channelwise(labels: Labels, call: LayerCall, dim: int | None = None) -> None
 def unchanged(labels: Labels, call: LayerCall) -> None:
     """Give the output the labels of the input: dropout, PReLU with one slope for all channels."""
     labels.put(call.output, labels.of(call.inputs[0]))
+
+
+def _dim(layer: nn.Module, x: Tensor) -> int:
+    """Return the dimension of an input or output, from the end, along which a layer's channels lie."""
+    rule = rule_of(layer)
+    if rule.kind == "weighted":
+        return channel_dim(layer)
+    if rule.dim is not None:
+        return rule.dim
+    return -1 if rule.kind == "embedding" or x.ndim < 2 else 1 - x.ndim
 
 
 def _count_uses(labels: Labels, call: LayerCall, uses: float, positions: float) -> None:
@@ -246,8 +255,41 @@ def follow_layer(labels: Labels, call: LayerCall) -> bool:
     if is_registered(call.module):
         for other in call.inputs[1:]:
             labels.fix(labels.of(other), f"{call.name} reads it in addition to its first input")
+        if problem := _misfit(call):
+            rule = partial(refuse, reason=problem)
     rule(labels, call)
     return is_weighted(call.module)
+
+
+def _misfit(call: LayerCall) -> str:
+    """Return why the registered rule of a layer contradicts the shapes of a call; empty where it does not."""
+    module, rule = call.module, rule_of(call.module)
+    made = layer_width(module, "out")
+    read = layer_width(module, "in") if rule.kind == "weighted" else made
+    taken = [] if rule.kind == "embedding" else [("input", call.inputs[0], read)]
+    for what, x, width in (*taken, ("output", call.output, made)):
+        dim = _dim(module, x)
+        if dim < -x.ndim or x.shape[dim] != width:
+            return (
+                f"the rule registered for {type(module).__name__} says that the {what} of {call.name} has "
+                f"{number_of(width, 'channel')} along dimension {dim}, and its shape is {tuple(x.shape)}; "
+                f"correct the tensors, kind={rule.kind!r} or dim={rule.dim} of this rule to let it be pruned"
+            )
+    return ""
+
+
+def refuse(labels: Labels, call: LayerCall, reason: str) -> None:
+    """Fix the channels that a layer reads and makes."""
+    for x in call.inputs:
+        labels.fix(labels.of(x), reason)
+    labels.fix(labels.side(call.name, call.module, "out", _dim(call.module, call.output)), reason)
+    labels.found.calls[call.name] = max(1, labels.found.calls[call.name])
+    labels.found.refused[call.name] = reason
+    if is_weighted(call.module) and call.outputs:
+        positions = call.output.numel() / layer_width(call.module, "out")
+        _count_uses(labels, call, positions, positions)
+    for output in call.outputs:
+        labels.put(output, None)
 
 
 def is_known(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:

@@ -35,7 +35,10 @@ def groups_at_fault(model: nn.Module, trace: Trace, plan: Plan, inputs: Inputs) 
     structures = {name: structure_of(model, trace, trace.groups[name]) for name in narrowed}
     cause = "its code may use the width as a number. Use a constant in its place to let it be pruned"
     if registered := registered_operators():
-        cause = f"the rule that was registered for {' or '.join(registered)} may be wrong, or {cause}"
+        cause = (
+            f"the rule that was registered for {' or '.join(registered)} may be wrong (each position of the "
+            f"output needs the label of the channel that it is computed from), or {cause}"
+        )
     return {
         name: f"with fewer channels, the model does not compute what the masked one does ({why}): {cause}"
         for name, why in faulty_groups(problem, narrowed, structures).items()

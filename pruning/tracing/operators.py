@@ -34,6 +34,7 @@ from pruning.tracing.movement import (
     view,
 )
 from pruning.tracing.operation import Operation, OperatorRule, first_operand
+from pruning.tracing.registered import run_registered
 from pruning.tracing.reshapes import RESHAPES
 from pruning.tracing.statistics import batch_norm, layer_norm, reduction, softmax
 from pruning.tracing.ties import NONE, compact, spread, varying, vector_along
@@ -287,8 +288,11 @@ def registered_operators() -> list[str]:
 
 def rule_for(name: str) -> OperatorRule | None:
     """Return the rule for an operator: registered, of `RULES`, or by torch's tags; None if there is none."""
-    registered = [rule for known, rule in _REGISTERED.values() if known == name]
-    return registered[-1] if registered else RULES.get(name) or _rule_by_kind(name)
+    return _registered_rule(name) or RULES.get(name) or _rule_by_kind(name)
+
+
+def _registered_rule(name: str) -> OperatorRule | None:
+    return next((rule for known, rule in reversed(_REGISTERED.values()) if known == name), None)
 
 
 @functools.cache
@@ -313,14 +317,15 @@ def follow(labels: Labels, op: Operation) -> None:
     if rule is None:
         labels.fix_operands(op.name, op.operands)
         return
+    run = functools.partial(run_registered, rule=rule) if rule is _registered_rule(op.name) else rule
     if rule is not pointwise:
         for table in (t for t in op.operands if labels.tables.others(t)):
             if len(op.operands) == 1 and isinstance(op.output, Tensor):
-                _follow_tables(labels, op, rule, labels_of_all(labels, table))
+                _follow_tables(labels, op, run, labels_of_all(labels, table))
                 return
             for other in labels.tables.others(table):
                 labels.fix(other, f"{labels.where()} uses a sum of tensors outside layers in {op.name}")
-    rule(labels, op)
+    run(labels, op)
 
 
 def _follow_tables(labels: Labels, op: Operation, rule: OperatorRule, tables: list[Tensor]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from pruning.graph.groups import Group, Rescale, WidthAttribute
+from pruning.graph.layers import is_registered
 from pruning.tracing.bisection import faulty_groups, structure_of
 from pruning.tracing.grouping import is_along_axis
 from pruning.tracing.joining import tie_equal_sizes, tie_inputs, tie_views
@@ -215,10 +216,23 @@ class WidthProbe:
         changed |= faulty_groups(lambda some: self.runs.mismatch(some, sizes), left, self.structures)
         return {
             name: f"{own[name]} has code of its own, and with fewer channels the model does not compute what "
-            f"the masked one does ({error}). If it computes its weight from "
-            "parameters, call pruning.surgery.with_plain_weights to let it be pruned"
+            f"the masked one does ({error}). {_own_code_cure(self.model, self.groups[name])}"
             for name, error in changed.items()
         }
+
+
+def _own_code_cure(model: nn.Module, group: Group) -> str:
+    """Say what to do about a group whose layers have code outside torch that mixes channels."""
+    layers = [submodule(model, member.layer) for side in ("in", "out") for member in group.side(side)]
+    if kinds := sorted({type(layer).__name__ for layer in layers if is_registered(layer)}):
+        return (
+            f"Check that the rule registered for {' and '.join(kinds)} names every tensor that holds "
+            "channels, with their dimension, and let other modules mix channels, to let it be pruned"
+        )
+    return (
+        "If it computes its weight from parameters, call pruning.surgery.with_plain_weights to let it be "
+        "pruned"
+    )
 
 
 def _own_code(model: nn.Module, group: Group) -> str:

@@ -109,6 +109,7 @@ class Flow:
             way that surgery cannot invert, or they do not run and other code reads their weight.
         reduced: parameters outside the layers along whose dimensions code computes statistics (the means of
             filters), each with the reason to fix their channels. In the next pass they may be layers.
+        refused: layers whose calls contradict their rule, with the reason.
         foreign: modules whose code calls operators of other libraries than torch.
         noted: parameters that have to be such layers in the next pass.
         reshapes: the reshapes of the pass in eval mode.
@@ -147,6 +148,7 @@ class Flow:
     noted: dict[str, Composed] = field(default_factory=dict)
     opened: frozenset[str] = frozenset()
     reduced: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     reshapes: Reshapes = field(default_factory=Reshapes)
     rows: set[str] = field(default_factory=set)

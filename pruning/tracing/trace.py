@@ -190,7 +190,9 @@ def _skipped(
     }
     ran.update(_held_weights(model, found))
     skipped = {layer: why for layer, why in reasons.items() if layer in ran and layer not in pruned}
-    return {layer: with_cure(why) for layer, why in (skipped | dict(missed(model, found))).items()}
+    return {
+        layer: with_cure(why) for layer, why in (skipped | found.refused | dict(missed(model, found))).items()
+    }
 
 
 def _require_traceable(model: nn.Module, inputs: Inputs, ignored: Iterable[str]) -> None:

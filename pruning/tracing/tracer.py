@@ -28,7 +28,7 @@ from pruning.surgery.statistics import CallCounter
 from pruning.surgery.width_attributes import attributes_with
 from pruning.tracing.functions import Functions
 from pruning.tracing.labels import Labels
-from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known
+from pruning.tracing.layer_rules import LayerCall, follow_layer, is_known, refuse
 from pruning.tracing.movement import selects_one
 from pruning.tracing.multihead import begin_multihead, tie_multihead
 from pruning.tracing.operation import Operation
@@ -143,22 +143,21 @@ class Tracer(TorchDispatchMode):
             rule = rule_for(module)
             if self.depth or not (inputs or (rule is not None and rule.kind == "embedding")):
                 return  # an embedding may be given the number of positions alone
-            if isinstance(output, Tensor) or is_recurrent(module):
-                self.follow_layer(name, module, inputs, *tensors_among((output,)))
-            else:
-                for x in inputs:
-                    self.labels.fix(self.labels.of(x), f"{name} returns a {type(output).__name__}, no tensor")
+            self.follow_layer(name, module, inputs, output)
 
         return after
 
-    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], *outputs: Tensor) -> None:
+    def follow_layer(self, name: str, module: nn.Module, inputs: list[Tensor], output: object) -> None:
         """Apply the rule of a layer to one call of it."""
+        outputs = tensors_among((output,))
+        call = LayerCall(name, module, inputs, (outputs or inputs)[0], outputs)
         # Operations on labels are not part of the pass, and would take most of its time if followed.
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            is_foldable = follow_layer(self.labels, LayerCall(name, module, inputs, outputs[0], outputs))
-        if is_foldable:
-            self.makers[outputs[0]] = name
-            self.found.readers.setdefault(name, [])
+            if not isinstance(output, Tensor) and not is_recurrent(module):
+                refuse(self.labels, call, f"{name} returns a {type(output).__name__}, no tensor")
+            elif follow_layer(self.labels, call):
+                self.makers[outputs[0]] = name
+                self.found.readers.setdefault(name, [])
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)

@@ -16,6 +16,7 @@ from pruning.training.batches import Batch, first_batch, to_device
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.outputs import held, logits_of
 from pruning.utils.tree import Inputs
+from pruning.utils.wording import number_of
 
 #: Examples with this target are left out of the loss and the accuracy, as in torch.
 IGNORED = -100
@@ -203,7 +204,8 @@ def no_such_class(logits: Tensor, targets: Tensor) -> PruningError:
     """Return the error about targets that are no classes of logits (N, classes, ...)."""
     return PruningError(
         f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
-        f"{logits.shape[1]} classes, which count from 0: give a network with as many classes as the data"
+        f"{number_of(logits.shape[1], 'class')}, which count from 0: give a network with as many classes "
+        "as the data"
     )
 
 

@@ -15,6 +15,7 @@ from pruning.training.config import TrainConfig
 from pruning.utils.modules import call, device_of, eval_mode
 from pruning.utils.outputs import logits_of
 from pruning.utils.tree import fresh
+from pruning.utils.wording import number_of
 
 
 def require_mixing(config: TrainConfig, batches: BatchSource | None) -> None:
@@ -68,8 +69,8 @@ class MixedBatches:
             if int(targets.max()) >= self.classes or int(targets.min()) < 0:
                 raise PruningError(
                     f"the targets go from {int(targets.min())} to {int(targets.max())}, but the network has "
-                    f"{self.classes} classes, which count from 0: give a network with as many classes as the "
-                    "data"
+                    f"{number_of(self.classes, 'class')}, which count from 0: give a network with as many "
+                    "classes as the data"
                 )
             choice = int(torch.randint(len(self.mixers), ())) if len(self.mixers) > 1 else 0
             yield self.mixers[choice](inputs, targets)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from pruning.errors import PruningError
 from pruning.utils.modules import device_of
+from pruning.utils.wording import number_of
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ class Shards:
             each = examples // size()
             if not each:
                 raise PruningError(
-                    f"a batch of {examples} examples cannot be shared by {size()} processes: "
+                    f"a batch of {number_of(examples, 'example')} cannot be shared by {size()} processes: "
                     "give a larger batch size, or drop a smaller last batch (drop_last=True)"
                 )
             take = slice(rank(), each * size(), size())

@@ -137,7 +137,7 @@ def test_train_lenet5_saves_each_epoch_and_continues_from_a_checkpoint(tmp_path)
     assert type(resumed) is LeNet5 and "epoch-3.pth" in done.stdout and "not" not in done.stdout
     assert same(whole, resumed)
     done = script("train_lenet5.py", *again, "--overwrite", "--epoch-end", 1)
-    assert "epoch-1.pth is 1 epochs old, not 0" in done.stdout
+    assert "epoch-1.pth is 1 epoch old, not 0" in done.stdout
     assert read(tmp_path / "again" / "epoch-1.pth")["provenance"]["epochs"] == 2
     message = refused("train_lenet5.py", *flags, "--epoch-end", 3)
     assert "would be replaced: add --overwrite" in message

@@ -143,10 +143,17 @@ def test_a_folder_without_classes_or_with_an_empty_one_is_refused(photos, tmp_pa
     words = ("doctor", "--model", "squeezenet1_1", "--data")
     code, _, err = photos(*words, "pictures/a")
     assert code == 2 and "pictures/a is no image folder: it has no subfolders; expected images in" in err
+    assert "pictures/a/CLASS/*.jpg, and found 0 folders, " in err and "0 other files in it" in err
     assert len(err.splitlines()) == 1, err
     (tmp_path / "pictures" / "d").mkdir()
     code, _, err = photos(*words, "pictures")
-    assert code == 2 and "no valid file for the classes d" in err
+    assert (
+        code == 2
+        and "no valid file for the classes d" in err
+        and "4 folders (a, bb, cccc, d), 0 images" in err
+    )
+    code, _, err = photos(*words, "picturse/a")
+    assert code == 2 and "did you mean pictures/a?" in err
 
 
 def test_flags_of_images_are_refused_for_other_data(run):

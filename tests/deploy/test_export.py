@@ -308,6 +308,9 @@ def test_the_command_refuses_invalid_arguments(tmp_path, refused, monkeypatch):
     assert "takes 1x28x28" in refused(net, "--to", "pt2", "--input-shape", "3x28x28")
     assert "the checkpoint itself" in refused(net, "--to", "pt2", "--output", net)
     assert "go together" in refused(net, "--to", "pt2", "--mean", 1)
+    named = refused(net, "--to", "onnx", "--output", tmp_path / "m2.pt")
+    assert "the extension .pt is that of torchscript" in named and "name it m2.onnx" in named
+    assert "name it m.torchscript" in refused(net, "--to", "torchscript", "--output", tmp_path / "m.PT2")
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(net, "--to", "pt2", "--output", tmp_path / "file" / "net.pt2")
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -8,6 +8,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,6 +73,17 @@ def test_counting_does_not_change_the_model():
     count(net, torch.randn(1, 1, 28, 28))
     assert list(net.state_dict()) == keys and net.training
     assert not any(m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("wrapped", [lambda y: (y, None), lambda y: [y], lambda y: {"y": y}])
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(4, 8), (2, 4)), (nn.Conv2d(4, 8, 3), (2, 4, 5, 5))])
+def test_a_layer_that_returns_its_output_within_a_structure_counts_the_same(layer, shape, wrapped):
+    class Structured(type(layer)):
+        def forward(self, x):
+            return wrapped(super().forward(x))
+
+    structured = Structured(*((4, 8) if isinstance(layer, nn.Linear) else (4, 8, 3)))
+    assert count(structured, torch.zeros(shape)) == count(layer, torch.zeros(shape))
 
 
 def test_layers_that_are_not_counted_are_listed():

@@ -152,11 +152,32 @@ def test_an_unreachable_budget_raises_with_the_least_reachable_costs():
     _, traced, cost_model = traced_net("lenet")
     scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
     floor = cost_model(dict.fromkeys(traced.groups, 1))
-    least = rf"cannot be reached.*features.conv1 1.*{floor.params} params. Raise the budget, or ignore"
+    least = rf"cannot be reached.*features.conv1 1.*{floor.params} params. Raise the budget \(see"
     with pytest.raises(PruningError, match=least):
         plan_within(Budget(params=10), traced, cost_model, scores)
     plan = plan_within(Budget(params=floor.params), traced, cost_model, scores)
     assert set(plan.widths.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored", "told"),
+    [
+        (
+            PlanOptions(most=0.5),
+            (),
+            r"Raise the budget, or the share .* \(`most`\), or lower the floors \(see",
+        ),
+        (PlanOptions(), ("features.conv1",), r"Raise the budget, or ignore fewer layers \(see"),
+        (PlanOptions(widths={"*conv2": 3}), (), r"Raise the budget, or give fewer exact widths \(see"),
+        (PlanOptions(alike=["features.*"], floor=2), (), r"\(`most`\), or lower the floors \(see"),
+    ],
+)
+def test_an_unreachable_budget_names_only_what_limits_it(options, ignored, told):
+    net = nets.make("lenet")
+    traced = trace(net, nets.images(), ignored)
+    scores = {g: torch.ones(group.channels) for g, group in traced.groups.items()}
+    with pytest.raises(PruningError, match=told):
+        plan_within(Budget(params=10), traced, CostModel(net, traced), scores, options)
 
 
 def test_a_budget_above_the_dense_cost_keeps_all_channels():

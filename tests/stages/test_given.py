@@ -68,6 +68,20 @@ def test_a_trained_network_is_recognized_by_batches_and_by_a_function(trained):
     assert not scored(collapsed).trained
 
 
+def test_a_network_at_chance_is_told_what_a_trained_one_has():
+    torch.manual_seed(0)
+    untrained = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    data = batches()
+    untrained(data[0][0])
+    labels = torch.cat([y for _, y in data])
+    share = float(labels.bincount().max()) / len(labels)
+    chance = share + 2 * math.sqrt(share * (1 - share) / len(labels))
+    at_chance = assess(untrained, lambda m: 0.0, data, data)
+    assert str(at_chance).endswith(f"fresh network (a trained one has more than {chance:.4f})")
+    seemingly = assess(untrained, lambda m: 1.0, data, data)
+    assert not seemingly.trained and "of training loss, and this one has" in str(seemingly)
+
+
 def test_networks_other_than_classifiers_are_compared_with_fresh_weights():
     torch.manual_seed(0)
     inputs = torch.randn(64, 4)

@@ -58,7 +58,7 @@ def test_usage_is_the_share_of_choices():
 
 def test_experts_that_cannot_go_are_named():
     net, x = network()
-    with pytest.raises(PruningError, match="1 experts would be left, and each token uses 2"):
+    with pytest.raises(PruningError, match="1 expert would be left, and each token uses 2"):
         without_experts(net, {"1": [0]}, x)
     with pytest.raises(PruningError, match="'0' is no mixture of experts of this model; its mixtures: 1"):
         without_experts(net, {"0": [0]}, x)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import nets
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pruning import Budget, Plan, PruningError, load, prune, save, trace
 from pruning.graph.layers import Rule, register_layer
@@ -14,7 +18,7 @@ from pruning.load_pruned import load_pruned
 from pruning.planning import CostModel, count, uncounted
 from pruning.surgery.apply import apply, channel_constants
 from pruning.surgery.verify import verify
-from pruning.tracing.operators import pointwise, register_operator
+from pruning.tracing.operators import pointwise, register_operator, unlabeled
 
 pytestmark = pytest.mark.quick
 
@@ -328,6 +332,14 @@ def turn(x: torch.Tensor) -> torch.Tensor:
 turn.register_fake(torch.empty_like)
 
 
+@torch.library.custom_op("registration::pairs", mutates_args=())
+def pairs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * 2, x * 3
+
+
+pairs.register_fake(lambda x: (torch.empty_like(x), torch.empty_like(x)))
+
+
 class Turned(nn.Module):
     def __init__(self):
         super().__init__()
@@ -347,3 +359,136 @@ def test_a_group_that_fails_the_check_is_left_out_with_the_registered_rule_named
         pytest.raises(PruningError, match="the rule that was registered for registration::turn may be wrong"),
     ):
         prune(Turned(), torch.randn(3, 4), budget, score="l2")
+
+
+def nothing(labels, operation):
+    labels.of(operation.operands[0])
+
+
+def flat(labels, operation):
+    labels.put(operation.output, labels.of(operation.operands[0]).flatten())
+
+
+def half(labels, operation):
+    labels.put(operation.output, labels.of(operation.operands[0])[:, :4])
+
+
+def real(labels, operation):
+    labels.put(operation.output, labels.of(operation.operands[0]).float())
+
+
+def written(labels, operation):
+    labels.put(operation.output, "channels")
+
+
+def listed(labels, operation):
+    labels.put([operation.output], labels.of(operation.operands[0]))
+
+
+def crossed(labels, operation):
+    found = labels.of(operation.operands[0])
+    labels.tie(found, found.view(-1, 1), "all of them")
+    labels.put(operation.output, found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (nothing, r"its output, of shape \(2, 8\), no labels; call labels.put"),
+        (flat, r"labels of shape \(8,\) for its output of shape \(2, 8\); .* \(1 or 2, 1 or 8\)"),
+        (half, r"labels of shape \(1, 4\) for its output of shape \(2, 8\)"),
+        (real, "labels of type float32 for its output"),
+        (written, "gives a str in place of labels"),
+        (listed, "puts labels on a list, and not on each tensor of it"),
+        (crossed, r"ties labels of shape \(1, 8\) to labels of shape \(8, 1\), which pairs each with all"),
+    ],
+)
+def test_labels_that_do_not_fit_are_the_fault_of_the_registered_rule(rule, told):
+    with register_operator("registration::turn", rule):
+        reason = trace(Turned(), torch.randn(2, 4)).skipped["first"]
+    assert re.search(rf"the rule registered for registration::turn \({rule.__name__}\).*{told}", reason), (
+        reason
+    )
+    assert reason.count("to let it be pruned") == 1 and "register_operator" not in reason
+
+
+def test_a_reason_that_a_registered_rule_gives_has_the_cure_of_this_rule():
+    def mixed(labels, operation):
+        labels.fix(labels.of(operation.operands[0]), "turn mixes them")
+
+    with register_operator("registration::turn", mixed):
+        reason = trace(Turned(), torch.randn(2, 4)).skipped["first"]
+    told = "the rule registered for registration::turn (mixed) says; change this rule to let it be pruned"
+    assert reason == f"turn mixes them (as {told})"
+
+
+def test_a_rule_of_the_toolkit_that_does_not_apply_names_itself():
+    class Pairs(Turned):
+        def forward(self, x):
+            return self.last(pairs(self.first(x))[0])
+
+    with register_operator("registration::pairs", pointwise):  # which is for a single output
+        reason = trace(Pairs(), torch.randn(2, 4)).skipped["first"]
+    assert "the rule registered for registration::pairs (pointwise) does not apply" in reason
+    with register_operator("registration::pairs", unlabeled):  # which says that its output has no channels
+        assert "no layer" in trace(Pairs(), torch.randn(2, 4)).skipped["first"]
+
+
+def test_an_error_in_a_registered_rule_tells_the_rule_and_what_it_was_given():
+    told = r"registered rule, the rule registered for registration::turn \(<lambda>\).*: \(1, 8\) of \(3, 8\)"
+    with (
+        register_operator("registration::turn", lambda labels: None),
+        pytest.raises(PruningError, match=told),
+    ):
+        trace(Turned(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (replace(RULES[Scaled], dim=-2), "input of 0 has 5 channels along dimension -2, and its shape is"),
+        (replace(RULES[Scaled], dim=-3), "along dimension -3"),
+        (Rule({"kernel": 1, "scale": 0, "shift": 0}, kind="norm"), "input of 0 has 8 channels along"),
+    ],
+)
+def test_a_registered_layer_whose_calls_contradict_its_rule_is_named_with_it(rule, told):
+    net = nn.Sequential(Scaled(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    with register_layer(Scaled, rule):
+        step = prune(net, torch.randn(2, 5), Budget(channels="50%"), score="l2")
+    assert (
+        "the rule registered for Scaled says" in step.trace.skipped["0"] and told in step.trace.skipped["0"]
+    )
+    assert step.trace.widths == {"2": 6} and step.model[2].out_features == 3
+    counted = count(net, torch.randn(2, 5))
+    assert step.before.params == counted.params and (rule.kind == "norm" or step.before.macs == counted.macs)
+
+
+def test_a_rule_without_a_tensor_of_the_layer_is_named():
+    net = nn.Sequential(Scaled(5, 8), nn.ReLU(), Scaled(8, 3))
+    with register_layer(Scaled, Rule({"kernel": 1}, {"kernel": 0})):
+        reason = trace(net, torch.randn(2, 5)).skipped["0"]
+    assert "the rule registered for Scaled names every tensor that holds channels" in reason
+
+
+def test_a_layer_that_returns_a_tuple_is_told_so():
+    class Paired(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pair = nn.Linear(4, 6), Paired(6, 8)
+            self.hidden, self.last = nn.Linear(8, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.last(self.hidden(self.pair(self.first(x))[0]))
+
+    net, inputs = Net(), torch.randn(2, 4)
+    traced = trace(net, inputs)
+    assert traced.widths == {"hidden": 5}
+    assert traced.skipped["first"] == traced.skipped["pair"]
+    assert "pair returns a tuple, no tensor; let the layer return one tensor" in traced.skipped["pair"]
+    with FlopCounterMode(display=False) as counter:
+        net(inputs)
+    assert CostModel(net, traced)({}).macs == counter.get_total_flops() / 2 / len(inputs)

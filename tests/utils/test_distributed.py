@@ -71,7 +71,7 @@ def one_process(rank, folder, device):
     assert not any("forward" in vars(layer) for layer in model)
     assert distributed.broadcast({"rank": rank}) == {"rank": 0}
     assert distributed.mean(torch.tensor(float(rank))).item() == 0.5
-    with pytest.raises(PruningError, match="a batch of 1 examples cannot be shared by 2 processes"):
+    with pytest.raises(PruningError, match="a batch of 1 example cannot be shared by 2 processes"):
         next(iter(distributed.sharded([(torch.zeros(1, 2), torch.zeros(1))])))
     torch.save(model.cpu().state_dict(), f"{folder}/{rank}.pth")
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from pruning.cli.command_flags import ExportFlags
 from pruning.cli.export_inputs import dynamic_of, example_inputs
 from pruning.cli.sources import Data
 from pruning.deploy.export import export
-from pruning.deploy.formats import SUFFIXES
+from pruning.deploy.formats import SUFFIXES, require_suffix
 from pruning.deploy.onnx_rewrite import optimize
 from pruning.deploy.quantize import quantize
 from pruning.deploy.runtimes import Exported
@@ -34,9 +34,12 @@ def execute(args: argparse.Namespace) -> None:
     if flags.optimize and flags.to != "onnx":
         raise PruningError("--optimize is for --to onnx: add it, or leave out --optimize")
     path: Path = args.checkpoint
-    model, content = build.network_with(args, path), build.described(args, path)
     output = flags.output or path.with_suffix(SUFFIXES[flags.to])
-    if output.exists() and output.samefile(path):
+    is_checkpoint = output.exists() and output.samefile(path)
+    if not is_checkpoint:
+        require_suffix(output, flags.to)
+    model, content = build.network_with(args, path), build.described(args, path)
+    if is_checkpoint:
         raise PruningError(f"--output {output} is the checkpoint itself; give another name")
     metadata = {"model": content["class"], "provenance": content["provenance"], "exported": provenance()}
     # Should it be refused, nothing has been written.

@@ -20,6 +20,7 @@ from pruning.training.distillation import require_features
 from pruning.training.loop import require_trainable
 from pruning.training.losses import accuracy, require_classifier, why_not_classifier
 from pruning.training.optimizers import require_small
+from pruning.utils.wording import number_of
 
 #: Peak learning rate of sgd and soap; other optimizers have their own.
 RATE = 0.05
@@ -99,5 +100,5 @@ def _recover(args: argparse.Namespace, model: nn.Module, data: Data) -> None:
     written = finish(args, run, done.model, example, data, epochs=args.epochs, accuracy=after, given=before)
     print(
         f"{written}{'' if before is None else f' ({before:.4f} before)'}; loss towards the teacher on "
-        f"{done.held_out} examples held out: {done.before:.4g} before, {done.after:.4g} after"
+        f"{number_of(done.held_out, 'example')} held out: {done.before:.4g} before, {done.after:.4g} after"
     )

@@ -17,6 +17,7 @@ from pruning.planning.options import NEED_DATA
 from pruning.stages.prune import Step, default_score, prune
 from pruning.surgery.refit import LayerFit
 from pruning.training.losses import accuracy, why_not_classifier
+from pruning.utils.wording import number_of
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def execute(args: argparse.Namespace) -> None:
     asked = step.asked if given is None else args.plan or "no budget"
     print(f"before: {step.before}\nafter:  {step.after} (asked {asked})")
     if step.latency is not None:
-        print(f"time:   {step.latency}; {step.latency.networks} networks were timed")
+        print(f"time:   {step.latency}; {number_of(step.latency.networks, 'network', ('was', 'were'))} timed")
     narrowed = {g: f"{step.trace.groups[g].channels}→{w}" for g, w in step.plan.widths.items()}
     if step.plan.removed:
         print(f"removed: {', '.join(step.plan.removed)}")
@@ -92,7 +93,7 @@ def _refitted(fits: Sequence[LayerFit]) -> str:
         return "refit: no layer's outputs came closer to those of before"
     worst = max(changed, key=lambda fit: fit.after)
     return (
-        f"refit: {len(changed)} layers; the largest relative error of outputs that remains is "
+        f"refit: {number_of(len(changed), 'layer')}; the largest relative error of outputs that remains is "
         f"{worst.after:.3f} ({worst.layer}, {worst.before:.3f} before the refit)"
     )
 

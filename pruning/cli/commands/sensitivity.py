@@ -14,6 +14,7 @@ from pruning.training.batches import spread_examples
 from pruning.training.config import TrainConfig
 from pruning.training.losses import require_classifier
 from pruning.utils.files import replace_file
+from pruning.utils.wording import number_of
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -49,7 +50,7 @@ def execute(args: argparse.Namespace) -> None:
     for group, channels in found.channels.items():
         narrow = min((p for p in found.points if p.group == group), key=lambda point: point.width)
         reached = f"accuracy {narrow.readings['recalibrated'].accuracy:.4f}, {narrow.milliseconds:.3f} ms"
-        print(f"  {group}: {channels} channels; at {narrow.width} {reached}")
+        print(f"  {group}: {number_of(channels, 'channel')}; at {narrow.width} {reached}")
     for layer, reason in found.skipped.items():
         print(f"  {layer} keeps all its channels: {reason}")
     print(f"{flags.output}: curves.json, curves.csv, and the pictures curves, map and cost (PNG and SVG)")

@@ -23,6 +23,7 @@ from pruning.integrations.ultralytics.trainer import train
 from pruning.planning.budget import Budget
 from pruning.planning.cost import Cost, deployed_cost
 from pruning.stages.run import Run
+from pruning.utils.wording import number_of
 
 #: What is noted of a stage, as JSON.
 Notes: TypeAlias = dict[str, Any]
@@ -82,8 +83,8 @@ def require_ready(weights: str | Path, config: YoloConfig) -> None:
         raise PruningError(f"arguments {', '.join(taken)}: they are settings of their own")
     if classes != own and not config.dense_epochs and str(weights).endswith(".pt"):
         raise PruningError(
-            f"the data has {classes} classes and the model {own}: its head must be trained before channels "
-            "are scored; give --dense-epochs N (dense_epochs)"
+            f"the data has {number_of(classes, 'class')} and the model {own}: its head must be trained "
+            "before channels are scored; give --dense-epochs N (dense_epochs)"
         )
 
 
@@ -148,7 +149,7 @@ class _Iterations:
             if resumable.ckpt.get("optimizer") is None or resumable.ckpt["epoch"] + 1 >= epochs:
                 return self._trained(folder)  # all epochs were trained, but this was not stored
         yolo = resumable or load(file)
-        self.log(f"{name}: {'resumed' if resumable else f'{epochs} epochs'}")
+        self.log(f"{name}: {'resumed' if resumable else number_of(epochs, 'epoch')}")
         arguments: Notes = {
             "plots": False, "exist_ok": True, **config.arguments,
             "data": config.data, "imgsz": config.imgsz, "batch": config.batch, "epochs": epochs,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 from pruning.errors import PruningError
-from pruning.graph.groups import Ignored
+from pruning.graph.groups import ByGroup, Ignored
 from pruning.integrations.ultralytics.calibration import model_loss
 from pruning.integrations.ultralytics.files import OF_TRAINING
 from pruning.integrations.ultralytics.library import mark, network
@@ -31,8 +31,8 @@ def prune(
     score: Score | None = None,
     refit: bool = False,
     ignored: Iterable[Ignored] = (),
-    floor: int | Mapping[str, int] | None = None,
-    most: float | Mapping[str, float] = MOST,
+    floor: int | ByGroup[int] | None = None,
+    most: float | ByGroup[float] = MOST,
     multiple: int = 1,
 ) -> Step:
     """Remove channels of a model until it meets a budget; its network is replaced.

@@ -11,6 +11,7 @@ from ultralytics import YOLO
 from pruning.errors import PruningError
 from pruning.integrations.ultralytics.library import is_pruned, network
 from pruning.utils.modules import copied
+from pruning.utils.wording import number_of
 
 
 class KeepsWidths:
@@ -106,8 +107,8 @@ def _set_classes(model: Any, classes: int) -> None:
     head = model.model[-1]
     if not hasattr(head, "bias_init") or not hasattr(head, "cv3"):
         raise PruningError(
-            f"the data has {classes} classes, and the pruned model {model.yaml['nc']}; train the dense model "
-            "on this data before pruning it"
+            f"the data has {number_of(classes, 'class')}, and the pruned model {model.yaml['nc']}; train "
+            "the dense model on this data before pruning it"
         )
     before = head.nc
     for branch in ("cv3", "one2one_cv3"):
