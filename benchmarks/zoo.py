@@ -239,9 +239,7 @@ def measured_of(results: dict[str, Any]) -> str:
     names = models.list_models(models)
     if len(results) == len(names):
         return "torchvision's classification models"
-    return (
-        f"{len(results)} of torchvision's {len(names)} classification models (the others later)"
-    )
+    return f"{len(results)} of torchvision's {len(names)} classification models (the others later)"
 
 
 def line(name: str, found: dict[str, Any]) -> str:
