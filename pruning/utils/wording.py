@@ -10,13 +10,13 @@ def number_of(count: int, noun: str, verbs: tuple[str, str] | None = None) -> st
         count: how many there are. noun: in the singular.
         verbs: the verb for one and for several.
 
-    >>> number_of(1, "layer"), number_of(1200, "class"), number_of(0, "group")
-    ('1 layer', '1,200 classes', '0 groups')
+    >>> number_of(1, "layer"), number_of(1200, "class"), number_of(0, "epoch")
+    ('1 layer', '1,200 classes', '0 epochs')
     >>> number_of(1, "layer", ("keeps", "keep")), number_of(2, "layer", ("keeps", "keep"))
     ('1 layer keeps', '2 layers keep')
     """
     is_one = count == 1
-    ending = "" if is_one else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    ending = "" if is_one else "es" if noun.endswith(("s", "x", "sh", "tch", "nch")) else "s"
     verb = "" if verbs is None else f" {verbs[0 if is_one else 1]}"
     return f"{count:,} {noun}{ending}{verb}"
 
