@@ -21,6 +21,7 @@ from pruning.training.batches import BatchSource, first_batch, length
 from pruning.training.image_batches import Augment, ImageBatches, cutout, in_turn, random_mirror, random_shift
 from pruning.utils.batch import usual_batch
 from pruning.utils.tree import Inputs
+from pruning.utils.wording import number_of
 
 #: A batch of (inputs, targets).
 Batch: TypeAlias = tuple[Inputs, object]
@@ -55,7 +56,7 @@ class Data:
             if isinstance(b, _Loader)
         ]
         shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
-        classes = f"{len(self.classes)} classes ({shown})"
+        classes = f"{number_of(len(self.classes), 'class')} ({shown})"
         return f"{self.name}: {classes}, {', '.join(sizes)} images; {self.preprocessing}"
 
     @property
