@@ -188,7 +188,7 @@ class NarrowedRuns:
             share: least share of the channels to remove from each slice.
         """
         some = list(names)
-        summed = [name for name in some if name in self.choices and name not in self.scales]
+        summed = [name for name in some if self.choices.get(name) and name not in self.scales]
         # A difference that a scale explains needs no decision in double precision.
         for in_double in (False, True) if summed else (True,):
             problem, least = self._mismatch(some, sizes, share, in_double)

@@ -280,3 +280,29 @@ def test_real_and_imaginary_parts_keep_the_same_channels(tail):
     with torch.no_grad():
         dense.last.weight.unflatten(1, (5, -1))[:, [1, 3]] = 0
     torch.testing.assert_close(small(x), dense(x))
+
+
+class Queried(nn.Module):
+    """Attention, then a pooling whose queries are a parameter, so that no layer can take its scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.queries = nn.Parameter(torch.randn(1, 2, 3, 4))
+        self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.key, self.value))
+        pooled = F.scaled_dot_product_attention(self.queries.expand(len(x), -1, -1, -1), k, v)
+        return self.head(pooled.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_product_whose_scale_nothing_can_take_does_not_stop_the_others():
+    torch.manual_seed(0)
+    step = prune(Queried(), torch.randn(2, 7, 6), Budget(macs="60%"), score="l2")
+    assert step.plan.widths["qkv/width"] < 4
+    assert step.model.queries.shape[-1] == step.model.key.out_features // 2 == 4, "its scale would change"
